@@ -1,0 +1,86 @@
+"""What a model is, apart from its numbers: the one description that every room shares.
+
+It knows neither torch nor Hugging Face nor megatron-core: a family file (llama.py) makes it from a Hugging Face config,
+the engine builds a model from it, a checkpoint carries it in its config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from megatron_ft.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only transformer. Sizes are those of the whole model, before any tensor or pipeline split."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    """The true size: rows that stand for a token. Padding rows are a matter of the layout (see padded_vocab_size)."""
+    max_position_embeddings: int
+    norm_epsilon: float
+    norm: str = "rmsnorm"
+    activation: str = "swiglu"
+    tied_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    """As Hugging Face writes it, with rope_type: {"rope_type": "linear", "factor": 4.0}. None: unscaled."""
+    hf: dict[str, Any] = field(default_factory=dict)
+    """Entries of the original Hugging Face config that no field stands for (token ids, ...), carried back on export."""
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int, multiple: int = 128) -> int:
+        """Rows of the embedding under Megatron's rule: the next multiple of `multiple` x TP, equal parts for all ranks.
+
+        A vocabulary of 32007 takes 32128 rows with TP 1, 32768 with TP 8.
+        """
+        unit = multiple * tensor_model_parallel_size
+        return -(-self.vocab_size // unit) * unit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
+        """Inverse of to_dict. Raises CheckpointError on an unknown or missing entry: a newer or damaged config.json."""
+        names = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - names)
+        if unknown:
+            raise CheckpointError(
+                f"architecture has entries this version does not know: {', '.join(unknown)}; update megatron_ft"
+            )
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise CheckpointError(f"architecture is incomplete ({error}); convert the model again") from error
+
+
+def check_layout(arch: Architecture, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> None:
+    """Raises ConfigError, naming the sizes that would do, unless every tensor can be cut evenly into TP x PP parts."""
+    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    rules = (
+        ("tensor_model_parallel_size", tp, "num_attention_heads", arch.num_attention_heads),
+        ("tensor_model_parallel_size", tp, "num_query_groups", arch.num_query_groups),
+        ("tensor_model_parallel_size", tp, "ffn_hidden_size", arch.ffn_hidden_size),
+        ("pipeline_model_parallel_size", pp, "num_layers", arch.num_layers),
+    )
+    for flag, parts, name, size in rules:
+        if parts < 1:
+            raise ConfigError(f"--{flag} {parts}: must be at least 1")
+        if size % parts:
+            raise ConfigError(
+                f"--{flag} {parts} does not divide the model's {name} {size}; sizes that do: {_divisors(size)}"
+            )
+
+
+def _divisors(size: int, at_most: int = 64) -> str:
+    return ", ".join(str(d) for d in range(1, min(size, at_most) + 1) if size % d == 0)

@@ -1,0 +1,146 @@
+"""The folder of a checkpoint: where its files lie and what its config.json says. Knows nothing of tensors.
+
+ROOT/latest_checkpointed_iteration.txt      "release" (converted weights) or a number
+ROOT/release/ or ROOT/iter_0000500/
+    config.json                             architecture, layout, tokenizer, chat format
+    tokenizer/                              the tokenizer's files
+    mp_rank_TT[_PPP]/model_optim_rng.pt     format "torch": one file a rank; _PPP only with more than one stage
+    .metadata, common.pt, metadata.json, *.distcp       format "torch_dist": megatron-core's own
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.errors import CheckpointError, UserError
+from megatron_ft.files import atomic_file, read_json, write_json
+from megatron_ft.models.architecture import Architecture
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG = "config.json"
+RANK_FILE = "model_optim_rng.pt"
+TOKENIZER_FOLDER = "tokenizer"
+MODEL_PREFIX = "model."
+"""Before every model key of a torch_dist checkpoint, so that "optimizer." and others can lie beside them."""
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """config.json beside the tensors: everything a reader needs that is not a tensor."""
+
+    architecture: Architecture
+    ckpt_format: str
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    padded_vocab_size: int
+    iteration: int | str
+    """"release" for converted weights."""
+    dtype: str
+    """fp32, bf16 or fp16."""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """kind, fingerprint, vocab_size, added_tokens."""
+    chat_format: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def write_config(folder: Path, config: CheckpointConfig) -> None:
+    write_json(Path(folder) / CONFIG, {**asdict(config), "architecture": config.architecture.to_dict()})
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """Raises CheckpointError naming the file when it is missing, incomplete or of a newer format."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: not a checkpoint of ours; make one with megatron-ft hf-to-megatron")
+    data = read_json(path)
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {version}, this version reads {FORMAT_VERSION}")
+    try:
+        known = {f.name: data[f.name] for f in fields(CheckpointConfig)}
+        return CheckpointConfig(**{**known, "architecture": Architecture.from_dict(data["architecture"])})
+    except KeyError as error:
+        raise CheckpointError(f"{path}: entry {error} is missing; restore the file or convert again") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def iteration_folder(root: Path, iteration: int | str) -> Path:
+    """ROOT/release or ROOT/iter_0000500."""
+    return Path(root) / ("release" if iteration == "release" else f"iter_{int(iteration):07d}")
+
+
+def write_tracker(root: Path, iteration: int | str) -> None:
+    with atomic_file(Path(root) / TRACKER, "w") as file:
+        file.write(f"{iteration}\n")
+
+
+def find_checkpoint(root: Path, iteration: int | str | None = None) -> Path:
+    """The release or iter_ folder to read: the one asked for, else the tracker's. `root` may itself be such a folder.
+
+    Raises CheckpointError saying what was found instead.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such folder; give a checkpoint's root or one of its iter_ folders")
+    if iteration is None and (root / CONFIG).is_file() and not (root / TRACKER).exists():
+        return root
+    wanted = iteration if iteration is not None else _read_tracker(root)
+    folder = iteration_folder(root, wanted)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist; {root} holds: {_checkpoints(root)}")
+    return folder
+
+
+def _read_tracker(root: Path) -> int | str:
+    path = root / TRACKER
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; {root} holds: {_checkpoints(root)}; name one with --iteration")
+    text = path.read_text(errors="replace").strip()
+    if text != "release" and not text.isdigit():
+        raise CheckpointError(
+            f"{path} says {text[:40]!r}, not 'release' or a number; {root} holds: {_checkpoints(root)}; "
+            "name one with --iteration"
+        )
+    return text if text == "release" else int(text)
+
+
+def _checkpoints(root: Path) -> str:
+    names = sorted(p.name for p in root.iterdir() if p.name == "release" or p.name.startswith("iter_"))
+    return ", ".join(names) or "no checkpoint"
+
+
+def rank_file(folder: Path, tp_rank: int, pp_rank: int, tp_size: int, pp_size: int) -> Path:
+    """The classic file of one rank. Raises ValueError on a rank outside the layout (our bug, not the user's)."""
+    if not (0 <= tp_rank < tp_size and 0 <= pp_rank < pp_size):
+        raise ValueError(f"rank ({tp_rank}, {pp_rank}) outside layout ({tp_size}, {pp_size})")
+    stage = f"_{pp_rank:03d}" if pp_size > 1 else ""
+    return Path(folder) / f"mp_rank_{tp_rank:02d}{stage}" / RANK_FILE
+
+
+def layers_of_stage(num_layers: int, pp_size: int, pp_rank: int) -> range:
+    """Global numbers (from 0) of the layers a stage holds. num_layers is a multiple of pp_size (see check_layout)."""
+    per_stage = num_layers // pp_size
+    return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)
+
+
+def missing_files(folder: Path) -> list[Path]:
+    """Files that config.json promises and that are not there; empty for a complete checkpoint."""
+    config = read_config(folder)
+    if config.ckpt_format == "torch_dist":
+        wanted = [Path(folder) / name for name in ("metadata.json", ".metadata", "common.pt")]
+    else:
+        tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+        wanted = [rank_file(folder, t, p, tp, pp) for p in range(pp) for t in range(tp)]
+    return [path for path in wanted if not path.is_file()]
+
+
+def is_complete(folder: Path) -> bool:
+    try:
+        return not missing_files(folder)
+    except UserError:
+        return False

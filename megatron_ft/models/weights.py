@@ -1,0 +1,166 @@
+"""How weights correspond, as data: one Rule ties a megatron-core tensor to its Hugging Face tensors, both ways.
+
+A rule also says how tensor parallelism cuts the megatron tensor and which pipeline stage holds it, so conversion,
+resharding and plans are loops over rules. It opens no files, and torch is imported only when data is touched, so that
+shapes can be asked for without it.
+
+Norms are modules of their own (megatron-core's local layer spec), not fused into the linear that follows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.checkpoint_layout import layers_of_stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+Cut = Literal["replicated", "rows", "columns", "gated_rows", "vocab_rows"]
+"""How ranks share a tensor: whole on each; by axis 0; by axis 1; gate and up each by axis 0, then [gate; up] on a rank;
+by axis 0 after padding."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One megatron-core tensor and its Hugging Face tensors. `{n}` in a key is the layer's number, global, from 0."""
+
+    key: str
+    hf_keys: tuple[str, ...]
+    hf_shapes: Callable[[Architecture], list[Shape]]
+    full_shape: Callable[[Architecture], Shape]
+    """Of the whole tensor, without vocabulary padding."""
+    cut: Cut = "replicated"
+    stage: Literal["first", "layer", "last"] = "layer"
+    to_megatron: Callable[[Architecture, Sequence[Tensor]], Tensor] = lambda arch, tensors: tensors[0]
+    to_hf: Callable[[Architecture, Tensor], list[Tensor]] = lambda arch, full: [full]
+
+    def part_shape(self, arch: Architecture, tp_size: int, padded_vocab: int) -> Shape:
+        """Shape of one tensor-parallel rank's part."""
+        shape = list(self.full_shape(arch))
+        if self.cut == "vocab_rows":
+            shape[0] = padded_vocab
+        if self.cut != "replicated":
+            shape[1 if self.cut == "columns" else 0] //= tp_size
+        return tuple(shape)
+
+    def part(self, full: Tensor, tp_size: int, tp_rank: int) -> Tensor:
+        """Rank tp_rank's part: a view where the part is contiguous rows or columns, [gate; up] a copy.
+
+        A vocab_rows tensor must already be padded (pad_rows).
+        """
+        if self.cut == "replicated":
+            return full
+        if self.cut == "gated_rows":
+            import torch
+
+            return torch.cat([half.chunk(tp_size)[tp_rank] for half in full.chunk(2)])
+        return full.chunk(tp_size, dim=1 if self.cut == "columns" else 0)[tp_rank]
+
+    def split(self, arch: Architecture, full: Tensor, tp_size: int, padded_vocab: int | None = None) -> list[Tensor]:
+        """All ranks' parts. `padded_vocab`: rows to pad a vocab_rows tensor to with zeros; default: already padded."""
+        if self.cut == "vocab_rows" and padded_vocab is not None:
+            full = pad_rows(full, padded_vocab)
+        return [self.part(full, tp_size, rank) for rank in range(tp_size)]
+
+    def join(self, arch: Architecture, parts: Sequence[Tensor]) -> Tensor:
+        """Inverse of split: the whole tensor, padding rows dropped."""
+        import torch
+
+        if self.cut == "replicated":
+            return parts[0]
+        if self.cut == "gated_rows":
+            halves = [part.chunk(2) for part in parts]
+            return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+        full = torch.cat(list(parts), dim=1 if self.cut == "columns" else 0)
+        return full[: arch.vocab_size] if self.cut == "vocab_rows" else full
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A rule applied to one layer (or to the embedding or head), as one pipeline stage sees it."""
+
+    rule: Rule
+    key: str
+    """With the GLOBAL layer number: the name in a torch_dist checkpoint (after its prefix)."""
+    local_key: str
+    """With the stage's own layer number: the name in a rank's module and in its classic file."""
+    hf_keys: tuple[str, ...]
+    is_copy: bool = False
+    """The last stage's copy of tied embeddings: the same numbers lie on the first stage."""
+
+
+def pad_rows(tensor: Tensor, rows: int) -> Tensor:
+    """[v, h] -> [rows, h] with zeros below; the tensor itself if it has that many already."""
+    if tensor.shape[0] == rows:
+        return tensor
+    padded = tensor.new_zeros((rows, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    return padded
+
+
+def placed_rules(arch: Architecture, rules: Sequence[Rule], pp_size: int = 1, pp_rank: int = 0) -> Iterator[Placed]:
+    """What stage pp_rank holds, in the order of the forward pass. With the defaults: the whole model."""
+    if pp_rank == 0:
+        yield from (_place(rule) for rule in rules if rule.stage == "first")
+    for local, layer in enumerate(layers_of_stage(arch.num_layers, pp_size, pp_rank)):
+        yield from (_place(rule, layer, local) for rule in rules if rule.stage == "layer")
+    if pp_rank == pp_size - 1:
+        yield from (_place(rule) for rule in rules if rule.stage == "last")
+        if arch.tied_embeddings and pp_size > 1:
+            yield from (
+                Placed(rule, rule.key, "output_layer.weight", rule.hf_keys, is_copy=True)
+                for rule in rules
+                if rule.cut == "vocab_rows"
+            )
+
+
+def _place(rule: Rule, layer: int = 0, local: int = 0) -> Placed:
+    return Placed(
+        rule,
+        rule.key.format(n=layer),
+        rule.key.format(n=local),
+        tuple(key.format(n=layer) for key in rule.hf_keys),
+    )
+
+
+# Shapes and bodies that several families share.
+
+
+def linear_qkv_shapes(arch: Architecture) -> list[Shape]:
+    """[heads*d, h], [groups*d, h], [groups*d, h]."""
+    query, key_value = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    return [(query, arch.hidden_size), (key_value, arch.hidden_size), (key_value, arch.hidden_size)]
+
+
+def merge_qkv(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
+    """q, k, v -> rows [q_1..q_n, k, v] for each query group, n = heads / groups, so that a rank's rows are whole groups."""
+    import torch
+
+    grouped = [t.reshape(arch.num_query_groups, -1, arch.hidden_size) for t in tensors]
+    return torch.cat(grouped, dim=1).reshape(-1, arch.hidden_size)
+
+
+def split_qkv(arch: Architecture, full: Tensor) -> list[Tensor]:
+    """Inverse of merge_qkv."""
+    queries = arch.num_attention_heads // arch.num_query_groups * arch.head_dim
+    grouped = full.reshape(arch.num_query_groups, -1, arch.hidden_size)
+    return [
+        part.reshape(-1, arch.hidden_size) for part in grouped.split([queries, arch.head_dim, arch.head_dim], dim=1)
+    ]
+
+
+def stack_rows(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
+    """gate [f, h], up [f, h] -> [gate; up] [2f, h]."""
+    import torch
+
+    return torch.cat(list(tensors))
+
+
+def halve_rows(arch: Architecture, full: Tensor) -> list[Tensor]:
+    """Inverse of stack_rows."""
+    return list(full.chunk(2))
