@@ -1,0 +1,91 @@
+"""From a command line to filled-in sections, and from a command to an exit code.
+
+Settings come from flags, then from the file given with --config, then from the dataclasses' defaults. After this file nobody sees argv.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_ft.config.command import Command
+from megatron_ft.config.fields import MISSING, Option, default_of, options_of
+from megatron_ft.config.flags import Given, read_flags
+from megatron_ft.errors import ConfigError, UserError
+from megatron_ft.log import setup
+
+__all__ = ["Command", "parse", "run_script"]
+
+
+def parse(command: Command, argv: Sequence[str]) -> list[Any]:
+    """One instance of each of the command's sections, in order; with open_flags a dict of the unknown flags comes last.
+
+    Raises ConfigError for a user's mistake, and SystemExit(0) after --help or --print_config have printed.
+    """
+    options = options_of(command.sections)
+    given = read_flags(command, options, list(argv))
+    values, others = _resolve(command, options, given)
+    if given.print_config:
+        from megatron_ft.config.yaml_file import write_settings
+
+        print(write_settings(command.sections, values, options, others), end="")
+        raise SystemExit(0)
+    missing = [option for option in options.values() if option.required and values.get(option.name) is None]
+    if missing:
+        names = ", ".join(f"--{option.name}" for option in missing)
+        raise ConfigError(f"needed and not given: {names}; see --help")
+    filled = [_build(section, options, values) for section in command.sections]
+    return [*filled, others] if command.open_flags else filled
+
+
+def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[str] | None = None) -> int:
+    """Parse, run(*sections), and say how it went as an exit code: 0, 2 a user's mistake, 1 our bug, 130 stopped by Ctrl-C.
+
+    argv: without the program's name; None takes this process's own.
+    """
+    setup()
+    sections = None
+    try:
+        sections = parse(command, sys.argv[1:] if argv is None else argv)
+        return run(*sections) or 0
+    except UserError as error:
+        _report(command, error, parsed=sections is not None)
+        return error.exit_code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print(f"megatron-ft {command.name}: stopped", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _resolve(command: Command, options: dict[str, Option], given: Given) -> tuple[dict[str, Any], dict[str, Any]]:
+    from megatron_ft.config.values import checked, from_text
+
+    values = {name: default_of(option) for name, option in options.items()}
+    values = {name: value for name, value in values.items() if value is not MISSING and not (options[name].required and value is None)}
+    others: dict[str, Any] = {}
+    if given.config is not None:
+        from megatron_ft.config.yaml_file import read_settings
+
+        entries, others = read_settings(given.config, options, command.open_flags)
+        values |= {name: checked(options[name], entry.value, f"{entry.where}: {name}") for name, entry in entries.items()}
+    for name, text in given.values.items():
+        values[name] = text if isinstance(text, bool) else from_text(options[name], text, f"--{name}")
+    return values, others | given.others
+
+
+def _build(section: type, options: dict[str, Option], values: dict[str, Any]) -> Any:
+    return section(**{name: values[name] for name, option in options.items() if option.section is section})
+
+
+def _report(command: Command, error: UserError, parsed: bool) -> None:
+    # A mistake in the arguments is the same for every process of a machine: one of them says it. Later ones say which process they met.
+    if not parsed and os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    rank = os.environ.get("RANK", "0")
+    who = f" (rank {rank})" if parsed and rank != "0" else ""
+    print(f"megatron-ft {command.name}: error: {' '.join(str(error).split())}{who}", file=sys.stderr)

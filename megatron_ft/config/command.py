@@ -1,0 +1,23 @@
+"""What a command says of itself: its name, the sections it takes, examples. Plain data; parsing is cli.py's."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb of the front desk.
+
+    name: as typed after `megatron-ft`.
+    summary: one line, shown at the top of the command's help.
+    sections: dataclasses whose fields become flags and YAML keys; no field name may occur twice.
+    examples: command lines for the end of the help.
+    positional: names of fields that may also be given without their flag, in this order.
+    open_flags: take flags that no section knows, `--key value` as {"key": value typed as YAML would} and `--no_key` as {"key": None}.
+    """
+
+    name: str
+    summary: str
+    sections: tuple[type, ...]
+    examples: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()
+    open_flags: bool = False

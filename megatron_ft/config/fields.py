@@ -1,0 +1,144 @@
+"""Reads dataclass sections: one Option a field, its help taken from the string literal under the field.
+
+Knows nothing of argparse, YAML or any particular section.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = dataclasses.MISSING
+_SUFFIX = re.compile(r"_(config|section|options|settings)$")
+RESERVED = ("config", "print_config", "help")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting: a flag on the command line, a key in a YAML file."""
+
+    name: str
+    type: Any
+    """As annotated, Optional included."""
+    default: Any
+    """MISSING where there is none."""
+    required: bool
+    help: str
+    section: type
+
+    @property
+    def bare_type(self) -> Any:
+        """The type without `| None`."""
+        inner = [kind for kind in typing.get_args(self.type) if kind is not types.NoneType]
+        return inner[0] if self._is_union and len(inner) == 1 else self.type
+
+    @property
+    def optional(self) -> bool:
+        """Whether None is a value of this setting."""
+        return self.default is None or (self._is_union and types.NoneType in typing.get_args(self.type))
+
+    @property
+    def _is_union(self) -> bool:
+        return typing.get_origin(self.type) in (typing.Union, types.UnionType)
+
+    @property
+    def is_switch(self) -> bool:
+        """A flag without a value: `--x` and `--no_x`."""
+        return self.bare_type is bool
+
+    @property
+    def is_list(self) -> bool:
+        """A flag with any number of values: `--x a b`."""
+        return typing.get_origin(self.bare_type) in (list, tuple, set) or self.bare_type in (list, tuple, set)
+
+
+def options_of(sections: tuple[type, ...]) -> dict[str, Option]:
+    """Every setting of these sections by name, in order. A name in two sections is our mistake: ValueError."""
+    found: dict[str, Option] = {}
+    for section in sections:
+        for option in _section_options(section):
+            if option.name in found:
+                raise ValueError(f"{option.name} is a field of both {found[option.name].section.__name__} and {section.__name__}")
+            if option.name in RESERVED[1:]:
+                raise ValueError(f"{section.__name__}.{option.name}: this name is every command's own")
+            found[option.name] = option
+    return found
+
+
+def section_name(section: type) -> str:
+    """The key under which a YAML file may nest a section: class OptimizerConfig is "optimizer"."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", section.__name__).lower()
+    return _SUFFIX.sub("", snake).lstrip("_")
+
+
+def section_title(section: type) -> str:
+    """The first line of the section's docstring, else its name."""
+    doc = section.__doc__ or ""
+    generated = doc.startswith(section.__name__ + "(")  # dataclass() writes the signature where there is no docstring
+    return section_name(section).replace("_", " ") if generated or not doc.strip() else doc.strip().splitlines()[0].rstrip(".")
+
+
+def default_of(option: Option) -> Any:
+    """The default value, made anew where the field has a factory; MISSING where there is none."""
+    return option.default() if isinstance(option.default, _Factory) else option.default
+
+
+@dataclass(frozen=True)
+class _Factory:
+    make: Any
+
+    def __call__(self) -> Any:
+        return self.make()
+
+
+def _section_options(section: type) -> list[Option]:
+    hints, helps = typing.get_type_hints(section), field_docs(section)
+    options = []
+    for field in dataclasses.fields(section):
+        if not field.init:
+            continue
+        default = field.default if field.default_factory is MISSING else _Factory(field.default_factory)
+        required = default is MISSING or bool(field.metadata.get("required"))
+        options.append(Option(field.name, hints[field.name], default, required, helps.get(field.name, ""), section))
+    return options
+
+
+def field_docs(section: type) -> dict[str, str]:
+    """The string literal under each field, inherited ones included, white space folded. Empty where the source is not at hand."""
+    docs: dict[str, str] = {}
+    for base in reversed(section.__mro__[:-1]):
+        node = _class_nodes(base.__module__).get(base.__qualname__)
+        body = node.body if node else []
+        for field, below in zip(body, body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+                    docs[field.target.id] = " ".join(below.value.value.split())
+    return docs
+
+
+@functools.cache
+def _class_nodes(module: str) -> dict[str, ast.ClassDef]:
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, KeyError):
+        return {}
+    found: dict[str, ast.ClassDef] = {}
+    _collect(tree, "", found)
+    return found
+
+
+def _collect(node: ast.AST, prefix: str, found: dict[str, ast.ClassDef]) -> None:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            found[prefix + child.name] = child
+            _collect(child, f"{prefix}{child.name}.", found)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            _collect(child, f"{prefix}{child.name}.<locals>.", found)
+        elif isinstance(child, ast.stmt):
+            _collect(child, prefix, found)

@@ -1,0 +1,47 @@
+"""What to suggest for a name that no setting has: the nearest known name, or our name for a Hugging Face flag."""
+
+import difflib
+from collections.abc import Iterable
+
+# Flag of transformers' TrainingArguments and of the scripts around it -> (our flag, what is different about it).
+HUGGING_FACE = {
+    "learning_rate": ("lr", ""),
+    "per_device_train_batch_size": ("micro_batch_size", ""),
+    "gradient_accumulation_steps": ("global_batch_size", "samples a step over all GPUs: micro batch x data parallel x accumulation"),
+    "max_steps": ("train_iters", ""),
+    "num_train_epochs": ("train_iters", "iterations: samples x epochs / global batch size"),
+    "warmup_steps": ("lr_warmup_iters", ""),
+    "warmup_ratio": ("lr_warmup_iters", "a number of iterations"),
+    "lr_scheduler_type": ("lr_decay_style", ""),
+    "model_name_or_path": ("load", "a checkpoint made by megatron-ft hf-to-megatron"),
+    "resume_from_checkpoint": ("load", ""),
+    "output_dir": ("save", ""),
+    "train_file": ("data_path", "the prefix of shards made by megatron-ft pretokenize"),
+    "dataset_name": ("data_path", "the prefix of shards made by megatron-ft pretokenize"),
+    "tokenizer_name": ("vocab_file", ""),
+    "logging_steps": ("log_interval", ""),
+    "logging_dir": ("tensorboard_dir", ""),
+    "save_steps": ("save_interval", ""),
+    "eval_steps": ("eval_interval", ""),
+    "max_seq_length": ("seq_length", ""),
+    "max_length": ("seq_length", ""),
+    "max_grad_norm": ("clip_grad", ""),
+    "gradient_checkpointing": ("recompute_granularity", "selective or full"),
+    "adam_epsilon": ("adam_eps", ""),
+    "report_to": ("wandb_logger", "or --tensorboard_dir FOLDER"),
+}
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """"; did you mean X?" for the nearest known name, or nothing where none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """How to say `name` here. prefix: "--" for flags, nothing for YAML keys."""
+    known = list(known)
+    ours, remark = HUGGING_FACE.get(name, ("", ""))
+    if ours in known:
+        return f"; here it is {prefix}{ours}" + (f" ({remark})" if remark else "")
+    return nearest(name, known, prefix)

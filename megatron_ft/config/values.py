@@ -1,0 +1,76 @@
+"""Turns the text of a flag, or a value from YAML, into a value of a field's type. Pydantic decides what fits; the messages are ours."""
+
+import functools
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.config.fields import Option
+from megatron_ft.config.hints import nearest
+from megatron_ft.errors import ConfigError
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text (put it in quotes)", Path: "a path"}
+
+
+def from_text(option: Option, text: str | list[str], where: str) -> Any:
+    """The value of a flag's text, or of a list flag's texts. `null` unsets a setting that may be None."""
+    if option.optional and text in ("null", ["null"]):
+        return None
+    if isinstance(text, list):
+        inner = typing.get_args(option.bare_type)[:1] or (str,)
+        return checked(option, [_raw(inner[0], one) for one in text], where)
+    return checked(option, _raw(option.bare_type, text), where)
+
+
+def checked(option: Option, value: Any, where: str) -> Any:
+    """The value as the field's type (a whole number for a float field, text for a Path, "1e-5" for a float).
+
+    Raises ConfigError: `where` says which flag or which line of which file.
+    """
+    if value is None and option.optional:
+        return None
+    choices = typing.get_args(option.bare_type) if typing.get_origin(option.bare_type) is typing.Literal else ()
+    if choices and value not in choices:
+        raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(str, choices))}{nearest(str(value), map(str, choices))}")
+    if isinstance(value, bool) and option.bare_type in (int, float):  # pydantic would take true for 1
+        raise ConfigError(f"{where}: {value!r} is not {_WORDS[option.bare_type]}")
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(option.type).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = _WORDS.get(option.bare_type)
+        if reason:
+            raise ConfigError(f"{where}: {value!r} is not {reason}") from None
+        raise ConfigError(f"{where}: {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def unquoted(text: str) -> str:
+    """Text without one pair of quotes around it: model cards show values such as "\\"<a>,<b>\\"", quoted once for a shell that is not there."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def _raw(kind: Any, text: str) -> Any:
+    if kind in (str, Path):
+        return unquoted(text)
+    if typing.get_origin(kind) is typing.Literal:
+        return next((choice for choice in typing.get_args(kind) if str(choice) == unquoted(text)), unquoted(text))
+    if kind in (int, float):
+        return _number(text)
+    from megatron_ft.config.yaml_file import yaml_value
+
+    return yaml_value(text)  # a mapping, a union: written as in the file
+
+
+def _number(text: str) -> Any:
+    # 1e3 is a fine way to write a whole number, in a file and in a flag alike
+    return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else text
+
+
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)

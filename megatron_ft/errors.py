@@ -1,0 +1,27 @@
+"""The mistakes a user can make, as types.
+
+A message is one line with three parts: what is wrong (with both values where two disagree), where (file, line, flag), how to fix it.
+The front desk prints that line and exits with 2. Anything else that is raised is a bug of ours: a traceback and exit code 1.
+"""
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is all that is shown."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A flag, a configuration file, or two settings that do not fit together."""
+
+
+class DataError(UserError):
+    """Chat files or shards: missing, cut short, or made for another model."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer that cannot be read, or that lacks a token."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or exported model: missing, incomplete, or of another shape."""

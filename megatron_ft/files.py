@@ -1,0 +1,151 @@
+"""Writing so that a reader sees the whole result or nothing, and reading with errors a user can act on.
+
+New files and folders are made under a temporary name beside their target (same disk, so the rename is atomic), flushed to the disk, then
+renamed. The temporary names start with a dot and hold ".tmp-": what a killed process leaves behind is easy to see and never mistaken for a
+result. Knows nothing of checkpoints or shards.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_ft.errors import UserError
+
+_CHUNK = 8 << 20  # bytes hashed at a time
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Open a file for writing that appears under `path` only if the block ends without an error.
+
+    path: replaced if it is there; missing parent folders are made.
+    mode: "wb", or "w" for UTF-8 text with plain newlines.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(target)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(temporary, mode.replace("w", "x"), **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `path` if the block ends without an error, and is removed otherwise.
+
+    overwrite: replace what lies at `path`; the old folder is deleted only once the new one has its place.
+    Raises UserError where `path` is a file or a folder with something in it and overwrite is False.
+    """
+    target = Path(path)
+    if not overwrite:
+        refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        _take_place(temporary, target, overwrite)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(path: str | os.PathLike) -> None:
+    """Raise UserError if something would be lost by writing a folder at `path`; an empty folder is fine."""
+    target = Path(path)
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise UserError(f"{target} exists and is not empty: give another folder, or remove it first")
+    elif target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists and is not a folder: give another folder, or remove it first")
+
+
+def digest(path: str | os.PathLike) -> str:
+    """The content of a file as "xxh3:<32 hex digits>" (XXH3, 128 bits: finds accidents, is no defence against forgery)."""
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
+    return f"xxh3:{state.hexdigest()}"
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value in a JSON file. Raises UserError with the file, and the line where it is no JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut short?") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A UTF-8 file's text (a byte order mark is dropped). Raises UserError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()}); check the path") from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all; keys keep their order."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)  # before opening: a value that is no JSON makes no file
+    with atomic_file(path, "w") as file:
+        file.write(text + "\n")
+
+
+def _temporary_name(target: Path) -> Path:
+    # Not tempfile: it makes files only their owner can read, and checkpoints are shared in a team.
+    return target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _take_place(temporary: Path, target: Path, overwrite: bool) -> None:
+    if not overwrite:
+        refuse_existing(target)  # again: another process may have finished meanwhile
+    if not (target.exists() or target.is_symlink()):
+        os.rename(temporary, target)
+    elif target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+        os.replace(temporary, target)
+    else:
+        old = _temporary_name(target)
+        os.rename(target, old)
+        os.rename(temporary, target)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+    _sync(target.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for where, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(where, name))
+        _sync(Path(where))
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk. Some file systems refuse this for folders: then it is skipped."""
+    if path.is_symlink():
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
