@@ -37,14 +37,6 @@ class Architecture:
     hf: dict[str, Any] = field(default_factory=dict)
     """Entries of the original Hugging Face config that no field stands for (token ids, ...), carried back on export."""
 
-    def padded_vocab_size(self, tensor_model_parallel_size: int, multiple: int = 128) -> int:
-        """Rows of the embedding under Megatron's rule: the next multiple of `multiple` x TP, equal parts for all ranks.
-
-        A vocabulary of 32007 takes 32128 rows with TP 1, 32768 with TP 8.
-        """
-        unit = multiple * tensor_model_parallel_size
-        return -(-self.vocab_size // unit) * unit
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return asdict(self)
@@ -62,6 +54,15 @@ class Architecture:
             return cls(**data)
         except TypeError as error:
             raise CheckpointError(f"architecture is incomplete ({error}); convert the model again") from error
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, multiple: int = 128) -> int:
+    """Rows of the embedding under Megatron's rule: the next multiple of `multiple` x TP, so that ranks get equal parts.
+
+    A vocabulary of 32007 takes 32128 rows with TP 1, 32768 with TP 8.
+    """
+    unit = multiple * tensor_model_parallel_size
+    return -(-vocab_size // unit) * unit
 
 
 def check_layout(arch: Architecture, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> None:

@@ -138,7 +138,7 @@ def linear_qkv_shapes(arch: Architecture) -> list[Shape]:
 
 
 def merge_qkv(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
-    """q, k, v -> rows [q_1..q_n, k, v] for each query group, n = heads / groups, so that a rank's rows are whole groups."""
+    """q, k, v -> rows [q_1..q_n, k, v] per query group, n = heads / groups, so that a rank's rows are whole groups."""
     import torch
 
     grouped = [t.reshape(arch.num_query_groups, -1, arch.hidden_size) for t in tensors]
