@@ -1,0 +1,113 @@
+"""A Hugging Face tokenizer.json as a tokenizer's base vocabulary.
+
+Two copies are kept: one encodes the text at the start of a document, the other text behind a control token. They
+differ only for tokenizers that put a space before a document's first word and nowhere else. Knows nothing of
+tokenizer_config.json.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ft.data.tokenizer_files import fingerprint
+from megatron_ft.errors import TokenizerError
+
+
+class FastTokenizer:
+    """See tokenizer.Backend. `description` is the parsed tokenizer.json."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path, description: dict[str, Any]):
+        self.path, self.description = path, description
+        # Padding, truncation and automatic special tokens are the business of whoever runs the tokenizer.
+        plain = {**description, "padding": None, "truncation": None, "post_processor": None}
+        self._start, self._behind = _build(path, plain), _build(path, _behind_a_token(plain))
+        self.size = self._start.get_vocab_size(with_added_tokens=False)
+        self.controls = {
+            t["content"]: t["id"] for t in description.get("added_tokens", []) if t["special"] and t["id"] < self.size
+        }
+        self.fingerprint = fingerprint(_essence(description))
+
+    def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]:
+        model = self._start if at_start else self._behind
+        try:
+            encodings = model.encode_batch_fast(texts, add_special_tokens=False)
+        except (
+            UnicodeEncodeError,
+            TypeError,
+        ) as error:  # a TypeError "must be str": what the binding makes of a lone surrogate
+            raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._start.decode(ids, skip_special_tokens=False) if ids else ""
+
+    def piece(self, index: int) -> str:
+        return self._start.id_to_token(index) or ""
+
+    def find(self, piece: str) -> int | None:
+        return self._start.token_to_id(piece)
+
+    def reserve(self, tokens: dict[str, int]) -> None:
+        """Keep text from yielding these tokens: special ones are not looked for in text.
+
+        Raises TokenizerError where a token has another id than the file says, or is an ordinary word of the vocabulary.
+        """
+        from tokenizers import AddedToken
+
+        for model in (self._start, self._behind):
+            model.encode_special_tokens = True
+            for name, index in tokens.items():
+                model.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+                if (got := model.token_to_id(name)) != index:
+                    raise TokenizerError(
+                        f"{self.path}: '{name}' has id {got} in tokenizer.json and {index} beside it; repair the files"
+                    )
+                if index in model.encode(name, add_special_tokens=False).ids:
+                    raise TokenizerError(
+                        f"{self.path}: '{name}' is an ordinary word of this vocabulary; choose another special token"
+                    )
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The parsed tokenizer.json. Raises TokenizerError where it is none."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: not a readable tokenizer.json ({error}); is it the whole file?") from error
+    if not isinstance(description, dict) or not isinstance(description.get("model"), dict):
+        raise TokenizerError(
+            f"{path}: not a tokenizer.json (no 'model' in it); give a fast tokenizer's file, or its folder"
+        )
+    return description
+
+
+def _build(path: Path, description: dict[str, Any]) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(description))
+    except Exception as error:  # the binding raises bare Exception
+        raise TokenizerError(f"{path}: tokenizers cannot read it ({error})") from error
+
+
+def _behind_a_token(description: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer as it works behind a control token: a Metaspace that prepends to the "first" text does not."""
+    result = copy.deepcopy({"pre_tokenizer": description.get("pre_tokenizer")})
+    step = result["pre_tokenizer"] or {}
+    for part in step.get("pretokenizers", [step]):
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"
+    return {**description, **result}
+
+
+def _essence(description: dict[str, Any]) -> list[Any]:
+    """What decides the ids, in a form that another version rewriting the file does not change."""
+    model = {key: value for key, value in description["model"].items() if value not in (None, False)}
+    if "merges" in model:
+        model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    return [model, description.get("normalizer"), description.get("pre_tokenizer")]

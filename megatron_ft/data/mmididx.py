@@ -1,0 +1,103 @@
+"""Megatron's indexed dataset (MMIDIDX): sequences of numbers in a .bin file, their lengths and places in a .idx file.
+
+The .idx file, little-endian: 9 bytes "MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 number of sequences N, u64
+number of document entries M, int32 lengths[N], int64 byte offsets[N], int64 documents[M] (the sequence each document
+starts at, then N). The .bin file: the numbers alone. Megatron-LM, Megatron-LLM and megatron-core's IndexedDataset
+read it.
+
+Reading never maps the .bin file: a file cut short while it is mapped kills the process, while a short read is an
+error with a name. Knows nothing of tokens and roles.
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from megatron_ft.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+# Codes 6 and 7 (floats) differ between forks of Megatron and never occur in tokens.
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+REMEDY = "it is damaged or cut short: run pretokenize again, or copy the whole file again"
+
+
+def write_index(file: IO[bytes], lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Write the .idx of sequences that lie one after another, each its own document. lengths: [N], not in bytes."""
+    count = len(lengths)
+    offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+    file.write(HEADER.pack(MAGIC, 1, CODES[dtype], count, count + 1))
+    for array, kind in ((lengths, "<i4"), (offsets, "<i8"), (np.arange(count + 1), "<i8")):
+        file.write(np.asarray(array).astype(kind).tobytes())
+
+
+def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
+    """The dtype and the lengths (int32 [N]) of a .idx file.
+
+    Raises DataError naming the file where any number in it is not what write_index writes for these lengths.
+    """
+    data = _read_all(path)
+    if len(data) < HEADER.size or data[:9] != MAGIC:
+        raise DataError(f"{path}: not a Megatron index; {REMEDY}")
+    _, version, code, count, documents = HEADER.unpack_from(data)
+    if version != 1 or code not in DTYPES:
+        raise DataError(f"{path}: version {version} and number type {code} are unknown; {REMEDY}")
+    if documents != count + 1 or len(data) != HEADER.size + 12 * count + 8 * documents:
+        raise DataError(f"{path}: {len(data)} bytes do not fit {count} sequences and {documents} documents; {REMEDY}")
+    dtype = np.dtype(DTYPES[code])
+    lengths = np.frombuffer(data, "<i4", count, HEADER.size)
+    offsets = np.frombuffer(data, "<i8", count, HEADER.size + 4 * count)
+    starts = np.frombuffer(data, "<i8", documents, HEADER.size + 12 * count)
+    if (lengths <= 0).any():
+        raise DataError(
+            f"{path}: sequence {np.argmax(lengths <= 0)} has length {lengths[np.argmax(lengths <= 0)]}; {REMEDY}"
+        )
+    right = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+    for what, got, expected in (("offset", offsets, right), ("document", starts, np.arange(count + 1))):
+        if (got != expected).any():
+            where = int(np.argmax(got != expected))
+            raise DataError(f"{path}: {what} {where} is {got[where]}, expected {expected[where]}; {REMEDY}")
+    return dtype, lengths
+
+
+class Sequences:
+    """The sequences of PREFIX.bin and PREFIX.idx. Threads and forked processes may share it: reads keep no position."""
+
+    def __init__(self, prefix: str | os.PathLike):
+        self.path = Path(f"{prefix}.bin")
+        self.dtype, self.lengths = read_index(Path(f"{prefix}.idx"))
+        self._offsets = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+        try:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - open as long as this object lives
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror}); {REMEDY}") from error
+        size = os.fstat(self._file.fileno()).st_size
+        if size != expected:
+            raise DataError(f"{self.path}: {size} bytes, its index says {expected}; {REMEDY}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """One sequence, a copy. Raises DataError where the file has shrunk since it was opened."""
+        return self.read(int(self._offsets[index]), int(self.lengths[index]))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` numbers from number `start` on, over the bounds of sequences."""
+        width = self.dtype.itemsize
+        data = os.pread(self._file.fileno(), count * width, start * width)
+        if len(data) != count * width:
+            raise DataError(f"{self.path}: has become shorter while it was read; {REMEDY}")
+        return np.frombuffer(data, self.dtype)
+
+
+def _read_all(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error

@@ -1,0 +1,94 @@
+"""A SentencePiece model as a tokenizer's base vocabulary.
+
+SentencePiece puts a space (its "dummy prefix") before every text it is given, so the text between two control tokens
+starts with one too, as it always did in Megatron-LLM. Knows nothing of tokens outside its own vocabulary.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ft.data.tokenizer_files import fingerprint
+from megatron_ft.errors import TokenizerError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces in sentencepiece_model.proto
+
+
+class SentencePieceModel:
+    """See tokenizer.Backend."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path):
+        import sentencepiece
+
+        self.path, self._data = path, path.read_bytes()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self._data)
+        except Exception as error:  # the binding raises what it likes
+            raise TokenizerError(f"{path}: not a SentencePiece model ({error}); is it the whole file?") from error
+        self.size = self._model.get_piece_size()
+        inner = [i for i in range(self.size) if self._model.is_control(i) or self._model.is_unknown(i)]
+        self.controls = {self._model.id_to_piece(i): i for i in inner}
+        self.fingerprint = fingerprint(self._data)
+
+    @property
+    def bos(self) -> str | None:
+        """The name of the token that begins a document, for instance <s>."""
+        return self._model.id_to_piece(self._model.bos_id()) if self._model.bos_id() >= 0 else None
+
+    @property
+    def eos(self) -> str | None:
+        return self._model.id_to_piece(self._model.eos_id()) if self._model.eos_id() >= 0 else None
+
+    def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]:
+        del at_start  # every text gets the dummy prefix
+        try:
+            return self._model.encode(texts, return_type="numpy", num_threads=os.cpu_count() or 1)
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"text with a lone surrogate (half a character) cannot be tokenized: {error.reason}"
+            ) from error
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids) if ids else ""
+
+    def piece(self, index: int) -> str:
+        return self._model.id_to_piece(index)
+
+    def find(self, piece: str) -> int | None:
+        index = self._model.piece_to_id(piece)
+        return index if self._model.id_to_piece(index) == piece else None
+
+    def pieces(self) -> list[str]:
+        return [self._model.id_to_piece(i) for i in range(self.size)]
+
+    def proto(self) -> Any:
+        """The model as a protocol buffer: pieces with scores and kinds, normalizer_spec, trainer_spec."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        message = sentencepiece_model_pb2.ModelProto()
+        message.ParseFromString(self._model.serialized_model_proto())
+        return message
+
+    def reserve(self, tokens: dict[str, int]) -> None:
+        """Keep text from yielding these tokens.
+
+        A control token that was trained into the model as a "user defined" piece matches wherever text spells it; as
+        a control piece it does not.
+        """
+        import sentencepiece
+
+        inside = [i for i in tokens.values() if i < self.size and not self._model.is_control(i)]
+        if not inside:
+            return
+        message = self.proto()
+        for index in inside:
+            message.pieces[index].type = CONTROL
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=message.SerializeToString())
+
+    def write(self, path: Path) -> None:
+        """Copy the model file as it was read."""
+        path.write_bytes(self._data)

@@ -1,0 +1,132 @@
+"""One tokenizer for every room: plain text to ids and back, and the added (control) tokens by name.
+
+Text and control tokens are kept apart: `encode` never yields a control token, whatever the text spells; a chat format
+inserts control tokens by number. Knows no chat format and adds no beginning or end of sequence.
+
+Two kinds lie behind it: a SentencePiece model (sentencepiece_model.py) and a Hugging Face tokenizer.json
+(fast_tokenizer.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_ft.data import tokenizer_files
+from megatron_ft.errors import TokenizerError
+
+# What Megatron-LM and Megatron-LLM put behind a SentencePiece vocabulary before any token of the user's.
+MEGATRON_TOKENS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>")
+
+
+class Backend(Protocol):
+    """What the two kinds of tokenizer offer; ids here are those of the base vocabulary."""
+
+    kind: str
+    size: int
+    controls: dict[str, int]  # control tokens inside the base vocabulary, such as <s>
+    fingerprint: str
+
+    def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def piece(self, index: int) -> str: ...
+    def find(self, piece: str) -> int | None: ...
+    def reserve(self, tokens: dict[str, int]) -> None: ...
+
+
+class Tokenizer:
+    """Ids are int32. added_tokens: name -> id of those that text cannot spell, besides the model's own controls."""
+
+    def __init__(
+        self, backend: Backend, added_tokens: dict[str, int], bos: str | None, eos: str | None, files: list[Path]
+    ):
+        self.backend, self.added_tokens, self.source_files = backend, dict(added_tokens), files
+        backend.reserve(self.added_tokens)
+        self.kind = backend.kind
+        self.base_vocab_size = backend.size
+        self.vocab_size = max([backend.size - 1, *self.added_tokens.values()]) + 1
+        self._special = {**backend.controls, **self.added_tokens}
+        self._names = {index: name for name, index in self._special.items()}
+        self.bos_id, self.eos_id = self._special.get(bos or ""), self._special.get(eos or "")
+
+    def encode(self, text: str, at_start: bool = True) -> np.ndarray:
+        """The ids of a text, int32 [tokens]. Tokens' names in it stay ordinary text. See encode_batch for at_start."""
+        return self.encode_batch([text], at_start)[0]
+
+    def encode_batch(self, texts: Sequence[str], at_start: bool = True) -> list[np.ndarray]:
+        """The ids of each text, on all cores.
+
+        at_start: False where a control token stands before the text. It matters to the few tokenizers that put a
+        space before the first word of a document only; SentencePiece ones put it before every text.
+        Raises TokenizerError for a text that is no Unicode (a lone surrogate).
+        """
+        return self.backend.encode_batch(list(texts), at_start)
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
+        """The text of ids. Control tokens are written by their names, or left out with skip_special."""
+        parts, run = [], []
+        for index in map(int, ids):
+            if index not in self._names:
+                run.append(index)
+                continue
+            parts += [self.backend.decode(run), "" if skip_special else self._names[index]]
+            run = []
+        return "".join([*parts, self.backend.decode(run)])
+
+    def token_id(self, token: str) -> int:
+        """The id of a control token. Raises TokenizerError where there is none of that name."""
+        if token not in self._special:
+            known = ", ".join(self.added_tokens) or "none"
+            raise TokenizerError(
+                f"{self.source_files[0]}: no special token '{token}' (added: {known}); name it as an extra token"
+            )
+        return self._special[token]
+
+    def id_to_token(self, index: int) -> str:
+        """A control token's name, else the vocabulary's piece. Raises TokenizerError outside the vocabulary."""
+        if index in self._names:
+            return self._names[index]
+        if not 0 <= index < self.base_vocab_size:
+            raise TokenizerError(
+                f"{self.source_files[0]}: token id {index} is outside the vocabulary of {self.vocab_size}"
+            )
+        return self.backend.piece(index)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal tokenizers wherever their files lie: a hash of the model and the added tokens' ids."""
+        return tokenizer_files.fingerprint([self.backend.fingerprint, sorted(self.added_tokens.items())])
+
+    def info(self) -> dict[str, Any]:
+        """What a manifest or a checkpoint keeps of the tokenizer; see manifest.check_tokenizer."""
+        return {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "model_fingerprint": self.backend.fingerprint,
+            "vocab_size": self.vocab_size,
+            "base_vocab_size": self.base_vocab_size,
+            "added_tokens": self.added_tokens,
+        }
+
+
+def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokenizer:
+    """Read a tokenizer: a SentencePiece model, a tokenizer.json, or a folder with one of them.
+
+    Where a folder has both and they agree on every piece, the SentencePiece model does the work (it is faster). Added
+    tokens named in the folder's files are known. extra_tokens that are not there yet get the next free ids, in their
+    order.
+    Raises TokenizerError: no such file, neither format, or an extra token that ordinary text can spell.
+    """
+    found = tokenizer_files.find(Path(path))
+    backend, known = found.backend(), found.added_tokens()
+    added = {name: index for name, index in known.items() if backend.controls.get(name) != index}
+    following = max([backend.size - 1, *added.values()]) + 1
+    for token in dict.fromkeys(extra_tokens):
+        if token in added or token in backend.controls:
+            continue
+        inside = backend.find(token)
+        added[token] = following if inside is None else inside
+        following += inside is None
+    bos, eos = found.ends()
+    return Tokenizer(backend, dict(sorted(added.items(), key=lambda item: item[1])), bos, eos, found.files)

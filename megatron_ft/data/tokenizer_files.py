@@ -1,0 +1,127 @@
+"""Finding a tokenizer's files: which of them says what, and the tokens added to the vocabulary.
+
+A folder as Hugging Face lays it out has tokenizer.json or tokenizer.model (SentencePiece), and names added tokens in
+tokenizer.json, added_tokens.json or tokenizer_config.json, depending on its age.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.errors import TokenizerError
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of bytes, or of what JSON can say, as "xxh3:<hex>"."""
+    import xxhash
+
+    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, ensure_ascii=True).encode()
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(data)}"
+
+
+@dataclass
+class TokenizerFiles:
+    """model or description is there, or both. config: tokenizer_config.json ({} without one)."""
+
+    files: list[Path]
+    model: Any  # SentencePieceModel | None
+    description: dict[str, Any] | None
+    config: dict[str, Any]
+    added: dict[str, Any]
+
+    def backend(self) -> Any:
+        """The base vocabulary; of two that agree the SentencePiece model."""
+        from megatron_ft.data.fast_tokenizer import FastTokenizer
+
+        if self.model is not None and (self.description is None or _agree(self.model, self.description)):
+            return self.model
+        return FastTokenizer(self.files[0], self.description or {})
+
+    def added_tokens(self) -> dict[str, int]:
+        """Name -> id. Where the files disagree, the newest kind of file wins, which is what transformers does."""
+        tokens = dict(self.added)
+        decoder = self.config.get("added_tokens_decoder", {})
+        tokens |= {entry["content"]: int(index) for index, entry in decoder.items()}
+        # Added tokens that are not special are matched in text on purpose (for instance runs of spaces): not ours to
+        # reserve.
+        listed = (self.description or {}).get("added_tokens", [])
+        tokens |= {entry["content"]: entry["id"] for entry in listed}
+        plain = {entry["content"] for entry in [*decoder.values(), *listed] if not entry.get("special")}
+        return {name: index for name, index in tokens.items() if name not in plain}
+
+    def ends(self) -> tuple[str | None, str | None]:
+        """The names of the tokens that begin and end a document, where the files say so."""
+        inner = (self.model.bos, self.model.eos) if self.model is not None else (None, None)
+        bos, eos = (_name(self.config.get(key)) for key in ("bos_token", "eos_token"))
+        return inner[0] or bos, inner[1] or eos
+
+
+def find(path: Path) -> TokenizerFiles:
+    """Read what lies at a path. Raises TokenizerError naming what was looked for."""
+    from megatron_ft.data.fast_tokenizer import read_description
+
+    if not path.exists():
+        raise TokenizerError(
+            f"{path}: no such tokenizer; give a tokenizer.model, a tokenizer.json or a folder with one of them"
+        )
+    if path.is_file():
+        is_json = path.suffix == ".json"
+        return TokenizerFiles(
+            [path], None if is_json else _model(path), read_description(path) if is_json else None, {}, {}
+        )
+    names = [name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+    if not names:
+        raise TokenizerError(
+            f"{path}: holds neither tokenizer.json nor tokenizer.model; give the tokenizer's own folder"
+        )
+    description = read_description(path / "tokenizer.json") if "tokenizer.json" in names else None
+    model = _model(path / "tokenizer.model", needed=description is None) if "tokenizer.model" in names else None
+    extra = [
+        name
+        for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+        if (path / name).is_file()
+    ]
+    return TokenizerFiles(
+        [path / name for name in names + extra],
+        model,
+        description,
+        _read(path / "tokenizer_config.json"),
+        _read(path / "added_tokens.json"),
+    )
+
+
+def _model(path: Path, needed: bool = True) -> Any:
+    """The SentencePiece model in a file. Not needed: None for another format under the same name (tiktoken's)."""
+    from megatron_ft.data.sentencepiece_model import SentencePieceModel
+
+    try:
+        return SentencePieceModel(path)
+    except TokenizerError:
+        if needed:
+            raise
+        return None
+
+
+def _agree(model: Any, description: dict[str, Any]) -> bool:
+    vocabulary = description["model"].get("vocab")
+    if isinstance(vocabulary, list):  # Unigram: [piece, score] in the order of ids
+        return [piece for piece, _ in vocabulary] == model.pieces()
+    return vocabulary == {piece: index for index, piece in enumerate(model.pieces())}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path}: not valid JSON ({error}); is it the whole file?") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: should hold a JSON object; is it the right file?")
+    return value
+
+
+def _name(token: Any) -> str | None:
+    """tokenizer_config.json says a token as its text or as an object around it."""
+    return token.get("content") if isinstance(token, dict) else token
