@@ -1,7 +1,9 @@
-"""How megatron_ft is installed. Ranges here, so that it fits beside what a GPU machine already has; exact versions in constraints.txt.
+"""How megatron_ft is installed. Ranges here, so that it fits beside what a GPU machine already has; exact versions in
+constraints.txt.
 
-Not to be had from the package index by name, and needed by nothing here: NVIDIA's apex (built from source: github.com/NVIDIA/apex; the
-package called `apex` on the index is another project) and Transformer Engine, which a GPU image usually brings along.
+Not to be had from the package index by name, and needed by nothing here: NVIDIA's apex (built from source:
+github.com/NVIDIA/apex; the package called `apex` on the index is another project) and Transformer Engine, which a GPU
+image usually brings along.
 """
 
 import re
@@ -26,7 +28,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megatron_ft*", "checkpoints_conversion*", "tools.pretokenizer*"]),
-    # Said although it is the default: an editable install is then one path entry, and new folders are found without installing again.
+    # Said although it is the default: an editable install is then one path entry, and new folders are found without
+    # installing again.
     package_dir={"": "."},
     package_data={"": ["*.yaml", "*.jinja"]},
     install_requires=[

@@ -1,6 +1,7 @@
 """The front desk: a table of commands, and a loader that imports only the one asked for.
 
-Knows the commands by name alone, so that `megatron-ft --help` answers at once and the command modules may depend on what they like.
+Knows the commands by name alone, so that `megatron-ft --help` answers at once and the command modules may depend on
+what they like.
 """
 
 import importlib
@@ -22,19 +23,23 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, dict[str, Entry]] = {
     "Try it": {
-        "demo": Entry("megatron_ft.commands.demo", "all of it on a tiny model, on this machine: shards, split, finetune, ask, export"),
+        "demo": Entry("megatron_ft.commands.demo", "all of it with a tiny model on this machine, in minutes"),
     },
     "Prepare": {
         "pretokenize": Entry("tools.pretokenizer.pretokenize", "chat files to shards of tokens and their roles"),
-        "hf-to-megatron": Entry("checkpoints_conversion.hf_to_megatron", "a Hugging Face model to a checkpoint split for tensor and pipeline parallelism"),
+        "hf-to-megatron": Entry(
+            "checkpoints_conversion.hf_to_megatron", "a Hugging Face model to a checkpoint split over ranks"
+        ),
     },
     "Train": {
-        "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over any number of GPUs or CPU processes"),
+        "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),
     },
     "Use": {
-        "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint, split as it was trained or not"),
+        "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint"),
         "chat": Entry("megatron_ft.commands.chat", "talk with a checkpoint in the terminal"),
-        "megatron-to-hf": Entry("checkpoints_conversion.megatron_to_hf", "a checkpoint to a Hugging Face model with tokenizer and chat template"),
+        "megatron-to-hf": Entry(
+            "checkpoints_conversion.megatron_to_hf", "a checkpoint to a Hugging Face model, chat template included"
+        ),
     },
 }
 ALIASES = {"train": "finetune"}

@@ -1,7 +1,8 @@
 """The mistakes a user can make, as types.
 
-A message is one line with three parts: what is wrong (with both values where two disagree), where (file, line, flag), how to fix it.
-The front desk prints that line and exits with 2. Anything else that is raised is a bug of ours: a traceback and exit code 1.
+A message is one line with three parts: what is wrong (with both values where two disagree), where (file, line, flag),
+how to fix it. The front desk prints that line and exits with 2. Anything else that is raised is a bug of ours: a
+traceback and exit code 1.
 """
 
 

@@ -1,8 +1,8 @@
 """Writing so that a reader sees the whole result or nothing, and reading with errors a user can act on.
 
-New files and folders are made under a temporary name beside their target (same disk, so the rename is atomic), flushed to the disk, then
-renamed. The temporary names start with a dot and hold ".tmp-": what a killed process leaves behind is easy to see and never mistaken for a
-result. Knows nothing of checkpoints or shards.
+New files and folders are made under a temporary name beside their target (same disk, so the rename is atomic),
+flushed to the disk, then renamed. The temporary names start with a dot and hold ".tmp-": what a killed process leaves
+behind is easy to see and never mistaken for a result. Knows nothing of checkpoints or shards.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder that becomes `path` if the block ends without an error, and is removed otherwise.
+    """Yield an empty folder that becomes `path` if the block ends without an error, and is removed otherwise.
 
     overwrite: replace what lies at `path`; the old folder is deleted only once the new one has its place.
     Raises UserError where `path` is a file or a folder with something in it and overwrite is False.
@@ -73,7 +73,7 @@ def refuse_existing(path: str | os.PathLike) -> None:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """The content of a file as "xxh3:<32 hex digits>" (XXH3, 128 bits: finds accidents, is no defence against forgery)."""
+    """The content of a file as "xxh3:<32 hex digits>" (XXH3, 128 bits: against accidents, not against forgery)."""
     import xxhash
 
     state = xxhash.xxh3_128()
@@ -140,7 +140,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk. Some file systems refuse this for folders: then it is skipped."""
+    """Wait until a file, or a folder's list of names, is on the disk; skipped where the file system refuses it."""
     if path.is_symlink():
         return
     with contextlib.suppress(OSError):

@@ -19,8 +19,9 @@ def logger(name: str) -> logging.Logger:
 def setup(level: str | int = "INFO", file: str | os.PathLike | None = None) -> None:
     """Send our lines of `level` and above to standard error, and everything, libraries' warnings included, to `file`.
 
-    May be called again, for instance once the run's folder is known: the new setting replaces the old one. Where a launcher started several
-    processes, only rank 0 speaks on the screen, except for errors; the file (appended to) holds the lines of every rank that names it.
+    May be called again, for instance once the run's folder is known: the new setting replaces the old one. Where a
+    launcher started several processes, only rank 0 speaks on the screen, except for errors; the file (appended to)
+    holds the lines of every rank that names it.
     """
     rank = int(os.environ.get("RANK", "0"))
     ours, everything = logging.getLogger(_ROOT), logging.getLogger()

@@ -1,6 +1,7 @@
 """From a command line to filled-in sections, and from a command to an exit code.
 
-Settings come from flags, then from the file given with --config, then from the dataclasses' defaults. After this file nobody sees argv.
+Settings come from flags, then from the file given with --config, then from the dataclasses' defaults. After this file
+nobody sees argv.
 """
 
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_ft.config.command import Command
-from megatron_ft.config.fields import MISSING, Option, default_of, options_of
+from megatron_ft.config.fields import Option, default_of, has_default, options_of
 from megatron_ft.config.flags import Given, read_flags
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.log import setup
@@ -19,7 +20,7 @@ __all__ = ["Command", "parse", "run_script"]
 
 
 def parse(command: Command, argv: Sequence[str]) -> list[Any]:
-    """One instance of each of the command's sections, in order; with open_flags a dict of the unknown flags comes last.
+    """One instance of each of the command's sections, in order; with open_flags, last, a dict of the unknown flags.
 
     Raises ConfigError for a user's mistake, and SystemExit(0) after --help or --print_config have printed.
     """
@@ -40,7 +41,7 @@ def parse(command: Command, argv: Sequence[str]) -> list[Any]:
 
 
 def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[str] | None = None) -> int:
-    """Parse, run(*sections), and say how it went as an exit code: 0, 2 a user's mistake, 1 our bug, 130 stopped by Ctrl-C.
+    """Parse, run(*sections), and return the exit code: 0, 2 a user's mistake, 1 our bug, 130 stopped by Ctrl-C.
 
     argv: without the program's name; None takes this process's own.
     """
@@ -65,14 +66,14 @@ def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[
 def _resolve(command: Command, options: dict[str, Option], given: Given) -> tuple[dict[str, Any], dict[str, Any]]:
     from megatron_ft.config.values import checked, from_text
 
-    values = {name: default_of(option) for name, option in options.items()}
-    values = {name: value for name, value in values.items() if value is not MISSING and not (options[name].required and value is None)}
+    values = {name: default_of(option) for name, option in options.items() if has_default(option)}
     others: dict[str, Any] = {}
     if given.config is not None:
         from megatron_ft.config.yaml_file import read_settings
 
         entries, others = read_settings(given.config, options, command.open_flags)
-        values |= {name: checked(options[name], entry.value, f"{entry.where}: {name}") for name, entry in entries.items()}
+        for name, entry in entries.items():
+            values[name] = checked(options[name], entry.value, f"{entry.where}: {name}")
     for name, text in given.values.items():
         values[name] = text if isinstance(text, bool) else from_text(options[name], text, f"--{name}")
     return values, others | given.others
@@ -83,7 +84,8 @@ def _build(section: type, options: dict[str, Option], values: dict[str, Any]) ->
 
 
 def _report(command: Command, error: UserError, parsed: bool) -> None:
-    # A mistake in the arguments is the same for every process of a machine: one of them says it. Later ones say which process they met.
+    # A mistake in the arguments is the same for every process of a machine: one of them says it. Later ones say which
+    # process they met.
     if not parsed and os.environ.get("LOCAL_RANK", "0") != "0":
         return
     rank = os.environ.get("RANK", "0")

@@ -12,7 +12,8 @@ class Command:
     sections: dataclasses whose fields become flags and YAML keys; no field name may occur twice.
     examples: command lines for the end of the help.
     positional: names of fields that may also be given without their flag, in this order.
-    open_flags: take flags that no section knows, `--key value` as {"key": value typed as YAML would} and `--no_key` as {"key": None}.
+    open_flags: take flags that no section knows, `--key value` as {"key": value typed as YAML would} and `--no_key`
+        as {"key": None}.
     """
 
     name: str

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import sys
 import types
@@ -16,7 +17,6 @@ from typing import Any
 
 MISSING = dataclasses.MISSING
 _SUFFIX = re.compile(r"_(config|section|options|settings)$")
-RESERVED = ("config", "print_config", "help")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def options_of(sections: tuple[type, ...]) -> dict[str, Option]:
     for section in sections:
         for option in _section_options(section):
             if option.name in found:
-                raise ValueError(f"{option.name} is a field of both {found[option.name].section.__name__} and {section.__name__}")
-            if option.name in RESERVED[1:]:
+                raise ValueError(f"{option.name} is a field of both {found[option.name].section} and {section}")
+            if option.name in ("print_config", "help"):
                 raise ValueError(f"{section.__name__}.{option.name}: this name is every command's own")
             found[option.name] = option
     return found
@@ -80,8 +80,14 @@ def section_name(section: type) -> str:
 def section_title(section: type) -> str:
     """The first line of the section's docstring, else its name."""
     doc = section.__doc__ or ""
-    generated = doc.startswith(section.__name__ + "(")  # dataclass() writes the signature where there is no docstring
-    return section_name(section).replace("_", " ") if generated or not doc.strip() else doc.strip().splitlines()[0].rstrip(".")
+    if not doc.strip() or doc.startswith(section.__name__ + "("):  # without a docstring dataclass() writes a signature
+        return section_name(section).replace("_", " ")
+    return doc.strip().splitlines()[0].rstrip(".")
+
+
+def has_default(option: Option) -> bool:
+    """Whether the field may be left out. A required field's None only stands for "not given"."""
+    return option.default is not MISSING and not (option.required and option.default is None)
 
 
 def default_of(option: Option) -> Any:
@@ -110,15 +116,15 @@ def _section_options(section: type) -> list[Option]:
 
 
 def field_docs(section: type) -> dict[str, str]:
-    """The string literal under each field, inherited ones included, white space folded. Empty where the source is not at hand."""
+    """The string literal under each field, inherited ones included, white space folded. {} without source."""
     docs: dict[str, str] = {}
     for base in reversed(section.__mro__[:-1]):
         node = _class_nodes(base.__module__).get(base.__qualname__)
         body = node.body if node else []
-        for field, below in zip(body, body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-                if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                    docs[field.target.id] = " ".join(below.value.value.split())
+        for pair in itertools.pairwise(body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
     return docs
 
 

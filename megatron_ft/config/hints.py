@@ -7,7 +7,10 @@ from collections.abc import Iterable
 HUGGING_FACE = {
     "learning_rate": ("lr", ""),
     "per_device_train_batch_size": ("micro_batch_size", ""),
-    "gradient_accumulation_steps": ("global_batch_size", "samples a step over all GPUs: micro batch x data parallel x accumulation"),
+    "gradient_accumulation_steps": (
+        "global_batch_size",
+        "samples in one step: micro batch x data parallel x accumulation",
+    ),
     "max_steps": ("train_iters", ""),
     "num_train_epochs": ("train_iters", "iterations: samples x epochs / global batch size"),
     "warmup_steps": ("lr_warmup_iters", ""),
@@ -33,7 +36,7 @@ HUGGING_FACE = {
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """"; did you mean X?" for the nearest known name, or nothing where none is near."""
+    """ "; did you mean X?" for the nearest known name, or nothing where none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
 

@@ -1,4 +1,4 @@
-"""Turns the text of a flag, or a value from YAML, into a value of a field's type. Pydantic decides what fits; the messages are ours."""
+"""Turns a flag's text, or a value from YAML, into a value of the field's type. Pydantic decides; messages are ours."""
 
 import functools
 import re
@@ -10,7 +10,13 @@ from megatron_ft.config.fields import Option
 from megatron_ft.config.hints import nearest
 from megatron_ft.errors import ConfigError
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text (put it in quotes)", Path: "a path"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text (put it in quotes)",
+    Path: "a path",
+}
 
 
 def from_text(option: Option, text: str | list[str], where: str) -> Any:
@@ -32,7 +38,8 @@ def checked(option: Option, value: Any, where: str) -> Any:
         return None
     choices = typing.get_args(option.bare_type) if typing.get_origin(option.bare_type) is typing.Literal else ()
     if choices and value not in choices:
-        raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(str, choices))}{nearest(str(value), map(str, choices))}")
+        names = [str(choice) for choice in choices]
+        raise ConfigError(f"{where}: {value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
     if isinstance(value, bool) and option.bare_type in (int, float):  # pydantic would take true for 1
         raise ConfigError(f"{where}: {value!r} is not {_WORDS[option.bare_type]}")
     from pydantic import ValidationError
@@ -48,7 +55,7 @@ def checked(option: Option, value: Any, where: str) -> Any:
 
 
 def unquoted(text: str) -> str:
-    """Text without one pair of quotes around it: model cards show values such as "\\"<a>,<b>\\"", quoted once for a shell that is not there."""
+    """Text without one pair of quotes around it: model cards show flags quoted twice, as in --x "\\"<a>,<b>\\""."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 

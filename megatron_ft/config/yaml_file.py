@@ -1,4 +1,4 @@
-"""Reads a YAML configuration with the line of every key, and writes one. Strict: a key twice or a key nobody knows is refused.
+"""Reads a YAML configuration with the line of every key, and writes one. A key twice, or that nobody knows, is refused.
 
 Keys are field names, at the top or nested under their section's name; hyphens count as underscores.
 """
@@ -25,7 +25,7 @@ class Entry:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-5 is a number (PyYAML asks for 1.0e-5) and a key twice in one mapping is an error."""
+    """As PyYAML reads, but 1e-5 is a number (PyYAML asks for 1.0e-5) and a key twice in one mapping is an error."""
 
     where: Callable[[yaml.Node], str]
 
@@ -59,7 +59,7 @@ def yaml_value(text: str) -> Any:
 def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tuple[dict[str, Entry], dict[str, Any]]:
     """Settings of a file by name, and (with open_keys) the keys no section knows as plain values.
 
-    Raises ConfigError with the file and line for what is no YAML, no mapping, an unknown key or a setting given twice.
+    Raises ConfigError with file and line for what is no YAML, no mapping, an unknown key, a setting given twice.
     """
     loader, node = _compose(read_text(path), path)
     sections = {section_name(option.section): option.section for option in options.values()}
@@ -73,7 +73,7 @@ def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tup
                     raise _unknown(name, inner_where, options, f" in {key}")
                 _put(found, name, Entry(loader.construct_object(inner_node, deep=True), inner_where))
         elif key in sections and key not in options:
-            if not (isinstance(value_node, yaml.ScalarNode) and value_node.value in ("", "null", "~")):
+            if value_node.tag != "tag:yaml.org,2002:null":  # a section with nothing in it is fine
                 raise ConfigError(f"{where}: {key} is a section; write its settings below it, indented")
         elif key in options:
             _put(found, key, Entry(loader.construct_object(value_node, deep=True), where))
@@ -84,8 +84,10 @@ def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tup
     return found, others
 
 
-def write_settings(sections: tuple[type, ...], values: dict[str, Any], options: dict[str, Option], others: dict[str, Any]) -> str:
-    """YAML text, nested by section, that read_settings reads back to the same values; a required setting without value is a comment."""
+def write_settings(
+    sections: tuple[type, ...], values: dict[str, Any], options: dict[str, Option], others: dict[str, Any]
+) -> str:
+    """YAML text by section that read_settings reads back to the same; a required setting without value is a comment."""
     parts = [_dump(others)] if others else []
     for section in sections:
         lines = []
@@ -134,7 +136,8 @@ def _open(text: str, path: str) -> tuple[_Loader, yaml.Node | None]:
         return loader, loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ConfigError(f"{path}, line {line}: not valid YAML ({error.problem}); check indentation, colons and quotes") from None
+        remedy = "check indentation, colons and quotes"
+        raise ConfigError(f"{path}, line {line}: not valid YAML ({error.problem}); {remedy}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
 

@@ -1,0 +1,82 @@
+"""Readies a command line for argparse, which lacks a few things users type.
+
+Those are: `-` for `_`, a suggestion for a flag nobody knows, `--switch=false`, negative numbers such as -1e-5 as
+values, and, for commands with open flags, flags nobody knows collected as settings.
+"""
+
+import re
+from typing import Any
+
+from megatron_ft.config.fields import Option
+from megatron_ft.config.hints import suggestion
+from megatron_ft.errors import ConfigError
+
+_FLAG = re.compile(r"(--?)([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
+_NEGATIVE = re.compile(r"-\.?\d.*")
+_TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+OWN_FLAGS = ("config", "print_config", "help")
+
+
+def switch_flags(option: Option, options: dict[str, Option]) -> list[str]:
+    """`--x` and `--no_x` for a bool field x; a field that is itself called no_x is just that flag."""
+    negated = f"no_{option.name}"
+    return [option.name] if option.name.startswith("no_") or negated in options else [option.name, negated]
+
+
+def ready(argv: list[str], options: dict[str, Option], others: dict[str, Any] | None) -> list[str]:
+    """argv as argparse wants it. others: takes the flags nobody knows; None refuses them with ConfigError."""
+    switches = {
+        flag: option for option in options.values() if option.is_switch for flag in switch_flags(option, options)
+    }
+    known = {*options, *switches, *OWN_FLAGS}
+    done: list[str] = []
+    rest = list(argv)
+    while rest and rest[0] != "--":
+        token = rest.pop(0)
+        match = _FLAG.fullmatch(token)
+        if not match or token == "-h":
+            done.append(token)
+            continue
+        dashes, name, inline = match[1], match[2].replace("-", "_"), match[3]
+        if name in known and dashes == "--":
+            done.append(_known_flag(name, inline, rest, options, switches))
+        elif others is None or dashes == "-":
+            raise ConfigError(f"unknown flag {dashes}{match[2]}{suggestion(name, known, '--')}")
+        else:
+            _collect(name, inline, rest, others)
+    return done + rest
+
+
+def _known_flag(
+    name: str,
+    inline: str | None,
+    rest: list[str],
+    options: dict[str, Option],
+    switches: dict[str, Option],
+) -> str:
+    if name in switches:
+        return f"--{name}" if inline is None else _switch(name, inline, switches)
+    one_value = name in options and not options[name].is_list
+    if inline is None and one_value and rest and _NEGATIVE.fullmatch(rest[0]):
+        inline = rest.pop(0)  # argparse would read -1e-5 as a flag
+    return f"--{name}" if inline is None else f"--{name}={inline}"
+
+
+def _switch(name: str, text: str, switches: dict[str, Option]) -> str:
+    """`--x=yes` as `--x`, `--x=no` and `--no_x=yes` as `--x=false`, which flags.py knows as one word."""
+    value = _TRUTH.get(text.lower())
+    if value is None:
+        raise ConfigError(f"--{name}={text}: {text!r} is not true or false")
+    wanted = value == (name == switches[name].name)
+    return f"--{switches[name].name}" if wanted else f"--{switches[name].name}=false"
+
+
+def _collect(name: str, inline: str | None, rest: list[str], others: dict[str, Any]) -> None:
+    from megatron_ft.config.yaml_file import yaml_value
+
+    if inline is None and name.startswith("no_"):
+        others[name.removeprefix("no_")] = None
+    elif inline is None and (not rest or _FLAG.fullmatch(rest[0])):
+        others[name] = True
+    else:
+        others[name] = yaml_value(rest.pop(0) if inline is None else inline)
