@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_ft.config.command import Command
-from megatron_ft.config.fields import Option, default_of, has_default, options_of
+from megatron_ft.config.fields import Option, default_of, options_of
 from megatron_ft.config.flags import Given, read_flags
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.log import setup
@@ -66,7 +66,7 @@ def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[
 def _resolve(command: Command, options: dict[str, Option], given: Given) -> tuple[dict[str, Any], dict[str, Any]]:
     from megatron_ft.config.values import checked, from_text
 
-    values = {name: default_of(option) for name, option in options.items() if has_default(option)}
+    values = {name: default_of(option) for name, option in options.items() if not option.required}
     others: dict[str, Any] = {}
     if given.config is not None:
         from megatron_ft.config.yaml_file import read_settings

@@ -29,6 +29,7 @@ class Option:
     default: Any
     """MISSING where there is none."""
     required: bool
+    """Must be given: the default of such a field, if any, stands for nothing."""
     help: str
     section: type
 
@@ -83,11 +84,6 @@ def section_title(section: type) -> str:
     if not doc.strip() or doc.startswith(section.__name__ + "("):  # without a docstring dataclass() writes a signature
         return section_name(section).replace("_", " ")
     return doc.strip().splitlines()[0].rstrip(".")
-
-
-def has_default(option: Option) -> bool:
-    """Whether the field may be left out. A required field's None only stands for "not given"."""
-    return option.default is not MISSING and not (option.required and option.default is None)
 
 
 def default_of(option: Option) -> Any:

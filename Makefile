@@ -1,0 +1,35 @@
+# A machine with Python 3.11 or later, git and make is enough: everything else goes into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+venv: $(STAMP)  ## make .venv and install megatron_ft into it
+
+# Again only when what is to be installed changes.
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "megatron_ft needs Python 3.11 or later, $(PYTHON) is older; set one: make PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## a tiny model learns to answer, split as on a cluster; minutes, no GPU
+	$(BIN)/python -m megatron_ft demo
+
+test: $(STAMP)  ## every test
+	$(BIN)/pytest
+
+lint: $(STAMP)  ## style, and mistakes that can be seen without running
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove .venv and what builds and tests leave; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
