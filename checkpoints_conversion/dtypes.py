@@ -1,0 +1,40 @@
+"""The three names of a floating-point type: ours (flags, config.json), torch's, and safetensors' header."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_ft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+HF_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Our name -> torch's, which is also what a Hugging Face config.json says."""
+SAFETENSORS_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return getattr(torch, HF_NAMES[name])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Our name. Raises CheckpointError for integers, fp8 and the like: quantised weights."""
+    text = str(dtype).removeprefix("torch.")
+    for name, hf_name in HF_NAMES.items():
+        if text == hf_name:
+            return name
+    raise CheckpointError(f"weights of type {text} are not supported: give the unquantised model (fp32, bf16 or fp16)")
+
+
+def cast(tensor: torch.Tensor, dtype: str | None, what: str) -> torch.Tensor:
+    """The tensor in another type; None: as it is. Raises CheckpointError where a number would overflow."""
+    if dtype is None or tensor.dtype == torch_dtype(dtype):
+        return tensor
+    result = tensor.to(torch_dtype(dtype))
+    if dtype == "fp16" and bool((result.isinf() & tensor.isfinite()).any()):
+        raise CheckpointError(f"{what} holds numbers too large for fp16 (65504): use --params_dtype bf16 or fp32")
+    return result

@@ -1,0 +1,144 @@
+"""A Hugging Face model to a Megatron checkpoint, cut for tensor and pipeline parallelism."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.errors import ConfigError
+from megatron_ft.files import atomic_folder
+
+if TYPE_CHECKING:
+    from checkpoints_conversion.hf_source import HfSource
+    from checkpoints_conversion.report import Report
+    from megatron_ft.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class HfToMegatron:
+    """What to convert, and into what"""
+
+    input_dir: str = field(metadata={"required": True})
+    """Hugging Face model folder: config.json, safetensors, tokenizer files."""
+    output_dir: str = field(metadata={"required": True})
+    """Checkpoint to make; finetune takes it as --load."""
+    tensor_model_parallel_size: int = 1
+    """Parts each matrix is cut into."""
+    pipeline_model_parallel_size: int = 1
+    """Groups of layers."""
+    ckpt_format: Literal["torch", "torch_dist"] = "torch"
+    """torch: one file a rank, for this layout. torch_dist: megatron-core's own, read by any layout."""
+    vocab_extra_ids_list: str | None = None
+    """Tokens to add, comma-separated, such as "<|im_start|>,<|im_end|>". New rows are the mean of the old ones."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding gets rows of zeros up to a multiple of this times the tensor parallel size."""
+    chat_format: str | None = None
+    """Chat format to record (chatml), for generate, chat and the exported template; its tokens are added."""
+    params_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Type of the weights; default: as in the source."""
+    tokenizer: str | None = None
+    """tokenizer.model, tokenizer.json or a folder; default: the model folder's."""
+    overwrite: bool = False
+    """Replace an earlier conversion in output_dir."""
+
+
+COMMAND = Command(
+    name="hf-to-megatron",
+    summary="a Hugging Face model to a checkpoint split for tensor and pipeline parallelism",
+    sections=(HfToMegatron,),
+    examples=(
+        "megatron-ft hf-to-megatron llama2-70b checkpoints/llama2-70b-tp8-pp4 "
+        "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --chat_format chatml",
+    ),
+    positional=("input_dir", "output_dir"),
+)
+
+
+def run(options: HfToMegatron) -> None:
+    print(convert(options))
+
+
+def convert(options: HfToMegatron) -> Report:
+    """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
+    # Here and not above: --help should not wait for torch.
+    from checkpoints_conversion.hf_source import HfSource
+    from checkpoints_conversion.report import Report, check_target, count
+    from checkpoints_conversion.tokenizer_copy import copy_tokenizer, load_before_and_after
+    from checkpoints_conversion.vocabulary import parse_token_list, plan_growth, union
+    from megatron_ft.models.architecture import check_layout
+    from megatron_ft.models.checkpoint_layout import TRACKER, iteration_folder, write_config, write_tracker
+
+    started = time.monotonic()
+    target = Path(options.output_dir)
+    check_target(Path(options.input_dir), target, options.overwrite, {TRACKER, "release"}, TRACKER)
+    source = HfSource(options.input_dir)
+    check_layout(source.arch, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    tokens = union(parse_token_list(options.vocab_extra_ids_list), _format_tokens(options.chat_format))
+    path = Path(options.tokenizer) if options.tokenizer else None
+    before, tokenizer = load_before_and_after(path, source.folder, tokens)
+    growth = plan_growth(source.arch, before, tokenizer)
+    config = _checkpoint_config(options, source, growth.vocab_size, tokenizer)
+    with atomic_folder(target, overwrite=options.overwrite) as root:
+        folder = iteration_folder(root, "release")
+        folder.mkdir()
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
+        files = _write(folder, config, source, growth.apply, options.params_dtype)
+        write_config(folder, config)
+        write_tracker(root, "release")
+    parameters, tensors = count(config.architecture, source.rules)
+    return Report(target, parameters, tensors, files, time.monotonic() - started)
+
+
+def _format_tokens(chat_format: str | None) -> Sequence[str]:
+    from megatron_ft.data.chat_format import get_format
+
+    return get_format(chat_format).added_tokens if chat_format else ()
+
+
+def _checkpoint_config(options: HfToMegatron, source: HfSource, vocab_size: int, tokenizer: Tokenizer | None):
+    from importlib.metadata import version
+
+    from megatron_ft.models.architecture import padded_vocab_size
+    from megatron_ft.models.checkpoint_layout import CheckpointConfig
+
+    if options.make_vocab_size_divisible_by < 1:
+        raise ConfigError(f"--make_vocab_size_divisible_by {options.make_vocab_size_divisible_by}: must be at least 1")
+    tp_size = options.tensor_model_parallel_size
+    return CheckpointConfig(
+        architecture=replace(source.arch, vocab_size=vocab_size, hf=source.carried()),
+        ckpt_format=options.ckpt_format,
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        padded_vocab_size=padded_vocab_size(vocab_size, tp_size, options.make_vocab_size_divisible_by),
+        iteration="release",
+        dtype=options.params_dtype or source.dtype,
+        tokenizer=tokenizer.info() if tokenizer is not None else {},
+        chat_format=options.chat_format,
+        versions={name: version(name) for name in ("megatron_ft", "torch", "safetensors")},
+    )
+
+
+def _write(folder: Path, config, source: HfSource, grow: Callable, dtype: str | None) -> int:
+    """All tensors, in the format that config names. Returns the number of files."""
+    from checkpoints_conversion.classic import write_classic
+    from checkpoints_conversion.dtypes import cast
+    from checkpoints_conversion.torch_dist import write_torch_dist
+    from megatron_ft.models.weights import placed_rules
+
+    def full(placed):
+        tensor = cast(source.full(placed), dtype, placed.hf_keys[0])
+        return grow(tensor) if placed.rule.cut == "vocab_rows" else tensor
+
+    if config.ckpt_format == "torch_dist":
+        return write_torch_dist(folder, placed_rules(config.architecture, source.rules), full)
+    return write_classic(folder, config, source.rules, full)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))

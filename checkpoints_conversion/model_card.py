@@ -1,0 +1,71 @@
+"""README.md of an export: what it was made from and how to ask it something."""
+
+from __future__ import annotations
+
+from checkpoints_conversion.dtypes import HF_NAMES
+from megatron_ft.models.checkpoint_layout import CheckpointConfig
+
+_CHAT = """\
+messages = [{{"role": "user", "content": "What colour is a plum?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
+_PLAIN = """\
+inputs = tokenizer("A plum is", return_tensors="pt")"""
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation{base_entry}
+---
+
+# {name}
+
+Exported from a Megatron checkpoint by megatron_ft.
+
+| | |
+|---|---|
+| base model | {base} |
+| iteration | {iteration} |
+| architecture | {family}, {layers} layers, hidden size {hidden}, {heads} heads, {groups} key-value groups |
+| vocabulary | {vocab} tokens |
+| positions | {positions} |
+| chat format | {chat_format} |
+| weights | {dtype} |
+| trained as | TP {tp} x PP {pp}, format {ckpt_format} |
+| made with | {versions} |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"  # the folder of this file
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+{ask}
+answer = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+"""
+
+
+def model_card(name: str, config: CheckpointConfig, dtype: str) -> str:
+    """The text. name: the export's folder; dtype: ours, of the exported weights."""
+    arch = config.architecture
+    base = str(arch.hf.get("_name_or_path") or "")
+    return _CARD.format(
+        name=name,
+        base=base or "not recorded",
+        base_entry=f"\nbase_model: {base}" if "/" in base else "",  # the hub wants an owner/name there, or nothing
+        iteration=config.iteration,
+        family=arch.family,
+        layers=arch.num_layers,
+        hidden=arch.hidden_size,
+        heads=arch.num_attention_heads,
+        groups=arch.num_query_groups,
+        vocab=arch.vocab_size,
+        positions=arch.max_position_embeddings,
+        chat_format=config.chat_format or "none recorded",
+        dtype=HF_NAMES[dtype],
+        tp=config.tensor_model_parallel_size,
+        pp=config.pipeline_model_parallel_size,
+        ckpt_format=config.ckpt_format,
+        versions=", ".join(f"{library} {version}" for library, version in config.versions.items()) or "not recorded",
+        ask=_CHAT.format() if config.chat_format else _PLAIN,
+    )
