@@ -3,8 +3,10 @@
 Keys are field names, at the top or nested under their section's name; hyphens count as underscores.
 """
 
+import contextlib
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,34 +26,54 @@ class Entry:
     where: str
 
 
+def _setting_name(key: Any) -> str:
+    return str(key).replace("-", "_")
+
+
 class _Loader(yaml.SafeLoader):
     """As PyYAML reads, but 1e-5 is a number (PyYAML asks for 1.0e-5) and a key twice in one mapping is an error."""
 
-    where: Callable[[yaml.Node], str]
+    path = "value"
+
+    def where(self, node: yaml.Node) -> str:
+        return f"{self.path}, line {node.start_mark.line + 1}"
+
+    def pairs(self, node: yaml.MappingNode) -> list[tuple[str, yaml.Node, str]]:
+        """Setting name, value and place of each entry."""
+        self._refuse_duplicates(node, _setting_name)
+        self.flatten_mapping(node)  # puts in what `<<: *anchor` stands for, before the entries that win over it
+        entries = {_setting_name(key.value): (value, self.where(key)) for key, value in node.value}
+        return [(name, value, where) for name, (value, where) in entries.items()]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        self.refuse_duplicates(node)
+        self._refuse_duplicates(node, str)
         return super().construct_mapping(node, deep=deep)
 
-    def refuse_duplicates(self, node: yaml.MappingNode) -> None:
+    def _refuse_duplicates(self, node: yaml.MappingNode, spelling: Callable[[Any], str]) -> None:
         seen: dict[str, yaml.Node] = {}
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen and isinstance(key, yaml.ScalarNode):
-                first = seen[key.value].start_mark.line + 1
-                raise ConfigError(f"{self.where(key)}: {key.value} is given twice, first in line {first}; keep one")
-            if isinstance(key, yaml.ScalarNode):
-                seen[key.value] = key
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (first := seen.setdefault(spelling(key.value), key)) is not key:
+                twice = f"{key.value} is given twice, first in line {first.start_mark.line + 1}"
+                raise ConfigError(f"{self.where(key)}: {twice}; keep one")
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that the loader would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def yaml_value(text: str) -> Any:
     """The value YAML reads in this text: 3, 1e-5, true, [a, b], or the text itself where it is no YAML."""
     try:
-        return _load(text, "value")[1]
+        with _no_yaml_errors("value"):
+            return yaml.load(text, _Loader)  # a SafeLoader
     except ConfigError:
         return text
 
@@ -61,53 +83,53 @@ def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tup
 
     Raises ConfigError with file and line for what is no YAML, no mapping, an unknown key, a setting given twice.
     """
-    loader, node = _compose(read_text(path), path)
-    sections = {section_name(option.section): option.section for option in options.values()}
-    found: dict[str, Entry] = {}
-    others: dict[str, Any] = {}
-    for key, value_node, where in _pairs(loader, node):
-        if key in sections and isinstance(value_node, yaml.MappingNode):
-            inside = {name: option for name, option in options.items() if option.section is sections[key]}
-            for name, inner_node, inner_where in _pairs(loader, value_node):
-                if name not in inside:
-                    raise _unknown(name, inner_where, options, f" in {key}")
-                _put(found, name, Entry(loader.construct_object(inner_node, deep=True), inner_where))
-        elif key in sections and key not in options:
-            if value_node.tag != "tag:yaml.org,2002:null":  # a section with nothing in it is fine
-                raise ConfigError(f"{where}: {key} is a section; write its settings below it, indented")
-        elif key in options:
-            _put(found, key, Entry(loader.construct_object(value_node, deep=True), where))
-        elif open_keys:
-            others[key] = loader.construct_object(value_node, deep=True)
-        else:
-            raise _unknown(key, where, [*options, *sections], "")
-    return found, others
+    text = read_text(path)
+    with _no_yaml_errors(path):
+        loader = _Loader(text)
+        loader.path = path
+        top = loader.get_single_node() or yaml.MappingNode("tag:yaml.org,2002:map", [])  # None: an empty file
+        if not isinstance(top, yaml.MappingNode):
+            raise ConfigError(f"{path}: holds no settings; write lines such as `name: value`")
+        return _settings(loader, top, options, open_keys)
 
 
 def write_settings(
     sections: tuple[type, ...], values: dict[str, Any], options: dict[str, Option], others: dict[str, Any]
 ) -> str:
     """YAML text by section that read_settings reads back to the same; a required setting without value is a comment."""
-    parts = [_dump(others)] if others else []
+    text = _dump(others) if others else ""
     for section in sections:
-        lines = []
-        for name, option in options.items():
-            if option.section is section:
-                given = name in values
-                lines.append(_dump({name: _plain(values[name])}) if given else f"# {name}:  (required)\n")
-        body = "".join("  " + line + "\n" for text in lines for line in text.splitlines())
-        parts.append(f"{section_name(section)}:\n{body}" if lines else "")
-    return "".join(parts)
+        names = [name for name, option in options.items() if option.section is section]
+        entries = [_dump({name: values[name]}) if name in values else f"# {name}:  (required)\n" for name in names]
+        text += f"{section_name(section)}:\n" + textwrap.indent("".join(entries), "  ")
+    return text
 
 
-def _pairs(loader: _Loader, node: yaml.MappingNode) -> list[tuple[str, yaml.Node, str]]:
-    loader.refuse_duplicates(node)
-    loader.flatten_mapping(node)
-    pairs = {}
-    for key, value in node.value:
-        name = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else str(key.value)
-        pairs[name] = (name, value, loader.where(key))
-    return list(pairs.values())
+def _settings(
+    loader: _Loader, top: yaml.MappingNode, options: dict[str, Option], open_keys: bool
+) -> tuple[dict[str, Entry], dict[str, Any]]:
+    sections = {section_name(option.section): option.section for option in options.values()}
+    found: dict[str, Entry] = {}
+    others: dict[str, Any] = {}
+    for key, node, where in loader.pairs(top):
+        if key in sections and isinstance(node, yaml.MappingNode):
+            for name, inner, inner_where in loader.pairs(node):
+                if name not in options:
+                    raise ConfigError(f"{inner_where}: unknown key {name} in {key}{suggestion(name, options)}")
+                if options[name].section is not sections[key]:
+                    right = section_name(options[name].section)
+                    raise ConfigError(f"{inner_where}: {name} belongs in {right}, not in {key}")
+                _put(found, name, Entry(loader.construct_object(inner, deep=True), inner_where))
+        elif key in options:
+            _put(found, key, Entry(loader.construct_object(node, deep=True), where))
+        elif key in sections:
+            if node.tag != "tag:yaml.org,2002:null":  # a section with nothing in it is fine
+                raise ConfigError(f"{where}: {key} is a section; write its settings below it, indented")
+        elif open_keys:
+            others[key] = loader.construct_object(node, deep=True)
+        else:
+            raise ConfigError(f"{where}: unknown key {key}{suggestion(key, [*options, *sections])}")
+    return found, others
 
 
 def _put(found: dict[str, Entry], name: str, entry: Entry) -> None:
@@ -116,39 +138,20 @@ def _put(found: dict[str, Entry], name: str, entry: Entry) -> None:
     found[name] = entry
 
 
-def _unknown(name: str, where: str, known: Any, place: str) -> ConfigError:
-    return ConfigError(f"{where}: unknown key {name}{place}{suggestion(name, known)}")
-
-
-def _compose(text: str, path: str) -> tuple[_Loader, yaml.MappingNode]:
-    loader, node = _open(text, path)
-    if node is None:
-        node = yaml.MappingNode("tag:yaml.org,2002:map", [])  # an empty file
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: holds no settings; write lines such as `name: value`")
-    return loader, node
-
-
-def _open(text: str, path: str) -> tuple[_Loader, yaml.Node | None]:
+@contextlib.contextmanager
+def _no_yaml_errors(path: str) -> Iterator[None]:
+    """PyYAML's errors, which take several lines, as ConfigError with file and line."""
     try:
-        loader = _Loader(text)
-        loader.where = lambda node: f"{path}, line {node.start_mark.line + 1}"
-        return loader, loader.get_single_node()
+        yield
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        remedy = "check indentation, colons and quotes"
-        raise ConfigError(f"{path}, line {line}: not valid YAML ({error.problem}); {remedy}") from None
+        where = f"{path}, line {error.problem_mark.line + 1}" if error.problem_mark else path
+        raise ConfigError(f"{where}: not valid YAML ({error.problem}); check indentation, colons and quotes") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
-def _load(text: str, path: str) -> tuple[_Loader, Any]:
-    loader, node = _open(text, path)
-    return loader, None if node is None else loader.construct_document(node)
-
-
 def _dump(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1 << 20)
+    return yaml.dump(_plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
 
 
 def _plain(value: Any) -> Any:
