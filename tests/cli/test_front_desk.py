@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).parent / "sections_for_tests.py"
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pydantic", "yaml")
 
@@ -51,8 +52,8 @@ def test_help_of_each_command_is_there_and_does_not_import_torch():
         "import sys, megatron_ft.__main__ as m; rc = m.main([sys.argv[1], '--help']); print(rc, 'torch' in sys.modules)"
     )
     for name, entry in _ENTRIES.items():
-        if not Path(*entry.module.split(".")).with_suffix(".py").exists():
-            continue
+        if not (ROOT / entry.module.replace(".", "/")).with_suffix(".py").exists():
+            continue  # named, not written yet
         done = start("-c", code, name)
         assert done.stdout.startswith(f"usage: megatron-ft {name} "), done.stderr
         assert done.stdout.splitlines()[-1] == "0 False", name
