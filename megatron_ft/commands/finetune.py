@@ -1,0 +1,107 @@
+"""megatron-ft finetune: train a checkpoint on role-labelled shards, in any layout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_ft.config.checks import check_training
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import (
+    TRAINING,
+    Batch,
+    Checkpointing,
+    Data,
+    Logging,
+    Numerics,
+    Optimizer,
+    Parallelism,
+)
+
+COMMAND = Command(
+    name="finetune",
+    summary="train a checkpoint on pretokenized chats",
+    sections=TRAINING,
+    examples=(
+        "torchrun --nproc_per_node 4 -m megatron_ft finetune --load runs/model --data_path data/chats-train "
+        "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2 --train_iters 100 --save runs/tuned",
+        "megatron-ft finetune --config finetune.yaml --lr 2e-5",
+    ),
+)
+
+
+def run(
+    checkpointing: Checkpointing, data: Data, batch: Batch, parallel: Parallelism,
+    optimizer: Optimizer, numerics: Numerics, logging: Logging,
+) -> int:  # fmt: skip
+    """Check, build, load, train, save. Raises UserError for anything the user can put right."""
+    from megatron_ft.parallel import process_groups, world_size
+
+    sections = (checkpointing, data, batch, parallel, optimizer, numerics, logging)
+    check_training(*sections, world_size=world_size())
+    with process_groups(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.sequence_parallel,
+        parallel.distributed_timeout_minutes,
+    ) as layout:
+        _train(layout, *sections)
+    return 0
+
+
+def _train(layout, checkpointing, data, batch, parallel, optimizer, numerics, logging) -> None:
+    from megatron_ft import device
+    from megatron_ft.log import logger
+    from megatron_ft.models.checkpoint_layout import find_checkpoint
+    from megatron_ft.parallel import seed_everything
+    from megatron_ft.training import checkpoint, setup
+    from megatron_ft.training.loop import Run, train
+    from megatron_ft.training.optimizer import make_optimizer, make_schedule
+    from megatron_ft.training.step import Stepper
+
+    log = logger("finetune")
+    source = find_checkpoint(Path(checkpointing.load))
+    described = checkpoint.describe(source)
+    seed_everything(data.seed, layout)
+    train_set, valid_set = setup.make_datasets(data, described)
+    model = setup.make_model(described.architecture, layout, data, parallel, numerics)
+    adam = make_optimizer([model], optimizer, numerics, parallel.use_distributed_optimizer)
+    schedule = make_schedule(adam, optimizer, batch)
+    stepper = Stepper(model, layout, batch.micro_batch_size, batch.global_batch_size or batch.micro_batch_size * layout.dp_size)
+    model.config.finalize_model_grads_func = stepper.weight.finalize
+
+    if described.iteration == "release" or checkpointing.finetune:
+        checkpoint.load_weights(source, described, setup.bare(model), layout)
+        adam.reload_model_params()
+        progress = checkpoint.Progress()
+    else:
+        progress = checkpoint.resume(source, setup.bare(model), adam, schedule, layout, data.seed)
+    log.info(f"{layout} on {device.describe()}; weights from {source}" + (f", resuming at {progress.iteration}" if progress.iteration else ""))
+    log.info(f"{train_set.num_samples} samples in {len(train_set.epoch_rows(0))} rows of {data.seq_length}, {train_set.fill():.1%} of positions filled")
+
+    save_to = Path(checkpointing.save) if checkpointing.save else None
+    train(
+        Run(
+            stepper, train_set, valid_set, adam, schedule,
+            hooks=_hooks(layout, logging, batch, save_to),
+            save=save_to and (
+                lambda now: checkpoint.save(save_to, source, described, setup.bare(model), adam, schedule, now, layout)
+            ),
+            train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
+            eval_interval=logging.eval_interval, eval_iters=logging.eval_iters,
+        ),
+        progress,
+    )  # fmt: skip
+
+
+def _hooks(layout, logging: Logging, batch: Batch, save_to: Path | None) -> list:
+    from megatron_ft.training.hooks import Console, MetricsFile
+
+    if not layout.is_reporter:
+        return []
+    folder = Path(logging.run_dir) if logging.run_dir else save_to
+    return [Console(batch.train_iters, logging.log_interval)] + ([MetricsFile(folder)] if folder else [])
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))

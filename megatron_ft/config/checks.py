@@ -1,0 +1,102 @@
+"""Rules between settings that can be told before anything is built. One function a rule, no torch.
+
+Each raises ConfigError with both values and the remedy; `check_training` runs them all.
+"""
+
+from __future__ import annotations
+
+from megatron_ft.config.sections import Batch, Checkpointing, Data, Logging, Numerics, Optimizer, Parallelism
+from megatron_ft.errors import ConfigError
+
+
+def positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: must be at least 1")
+
+
+def share(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"--{name} {value}: must be at least 0 and less than 1")
+
+
+def world_fits_layout(parallel: Parallelism, world_size: int) -> None:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"{world_size} process(es) cannot hold tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} = {tp * pp}: "
+            f"start a multiple of {tp * pp} with `torchrun --nproc_per_node {tp * pp} -m megatron_ft finetune ...`"
+        )
+
+
+def data_parallel_size(parallel: Parallelism, world_size: int) -> int:
+    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def batch_fits(batch: Batch, dp_size: int) -> None:
+    unit = batch.micro_batch_size * dp_size
+    if batch.global_batch_size is not None and batch.global_batch_size % unit:
+        below = batch.global_batch_size // unit * unit
+        nearest = " or ".join(str(size) for size in (below, below + unit) if size)
+        raise ConfigError(
+            f"--global_batch_size {batch.global_batch_size} is not a multiple of --micro_batch_size {batch.micro_batch_size} x "
+            f"data-parallel size {dp_size} = {unit}: use --global_batch_size {nearest}, or a smaller --micro_batch_size"
+        )
+
+
+def sequence_parallel_fits(parallel: Parallelism, batch: Batch, data: Data) -> None:
+    tp = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and data.seq_length % tp:
+        raise ConfigError(
+            f"--sequence_parallel needs --seq_length {data.seq_length} to be a multiple of --tensor_model_parallel_size {tp}: "
+            f"use --seq_length {data.seq_length // tp * tp}"
+        )
+
+
+def rates_in_order(optimizer: Optimizer) -> None:
+    if optimizer.lr <= 0:
+        raise ConfigError(f"--lr {optimizer.lr}: must be above 0")
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(f"--min_lr {optimizer.min_lr} is above --lr {optimizer.lr}: lower --min_lr")
+
+
+def warmup_fits(optimizer: Optimizer, batch: Batch) -> None:
+    decay = optimizer.lr_decay_iters or batch.train_iters
+    if optimizer.lr_warmup_iters >= decay:
+        raise ConfigError(
+            f"--lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {decay} step(s) of the schedule: "
+            f"use at most {decay - 1}, or raise --train_iters"
+        )
+
+
+def lima_has_dropout(numerics: Numerics) -> None:
+    if numerics.lima_dropout and numerics.hidden_dropout == 0:
+        raise ConfigError("--lima_dropout has no effect with --hidden_dropout 0: set --hidden_dropout (the paper used 0.3)")
+
+
+def saving_has_a_place(checkpointing: Checkpointing) -> None:
+    if checkpointing.save_interval is not None and checkpointing.save is None:
+        raise ConfigError(f"--save_interval {checkpointing.save_interval} without --save: say where checkpoints go")
+
+
+def check_training(
+    checkpointing: Checkpointing, data: Data, batch: Batch, parallel: Parallelism, optimizer: Optimizer,
+    numerics: Numerics, logging: Logging, world_size: int,
+) -> None:  # fmt: skip
+    """Every rule above, in the order in which a user would want to hear of them."""
+    positive(parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    positive(batch, "micro_batch_size", "global_batch_size", "train_iters")
+    positive(data, "seq_length")
+    positive(logging, "log_interval", "eval_interval", "eval_iters")
+    positive(checkpointing, "save_interval")
+    share(numerics, "hidden_dropout", "attention_dropout")
+    world_fits_layout(parallel, world_size)
+    batch_fits(batch, data_parallel_size(parallel, world_size))
+    sequence_parallel_fits(parallel, batch, data)
+    rates_in_order(optimizer)
+    warmup_fits(optimizer, batch)
+    lima_has_dropout(numerics)
+    saving_has_a_place(checkpointing)

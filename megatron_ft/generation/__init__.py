@@ -1,0 +1,1 @@
+"""Generation: sampling (pure) and decoding (aware of the layout)."""

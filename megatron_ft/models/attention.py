@@ -1,0 +1,63 @@
+"""Core attention over torch's scaled_dot_product_attention: causal, grouped KV heads, packed samples.
+
+Everything around it (QKV projection, rotary embedding, KV cache, output projection) is megatron-core's SelfAttention. A packed batch
+comes as one long row whose sample boundaries are in PackedSeqParams.cu_seqlens_q; each sample is attended on its own, so that no
+token sees another sample (equal to separate forwards, not merely close).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class SdpaAttention(MegatronModule):
+    """A drop-in for megatron-core's DotProductAttention."""
+
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type,
+        attention_dropout=None, softmax_scale=None, cp_comm_type=None, pg_collection=None,
+    ):  # fmt: skip
+        super().__init__(config=config)
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.attn_mask_type = attn_mask_type
+
+    def forward(
+        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
+        """Query [s, b, n, d], key and value [s_k, b, g, d] with g dividing n; packed: [t, n, d] and [t, g, d].
+
+        Returns the context, [s, b, n*d] or packed [t, n*d]. Only causal masks and, when decoding from a KV cache, no mask.
+        """
+        assert attention_bias is None and attention_mask is None, "SdpaAttention knows causal and packed masks only"
+        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        with self._dropout_stream():
+            if packed_seq_params is not None:
+                return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
+            context = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=causal)
+            return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _packed(self, query, key, value, cu_seqlens):
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        context = [self._attend(q[None], k[None], v[None], causal=True) for q, k, v in samples]
+        return torch.cat(context, dim=2)[0].transpose(0, 1).reshape(query.shape[0], -1)
+
+    def _attend(self, query, key, value, causal):
+        """Query [b, n, s, d], key and value [b, g, s_k, d] -> [b, n, s, d]."""
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=causal and query.shape[2] > 1, scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+
+    def _dropout_stream(self):
+        """Attention dropout differs between tensor-parallel ranks; under sequence parallelism the block has forked already."""
+        if self.config.sequence_parallel or not (self.training and self.dropout > 0):
+            return torch.autograd.profiler.record_function("core_attention")
+        return tensor_parallel.get_cuda_rng_tracker().fork()

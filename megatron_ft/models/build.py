@@ -1,0 +1,152 @@
+"""The only maker of megatron-core's GPTModel: an Architecture and a Layout in, this rank's part of the model out.
+
+The layer spec is the engine's local one with our norm and core attention. Knows nothing of data, optimizers or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ft import device
+from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
+from megatron_ft.models.attention import SdpaAttention
+from megatron_ft.models.norms import NORMS
+from megatron_ft.models.rope import inverse_frequencies
+from megatron_ft.parallel import Layout
+
+ACTIVATIONS = {"swiglu": (torch.nn.functional.silu, True)}
+"""Architecture.activation -> (function, gated)."""
+
+
+class ChatModel(GPTModel):
+    """GPTModel whose padded vocabulary rows take no part in the loss.
+
+    The number of padding rows depends on the tensor-parallel size; left in the softmax, the loss would depend on it too.
+    """
+
+    true_vocab_size: int
+
+    def compute_language_model_loss(self, labels, logits):
+        """Labels [b, s], logits [s, b, v/tp] -> loss per token [b, s]."""
+        first = logits.shape[-1] * self.pg_collection.tp.rank()
+        padding_from = max(0, self.true_vocab_size - first)
+        if padding_from < logits.shape[-1]:
+            logits[..., padding_from:] = float("-inf")
+        return super().compute_language_model_loss(labels, logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """What training chooses about a model that its checkpoint does not say."""
+
+    dtype: torch.dtype = torch.float32
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    lima_dropout: bool = False
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    max_sequence_length: int | None = None
+
+
+def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions) -> TransformerConfig:
+    """The engine's own configuration for this model and layout."""
+    activation, gated = ACTIVATIONS[arch.activation]
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        normalization=NORMS[arch.norm][0],
+        layernorm_epsilon=arch.norm_epsilon,
+        activation_func=activation,
+        gated_linear_unit=gated,
+        add_bias_linear=False,
+        hidden_dropout=options.hidden_dropout,
+        attention_dropout=options.attention_dropout,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=options.dtype,
+        pipeline_dtype=options.dtype,
+        bf16=options.dtype == torch.bfloat16,
+        fp16=options.dtype == torch.float16,
+        recompute_granularity=options.recompute_granularity,
+        recompute_method=options.recompute_method,
+        recompute_num_layers=options.recompute_num_layers,
+        calculate_per_token_loss=True,
+        # Weights always come from a checkpoint. Initialisation stays on, doing nothing, because it is also what marks parameters as
+        # split over ranks; unmarked ones are left out of the gradient norm.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=device.has_gpu(),
+    )
+
+
+def _leave(weight: torch.Tensor) -> None:
+    """An initialisation that does nothing."""
+
+
+def build_model(arch: Architecture, layout: Layout, options: BuildOptions = BuildOptions()) -> ChatModel:
+    """This rank's stage and slice, on its device, weights not yet filled.
+
+    Raises ConfigError when the layout does not divide the model.
+    """
+    check_layout(arch, layout.tp_size, layout.pp_size)
+    config = transformer_config(arch, layout, options)
+    model = ChatModel(
+        config=config,
+        transformer_layer_spec=_block_spec(arch, config),
+        vocab_size=padded_vocab_size(arch.vocab_size, layout.tp_size),
+        max_sequence_length=options.max_sequence_length or arch.max_position_embeddings,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+    )
+    model.true_vocab_size = arch.vocab_size
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(
+        arch.head_dim, arch.rope_theta, arch.rope_scaling, arch.max_position_embeddings
+    ).to(device.current_device())
+    if options.lima_dropout:
+        apply_lima_dropout(model, options.hidden_dropout, arch.num_layers)
+    return model.to(device.current_device())
+
+
+def apply_lima_dropout(model: ChatModel, hidden_dropout: float, num_layers: int) -> None:
+    """Residual dropout that rises from 0 at the first layer to `hidden_dropout` at the last; none on the embedding. (LIMA, 2023)
+
+    Counts layers over the whole model, whatever the pipeline split. A one-layer model gets none.
+    """
+    for layer in model.decoder.layers:
+        layer.hidden_dropout = hidden_dropout * (layer.layer_number - 1) / max(1, num_layers - 1)
+    if model.pre_process:
+        model.embedding.embedding_dropout.p = 0.0
+
+
+def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlockSubmodules:
+    name, norm = NORMS[arch.norm]
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization=name)
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
+    layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)

@@ -1,0 +1,138 @@
+"""Process groups and seeds, made once and passed down as one `Layout`.
+
+Knows tensor, pipeline and data parallelism as sizes and ranks; knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import random
+from dataclasses import dataclass
+
+from megatron_ft import device
+from megatron_ft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands. Sizes multiply to the world size; megatron-core's rank order is tp, then dp, then pp."""
+
+    tp_size: int
+    pp_size: int
+    dp_size: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    sequence_parallel: bool
+    rank: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes shared files."""
+        return self.rank == 0
+
+    @property
+    def is_reporter(self) -> bool:
+        """The one rank that holds the loss and talks to people: first TP and DP rank of the last stage."""
+        return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0
+
+    def __str__(self) -> str:
+        parts = [f"{name}{size}" for name, size in (("TP", self.tp_size), ("PP", self.pp_size), ("DP", self.dp_size))]
+        return " x ".join(parts) + (" + sequence parallel" if self.sequence_parallel else "")
+
+
+def world_size() -> int:
+    """Number of processes the launcher started (1 without torchrun)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's global rank, known before any process group is made."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def process_groups(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    distributed_timeout_minutes: float = 30.0,
+):
+    """Make torch.distributed's and megatron-core's process groups, yield the Layout, take them down again.
+
+    Raises ConfigError when the number of processes is not a multiple of TP x PP.
+    """
+    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    if world_size() % (tp * pp):
+        raise ConfigError(
+            f"{world_size()} process(es) were started, but tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} "
+            f"needs a multiple of {tp * pp}: start with `torchrun --nproc_per_node {tp * pp}`, or lower the two sizes"
+        )
+    device.prepare_engine()
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    device.select(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = datetime.timedelta(minutes=distributed_timeout_minutes)
+    started_here = not dist.is_initialized()
+    if started_here:
+        _init_process_group(dist, timeout)
+    parallel_state.initialize_model_parallel(
+        tp, pp, distributed_timeout_minutes=max(1, round(distributed_timeout_minutes)), create_gloo_process_groups=True
+    )
+    try:
+        yield _layout(parallel_state, sequence_parallel and tp > 1)
+    finally:
+        parallel_state.destroy_model_parallel()
+        if started_here:
+            dist.destroy_process_group()
+
+
+def _init_process_group(dist, timeout) -> None:
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(device.backend(), timeout=timeout)
+    else:  # one process without a launcher: no port to agree on
+        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _layout(parallel_state, sequence_parallel: bool) -> Layout:
+    return Layout(
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        sequence_parallel=sequence_parallel,
+        rank=rank(),
+    )
+
+
+def seed_everything(seed: int, layout: Layout) -> None:
+    """Seed Python, numpy, torch and the engine's tensor-parallel streams.
+
+    As Megatron: pipeline stages get streams 100 apart; data-parallel ranks get their own (10 apart), since they see other samples.
+    """
+    import numpy as np
+    import torch
+    from megatron.core import tensor_parallel
+
+    own = seed + 100 * layout.pp_rank + 10 * layout.dp_rank
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own)

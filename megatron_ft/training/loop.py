@@ -1,0 +1,82 @@
+"""The training loop: steps, evaluations and checkpoints, in that order, until train_iters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ft import device
+from megatron_ft.data.loader import ChatDataset
+from megatron_ft.training.checkpoint import Progress
+from megatron_ft.training.hooks import Hook
+from megatron_ft.training.step import Stepper
+
+
+@dataclass
+class Run:
+    """Everything the loop needs, already built. `save` writes a checkpoint for a Progress and returns its folder."""
+
+    stepper: Stepper
+    train_set: ChatDataset
+    valid_set: ChatDataset | None
+    optimizer: Any
+    schedule: Any
+    hooks: Sequence[Hook]
+    save: Callable[[Progress], Any] | None
+    train_iters: int
+    save_interval: int | None
+    eval_interval: int | None
+    eval_iters: int
+
+
+def train(run: Run, progress: Progress) -> Progress:
+    """Train from `progress` to run.train_iters. All ranks call it; hooks are given to the reporting rank only."""
+    while progress.iteration < run.train_iters:
+        metrics = _timed_step(run, progress)
+        progress = Progress(progress.iteration + 1, metrics["train/consumed_samples"])
+        for hook in run.hooks:
+            hook.on_step(progress.iteration, metrics)
+        last = progress.iteration == run.train_iters
+        if run.valid_set and (last or _due(progress.iteration, run.eval_interval)):
+            _evaluate(run, progress)
+        if run.save and (last or _due(progress.iteration, run.save_interval)):
+            folder = run.save(progress)
+            for hook in run.hooks:
+                hook.on_save(progress.iteration, folder)
+    for hook in run.hooks:
+        hook.on_end()
+    return progress
+
+
+def _due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
+    rate = run.optimizer.param_groups[0]["lr"]
+    start = time.perf_counter()
+    result = run.stepper.train(run.train_set, progress.consumed_samples, run.optimizer)
+    device.synchronize()
+    if not result.skipped:
+        run.schedule.step(increment=1)
+    batch = run.stepper.global_batch_size
+    return {
+        "train/loss": result.loss,
+        "train/lr": rate,
+        "train/grad_norm": result.grad_norm,
+        "train/seconds": time.perf_counter() - start,
+        "train/tokens": result.tokens,
+        "train/supervised_tokens": result.supervised_tokens,
+        "train/global_batch_size": batch,
+        "train/consumed_samples": progress.consumed_samples + batch,
+        "train/skipped": int(result.skipped),
+    }
+
+
+def _evaluate(run: Run, progress: Progress) -> None:
+    result = run.stepper.evaluate(run.valid_set, run.eval_iters)
+    metrics = {"eval/loss": result.loss, "eval/tokens": result.tokens, "eval/supervised_tokens": result.supervised_tokens}
+    for hook in run.hooks:
+        hook.on_eval(progress.iteration, metrics)

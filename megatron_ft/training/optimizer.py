@@ -1,0 +1,90 @@
+"""AdamW and its schedule, as the engine wants them.
+
+megatron-core shards the state of an optimizer that looks like apex's FusedAdam (one `step` per parameter group); torch's own AdamW
+keeps `step` per parameter, and its sharded state then fails to load. So where neither Transformer Engine nor apex is installed, the
+engine is given `FusedAdam` below: torch's fused AdamW kernel behind apex's interface.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import optimizer as engine
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.optim.adamw import adamw
+
+from megatron_ft.config.sections import Batch, Numerics, Optimizer
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), fused on CPU and GPU, with apex's state layout.
+
+    Per parameter: exp_avg and exp_avg_sq, fp32, of its shape. Per group: step (int).
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, bias_correction=True):
+        if not (adam_w_mode and bias_correction):
+            raise ValueError("FusedAdam decouples weight decay and corrects the bias; nothing else is implemented")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient. The group's step counts even where a rank holds none of it."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            adamw(
+                params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params], [],
+                [torch.tensor(float(group["step"]), device=p.device) for p in params],
+                fused=bool(params), amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )  # fmt: skip
+            group["step"] += 1
+
+
+def _offer_adam_to_engine() -> None:
+    """Idempotent; leaves Transformer Engine's or apex's FusedAdam in place where there is one."""
+    if engine.USING_PYTORCH_OPTIMIZER:
+        engine.Adam, engine.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+        distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = FusedAdam, True
+
+
+def make_optimizer(model_chunks: list, section: Optimizer, numerics: Numerics, distributed: bool):
+    """The engine's optimizer over DDP-wrapped model chunks; weight decay on matrices only."""
+    _offer_adam_to_engine()
+    config = engine.OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_eps=section.adam_eps,
+        clip_grad=section.clip_grad,
+        bf16=numerics.bf16,
+        params_dtype=torch.bfloat16 if numerics.bf16 else torch.float32,
+        use_distributed_optimizer=distributed,
+    )
+    return engine.get_megatron_optimizer(config, model_chunks)
+
+
+def make_schedule(optimizer, section: Optimizer, batch: Batch) -> OptimizerParamScheduler:
+    """Linear warm-up, then decay; counted in steps of the optimizer."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.lr_warmup_iters,
+        lr_decay_steps=section.lr_decay_iters or batch.train_iters,
+        lr_decay_style=section.lr_decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=batch.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,125 @@
+"""One optimizer step and one evaluation, the same for every layout: the engine's schedule decides who sends what to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ft import device
+from megatron_ft.data.loader import ChatDataset, Microbatch, step_rows
+from megatron_ft.parallel import Layout
+from megatron_ft.training.loss import GlobalWeight, weighted_sum
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step came to, summed over the whole global batch. Meaningful on ranks of the last pipeline stage."""
+
+    loss: float
+    """Weighted mean over the global batch (nats per token)."""
+    tokens: int
+    supervised_tokens: int
+    grad_norm: float = 0.0
+    """Before clipping."""
+    skipped: bool = False
+
+
+class Stepper:
+    """Runs steps of one model over one dataset. Keeps nothing between steps but the engine's own state."""
+
+    def __init__(self, model, layout: Layout, micro_batch_size: int, global_batch_size: int):
+        self.model, self.layout = model, layout
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.weight = GlobalWeight()
+        self.device = device.current_device()
+
+    def train(self, dataset: ChatDataset, consumed: int, optimizer) -> StepResult:
+        """Forward, backward, update on the rows that follow `consumed`."""
+        self.model.train()
+        self.model.zero_grad_buffer()
+        optimizer.zero_grad()
+        sums = self._run(dataset, consumed, forward_only=False)
+        updated, grad_norm, _ = optimizer.step()
+        return self._result(sums, grad_norm=float(grad_norm or 0.0), skipped=not updated)
+
+    @torch.no_grad()
+    def evaluate(self, dataset: ChatDataset, iters: int) -> StepResult:
+        """Weighted mean loss over the first `iters` global batches of `dataset`, at most one epoch of it, dropout off."""
+        self.model.eval()
+        rows = len(dataset.epoch_rows(0))
+        batches = max(1, min(iters, rows // self.global_batch_size))
+        sums = sum(self._run(dataset, i * self.global_batch_size, forward_only=True) for i in range(batches))
+        self.model.train()
+        return self._result(sums)
+
+    def _run(self, dataset: ChatDataset, consumed: int, forward_only: bool) -> torch.Tensor:
+        """[loss sum, weight sum, tokens, supervised tokens] of this rank's share of one global batch."""
+        mine = step_rows(
+            consumed, self.global_batch_size, self.micro_batch_size, self.layout.dp_rank, self.layout.dp_size
+        )
+        counts = torch.zeros(2, dtype=torch.float64)
+        self.weight.start_step(self.device)
+        logs = get_forward_backward_func()(
+            forward_step_func=partial(_forward, weight=self.weight, counts=counts, device=self.device),
+            data_iterator=(dataset.microbatch(rows) for rows in mine),
+            model=[self.model],
+            num_microbatches=len(mine),
+            **self._shape(dataset),
+            forward_only=forward_only,
+        )
+        losses = torch.stack(logs).sum(0).double().cpu() if logs else torch.zeros(2, dtype=torch.float64)
+        return torch.cat([losses, counts])
+
+    def _shape(self, dataset: ChatDataset) -> dict:
+        """What passes between pipeline stages: [s, b, h]; a packed batch is one row of b * s."""
+        if dataset.packed:
+            return {"seq_length": dataset.seq_length * self.micro_batch_size, "micro_batch_size": 1}
+        return {"seq_length": dataset.seq_length, "micro_batch_size": self.micro_batch_size}
+
+    def _result(self, sums: torch.Tensor, **more) -> StepResult:
+        sums = sums.to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        loss, weight, tokens, supervised = sums.tolist()
+        return StepResult(loss / max(weight, 1e-12), int(tokens), int(supervised), **more)
+
+
+def _forward(
+    batches: Iterator[Microbatch], model, weight: GlobalWeight, counts: torch.Tensor, device: torch.device
+):
+    """The engine's forward step: one microbatch through this rank's stage."""
+    batch = next(batches)
+    weights = torch.from_numpy(batch.weights).to(device, non_blocking=True)
+    weight.add(weights)
+    counts += torch.tensor([batch.real_tokens, batch.supervised_tokens], dtype=torch.float64)
+    tokens, labels, weights, packed = _as_model_input(batch, weights, device)
+    losses = model(tokens, _position_ids(tokens), None, labels=labels, packed_seq_params=packed)
+    return losses, partial(weighted_sum, weights=weights)
+
+
+def _as_model_input(batch: Microbatch, weights: torch.Tensor, device: torch.device):
+    tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
+    labels = torch.from_numpy(batch.labels).to(device, non_blocking=True)
+    if batch.segments is None:
+        return tokens, labels, weights, None
+    return tokens.view(1, -1), labels.view(1, -1), weights.view(1, -1), packed_params(batch.segments, device)
+
+
+def packed_params(segments, device: torch.device) -> PackedSeqParams:
+    """Sample lengths [k] -> the engine's description of a packed row. The longest length bounds the rotary table."""
+    lengths = torch.as_tensor(segments, dtype=torch.int32)
+    boundaries = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+    longest = int(lengths.max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def _position_ids(tokens: torch.Tensor) -> torch.Tensor:
+    """[b, s]; the rotary embedding counts for itself, but the engine's embedding asks for them."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

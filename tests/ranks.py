@@ -1,0 +1,95 @@
+"""A pool of gloo ranks for tests: the engine is imported once, the ranks are forked from it and kept for a whole module.
+
+Every wait has a deadline; a rank that fails, dies or hangs makes `run` raise with that rank's own traceback, and the pool is gone.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import tempfile
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from megatron_ft import device
+
+_FORK = multiprocessing.get_context("fork")
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not answer in time."""
+
+
+class Ranks:
+    """`size` processes joined by gloo. run(function, ...) calls a module-level function on each and gathers what they return."""
+
+    def __init__(self, size: int):
+        device.prepare_engine()
+        torch.set_num_threads(1)
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes, self._processes = [], []
+        atexit.register(self.close)
+        for rank in range(size):
+            ours, theirs = _FORK.Pipe()
+            process = _FORK.Process(target=_serve, args=(rank, size, self._folder.name + "/store", theirs))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function, *args, timeout: float = 180.0) -> list:
+        """What each rank returned, by rank."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        deadline = time.monotonic() + timeout
+        waiting, results = set(range(self.size)), [None] * self.size
+        while waiting:
+            ready = multiprocessing.connection.wait([self._pipes[r] for r in waiting], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(f"rank(s) {sorted(waiting)} did not answer within {timeout:.0f} s")
+            for rank in [r for r in waiting if self._pipes[r] in ready]:
+                results[rank] = self._receive(rank)
+                waiting.discard(rank)
+        return results
+
+    def _receive(self, rank: int):
+        try:
+            ok, value = self._pipes[rank].recv()
+        except EOFError:
+            self._fail(f"rank {rank} died")
+        if not ok:
+            self._fail(f"rank {rank} raised\n{value}")
+        return value
+
+    def _fail(self, message: str):
+        self.close()
+        raise RankFailed(message)
+
+    def close(self) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+            process.join(10)
+        self._folder.cleanup()
+
+
+def _serve(rank: int, size: int, store: str, pipe) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the tests
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    while True:
+        with contextlib.suppress(EOFError):
+            function, args = pipe.recv()
+            try:
+                pipe.send((True, function(*args)))
+            except BaseException:  # noqa: BLE001 - the parent reports it
+                pipe.send((False, traceback.format_exc()))
+            continue
+        os._exit(0)
