@@ -151,6 +151,12 @@ def open_shards(prefix: str | os.PathLike, verify: bool = False) -> Shards:
     return shards
 
 
+def remove_shards(prefix: str | os.PathLike) -> None:
+    """Remove a prefix's shards where there are any, the manifest first."""
+    for path in (manifest_path(prefix), *(Path(f"{prefix}{ending}") for ending in ENDINGS)):
+        path.unlink(missing_ok=True)
+
+
 def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "digest": files.digest(path)}
 

@@ -18,6 +18,8 @@ from megatron_ft.errors import TokenizerError
 
 # What Megatron-LM and Megatron-LLM put behind a SentencePiece vocabulary before any token of the user's.
 MEGATRON_TOKENS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>")
+# Names used in Megatron-LLM's configurations. Only the first adds tokens of its own; the file says what it is anyway.
+TOKENIZER_TYPES = ("SentencePieceTokenizer", "FalconTokenizer", "HuggingFaceTokenizer", "PretrainedFromHF")
 
 
 class Backend(Protocol):
@@ -94,6 +96,11 @@ class Tokenizer:
         return self.backend.piece(index)
 
     @property
+    def special_tokens(self) -> dict[str, int]:
+        """Every token that text cannot spell, by name: the model's own controls and the added ones."""
+        return dict(self._special)
+
+    @property
     def fingerprint(self) -> str:
         """Equal for equal tokenizers wherever their files lie: a hash of the model and the added tokens' ids."""
         return tokenizer_files.fingerprint([self.backend.fingerprint, sorted(self.added_tokens.items())])
@@ -108,6 +115,20 @@ class Tokenizer:
             "base_vocab_size": self.base_vocab_size,
             "added_tokens": self.added_tokens,
         }
+
+
+def extra_tokens(tokenizer_type: str | None, names: str | Sequence[str] | None, new_tokens: bool = True) -> list[str]:
+    """The extra tokens that Megatron-LLM's flags stand for, in the order of their ids; empty names and doubles dropped.
+
+    tokenizer_type: for SentencePieceTokenizer, MEGATRON_TOKENS come first unless new_tokens is False. None: only names.
+    names: --vocab_extra_ids_list, a list or one string with commas, quotes inside it allowed as on the model cards.
+    Raises TokenizerError for a type that is none of TOKENIZER_TYPES.
+    """
+    if tokenizer_type is not None and tokenizer_type not in TOKENIZER_TYPES:
+        raise TokenizerError(f"unknown tokenizer_type {tokenizer_type}: choose one of {', '.join(TOKENIZER_TYPES)}")
+    listed = names.strip("\"'").split(",") if isinstance(names, str) else names or []
+    first = MEGATRON_TOKENS if tokenizer_type == "SentencePieceTokenizer" and new_tokens else ()
+    return list(dict.fromkeys([*first, *(name.strip() for name in listed if name.strip())]))
 
 
 def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokenizer:

@@ -1,0 +1,1 @@
+"""The pretokenizer: chat files in, role-labelled shards out."""

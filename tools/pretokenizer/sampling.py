@@ -1,0 +1,82 @@
+"""Which samples train, which validate, which are left out: decided from counts alone, before a single one is tokenized.
+
+Samples come in groups (a message tree, or one chat), and a group is never on both sides. All choices are random but
+seeded: the same counts, settings and seed give the same choice.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ft.errors import ConfigError
+
+OUT, TRAIN, VAL = 0, 1, 2
+SPLITS = {"train": TRAIN, "val": VAL}
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Keys every dataset has."""
+
+    val_split: float = 0.2
+    """Share of the groups that validates; 0 for none."""
+    max_val_set: int | None = None
+    """At most this many validation samples."""
+    fraction: float | None = None
+    """Share of the training samples to take."""
+    size: int | None = None
+    """Number of training samples to take."""
+
+    def check(self, name: str) -> None:
+        """Raise ConfigError for a value out of range."""
+        if not 0 <= self.val_split < 1:
+            raise ConfigError(
+                f"dataset {name}: val_split is {self.val_split}; give a share from 0 up to, not including, 1"
+            )
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ConfigError(f"dataset {name}: fraction is {self.fraction}; give a share above 0 and up to 1")
+        if self.fraction is not None and self.size is not None:
+            raise ConfigError(f"dataset {name}: fraction {self.fraction} and size {self.size}; give one of them")
+        for key in ("size", "max_val_set"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ConfigError(f"dataset {name}: {key} is {value}; give a number above 0, or leave it out")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """split: OUT, TRAIN or VAL of every sample, uint8 [samples]. available: samples of each split before sampling."""
+
+    split: np.ndarray
+    available: dict[str, int]
+
+
+def plan(group_sizes: np.ndarray, options: SplitOptions, rng: np.random.Generator) -> Plan:
+    """Split groups, then sample. group_sizes: samples in each group [groups]; groups without samples do not count.
+
+    With a val_split above 0 at least one group validates, and at least one trains.
+    """
+    groups = np.flatnonzero(group_sizes)
+    count = int(len(groups) * options.val_split)
+    if options.val_split > 0 and len(groups) > 1:
+        count = max(count, 1)
+    by_group = np.full(len(group_sizes), TRAIN, np.uint8)
+    by_group[rng.permutation(groups)[:count]] = VAL
+    split = np.repeat(by_group, group_sizes)
+    train, val = np.flatnonzero(split == TRAIN), np.flatnonzero(split == VAL)
+    wanted = options.size if options.fraction is None else int(len(train) * options.fraction)
+    for samples, limit in ((train, wanted), (val, options.max_val_set)):
+        if limit is not None and limit < len(samples):
+            split[rng.permutation(samples)[limit:]] = OUT
+    return Plan(split, {"train": len(train), "val": len(val)})
+
+
+def cap(plans: list[Plan], max_count: int | None) -> None:
+    """Keep at most the first max_count samples of each split over all datasets, for a trial run."""
+    for number in (TRAIN, VAL):
+        left = max_count
+        for one in plans:
+            if left is None:
+                return
+            chosen = np.flatnonzero(one.split == number)
+            one.split[chosen[left:]] = OUT
+            left -= min(left, len(chosen))

@@ -1,0 +1,58 @@
+"""What the pretokenizer says when it is done: a line a split, and one chat with what is trained on marked.
+
+The chat is read back from the shards, so that it shows what training will see.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ft.data.roles import ASSISTANT
+from megatron_ft.data.shards import open_shards
+from megatron_ft.data.tokenizer import Tokenizer
+from megatron_ft.log import logger
+from tools.pretokenizer.sources import Source
+from tools.pretokenizer.stats import Tally, total
+
+SHOWN, TURNS = 160, 6  # characters of a turn, turns of the chat
+log = logger("pretokenize")
+
+
+def show_result(prefix: Path, split: str, tallies: list[Tally] | None, sources: list[Source]) -> None:
+    """One line about a split, more where something was left out. tallies: None for a split without samples."""
+    if tallies is None:
+        print(f"{split + ':':6} no samples, nothing written")
+        return
+    whole = total(tallies)
+    trained = 100 * int(whole.tokens_by_role[ASSISTANT]) / whole.tokens
+    skipped = whole.skipped.total()
+    share = f"{trained:.0f}% trained on, {skipped:,} skipped"
+    print(
+        f"{split + ':':6} {whole.accepted:,} chats, {whole.tokens:,} tokens, {share}"
+        f" -> {prefix}-{{text,role}}.{{bin,idx}}"
+    )
+    for reason, count in sorted(whole.skipped.items()):
+        print(f"       skipped: {reason}: {count:,}")
+    if whole.untrained:
+        log.warning(
+            "%s: in %d chats nothing is trained on: they have no assistant turn (--min_assistant_tokens 1 drops them)",
+            split,
+            whole.untrained,
+        )
+    if split == "train":
+        for source in sources:
+            for reason, count in sorted(source.left_out.items()):
+                print(f"       not taken from {source.name}: {reason}: {count:,}")
+
+
+def show_sample(prefix: Path, tokenizer: Tokenizer) -> None:
+    """The first training chat, shortened, with «» around what is trained on by default: the assistant's turns."""
+    shards = open_shards(f"{prefix}-train")
+    ids, roles = shards.tokens(0), shards.roles(0)
+    starts = [0, *(np.flatnonzero(np.diff(roles)) + 1).tolist()]
+    print()
+    for start, end in list(zip(starts, [*starts[1:], len(ids)], strict=True))[:TURNS]:
+        words = " ".join(tokenizer.decode(ids[start:end], skip_special=True).split())
+        shown = words if len(words) <= SHOWN else words[:SHOWN] + " ..."
+        print(f"  «{shown}»" if roles[start] == ASSISTANT else f"  {shown}")
+    print("  «» = trained on" + (f", {len(starts) - TURNS} more turns" if len(starts) > TURNS else ""))

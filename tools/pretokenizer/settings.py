@@ -1,0 +1,186 @@
+"""What a run is asked to do: flags and YAML sections made into one Settings.
+
+All YAML files of the configs folder are read as one. A run starts from the section `defaults`, each named section
+overrides what came before, and flags override all. The shortcut (--input) needs no YAML: it stands for a
+configuration with one dataset a file.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.config.hints import suggestion
+from megatron_ft.config.yaml_file import read_settings
+from megatron_ft.errors import ConfigError
+
+PACKAGED_CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class Pretokenize:
+    """What to tokenize"""
+
+    configs: list[str] = field(default_factory=list)
+    """Sections of the YAML files to apply, in order, after `defaults`."""
+    config_dir: Path = PACKAGED_CONFIGS
+    """Folder whose YAML files hold the sections."""
+    input: list[str] = field(default_factory=list)
+    """Chat files, without any YAML: their shape is recognised."""
+    tokenizer: str | None = None
+    """A tokenizer.model, a tokenizer.json, or a folder with one of them (vocab_file in YAML)."""
+    output_prefix: str | None = None
+    """With --input: shards become OUTPUT_PREFIX-train-text.bin and so on."""
+    val_split: float | None = None
+    """Share of each dataset that validates, over what YAML says; 0 for none (with --input: 0.1)."""
+    write_json: bool = False
+    """Write PREFIX-SPLIT.jsonl too, the chats as the model sees them."""
+    compress: bool = False
+    """Compress that file (.jsonl.gz)."""
+    overwrite: bool = False
+    """Replace finished shards that are there already."""
+
+
+@dataclass
+class Settings:
+    """The keys of a configuration. datasets: [(name, its keys)]."""
+
+    datasets: list[Any] = field(default_factory=list)
+    datasets_extra: list[Any] = field(default_factory=list)
+    output_dir: str | None = None
+    output_dir_suffix: str | None = ""
+    filename_prefix: str | None = None
+    tokenizer_type: str | None = None
+    vocab_file: str | None = None
+    vocab_extra_ids_list: str | list[str] | None = None
+    new_tokens: bool = True
+    chat_format: str = "chatml"
+    min_assistant_tokens: int | None = None
+    max_count: int | None = None
+    eval_size: int | None = None
+    rng_seed: int = 42
+    cache_dir: str | None = ".cache"
+    dataset_impl: str = "mmap"
+    use_system_prefix: bool = False
+
+    @property
+    def prefix(self) -> Path:
+        """Where shards go, but for the split's name."""
+        return Path(f"{self.output_dir}{self.output_dir_suffix or ''}") / str(self.filename_prefix)
+
+
+def resolve(flags: Pretokenize, others: dict[str, Any]) -> Settings:
+    """One run's settings. others: flags that are configuration keys (None unsets one).
+
+    Raises ConfigError: unknown section or key, a key of the wrong type, something needed that nobody said.
+    """
+    keys = {**_from_sections(flags), **(_from_input(flags, others) if flags.input else {})}
+    if flags.tokenizer is not None:
+        keys["vocab_file"] = flags.tokenizer
+    keys |= others
+    defaults = {name: value for name, value in keys.items() if value is not None or name in _OPTIONAL}
+    settings = build(Settings, defaults, "the configuration")
+    settings.datasets = [_dataset(entry, flags.val_split) for entry in settings.datasets + settings.datasets_extra]
+    _check(settings)
+    return settings
+
+
+def build(kind: type, values: dict[str, Any], where: str) -> Any:
+    """A dataclass from plain values, with types checked. Raises ConfigError naming the key."""
+    from pydantic import TypeAdapter, ValidationError
+
+    fields = {f.name for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key {key}{suggestion(key, fields)}")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"{where}: {first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}") from None
+
+
+_OPTIONAL = {f.name for f in dataclasses.fields(Settings) if type(None) in typing.get_args(f.type)}
+
+
+def _from_sections(flags: Pretokenize) -> dict[str, Any]:
+    if flags.input:
+        return {}
+    if not flags.configs:
+        raise ConfigError(
+            "nothing to do: give --input FILE --tokenizer PATH --output_prefix DIR/NAME, or --configs SECTION ..."
+        )
+    sections = read_sections(flags.config_dir)
+    keys = dict(sections.get("defaults", {}))
+    for name in flags.configs:
+        name = name.replace("-", "_")
+        if name not in sections:
+            raise ConfigError(f"{flags.config_dir}: no section {name}{suggestion(name, sections)}")
+        keys |= sections[name]
+    return keys
+
+
+def read_sections(folder: Path) -> dict[str, dict[str, Any]]:
+    """All sections of a folder's YAML files. Raises ConfigError: no files, a section in two files, one that is no
+    mapping."""
+    sections: dict[str, dict[str, Any]] = {}
+    origin: dict[str, Path] = {}
+    paths = sorted(path for path in folder.glob("*") if path.suffix in (".yaml", ".yml"))
+    if not paths:
+        raise ConfigError(f"{folder}: no YAML files in this folder; give another with --config_dir")
+    for path in paths:
+        for name, keys in read_settings(str(path), {}, open_keys=True)[1].items():
+            if name in sections:
+                raise ConfigError(f"{path}: section {name} is in {origin[name]} too; rename one")
+            if not isinstance(keys, dict):
+                raise ConfigError(f"{path}: section {name} holds no keys; indent its settings below it")
+            sections[name], origin[name] = {key.replace("-", "_"): value for key, value in keys.items()}, path
+    return sections
+
+
+def _from_input(flags: Pretokenize, others: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that the shortcut stands for. Flags that the file's reader knows are taken out of others."""
+    from tools.pretokenizer.readers import recognise
+
+    if flags.configs:
+        raise ConfigError("--input and --configs: give one of them; in YAML a dataset's file is its input_file_path")
+    for name in ("tokenizer", "output_prefix"):
+        if getattr(flags, name) is None:
+            raise ConfigError(f"--input needs --{name}; see --help")
+    datasets = []
+    for path in flags.input:
+        reader = recognise(Path(path))
+        known = {f.name for f in dataclasses.fields(reader.options)}
+        own = {key: value for key, value in others.items() if key in known}
+        datasets.append({reader.name: {"input_file_path": path, "val_split": 0.1, **own}})
+    for key in {key for entry in datasets for keys in entry.values() for key in keys}:
+        others.pop(key, None)
+    prefix = Path(str(flags.output_prefix))
+    return {"datasets": datasets, "output_dir": str(prefix.parent), "filename_prefix": prefix.name}
+
+
+def _dataset(entry: Any, val_split: float | None) -> tuple[str, dict[str, Any]]:
+    """A dataset's name and keys from `- name` or `- name: {key: value}`."""
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise ConfigError(f"datasets: {entry!r} is not a dataset; write `- name: {{key: value}}`")
+    (name, keys), *_ = entry.items()
+    keys = {} if keys is None else keys
+    if not isinstance(keys, dict):
+        raise ConfigError(f"datasets: the keys of {name} are {keys!r}; write `- {name}: {{key: value}}`")
+    return name, keys if val_split is None else {**keys, "val_split": val_split}
+
+
+def _check(settings: Settings) -> None:
+    for name in ("datasets", "output_dir", "filename_prefix", "vocab_file"):
+        if not getattr(settings, name):
+            raise ConfigError(f"the configuration says no {name}; add a section that does, or --{name}")
+    if settings.dataset_impl != "mmap":
+        raise ConfigError(f"dataset_impl {settings.dataset_impl}: shards are written for mmap only; remove the key")
+    if settings.use_system_prefix:
+        raise ConfigError("use_system_prefix: not supported; put the system message into the chats")
+    for name in ("max_count", "eval_size", "min_assistant_tokens"):
+        if (value := getattr(settings, name)) is not None and value < 0:
+            raise ConfigError(f"{name} is {value}; give a number that is not negative")

@@ -1,0 +1,119 @@
+"""What became of the samples: counted while they are written, reported as a table and as JSON.
+
+Skipped samples are counted by reason and in tokens. A dataset of which nothing is left is a row like any other.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_ft.data.roles import ASSISTANT, ROLE_NAMES
+
+HEADINGS = ("dataset", "samples (fraction)", "accepted", "accepted tokens", "skipped", "min", "max", "avg")
+
+
+@dataclass
+class Tally:
+    """One dataset's samples in one split; lengths in tokens. available: samples there were before sampling."""
+
+    name: str
+    available: int
+    accepted: int = 0
+    tokens: int = 0
+    shortest: int | None = None
+    longest: int | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
+    skipped_tokens: int = 0
+    tokens_by_role: np.ndarray = field(default_factory=lambda: np.zeros(len(ROLE_NAMES), np.int64))
+    untrained: int = 0
+    """Accepted samples without a single assistant token."""
+
+    @property
+    def samples(self) -> int:
+        return self.accepted + self.skipped.total()
+
+    def accept(self, roles: np.ndarray) -> None:
+        """Count a sample by its roles, uint8 [tokens]."""
+        counts = np.bincount(roles, minlength=len(ROLE_NAMES))
+        self.accepted += 1
+        self.tokens += len(roles)
+        self.shortest = len(roles) if self.shortest is None else min(self.shortest, len(roles))
+        self.longest = max(self.longest or 0, len(roles))
+        self.tokens_by_role += counts
+        self.untrained += counts[ASSISTANT] == 0
+
+    def skip(self, reason: str, tokens: int) -> None:
+        self.skipped[reason] += 1
+        self.skipped_tokens += tokens
+
+    def row(self) -> list[str]:
+        """The cells of the table, in the order of HEADINGS."""
+        name = self.name + (" (subset)" if self.samples < self.available else "")
+        skipped = self.skipped.total()
+        return [
+            name,
+            f"{self.samples} ({_percent(self.samples, self.available)})",
+            f"{self.accepted}/{self.samples} ({_percent(self.accepted, self.samples)})",
+            str(self.tokens),
+            f"{skipped} ({_percent(skipped, self.samples)})" if skipped else "0",
+            str(self.shortest or 0),
+            str(self.longest or 0),
+            f"{self.tokens / self.accepted:.3f}" if self.accepted else "0",
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "available": self.available,
+            "samples": self.samples,
+            "accepted": self.accepted,
+            "accepted_tokens": self.tokens,
+            "skipped": self.skipped.total(),
+            "skipped_by_reason": dict(self.skipped),
+            "skipped_tokens": self.skipped_tokens,
+            "min": self.shortest,
+            "max": self.longest,
+            "avg": round(self.tokens / self.accepted, 3) if self.accepted else None,
+            "tokens_by_role": dict(zip(ROLE_NAMES, self.tokens_by_role.tolist(), strict=True)),
+            "without_assistant": int(self.untrained),
+        }
+
+
+def total(tallies: list[Tally]) -> Tally:
+    """All datasets as one. Those without samples do not touch min and max."""
+    result = Tally("total", sum(t.available for t in tallies))
+    for tally in tallies:
+        result.accepted += tally.accepted
+        result.tokens += tally.tokens
+        result.skipped += tally.skipped
+        result.skipped_tokens += tally.skipped_tokens
+        result.tokens_by_role = result.tokens_by_role + tally.tokens_by_role
+        result.untrained += tally.untrained
+    shortest = [t.shortest for t in tallies if t.shortest is not None]
+    result.shortest = min(shortest, default=None)
+    result.longest = max((t.longest for t in tallies if t.longest is not None), default=None)
+    return result
+
+
+def report(tallies: list[Tally]) -> str:
+    """The table, then the roles and the reasons for skipping. Markdown, aligned to be read as it is."""
+    whole = total(tallies)
+    rows = [list(HEADINGS), *(tally.row() for tally in tallies), [whole.name, *whole.row()[1:]]]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines += ["", "tokens by role:"]
+    for name, count in zip(ROLE_NAMES, whole.tokens_by_role.tolist(), strict=True):
+        lines.append(f"  {name}: {count} ({_percent(count, whole.tokens)})")
+    if whole.skipped:
+        lines += ["", "skipped:", *(f"  {reason}: {count}" for reason, count in sorted(whole.skipped.items()))]
+        lines.append(f"  tokens in skipped samples: {whole.skipped_tokens}")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "0.0%"
