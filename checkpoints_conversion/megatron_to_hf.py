@@ -120,10 +120,9 @@ def _configs(hf_config: dict, config: CheckpointConfig, tokenizer: Tokenizer | N
 
 
 def _export_tokenizer(export: Path, folder: Path, config: CheckpointConfig, tokenizer: Tokenizer) -> None:
-    from megatron_ft.data.tokenizer_export import export_tokenizer
-
     from checkpoints_conversion.tokenizer_copy import original_template
     from megatron_ft.data.chat_format import get_format
+    from megatron_ft.data.tokenizer_export import export_tokenizer
 
     chat_format = get_format(config.chat_format) if config.chat_format else None
     export_tokenizer(

@@ -11,7 +11,7 @@ Source of the layout: torch/distributed/checkpoint/{metadata,filesystem}.py and 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -33,6 +35,12 @@ from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
 MAX_FILE_BYTES = 5 * 10**9
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 def write_torch_dist(
@@ -42,37 +50,38 @@ def write_torch_dist(
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> int:
     """Write all tensors under `folder`. Returns the number of .distcp files. Memory: one whole tensor."""
-    tensors: dict[str, Any] = {}
+    entries: dict[str, STORAGE_TYPES] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    waiting = list(placed)
+    waiting = list(reversed(list(placed)))
     files = 0
     while waiting:
         name = f"__{files}_0.distcp"
         files += 1
         with open(folder / name, "wb") as file:
             while waiting and file.tell() < max_file_bytes:
-                one = waiting.pop(0)
-                key, tensor = MODEL_PREFIX + one.key, _owned(full(one))
-                start, offsets = file.tell(), torch.Size([0] * tensor.dim())
-                torch.save(tensor, file)
-                chunk = ChunkStorageMetadata(offsets, tensor.size())
-                tensors[key] = TensorStorageMetadata(
-                    TensorProperties.create_from_tensor(tensor), tensor.size(), [chunk]
-                )
-                places[MetadataIndex(key, offsets, 0)] = _StorageInfo(name, start, file.tell() - start)
+                for index, entry, value in _items(waiting.pop(), full):
+                    start = file.tell()
+                    torch.save(value, file)
+                    entries[index.fqn] = entry
+                    places[index] = _StorageInfo(name, start, file.tell() - start)
     torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
-    write_json(
-        folder / "metadata.json",
-        {
-            "sharded_backend": "torch_dist",
-            "sharded_backend_version": 1,
-            "common_backend": "torch",
-            "common_backend_version": 1,
-        },
-    )
-    with open(folder / ".metadata", "wb") as file:
-        pickle.dump(Metadata(tensors, storage_data=places, version=CURRENT_DCP_VERSION), file)
+    write_json(folder / "metadata.json", _BACKENDS)
+    with open(folder / ".metadata", "wb") as file:  # last, as torch does it: where it is, the rest is there
+        pickle.dump(Metadata(entries, storage_data=places, version=CURRENT_DCP_VERSION), file)
     return files
+
+
+def _items(placed: Placed, full: Callable[[Placed], Tensor]) -> Iterator[tuple[MetadataIndex, STORAGE_TYPES, Any]]:
+    """What is stored for one rule: the tensor, and beside a layer's linear the empty state megatron-core looks for."""
+    key, tensor = MODEL_PREFIX + placed.dist_key, _owned(full(placed))
+    offsets = torch.Size([0] * tensor.dim())
+    chunk = ChunkStorageMetadata(offsets, tensor.size())
+    properties = TensorProperties.create_from_tensor(tensor)
+    yield MetadataIndex(key, offsets, 0), TensorStorageMetadata(properties, tensor.size(), [chunk]), tensor
+    if placed.rule.stage == "layer" and placed.rule.cut != "replicated":
+        # Transformer Engine keeps its fp8 scales there; without them a plain load of megatron-core's stops.
+        extra = key.removesuffix("weight") + "_extra_state/shard_0_1"
+        yield MetadataIndex(extra), BytesStorageMetadata(), [None]
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -100,7 +109,7 @@ class TorchDistSource:
 
     def _check(self, placed: Sequence[Placed]) -> None:
         where = self.folder / ".metadata"
-        wanted = {self._prefix + one.key: one for one in placed}
+        wanted = {self._prefix + one.dist_key: one for one in placed}
         if missing := sorted(set(wanted) - set(self._tensors)):
             raise CheckpointError(
                 f"{where} lacks {len(missing)} tensors, first {missing[0]}; layers must be stored one by one "
@@ -116,7 +125,7 @@ class TorchDistSource:
 
     def full(self, placed: Placed) -> Tensor:
         """The whole tensor put together from its boxes, padding rows dropped."""
-        key = self._prefix + placed.key
+        key = self._prefix + placed.dist_key
         entry = self._tensors[key]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         covered = 0

@@ -145,6 +145,7 @@ _LAYER_RULES = (
     Rule(
         _LAYER + "input_layernorm.weight",
         (_HF_LAYER + "input_layernorm.weight",),
+        dist_key=_LAYER + "self_attention.linear_qkv.layer_norm_weight",
         hf_shapes=lambda a: [_hidden(a)],
         full_shape=_hidden,
     ),
@@ -167,6 +168,7 @@ _LAYER_RULES = (
     Rule(
         _LAYER + "pre_mlp_layernorm.weight",
         (_HF_LAYER + "post_attention_layernorm.weight",),
+        dist_key=_LAYER + "mlp.linear_fc1.layer_norm_weight",
         hf_shapes=lambda a: [_hidden(a)],
         full_shape=_hidden,
     ),

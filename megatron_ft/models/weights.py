@@ -36,6 +36,9 @@ class Rule:
     """Of the whole tensor, without vocabulary padding."""
     cut: Cut = "replicated"
     stage: Literal["first", "layer", "last"] = "layer"
+    dist_key: str | None = None
+    """Name in a torch_dist checkpoint where it differs: megatron-core stores a norm as if it were fused into the linear
+    that follows it, so that models with and without Transformer Engine read the same checkpoint."""
     to_megatron: Callable[[Architecture, Sequence[Tensor]], Tensor] = lambda arch, tensors: tensors[0]
     to_hf: Callable[[Architecture, Tensor], list[Tensor]] = lambda arch, full: [full]
 
@@ -86,7 +89,9 @@ class Placed:
 
     rule: Rule
     key: str
-    """With the GLOBAL layer number: the name in a torch_dist checkpoint (after its prefix)."""
+    """With the GLOBAL layer number."""
+    dist_key: str
+    """The name in a torch_dist checkpoint, after its prefix; layer number global too."""
     local_key: str
     """With the stage's own layer number: the name in a rank's module and in its classic file."""
     hf_keys: tuple[str, ...]
@@ -113,7 +118,7 @@ def placed_rules(arch: Architecture, rules: Sequence[Rule], pp_size: int = 1, pp
         yield from (_place(rule) for rule in rules if rule.stage == "last")
         if arch.tied_embeddings and pp_size > 1:
             yield from (
-                Placed(rule, rule.key, "output_layer.weight", rule.hf_keys, is_copy=True)
+                Placed(rule, rule.key, rule.key, "output_layer.weight", rule.hf_keys, is_copy=True)
                 for rule in rules
                 if rule.cut == "vocab_rows"
             )
@@ -123,6 +128,7 @@ def _place(rule: Rule, layer: int = 0, local: int = 0) -> Placed:
     return Placed(
         rule,
         rule.key.format(n=layer),
+        (rule.dist_key or rule.key).format(n=layer),
         rule.key.format(n=local),
         tuple(key.format(n=layer) for key in rule.hf_keys),
     )
