@@ -1,0 +1,125 @@
+"""A SentencePiece model said as a tokenizer.json, such that the same text gives the same ids.
+
+What differs between the two and is settled here: SentencePiece puts its dummy prefix before every text, also before
+one that starts with a space (a normalizer that prepends does the same, tokenizers' Metaspace does not); its BPE never
+builds control, unknown or byte pieces from letters (their merges are left out); and a run of unknown characters is
+one unknown token.
+
+BPE without a normalization table, which is what the Llama and Mistral families have, comes out exact. Elsewhere two
+things remain: tokenizers applies such a table to whole grapheme clusters (rare combining marks differ), and a unigram
+model may choose otherwise between equal scores.
+"""
+
+import base64
+from typing import Any
+
+from megatron_ft.data.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel
+from megatron_ft.errors import TokenizerError
+from megatron_ft.log import logger
+
+log = logger("data.tokenizer")
+
+SPACE = "▁"
+UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
+
+
+def describe(model: SentencePieceModel) -> dict[str, Any]:
+    """A tokenizer.json without added tokens. Raises TokenizerError for what it cannot express."""
+    proto = model.proto()
+    _refuse(model, proto)
+    if proto.trainer_spec.model_type == UNIGRAM or proto.normalizer_spec.precompiled_charsmap:
+        log.warning(
+            "%s: in rare texts the exported tokenizer may cut words in another way than in training", model.path
+        )
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec)},
+        "pre_tokenizer": None,  # the model sees a whole text: pieces may span words
+        "post_processor": None,  # nothing is added around a text
+        "decoder": {"type": "Sequence", "decoders": _decoders(proto.normalizer_spec)},
+        "model": _bpe(proto) if proto.trainer_spec.model_type == BPE else _unigram(proto),
+    }
+
+
+def _refuse(model: SentencePieceModel, proto: Any) -> None:
+    kind, spec = proto.trainer_spec.model_type, proto.normalizer_spec
+    reason = None
+    if kind not in (UNIGRAM, BPE):
+        reason = "its model is neither BPE nor unigram"
+    elif proto.trainer_spec.treat_whitespace_as_suffix:
+        reason = "it puts spaces behind words"
+    elif not spec.escape_whitespaces:
+        reason = "it does not mark spaces"
+    elif spec.add_dummy_prefix and any(piece.type == USER_DEFINED for piece in proto.pieces):
+        reason = "it has user-defined pieces and a dummy prefix"
+    if reason:
+        raise TokenizerError(
+            f"{model.path}: {reason}, which no tokenizer.json can say; export the model without a tokenizer"
+        )
+
+
+def _normalizers(spec: Any) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = []
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        # SentencePiece counts its own mark as a space here.
+        steps.append({"type": "Replace", "pattern": {"String": SPACE}, "content": " "})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+        steps.append({"type": "Replace", "pattern": {"Regex": "^ | $"}, "content": ""})
+    if spec.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+
+
+def _decoders(spec: Any) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    return [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spec.add_dummy_prefix else steps
+
+
+def _bpe(proto: Any) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN),
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": proto.trainer_spec.byte_fallback,
+        "ignore_merges": False,
+        "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
+        "merges": _merges(proto),
+    }
+
+
+def _merges(proto: Any) -> list[list[str]]:
+    """Every way to make a piece from two, best pieces first."""
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
+    order = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    best_first = sorted(scores, key=lambda piece: (-scores[piece], order[piece]))
+    merges = []
+    for piece in best_first:
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        ways = [list(pair) for pair in halves if pair[0] in scores and pair[1] in scores]
+        merges += sorted(ways, key=lambda pair: (order[pair[0]], order[pair[1]]))
+    return merges
+
+
+def _unigram(proto: Any) -> dict[str, Any]:
+    # Text must not spell control and byte pieces: they get a score that no way through a text takes.
+    never = min((piece.score for piece in proto.pieces if piece.type == NORMAL), default=0.0) - 1000.0
+    out_of_reach = {CONTROL, BYTE, UNKNOWN}
+    return {
+        "type": "Unigram",
+        "unk_id": next(index for index, piece in enumerate(proto.pieces) if piece.type == UNKNOWN),
+        "vocab": [[piece.piece, never if piece.type in out_of_reach else piece.score] for piece in proto.pieces],
+        "byte_fallback": proto.trainer_spec.byte_fallback,
+    }

@@ -1,0 +1,90 @@
+"""Writes a tokenizer as Hugging Face files, so that transformers gives the ids we trained with.
+
+transformers reads tokenizer.json as it stands when tokenizer_config.json names no class of its own
+(PreTrainedTokenizerFast); a class such as LlamaTokenizer would put its own rules for spaces in the place of ours. How
+a SentencePiece model becomes a tokenizer.json is sentencepiece_export.py's business.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.data.fast_tokenizer import FastTokenizer
+from megatron_ft.data.sentencepiece_export import describe
+from megatron_ft.data.sentencepiece_model import SentencePieceModel
+from megatron_ft.data.tokenizer import Tokenizer
+from megatron_ft.files import write_json
+
+NO_LIMIT = 1 << 62  # model_max_length for a tokenizer that sets none
+
+
+def export_tokenizer(
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    chat_template: str | None = None,
+    stop_token: str | None = None,
+    model_max_length: int | None = None,
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and, where there is
+    one, tokenizer.model.
+
+    chat_template: Jinja, as ChatFormat.jinja gives it. stop_token: becomes the end-of-sequence token, where
+    generation stops.
+    Raises TokenizerError for a SentencePiece model that tokenizer.json cannot express, or a stop token that is none
+    of its tokens.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {**_describe(tokenizer), "added_tokens": _added_tokens(tokenizer)}
+    names = _special_names(tokenizer, stop_token)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {
+            str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in description["added_tokens"]
+        },
+        **names,
+        "clean_up_tokenization_spaces": False,  # else decode("a ?") is "a?"
+        "model_max_length": model_max_length or NO_LIMIT,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **({"chat_template": chat_template} if chat_template else {}),
+    }
+    write_json(folder / "tokenizer.json", description)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", names)
+    if chat_template:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    if isinstance(tokenizer.backend, SentencePieceModel):
+        tokenizer.backend.write(folder / "tokenizer.model")
+
+
+def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    if isinstance(tokenizer.backend, SentencePieceModel):
+        return describe(tokenizer.backend)
+    assert isinstance(tokenizer.backend, FastTokenizer)
+    # As read, but without padding and cutting, which change ids behind the user's back.
+    return {**json.loads(json.dumps(tokenizer.backend.description)), "padding": None, "truncation": None}
+
+
+def _added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The added_tokens of tokenizer.json, by id: those of the file we read as they were, then ours."""
+    existing = getattr(tokenizer.backend, "description", {}).get("added_tokens", [])
+    tokens = {entry["content"]: entry for entry in existing}
+    for name, index in tokenizer.special_tokens.items():
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        if not tokens.get(name, {}).get("special"):
+            tokens[name] = {"id": index, "content": name, **flags, "special": True}
+    return sorted(tokens.values(), key=lambda token: token["id"])
+
+
+def _special_names(tokenizer: Tokenizer, stop_token: str | None) -> dict[str, str]:
+    """bos_token, eos_token, unk_token, pad_token, as far as there are such tokens."""
+    names = {index: name for name, index in tokenizer.special_tokens.items()}
+    if stop_token is not None:
+        tokenizer.token_id(stop_token)  # raises where it is missing
+    found = {
+        "bos_token": names.get(tokenizer.bos_id),
+        "eos_token": stop_token or names.get(tokenizer.eos_id),
+        "unk_token": "<unk>" if "<unk>" in tokenizer.special_tokens else None,
+        "pad_token": next((name for name in ("<PAD>", "<pad>", "[PAD]") if name in tokenizer.special_tokens), None),
+    }
+    return {key: name for key, name in found.items() if name is not None}
