@@ -28,14 +28,19 @@ def write_classic(
     tp_size, pp_size = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     for pp_rank in range(pp_size):
         for tp_rank in range(tp_size):
-            model = {
-                placed.local_key: _own_part(placed, full(placed), config, tp_rank)
-                for placed in placed_rules(config.architecture, rules, pp_size, pp_rank)
-            }
             path = rank_file(folder, tp_rank, pp_rank, tp_size, pp_size)
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"checkpoint_version": VERSION, "iteration": 0, "model": model}, path)
+            # The dict has no name here: one that outlived the call would double the memory.
+            torch.save(_rank_state(config, rules, full, tp_rank, pp_rank), path)
     return tp_size * pp_size
+
+
+def _rank_state(
+    config: CheckpointConfig, rules: Sequence[Rule], full: Callable[[Placed], Tensor], tp_rank: int, pp_rank: int
+) -> dict[str, Any]:
+    placed = placed_rules(config.architecture, rules, config.pipeline_model_parallel_size, pp_rank)
+    model = {one.local_key: _own_part(one, full(one), config, tp_rank) for one in placed}
+    return {"checkpoint_version": VERSION, "iteration": 0, "model": model}
 
 
 def _own_part(placed: Placed, full: Tensor, config: CheckpointConfig, tp_rank: int) -> Tensor:
