@@ -120,7 +120,7 @@ def prepare_engine() -> None:
         import megatron.core.models.gpt
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer
-        import megatron.core.pipeline_parallel.schedules  # noqa: F401
+        import megatron.core.pipeline_parallel.schedules
 
     version = megatron.core.__version__
     if not version.startswith(SUPPORTED_ENGINE):
@@ -153,7 +153,19 @@ def _engine_torch() -> types.ModuleType:
     stand_in = types.ModuleType("torch")
     stand_in.__dict__.update(torch.__dict__)
     stand_in.__getattr__ = lambda name: getattr(torch, name)
-    for factory in ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "zeros_like", "ones_like", "empty_like"):
+    for factory in (
+        "tensor",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "rand",
+        "randn",
+        "arange",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+    ):
         setattr(stand_in, factory, _on_cpu(getattr(torch, factory)))
     stand_in.cuda = _engine_cuda(torch)
     return stand_in
@@ -214,7 +226,11 @@ def _patch_tensor_methods(torch) -> None:
         name = kind(self) if dtype is None else None
         if name is None:
             return kind(self, dtype, *args, **kwargs)
-        return name.replace("torch.", "torch.cuda.", 1) if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core") else name
+        return (
+            name.replace("torch.", "torch.cuda.", 1)
+            if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core")
+            else name
+        )
 
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self

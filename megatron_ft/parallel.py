@@ -71,8 +71,9 @@ def process_groups(
     pipeline_model_parallel_size: int = 1,
     sequence_parallel: bool = False,
     distributed_timeout_minutes: float = 30.0,
+    seed: int = 1234,
 ):
-    """Make torch.distributed's and megatron-core's process groups, yield the Layout, take them down again.
+    """Make torch.distributed's and megatron-core's process groups, seed, yield the Layout, take them down again.
 
     Raises ConfigError when the number of processes is not a multiple of TP x PP.
     """
@@ -94,8 +95,10 @@ def process_groups(
     parallel_state.initialize_model_parallel(
         tp, pp, distributed_timeout_minutes=max(1, round(distributed_timeout_minutes)), create_gloo_process_groups=True
     )
+    layout = _layout(parallel_state, sequence_parallel and tp > 1)
+    seed_everything(seed, layout)
     try:
-        yield _layout(parallel_state, sequence_parallel and tp > 1)
+        yield layout
     finally:
         parallel_state.destroy_model_parallel()
         if started_here:

@@ -51,7 +51,9 @@ class Ranks:
         deadline = time.monotonic() + timeout
         waiting, results = set(range(self.size)), [None] * self.size
         while waiting:
-            ready = multiprocessing.connection.wait([self._pipes[r] for r in waiting], max(0.0, deadline - time.monotonic()))
+            ready = multiprocessing.connection.wait(
+                [self._pipes[r] for r in waiting], max(0.0, deadline - time.monotonic())
+            )
             if not ready:
                 self._fail(f"rank(s) {sorted(waiting)} did not answer within {timeout:.0f} s")
             for rank in [r for r in waiting if self._pipes[r] in ready]:
@@ -89,7 +91,7 @@ def _serve(rank: int, size: int, store: str, pipe) -> None:
             function, args = pipe.recv()
             try:
                 pipe.send((True, function(*args)))
-            except BaseException:  # noqa: BLE001 - the parent reports it
+            except BaseException:
                 pipe.send((False, traceback.format_exc()))
             continue
         os._exit(0)

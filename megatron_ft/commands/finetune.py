@@ -44,6 +44,7 @@ def run(
         parallel.pipeline_model_parallel_size,
         parallel.sequence_parallel,
         parallel.distributed_timeout_minutes,
+        data.seed,
     ) as layout:
         _train(layout, *sections)
     return 0
@@ -53,7 +54,7 @@ def _train(layout, checkpointing, data, batch, parallel, optimizer, numerics, lo
     from megatron_ft import device
     from megatron_ft.log import logger
     from megatron_ft.models.checkpoint_layout import find_checkpoint
-    from megatron_ft.parallel import seed_everything
+    from megatron_ft.models.load import describe, load_weights, vocab_rows
     from megatron_ft.training import checkpoint, setup
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
@@ -61,23 +62,28 @@ def _train(layout, checkpointing, data, batch, parallel, optimizer, numerics, lo
 
     log = logger("finetune")
     source = find_checkpoint(Path(checkpointing.load))
-    described = checkpoint.describe(source)
-    seed_everything(data.seed, layout)
+    described = describe(source)
     train_set, valid_set = setup.make_datasets(data, described)
-    model = setup.make_model(described.architecture, layout, data, parallel, numerics)
+    described = setup.with_chat_format(described, train_set)
+    model = setup.make_model(described.architecture, layout, data, parallel, numerics, vocab_rows(described))
     adam = make_optimizer([model], optimizer, numerics, parallel.use_distributed_optimizer)
     schedule = make_schedule(adam, optimizer, batch)
-    stepper = Stepper(model, layout, batch.micro_batch_size, batch.global_batch_size or batch.micro_batch_size * layout.dp_size)
+    stepper = Stepper(
+        model, layout, batch.micro_batch_size, batch.global_batch_size or batch.micro_batch_size * layout.dp_size
+    )
     model.config.finalize_model_grads_func = stepper.weight.finalize
 
     if described.iteration == "release" or checkpointing.finetune:
-        checkpoint.load_weights(source, described, setup.bare(model), layout)
+        load_weights(source, described, setup.bare(model), layout)
         adam.reload_model_params()
         progress = checkpoint.Progress()
     else:
         progress = checkpoint.resume(source, setup.bare(model), adam, schedule, layout, data.seed)
-    log.info(f"{layout} on {device.describe()}; weights from {source}" + (f", resuming at {progress.iteration}" if progress.iteration else ""))
-    log.info(f"{train_set.num_samples} samples in {len(train_set.epoch_rows(0))} rows of {data.seq_length}, {train_set.fill():.1%} of positions filled")
+    log.info(f"{layout} on {device.describe()}; weights from {source}")
+    if progress.iteration:
+        log.info(f"resuming at iteration {progress.iteration}, {progress.consumed_samples} rows consumed")
+    rows, fill = len(train_set.epoch_rows(0)), train_set.fill()
+    log.info(f"{train_set.num_samples} samples in {rows} rows of {data.seq_length}, {fill:.1%} of positions filled")
 
     save_to = Path(checkpointing.save) if checkpointing.save else None
     train(

@@ -74,7 +74,9 @@ def warmup_fits(optimizer: Optimizer, batch: Batch) -> None:
 
 def lima_has_dropout(numerics: Numerics) -> None:
     if numerics.lima_dropout and numerics.hidden_dropout == 0:
-        raise ConfigError("--lima_dropout has no effect with --hidden_dropout 0: set --hidden_dropout (the paper used 0.3)")
+        raise ConfigError(
+            "--lima_dropout has no effect with --hidden_dropout 0: set --hidden_dropout (the paper used 0.3)"
+        )
 
 
 def saving_has_a_place(checkpointing: Checkpointing) -> None:

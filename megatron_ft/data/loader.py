@@ -21,8 +21,8 @@ from megatron_ft.errors import DataError
 class Microbatch:
     """What a rank feeds its model at once. b rows of s positions.
 
-    A padding position repeats token 0 with weight 0; `segments` holds, for a packed batch, the lengths of all samples in the b rows laid end to
-    end, each row's padding as a segment of its own.
+    A padding position holds token 0 with weight 0. `segments` holds, for a packed batch, the lengths of all samples in
+    the b rows laid end to end, each row's padding as a segment of its own.
     """
 
     tokens: np.ndarray

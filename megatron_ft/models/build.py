@@ -54,6 +54,8 @@ class BuildOptions:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     max_sequence_length: int | None = None
+    padded_vocab_size: int | None = None
+    """rows of the embedding; default: Megatron's rule for this tensor-parallel size"""
 
 
 def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions) -> TransformerConfig:
@@ -114,7 +116,7 @@ def build_model(arch: Architecture, layout: Layout, options: BuildOptions = Buil
     model = ChatModel(
         config=config,
         transformer_layer_spec=_block_spec(arch, config),
-        vocab_size=padded_vocab_size(arch.vocab_size, layout.tp_size),
+        vocab_size=options.padded_vocab_size or padded_vocab_size(arch.vocab_size, layout.tp_size),
         max_sequence_length=options.max_sequence_length or arch.max_position_embeddings,
         pre_process=layout.is_first_stage,
         post_process=layout.is_last_stage,

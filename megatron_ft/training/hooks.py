@@ -83,8 +83,10 @@ class Console(Hook):
             f" iteration {iteration:{width}d}/ {self.train_iters} | consumed samples: {last['train/consumed_samples']:8d} | "
             f"elapsed time per iteration (ms): {1000 * seconds / count:.1f} | learning rate: {last['train/lr']:.3E} | "
             f"global batch size: {last['train/global_batch_size']:5d} | lm loss: {sum(m['train/loss'] for m in self.window) / count:.6E} | "
-            f"grad norm: {last['train/grad_norm']:.3f} | number of skipped iterations: {self.skipped} | number of nan iterations: {self.nan} | "
-            "tokens/s: {:.0f} | trained tokens/s: {:.0f} | ".format(*rates) + f"eta: {left} |"
+            f"grad norm: {last['train/grad_norm']:.3f} | number of skipped iterations: {self.skipped} | "
+            f"number of nan iterations: {self.nan} | "
+            "tokens/s: {:.0f} | trained tokens/s: {:.0f} | ".format(*rates)
+            + f"eta: {left} |"
         )
 
     def _print(self, line: str) -> None:

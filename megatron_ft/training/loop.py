@@ -77,6 +77,10 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
 
 def _evaluate(run: Run, progress: Progress) -> None:
     result = run.stepper.evaluate(run.valid_set, run.eval_iters)
-    metrics = {"eval/loss": result.loss, "eval/tokens": result.tokens, "eval/supervised_tokens": result.supervised_tokens}
+    metrics = {
+        "eval/loss": result.loss,
+        "eval/tokens": result.tokens,
+        "eval/supervised_tokens": result.supervised_tokens,
+    }
     for hook in run.hooks:
         hook.on_eval(progress.iteration, metrics)

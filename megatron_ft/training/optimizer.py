@@ -22,10 +22,15 @@ class FusedAdam(torch.optim.Optimizer):
     Per parameter: exp_avg and exp_avg_sq, fp32, of its shape. Per group: step (int).
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, bias_correction=True):
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, bias_correction=True
+    ):
         if not (adam_w_mode and bias_correction):
             raise ValueError("FusedAdam decouples weight decay and corrects the bias; nothing else is implemented")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True, "step": 0})
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True, "step": 0},
+        )
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -23,8 +24,13 @@ from megatron_ft.parallel import Layout
 log = logger("training")
 
 
-def make_model(arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics):
-    """This rank's part of the model inside the engine's data-parallel wrapper (gradients in fp32 buffers)."""
+def make_model(
+    arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics, rows: int | None = None
+):
+    """This rank's part of the model inside the engine's data-parallel wrapper (gradients in fp32 buffers).
+
+    rows: of the embedding, padding included, where a checkpoint prescribes them.
+    """
     if data.seq_length > arch.max_position_embeddings:
         raise ConfigError(
             f"--seq_length {data.seq_length} is beyond the model's {arch.max_position_embeddings} positions: lower it"
@@ -38,6 +44,7 @@ def make_model(arch: Architecture, layout: Layout, data: Data, parallel: Paralle
         recompute_method="uniform" if numerics.recompute_granularity == "full" else None,
         recompute_num_layers=1 if numerics.recompute_granularity == "full" else None,
         max_sequence_length=data.seq_length,
+        padded_vocab_size=rows,
     )
     model = build_model(arch, layout, options)
     config = model.config
@@ -80,6 +87,16 @@ def _dataset(prefixes: list[str], data: Data, checkpoint: CheckpointConfig, weig
             f"check the chats, or train on all tokens with --scalar_loss_mask 1"
         )
     return ChatDataset(shards, data.seq_length, weights, data.seed, packed=data.packing, shuffle=shuffle)
+
+
+def with_chat_format(checkpoint: CheckpointConfig, train_set: ChatDataset) -> CheckpointConfig:
+    """The checkpoint's description, its chat format taken from the shards where the conversion did not name one."""
+    names = {shard.manifest.chat_format.get("name") for shard in train_set.shards} - {None}
+    if len(names) > 1:
+        log.warning(f"the shards speak several chat formats ({', '.join(sorted(names))}): none is recorded for export")
+    if checkpoint.chat_format or len(names) != 1:
+        return checkpoint
+    return dataclasses.replace(checkpoint, chat_format=names.pop())
 
 
 def loss_weight_of(manifest: Manifest, weights) -> float:

@@ -89,9 +89,7 @@ class Stepper:
         return StepResult(loss / max(weight, 1e-12), int(tokens), int(supervised), **more)
 
 
-def _forward(
-    batches: Iterator[Microbatch], model, weight: GlobalWeight, counts: torch.Tensor, device: torch.device
-):
+def _forward(batches: Iterator[Microbatch], model, weight: GlobalWeight, counts: torch.Tensor, device: torch.device):
     """The engine's forward step: one microbatch through this rank's stage."""
     batch = next(batches)
     weights = torch.from_numpy(batch.weights).to(device, non_blocking=True)

@@ -1,0 +1,154 @@
+"""megatron-ft generate: answers to prompts, from a checkpoint in any layout or an exported model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.errors import ConfigError, DataError
+
+
+@dataclass
+class Generation:
+    """What to generate"""
+
+    load: str = field(default="", metadata={"required": True})
+    """checkpoint (its root, or one iter_ folder) or exported Hugging Face model"""
+    prompt: list[str] = field(default_factory=list)
+    """questions to ask, each as a user's message of its own"""
+    prompts: str | None = None
+    """file of prompts, one JSON object a line: {"prompt": text} or {"messages": [...]}"""
+    output: str | None = None
+    """where to write each prompt's object with its "answer"; default: print"""
+    chat_format: str | None = None
+    """chat format to speak; default: what the checkpoint says"""
+
+
+@dataclass
+class SamplingOptions:
+    """How to choose words"""
+
+    max_new_tokens: int = 256
+    """longest answer, in tokens"""
+    temperature: float = 0.0
+    """0: always the likeliest token (greedy)"""
+    top_k: int = 0
+    """choose among the k likeliest only; 0: among all"""
+    top_p: float = 1.0
+    """choose among the likeliest that together have this probability"""
+    seed: int = 0
+    """of the choices"""
+    batch_size: int = 32
+    """prompts at once"""
+    bf16: bool = False
+    """compute in bfloat16"""
+
+
+@dataclass
+class GenerationLayout:
+    """How the model is spread over processes"""
+
+    tensor_model_parallel_size: int = 1
+    """processes that share each layer's matrices (TP)"""
+    pipeline_model_parallel_size: int = 1
+    """stages the layers are divided over (PP); the remaining processes share the prompts"""
+
+
+COMMAND = Command(
+    name="generate",
+    summary="answer prompts with a checkpoint or an exported model",
+    sections=(Generation, SamplingOptions, GenerationLayout),
+    examples=(
+        'megatron-ft generate --load runs/demo/tuned --prompt "what colour is a plum ?"',
+        "torchrun --nproc_per_node 4 -m megatron_ft generate --load runs/model --prompts questions.jsonl --output answers.jsonl "
+        "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
+    ),
+)
+
+
+def run(generation: Generation, options: SamplingOptions, parallel: GenerationLayout) -> int:
+    """Raises UserError for a missing checkpoint, malformed prompts or a layout that does not fit."""
+    lines = read_prompts(generation)
+    _check(options)
+    from megatron_ft.parallel import process_groups
+
+    with process_groups(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) as layout:
+        answers = _answer(generation, options, layout, [line["messages"] for line in lines])
+        if layout.is_main:
+            _write(generation, lines, answers)
+    return 0
+
+
+def read_prompts(generation: Generation) -> list[dict]:
+    """Every prompt as an object that holds "messages". Raises DataError with file and line."""
+    if bool(generation.prompt) == bool(generation.prompts):
+        raise ConfigError('give either --prompt "text" or --prompts FILE.jsonl')
+    if generation.prompt:
+        return [_with_messages({"prompt": text}, "--prompt") for text in generation.prompt]
+    path = Path(generation.prompts)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 file of JSON lines") from error
+    numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{path}: holds no prompt")
+    return [_parse_line(line, f"{path}, line {number}") for number, line in numbered]
+
+
+def _parse_line(line: str, where: str) -> dict:
+    try:
+        return _with_messages(json.loads(line), where)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+
+
+def _with_messages(entry: object, where: str) -> dict:
+    if isinstance(entry, dict) and isinstance(entry.get("messages"), list) and entry["messages"]:
+        return entry
+    if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+        return {**entry, "messages": [{"role": "user", "content": entry["prompt"]}]}
+    raise DataError(f'{where}: needs {{"prompt": text}} or {{"messages": [...]}}')
+
+
+def _check(options: SamplingOptions) -> None:
+    if options.max_new_tokens < 1 or options.batch_size < 1:
+        raise ConfigError("--max_new_tokens and --batch_size must be at least 1")
+    if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
+        raise ConfigError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")
+
+
+def _answer(generation: Generation, options: SamplingOptions, layout, conversations: list) -> list[str]:
+    """Answers to all conversations, on every rank; data-parallel ranks take every dp_size-th prompt."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_ft.generation.loading import open_speaker
+    from megatron_ft.generation.sampling import Sampling
+
+    speaker = open_speaker(Path(generation.load), layout, generation.chat_format, options.bf16)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    mine = conversations[layout.dp_rank :: layout.dp_size]
+    answers = speaker.answers(mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank)
+    shares = [None] * layout.dp_size
+    dist.all_gather_object(shares, answers, group=parallel_state.get_data_parallel_group())
+    return [shares[i % layout.dp_size][i // layout.dp_size] for i in range(len(conversations))]
+
+
+def _write(generation: Generation, lines: list[dict], answers: list[str]) -> None:
+    from megatron_ft.files import atomic_file
+
+    if generation.output is None:
+        for line, answer in zip(lines, answers, strict=True):
+            print(f"{line['messages'][-1]['content']}\n  -> {answer}")
+        return
+    with atomic_file(generation.output, "w") as file:
+        for line, answer in zip(lines, answers, strict=True):
+            file.write(json.dumps({**line, "answer": answer}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))

@@ -1,0 +1,118 @@
+"""Decoding with a KV cache, in any tensor x pipeline layout.
+
+The engine's own forward-only schedule carries activations between stages. The last stage chooses each token and broadcasts it, so
+that every rank of a model holds the same text. Prompts of different lengths share a batch: the shortest is read at once, then all
+advance a token at a time, longer prompts still being fed their own tokens. Exact, without padding or masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.contexts.static_context import StaticInferenceContext
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ft import device
+from megatron_ft.errors import ConfigError
+from megatron_ft.generation.sampling import GREEDY, Sampling, choose
+from megatron_ft.parallel import Layout
+
+
+class Decoder:
+    """Generates with a bare model (no sequence parallelism) whose weights are loaded."""
+
+    def __init__(self, model, layout: Layout, stop_ids: Collection[int], max_positions: int):
+        assert not model.config.sequence_parallel, "single tokens cannot be split along the sequence"
+        self.model, self.layout = model.eval(), layout
+        self.stop_ids, self.max_positions = set(stop_ids), max_positions
+        self.device = device.current_device()
+        members = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        self.chooser = members[-layout.tp_size]
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling = GREEDY,
+        batch_size: int = 32, seed: int = 0,
+    ) -> list[list[int]]:  # fmt: skip
+        """Ids after each prompt, up to (and without) the stop token. All ranks of a model call it with the same arguments.
+
+        Raises ConfigError for a prompt that leaves no room within the model's positions.
+        """
+        for number, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self.max_positions:
+                raise ConfigError(
+                    f"prompt {number} has {len(prompt)} tokens; the model takes 1 to {self.max_positions - 1}: shorten it"
+                )
+        generator = torch.Generator(self.device).manual_seed(seed)
+        answers: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            texts = self._batch([prompts[i] for i in batch], max_new_tokens, sampling, generator)
+            for i, text in zip(batch, texts, strict=True):
+                answers[i] = text
+        return answers
+
+    def _batch(self, prompts, max_new_tokens, sampling, generator) -> list[list[int]]:
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        limit = min(longest + max_new_tokens, self.max_positions)
+        ends = (lengths + max_new_tokens).clamp(max=limit)
+        tokens = torch.zeros((len(prompts), limit), dtype=torch.long, device=self.device)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
+        stops = torch.tensor(sorted(self.stop_ids) or [-1], device=self.device)
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        cache = StaticInferenceContext(len(prompts), limit)
+        read = 0
+        for position in range(shortest, limit):
+            chosen = self._next(tokens[:, read:position], cache, sampling, generator)
+            read = position
+            is_prompt = position < lengths
+            tokens[:, position] = torch.where(is_prompt, tokens[:, position], chosen)
+            finished |= ~is_prompt & (torch.isin(chosen, stops) | (position + 1 >= ends))
+            if finished.all():
+                break
+        return [
+            self._answer(row.tolist(), start, end)
+            for row, start, end in zip(tokens, lengths.tolist(), ends.tolist(), strict=True)
+        ]
+
+    def _next(self, new_tokens, cache, sampling, generator) -> torch.Tensor:
+        """Read new_tokens [b, n] into the cache; the token chosen after each, [b], the same on all ranks."""
+        batch, count = new_tokens.shape
+        logits = get_forward_backward_func()(
+            forward_step_func=lambda _, model: (self._forward(model, new_tokens, cache), _pass_through),
+            data_iterator=iter(()),
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=count,
+            micro_batch_size=batch,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        cache.sequence_len_offset += count
+        cache.enable_decode_mode()
+        chosen = torch.zeros(batch, dtype=torch.long, device=self.device)
+        if dist.get_rank() == self.chooser:
+            chosen = choose(logits[0][:, -1, : self.model.true_vocab_size], sampling, generator)
+        dist.broadcast(chosen, src=self.chooser, group=parallel_state.get_model_parallel_group())
+        return chosen
+
+    def _forward(self, model, tokens, cache):
+        start = cache.sequence_len_offset
+        positions = torch.arange(start, start + tokens.shape[1], device=self.device).expand_as(tokens)
+        return model(tokens, positions, None, inference_context=cache, runtime_gather_output=True)
+
+    def _answer(self, row: list[int], start: int, end: int) -> list[int]:
+        text = row[start:end]
+        first_stop = next((i for i, token in enumerate(text) if token in self.stop_ids), len(text))
+        return text[:first_stop]
+
+
+def _pass_through(output, non_loss_data=False):
+    return output

@@ -1,0 +1,127 @@
+"""A model to talk to, from a checkpoint of ours or a Hugging Face export: weights, tokenizer, chat format.
+
+Both kinds of folder describe themselves, so no flag about the model is needed. Training has its own loading (training/checkpoint).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ft.data.chat_format import FORMATS, ChatFormat, get_format
+from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.errors import CheckpointError, TokenizerError
+from megatron_ft.files import read_json, read_text
+from megatron_ft.generation.decoding import Decoder
+from megatron_ft.models.build import BuildOptions, build_model
+from megatron_ft.models.checkpoint_layout import TOKENIZER_FOLDER, TRACKER, find_checkpoint
+from megatron_ft.models.families import family_for
+from megatron_ft.models.load import describe, load_weights, vocab_rows
+from megatron_ft.models.weights import placed_rules
+from megatron_ft.parallel import Layout
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A decoder with the words around it."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    chat_format: ChatFormat | None
+
+    def prompt_ids(self, messages: list[dict[str, str]]):
+        """Ids of a conversation that the assistant is to continue; without a chat format, of its last message's plain text."""
+        if self.chat_format is None:
+            return self.tokenizer.encode(messages[-1]["content"])
+        return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt=True)[0]
+
+    def answers(
+        self, conversations: list[list[dict[str, str]]], max_new_tokens: int, sampling, batch_size=32, seed=0
+    ) -> list[str]:
+        """The assistant's next message in each conversation, stripped. All ranks of a model call it together."""
+        prompts = [self.prompt_ids(messages) for messages in conversations]
+        ids = self.decoder.generate(prompts, max_new_tokens, sampling, batch_size, seed)
+        return [self.tokenizer.decode(answer, skip_special=True).strip() for answer in ids]
+
+
+def open_speaker(folder: Path, layout: Layout, chat_format: str | None = None, bf16: bool = False) -> Speaker:
+    """Load what lies at `folder`. chat_format overrules what the folder says. Raises CheckpointError when it is neither kind."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give a checkpoint or an exported Hugging Face model")
+    options = _options(bf16)
+    is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
+    model, arch, tokenizer, said = (_from_export if is_export else _from_checkpoint)(folder, layout, options)
+    name = chat_format or said
+    chat = get_format(name) if name else None
+    stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
+    if chat:
+        stops.add(tokenizer.token_id(chat.stop_token))
+    return Speaker(Decoder(model, layout, stops, arch.max_position_embeddings), tokenizer, chat)
+
+
+def _options(bf16: bool) -> BuildOptions:
+    import torch
+
+    return BuildOptions(dtype=torch.bfloat16 if bf16 else torch.float32)
+
+
+def _config(folder: Path) -> dict:
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
+def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions):
+    folder = find_checkpoint(root)
+    config = describe(folder)
+    model = build_model(config.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config)))
+    load_weights(folder, config, model, layout)
+    if not config.tokenizer:
+        raise TokenizerError(f"{folder} was converted without a tokenizer: convert it again with --tokenizer")
+    tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER, list(config.tokenizer["added_tokens"]))
+    return model, config.architecture, tokenizer, config.chat_format
+
+
+def _from_export(folder: Path, layout: Layout, options: BuildOptions):
+    config = _config(folder)
+    family = family_for(config)
+    arch = family.from_hf(config)
+    model = build_model(arch, layout, options)
+    with _Tensors(folder) as tensors:
+        weights = {}
+        for placed in placed_rules(arch, family.rules(arch), layout.pp_size, layout.pp_rank):
+            full = placed.rule.to_megatron(arch, [tensors[key] for key in placed.hf_keys])
+            rows = model.vocab_size
+            weights[placed.local_key] = placed.rule.split(arch, full, layout.tp_size, rows)[layout.tp_rank]
+        model.load_state_dict(weights, strict=False)
+    template = folder / "chat_template.jinja"
+    said = next(
+        (f.name for f in FORMATS.values() if template.is_file() and f.jinja == read_text(template).rstrip("\n")), None
+    )
+    return model, arch, load_tokenizer(folder), said
+
+
+class _Tensors:
+    """The tensors of a safetensors folder by name, read when asked for."""
+
+    def __init__(self, folder: Path):
+        index = folder / "model.safetensors.index.json"
+        names = read_json(index)["weight_map"] if index.is_file() else None
+        self.files = sorted(set(names.values())) if names else ["model.safetensors"]
+        self.folder, self.names = folder, names
+
+    def __enter__(self):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self.open = {name: safe_open(self.folder / name, "pt") for name in self.files}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.folder}: safetensors cannot be read ({error}); copy the model again"
+            ) from error
+        return self
+
+    def __exit__(self, *_):
+        self.open.clear()
+
+    def __getitem__(self, key: str):
+        file = self.open[self.names[key] if self.names else self.files[0]]
+        return file.get_tensor(key)

@@ -1,0 +1,43 @@
+"""Choosing the next token from logits. Pure: logits and a generator in, ids out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling()
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Logits [b, v] -> ids [b]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    scaled = logits.float() / sampling.temperature
+    if sampling.top_k:
+        scaled = _keep_top_k(scaled, min(sampling.top_k, logits.shape[-1]))
+    if sampling.top_p < 1:
+        scaled = _keep_top_p(scaled, sampling.top_p)
+    return torch.multinomial(scaled.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
+
+
+def _keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Nucleus sampling (Holtzman et al. 2019): the fewest most likely tokens whose probabilities sum to p or more."""
+    ordered, index = logits.sort(descending=True)
+    probabilities = ordered.softmax(-1)
+    beyond = probabilities.cumsum(-1) - probabilities >= p
+    return torch.empty_like(logits).scatter_(-1, index, ordered.masked_fill(beyond, -torch.inf))

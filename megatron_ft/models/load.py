@@ -1,0 +1,115 @@
+"""Weights of a checkpoint into a built model, from either format.
+
+torch_dist (megatron-core's) loads into any layout; the classic mp_rank folders into the layout they were written for. What the
+engine's and torch's readers raise about a damaged file becomes a CheckpointError that says which checkpoint and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+
+from megatron_ft.errors import CheckpointError
+from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig, missing_files, rank_file, read_config
+from megatron_ft.parallel import Layout
+
+Result = TypeVar("Result")
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """How the engine lays sharded state out: one key a layer, optimizer state in the shape of its parameter."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "non_homogeneous_layers": True,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def describe(folder: Path) -> CheckpointConfig:
+    """What a checkpoint says of itself. Raises CheckpointError when files that it promises are missing."""
+    config = read_config(folder)
+    gone = missing_files(folder)
+    if gone:
+        raise CheckpointError(
+            f"{gone[0]} is missing ({len(gone)} file(s) in all): the checkpoint is incomplete; copy or convert it again"
+        )
+    return config
+
+
+def vocab_rows(config: CheckpointConfig) -> int | None:
+    """Embedding rows a model must have to take this checkpoint: a classic one's own number; any other adapts (None)."""
+    return config.padded_vocab_size if config.ckpt_format == "torch" else None
+
+
+def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout) -> None:
+    """Fill a bare or wrapped model's weights from either format."""
+    if config.ckpt_format == "torch":
+        _load_classic(folder, config, model, layout)
+    else:
+        state = engine_load({"model": sharded_weights(model)}, folder)
+        fill(model, state["model"], folder)
+
+
+def _load_classic(folder: Path, config: CheckpointConfig, model, layout: Layout) -> None:
+    written = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    if written != (layout.tp_size, layout.pp_size):
+        raise CheckpointError(
+            f"{folder} is in the classic format for TP{written[0]} x PP{written[1]}, this run is TP{layout.tp_size} x PP{layout.pp_size}: "
+            f"run with the checkpoint's sizes, or convert with --ckpt_format torch_dist, which loads into any layout"
+        )
+    path = rank_file(folder, layout.tp_rank, layout.pp_rank, layout.tp_size, layout.pp_size)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    fill(model, weights, path)
+
+
+def sharded_weights(model) -> dict:
+    """The engine's description of this rank's weights within the whole model."""
+    return model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=sharding_metadata())
+
+
+def fill(model, weights: dict, where: Path) -> None:
+    """Put loaded weights (with or without our key prefix) into a model. Raises CheckpointError unless all fit and none is left over."""
+    weights = {key.removeprefix(MODEL_PREFIX): value for key, value in weights.items()}
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{where}: does not fit the model that its config.json describes ({_first_line(error)})"
+        ) from error
+    missing = [key for key in missing if not key.endswith("_extra_state")]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{where}: tensors missing: {', '.join(missing[:3]) or 'none'}; not known: {', '.join(unexpected[:3]) or 'none'}; convert again"
+        )
+
+
+def engine_load(state: dict, folder: Path) -> dict:
+    return guarded(lambda: dist_checkpointing.load(state, str(folder)), folder)
+
+
+def guarded(read: Callable[[], Result], folder: Path) -> Result:
+    """The engine raises whatever its file readers raise; a user wants to know which checkpoint and what to do."""
+    try:
+        return read()
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)}): it is damaged or cut short; "
+        f"use an earlier checkpoint (--iteration, or an iter_ folder in --load) or convert again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1][:160] if lines else ""
