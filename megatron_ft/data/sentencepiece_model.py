@@ -47,10 +47,8 @@ class SentencePieceModel:
         del at_start  # every text gets the dummy prefix
         try:
             return self._model.encode(texts, return_type="numpy", num_threads=os.cpu_count() or 1)
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text with a lone surrogate (half a character) cannot be tokenized: {error.reason}"
-            ) from error
+        except (UnicodeEncodeError, TypeError) as error:  # a TypeError is what the binding makes of a lone surrogate
+            raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids) if ids else ""
