@@ -56,7 +56,7 @@ def test_metaspace_first_prepends_at_the_start_only(tmp_path):
     tokenizer = load_tokenizer(fast_file(tmp_path, "metaspace"))
     start, behind = (tokenizer.encode("fox", at_start=flag).tolist() for flag in (True, False))
     assert start != behind
-    assert [tokenizer.id_to_token(i) for i in behind][0].startswith("f")
+    assert tokenizer.id_to_token(behind[0]).startswith("f")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_fingerprint_survives_rewriting_by_the_library(tmp_path):
 def test_unreadable_tokenizers_are_one_line_errors(tmp_path):
     with pytest.raises(TokenizerError, match="no such tokenizer"):
         load_tokenizer(tmp_path / "nothing")
-    with pytest.raises(TokenizerError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(TokenizerError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "bad.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(TokenizerError, match="not a SentencePiece model"):

@@ -68,8 +68,12 @@ def _threads(root: Message, where: str) -> Iterator[Thread]:
     stack: list[Thread] = [(root,)]
     while stack:
         thread = stack.pop()
-        _check_role(thread, where)
+        _check_message(thread, where)
         replies = thread[-1].get("replies") or []
+        if not isinstance(replies, list):
+            raise DataError(
+                f"{where}: replies are {type(replies).__name__}, not a list; is this an Open-Assistant export?"
+            )
         if not replies:
             yield thread
         stack.extend((*thread, reply) for reply in reversed(replies))
@@ -98,8 +102,10 @@ def _ranked(thread: Thread, index: int, top_k: int) -> bool:
     return message["rank"] < top_k
 
 
-def _check_role(thread: Thread, where: str) -> None:
-    """Roles alternate, from a prompter on."""
+def _check_message(thread: Thread, where: str) -> None:
+    """Roles alternate, from a prompter on; and what is compared is a number."""
+    if not isinstance(thread[-1].get("rank"), int | None):
+        raise DataError(f"{where}: rank {thread[-1]['rank']!r} is no number; is this an Open-Assistant export?")
     role, expected = _field(thread[-1], "role", where), ("prompter", "assistant")[(len(thread) - 1) % 2]
     if role not in ("prompter", "assistant"):
         raise DataError(f"{where}: unknown role {role!r}; trees know prompter and assistant")

@@ -52,7 +52,7 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
         if split in tallies:
             _write_stats(prefix, tallies[split], sources)
         else:
-            remove_shards(prefix)  # of an earlier run that had this split
+            _remove_split(prefix)  # an earlier run's: it would not belong to what is there now
         show_result(prefix, split, tallies.get(split), sources)
     show_sample(settings.prefix, tokenizer)
 
@@ -79,6 +79,12 @@ def _write_stats(prefix: Path, tallies: list[Tally], sources: list[Source]) -> N
     write_json(Path(f"{prefix}_stats.json"), {"datasets": rows, "total": total(tallies).as_json()})
     with atomic_file(Path(f"{prefix}_stats.txt"), "w") as file:
         file.write(report(tallies))
+
+
+def _remove_split(prefix: Path) -> None:
+    remove_shards(prefix)
+    for ending in ("_stats.json", "_stats.txt", ".jsonl", ".jsonl.gz"):
+        Path(f"{prefix}{ending}").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -56,16 +56,14 @@ def get_reader(name: str) -> Reader:
 
 def _messages(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
     """{"messages": [{"role", "content"}]}; a message's "context" becomes a turn of its own before it."""
-    messages = _get(record, "messages", where)
-    if not isinstance(messages, list):
-        raise DataError(f"{where}: 'messages' is {type(messages).__name__}, not a list; see docs/pretokenizer.md")
+    messages = _list(record, "messages", where)
     return _keep([turn for message in messages for turn in _message_turns(message, where)], left_out)
 
 
 def _message_turns(message: Any, where: str) -> Conversation:
     if not isinstance(message, dict):
         raise DataError(f"{where}: a message is {type(message).__name__}, not an object with role and content")
-    role = _get(message, "role", where)
+    role = _text(message, "role", where)
     if role not in ROLES:
         raise DataError(f"{where}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
     turn = {"role": role, "content": _text(message, "content", where)}
@@ -80,8 +78,8 @@ _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assista
 def _sharegpt(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
     """{"conversations": [{"from": "human"|"gpt"|"system", "value"}]}"""
     turns = []
-    for message in _get(record, "conversations", where):
-        speaker = _get(message, "from", where)
+    for message in _list(record, "conversations", where):
+        speaker = _text(message, "from", where)
         if speaker not in _SHAREGPT_ROLES:
             raise DataError(f"{where}: unknown speaker {speaker!r}; the speakers are {', '.join(_SHAREGPT_ROLES)}")
         turns.append({"role": _SHAREGPT_ROLES[speaker], "content": _text(message, "value", where)})
@@ -118,6 +116,13 @@ def _get(record: Any, key: str, where: str) -> Any:
     if not isinstance(record, dict) or key not in record:
         raise DataError(f"{where}: no '{key}' in it; see docs/pretokenizer.md for the shapes of chat files")
     return record[key]
+
+
+def _list(record: Any, key: str, where: str) -> list[Any]:
+    value = _get(record, key, where)
+    if not isinstance(value, list):
+        raise DataError(f"{where}: '{key}' is {type(value).__name__}, not a list; see docs/pretokenizer.md")
+    return value
 
 
 def _text(record: Any, key: str, where: str) -> str:
