@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,7 +261,8 @@ MISTAKES = [
     (["--tokenizer", "chats.jsonl"], "not a SentencePiece model"),
     (["--chat_format", "vicuna"], "unknown chat format 'vicuna'"),
     (["--min_assistant_tokens", "1000"], "no training sample is left (fewer than 1000 assistant tokens: 9)"),
-    (["--min_assistant_tokens", "many"], "min_assistant_tokens is 'many'"),
+    (["--min_assistant_tokens", "many"], "--min_assistant_tokens: 'many' is not a whole number"),
+    (["--new_tokens", "many"], "new_tokens is 'many'"),
     (["--val_split", "1.5"], "val_split is 1.5"),
     (["--rng_sed", "1"], "unknown key rng_sed"),
     (["--tokenizer_type", "GPT2BPETokenizer"], "unknown tokenizer_type GPT2BPETokenizer"),
@@ -332,3 +337,34 @@ def test_packaged_sections_with_the_real_export(place):
     assert shards.vocab_size == 32007
     tokenizer = load_tokenizer(real("tokenizers/llama2/tokenizer.model"), shards.manifest.tokenizer["added_tokens"])
     assert tokenizer.decode(shards.tokens(0)).startswith("<|im_start|>user\n")
+
+
+KILLED = """
+import os, sys
+from megatron_ft.data.shards import ShardWriter
+from megatron_ft.config.cli import run_script
+from tools.pretokenizer.pretokenize import COMMAND, run
+
+add, left = ShardWriter.add, [int(sys.argv.pop(1))]
+
+def add_or_die(self, *sample):
+    if not left[0]:
+        os._exit(9)
+    left[0] -= 1
+    add(self, *sample)
+
+ShardWriter.add = add_or_die
+run_script(COMMAND, run)
+"""
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_killed_half_way_it_leaves_no_shards_and_starts_again(place, after):
+    flags = ("--input", "chats.jsonl", "--tokenizer", "tokenizer.model", "--output_prefix")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(after), *flags, "out/mine"]
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}).returncode == 9
+    assert all(path.name.startswith(".") for path in (place / "out").iterdir())
+    assert pretokenize(*flags, "out/mine") == pretokenize(*flags, "clean/mine") == 0
+    for path in (place / "clean").iterdir():
+        assert path.read_bytes() == (place / "out" / path.name).read_bytes(), path.name

@@ -15,9 +15,10 @@ from megatron_ft.data.shards import remove_shards
 from megatron_ft.data.tokenizer import Tokenizer, extra_tokens, load_tokenizer
 from megatron_ft.errors import DataError
 from megatron_ft.files import atomic_file, write_json
+from tools.pretokenizer.flags import Pretokenize
 from tools.pretokenizer.sampling import SPLITS, cap
 from tools.pretokenizer.screen import show_result, show_sample
-from tools.pretokenizer.settings import Pretokenize, Settings, resolve
+from tools.pretokenizer.settings import Settings, resolve
 from tools.pretokenizer.sources import Source, make_plans, make_sources
 from tools.pretokenizer.stats import Tally, report, total
 from tools.pretokenizer.writing import write

@@ -14,32 +14,9 @@ from typing import Any
 from megatron_ft.config.hints import suggestion
 from megatron_ft.config.yaml_file import read_settings
 from megatron_ft.errors import ConfigError
+from tools.pretokenizer.flags import Pretokenize
 
 PACKAGED_CONFIGS = Path(__file__).parent / "configs"
-
-
-@dataclass
-class Pretokenize:
-    """What to tokenize"""
-
-    configs: list[str] = field(default_factory=list)
-    """Sections of the YAML files to apply, in order, after `defaults`."""
-    config_dir: Path = PACKAGED_CONFIGS
-    """Folder whose YAML files hold the sections."""
-    input: list[str] = field(default_factory=list)
-    """Chat files, without any YAML: their shape is recognised."""
-    tokenizer: str | None = None
-    """A tokenizer.model, a tokenizer.json, or a folder with one of them (vocab_file in YAML)."""
-    output_prefix: str | None = None
-    """With --input: shards become OUTPUT_PREFIX-train-text.bin and so on."""
-    val_split: float | None = None
-    """Share of each dataset that validates, over what YAML says; 0 for none (with --input: 0.1)."""
-    write_json: bool = False
-    """Write PREFIX-SPLIT.jsonl too, the chats as the model sees them."""
-    compress: bool = False
-    """Compress that file (.jsonl.gz)."""
-    overwrite: bool = False
-    """Replace finished shards that are there already."""
 
 
 @dataclass
@@ -76,9 +53,8 @@ def resolve(flags: Pretokenize, others: dict[str, Any]) -> Settings:
     Raises ConfigError: unknown section or key, a key of the wrong type, something needed that nobody said.
     """
     keys = {**_from_sections(flags), **(_from_input(flags, others) if flags.input else {})}
-    if flags.tokenizer is not None:
-        keys["vocab_file"] = flags.tokenizer
-    keys |= others
+    said = {"vocab_file": flags.tokenizer} | {name: getattr(flags, name) for name in _ALSO_KEYS}
+    keys |= {name: value for name, value in said.items() if value is not None} | others
     defaults = {name: value for name, value in keys.items() if value is not None or name in _OPTIONAL}
     settings = build(Settings, defaults, "the configuration")
     settings.datasets = [_dataset(entry, flags.val_split) for entry in settings.datasets + settings.datasets_extra]
@@ -101,6 +77,7 @@ def build(kind: type, values: dict[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}") from None
 
 
+_ALSO_KEYS = ("chat_format", "output_dir", "min_assistant_tokens", "max_count")
 _OPTIONAL = {f.name for f in dataclasses.fields(Settings) if type(None) in typing.get_args(f.type)}
 
 
@@ -111,12 +88,13 @@ def _from_sections(flags: Pretokenize) -> dict[str, Any]:
         raise ConfigError(
             "nothing to do: give --input FILE --tokenizer PATH --output_prefix DIR/NAME, or --configs SECTION ..."
         )
-    sections = read_sections(flags.config_dir)
+    folder = flags.config_dir or PACKAGED_CONFIGS
+    sections = read_sections(folder)
     keys = dict(sections.get("defaults", {}))
     for name in flags.configs:
         name = name.replace("-", "_")
         if name not in sections:
-            raise ConfigError(f"{flags.config_dir}: no section {name}{suggestion(name, sections)}")
+            raise ConfigError(f"{folder}: no section {name}{suggestion(name, sections)}")
         keys |= sections[name]
     return keys
 
