@@ -28,7 +28,7 @@ class FastTokenizer:
         self._start, self._behind = _build(path, plain), _build(path, _behind_a_token(plain))
         self.size = self._start.get_vocab_size(with_added_tokens=False)
         self.controls = {
-            t["content"]: t["id"] for t in description.get("added_tokens", []) if t["special"] and t["id"] < self.size
+            t["content"]: t["id"] for t in description.get("added_tokens", []) if t.get("special") and t["id"] < self.size
         }
         self.fingerprint = fingerprint(_essence(description))
 
