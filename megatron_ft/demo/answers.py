@@ -1,0 +1,35 @@
+"""What the model said to the held-out questions, read from what `megatron-ft generate` wrote."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, what was hoped for, what came."""
+
+    topic: str
+    question: str
+    expected: str
+    text: str
+
+    @property
+    def right(self) -> bool:
+        """Letter for letter the same, spaces around it aside."""
+        return self.text == self.expected
+
+
+def read_answers(path: Path) -> list[Answer]:
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return [
+        Answer(line["topic"], line["messages"][-1]["content"], line["expected"], line["answer"].strip())
+        for line in lines
+    ]
+
+
+def exact_match(answers: Sequence[Answer]) -> float:
+    """Share of right answers, 0 to 1."""
+    return sum(answer.right for answer in answers) / len(answers)

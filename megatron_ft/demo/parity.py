@@ -1,0 +1,105 @@
+"""The exported model in transformers against the checkpoint it was made from, in one process.
+
+`python -m megatron_ft.demo.parity RUN_DIR` writes RUN_DIR/parity.json. The checkpoint was trained on four processes and
+is loaded here on one; transformers loads the export as anyone would who never heard of this project.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.demo.answers import Answer, read_answers
+from megatron_ft.files import write_json
+
+RESULT = "parity.json"
+_BATCH = 64
+
+
+@dataclass
+class Parity:
+    """What to compare"""
+
+    run_dir: str = field(default="runs/demo", metadata={"required": True})
+    """the demo's folder"""
+    prompts: int = 48
+    """how many of the asked questions to compare"""
+
+
+COMMAND = Command(
+    name="demo.parity",
+    summary="the export in transformers against the checkpoint it was made from",
+    sections=(Parity,),
+    positional=("run_dir",),
+)
+
+
+def run(options: Parity) -> None:
+    folder = Path(options.run_dir)
+    asked = read_answers(folder / "after.jsonl")
+    asked = asked[:: max(1, len(asked) // options.prompts)][: options.prompts]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf", padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
+    answers = _answers(model, tokenizer, asked)
+    texts = [_conversation(tokenizer, answer) for answer in asked]
+    difference, largest = _logits_difference(model, folder / "tuned", texts)
+    write_json(
+        folder / RESULT,
+        {
+            "prompts": len(asked),
+            "same_answers": sum(theirs == ours.text for theirs, ours in zip(answers, asked, strict=True)),
+            "hf_logits_max_abs_diff": difference,
+            "largest_logit": largest,
+            "positions": sum(len(text) for text in texts),
+        },
+    )
+
+
+def _answers(model: Any, tokenizer: Any, asked: list[Answer]) -> list[str]:
+    """transformers' greedy answers, ended by the export's own generation_config.json."""
+    texts = []
+    for start in range(0, len(asked), _BATCH):
+        prompts = [[{"role": "user", "content": answer.question}] for answer in asked[start : start + _BATCH]]
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        batch = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=32, do_sample=False
+        )
+        new = output[:, batch["input_ids"].shape[1] :]
+        texts += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return texts
+
+
+def _conversation(tokenizer: Any, answer: Answer) -> list[int]:
+    """Ids of the question and the answer that was given, as the chat template writes them."""
+    messages = [{"role": "user", "content": answer.question}, {"role": "assistant", "content": answer.text}]
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+
+
+def _logits_difference(model: Any, checkpoint: Path, texts: list[list[int]]) -> tuple[float, float]:
+    """(largest absolute difference of any logit at any position, largest absolute logit)."""
+    import torch
+
+    from megatron_ft.generation.loading import open_speaker
+    from megatron_ft.parallel import process_groups
+
+    difference = largest = 0.0
+    with process_groups() as layout, torch.no_grad():
+        ours = open_speaker(checkpoint, layout).decoder.model
+        for text in texts:
+            ids = torch.tensor([text])
+            theirs = model(ids).logits
+            mine = ours(ids, torch.arange(len(text))[None], None)[..., : theirs.shape[-1]]
+            difference = max(difference, float((mine - theirs).abs().max()))
+            largest = max(largest, float(theirs.abs().max()))
+    return difference, largest
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))
