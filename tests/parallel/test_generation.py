@@ -1,0 +1,63 @@
+"""Decoding against transformers' own, in every layout."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ft.generation.sampling import Sampling
+from tests.parallel.jobs import VOCAB, generate
+
+LENGTHS = (5, 9, 5, 17, 30)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(5)
+    return [rng.integers(0, VOCAB, length) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def expected(llama, prompts):
+    """transformers' greedy continuation of each prompt, 20 tokens."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    ids = [torch.from_numpy(prompt)[None] for prompt in prompts]
+    # Without a mask of ones, transformers would take token 0 in a prompt for padding.
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    answers = [model.generate(x, attention_mask=torch.ones_like(x), **options) for x in ids]
+    return [answer[0, x.shape[1] :].tolist() for answer, x in zip(answers, ids)]
+
+
+@pytest.mark.parametrize("layout", [(4, 1), (1, 4), (2, 2), (2, 1)], ids=["TP4", "PP4", "TP2xPP2", "TP2xDP2"])
+def test_greedy_equals_transformers(layout, four_ranks, checkpoint, prompts, expected):
+    for answers in four_ranks.run(call, checkpoint, layout, prompts, {"max_new_tokens": 20}):
+        assert answers == expected
+
+
+def test_batches_of_any_size(one_rank, checkpoint, prompts, expected):
+    for batch_size in (1, 2, 32):
+        (answers,) = one_rank.run(call, checkpoint, (1, 1), prompts, {"max_new_tokens": 20, "batch_size": batch_size})
+        assert answers == expected
+
+
+def test_stops_before_the_stop_token(one_rank, checkpoint, prompts, expected):
+    stop = expected[0][7]
+    (answers,) = one_rank.run(call, checkpoint, (1, 1), prompts, {"max_new_tokens": 20, "stop_ids": (stop,)})
+    cut = [row[: row.index(stop)] if stop in row else row for row in expected]
+    assert answers == cut and len(answers[0]) <= 7
+
+
+def test_sampling_is_seeded_and_agreed(four_ranks, checkpoint, prompts):
+    """Every rank holds the same sampled text; another seed gives another."""
+    options = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.0, top_k=50, top_p=0.95)}
+    first = four_ranks.run(call, checkpoint, (2, 2), prompts, options | {"seed": 1})
+    again = four_ranks.run(call, checkpoint, (2, 2), prompts, options | {"seed": 1})
+    other = four_ranks.run(call, checkpoint, (2, 2), prompts, options | {"seed": 2})
+    assert all(row == first[0] for row in first + again)
+    assert other[0] != first[0]
+
+
+def call(checkpoint, layout, prompts, options):
+    return generate(checkpoint, layout, prompts, **options)

@@ -1,0 +1,47 @@
+"""Every layout computes the same training run: losses and gradient norms over 20 steps against one process."""
+
+import numpy as np
+import pytest
+
+from tests.parallel.jobs import finetune, read_metrics
+
+LAYOUTS = [(4, 1), (1, 4), (2, 2), (2, 1), (1, 1)]
+"""TP x PP on four processes; what is left is data parallel: TP4, PP4, TP2xPP2, TP2xDP2, DP4."""
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["packed", "unpacked"])
+def reference(request, one_rank, checkpoint, shards, tmp_path_factory):
+    """(packing, folder with the metrics of one process)."""
+    folder = tmp_path_factory.mktemp("one")
+    one_rank.run(run_on, (1, 1), checkpoint, shards, request.param, False, str(folder))
+    return request.param, folder
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed-optimizer"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["TP4", "PP4", "TP2xPP2", "TP2xDP2", "DP4"])
+def test_layout_trains_as_one_process(
+    layout, distributed_optimizer, reference, four_ranks, checkpoint, shards, tmp_path
+):
+    packing, one = reference
+    four_ranks.run(run_on, layout, checkpoint, shards, packing, distributed_optimizer, str(tmp_path))
+    for name, tolerance in (("train/loss", 1e-4), ("train/grad_norm", 1e-3)):
+        np.testing.assert_allclose(read_metrics(tmp_path, name), read_metrics(one, name), rtol=tolerance)
+    for name in ("train/tokens", "train/supervised_tokens", "train/lr"):
+        assert read_metrics(tmp_path, name) == read_metrics(one, name)
+
+
+def test_the_reference_is_worth_comparing_with(reference):
+    """It learns, over 20 steps, and its masks are uneven: the supervised share differs from step to step."""
+    _, one = reference
+    losses, tokens = read_metrics(one), read_metrics(one, "train/tokens")
+    supervised = read_metrics(one, "train/supervised_tokens")
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert len({round(s / t, 3) for s, t in zip(supervised, tokens)}) > 10
+    assert all(0 < s < t <= 8 * 64 for s, t in zip(supervised, tokens))
+
+
+def run_on(layout, checkpoint, shards, packing, distributed_optimizer, folder):
+    finetune(
+        layout, load=checkpoint, data_path=[shards], packing=packing, run_dir=folder,
+        use_distributed_optimizer=distributed_optimizer,
+    )  # fmt: skip
