@@ -33,6 +33,9 @@ class HfToMegatron:
     """Groups of layers."""
     ckpt_format: Literal["torch", "torch_dist"] = "torch"
     """torch: one file a rank, for this layout. torch_dist: megatron-core's own, read by any layout."""
+    tokenizer_type: str | None = None
+    """As in pretokenize: SentencePieceTokenizer puts Megatron's own five tokens before the extra ones, so that ids equal
+    those of shards made with it."""
     vocab_extra_ids_list: str | None = None
     """Tokens to add, comma-separated, such as "<|im_start|>,<|im_end|>". New rows are the mean of the old ones."""
     make_vocab_size_divisible_by: int = 128
@@ -70,6 +73,7 @@ def convert(options: HfToMegatron) -> Report:
     from checkpoints_conversion.report import Report, check_target, count
     from checkpoints_conversion.tokenizer_copy import copy_tokenizer, load_before_and_after
     from checkpoints_conversion.vocabulary import parse_token_list, plan_growth, union
+    from megatron_ft.data.tokenizer import extra_tokens
     from megatron_ft.models.architecture import check_layout
     from megatron_ft.models.checkpoint_layout import TRACKER, iteration_folder, write_config, write_tracker
 
@@ -78,7 +82,8 @@ def convert(options: HfToMegatron) -> Report:
     check_target(Path(options.input_dir), target, options.overwrite, {TRACKER, "release"}, TRACKER)
     source = HfSource(options.input_dir)
     check_layout(source.arch, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
-    tokens = union(parse_token_list(options.vocab_extra_ids_list), _format_tokens(options.chat_format))
+    listed = extra_tokens(options.tokenizer_type, parse_token_list(options.vocab_extra_ids_list))
+    tokens = union(listed, _format_tokens(options.chat_format))
     path = Path(options.tokenizer) if options.tokenizer else None
     before, tokenizer = load_before_and_after(path, source.folder, tokens)
     growth = plan_growth(source.arch, before, tokenizer)

@@ -40,7 +40,7 @@ def copy_tokenizer(tokenizer: Tokenizer, checkpoint: Path) -> None:
     if template.is_file():
         shutil.copyfile(template, folder / _TEMPLATE)
     write_json(folder / "added_tokens.json", tokenizer.added_tokens)
-    if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+    if load_tokenizer(folder, list(tokenizer.added_tokens)).fingerprint != tokenizer.fingerprint:
         raise RuntimeError(f"the copy of {tokenizer.source_files[0]} reads differently from the original")
 
 

@@ -11,7 +11,7 @@ from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
 from checkpoints_conversion.vocabulary import parse_token_list
 from megatron_ft.data.chat_format import get_format
-from megatron_ft.data.tokenizer import load_tokenizer
+from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
 from megatron_ft.errors import UserError
 from megatron_ft.models.checkpoint_layout import read_config
 from tests.conversion.builders import make_llama, make_sentencepiece
@@ -96,6 +96,18 @@ def test_the_copy_of_the_tokenizer_knows_the_added_tokens(tmp_path):
     copy = load_tokenizer(release / "tokenizer")
     assert copy.fingerprint == read_config(release).tokenizer["fingerprint"]
     assert (copy.token_id("<|im_start|>"), copy.vocab_size) == (203, 205)
+
+
+def test_tokenizer_type_orders_ids_as_shards_made_with_it(tmp_path, model):
+    """Megatron's five tokens first: <|im_start|> is then the sixth after the vocabulary, on a 32000 one 32005."""
+    options = {"vocab_extra_ids_list": CHATML, "chat_format": "chatml", "tokenizer_type": "SentencePieceTokenizer"}
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), **options))
+    info = read_config(tmp_path / "megatron" / "release").tokenizer
+    assert info["added_tokens"]["<|im_start|>"] == 203 + 5
+    shards = load_tokenizer(tmp_path / "hf", extra_tokens("SentencePieceTokenizer", CHATML))
+    assert info["fingerprint"] == shards.fingerprint
+    export(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").convert_tokens_to_ids("<|im_end|>") == 209
 
 
 def test_adding_tokens_needs_a_tokenizer(tmp_path):
