@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -46,6 +45,7 @@ class Microbatch:
 
 
 PADDING = 255
+_NOTHING = np.zeros(0, np.int64)
 
 
 class ChatDataset:
@@ -66,20 +66,33 @@ class ChatDataset:
             names = ", ".join(str(shard.prefix) for shard in self.shards)
             raise DataError(f"{names}: no sample of two tokens or more, nothing to train on; pretokenize again")
         self._epoch_starts = [0]
+        self._plans: dict[int, tuple[packing.Rows, np.ndarray]] = {}
 
     @property
     def num_samples(self) -> int:
         return len(self._sizes)
 
-    @lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
     def epoch_rows(self, epoch: int) -> packing.Rows:
-        """The packing plan of one epoch."""
-        order = np.flatnonzero(self._sizes)
+        """The rows of one epoch. Packed, its emptiest row is held back and packed with the next epoch's samples."""
+        if epoch not in self._plans:
+            known = max((e for e in self._plans if e < epoch), default=-1)
+            held = self._plans[known][1] if known >= 0 else _NOTHING
+            for e in range(known + 1, epoch + 1):
+                rows, held = self._plan(e, held)
+                self._plans = {k: v for k, v in self._plans.items() if k in (0, e - 1)} | {e: (rows, held)}
+        return self._plans[epoch][0]
+
+    def _plan(self, epoch: int, held: np.ndarray) -> tuple[packing.Rows, np.ndarray]:
+        order, rng = np.flatnonzero(self._sizes), np.random.default_rng([self.seed, epoch])
         if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+            order = rng.permutation(order)
         if not self.packed:
-            return packing.one_per_row(order)
-        return packing.first_fit(order, self._sizes, self.seq_length)
+            return packing.one_per_row(order), held
+        rows = packing.best_fit(np.concatenate([held, order]), self._sizes, self.seq_length)
+        if not self.shuffle:
+            return rows, _NOTHING
+        rows, held = packing.without_emptiest(rows, self._sizes, self.seq_length)
+        return packing.shuffled(rows, rng), held
 
     def fill(self) -> float:
         """Share of the first epoch's positions that hold a token."""
