@@ -17,7 +17,7 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Letter for letter the same, spaces around it aside."""
+        """Letter for letter the same, spaces around it left out."""
         return self.text == self.expected
 
 

@@ -89,16 +89,17 @@ def _logits_difference(model: Any, checkpoint: Path, texts: list[list[int]]) -> 
     from megatron_ft.generation.loading import open_speaker
     from megatron_ft.parallel import process_groups
 
-    difference = largest = 0.0
+    differences, sizes = [], []
     with process_groups() as layout, torch.no_grad():
         ours = open_speaker(checkpoint, layout).decoder.model
         for text in texts:
             ids = torch.tensor([text])
             theirs = model(ids).logits
             mine = ours(ids, torch.arange(len(text))[None], None)[..., : theirs.shape[-1]]
-            difference = max(difference, float((mine - theirs).abs().max()))
-            largest = max(largest, float(theirs.abs().max()))
-    return difference, largest
+            differences.append((mine - theirs).abs().max())
+            sizes.append(theirs.abs().max())
+    # torch's max, not Python's: it lets a not-a-number through.
+    return float(torch.stack(differences).max()), float(torch.stack(sizes).max())
 
 
 if __name__ == "__main__":

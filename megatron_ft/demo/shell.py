@@ -81,8 +81,10 @@ def _end(process: subprocess.Popen) -> None:
 def _explain(words: Sequence[str], code: int, output: str, log: Path) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
     said = [line for line in lines if ": error: " in line]
+    # After a process has failed, the launcher writes a page about it that does not say why.
+    launcher = next((i for i, line in enumerate(lines) if "torch/distributed/elastic" in line), len(lines))
     what = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-    if -code == signal.SIGKILL or "SIGKILL" in output or "signal 9" in output.lower():
+    if -code == signal.SIGKILL or "SIGKILL" in output:
         what += " (often the machine's way to say that its memory is full)"
-    tail = "\n".join(f"  | {line[:200]}" for line in (said or lines)[-_SHOWN:])
+    tail = "\n".join(f"  | {line[:200]}" for line in (said or lines[:launcher] or lines)[-_SHOWN:])
     return f"$ {shlex.join(words)}\n  {what}; its last lines, all of them are in {log}:\n{tail}"

@@ -1,0 +1,50 @@
+"""megatron-ft demo: a tiny model learns to answer on this machine, split as on a cluster, and shows that it did."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ft.config.cli import Command, run_script
+
+
+@dataclass
+class Demo:
+    """What to run"""
+
+    run_dir: str = "runs/demo"
+    """folder for everything it makes; an earlier demo in it is replaced"""
+    seed: int = 1
+    """of the chats, the weights and the order of training"""
+
+
+COMMAND = Command(
+    name="demo",
+    summary="chats, conversion, training on 4 processes, questions before and after, export: in minutes, without a GPU",
+    sections=(Demo,),
+    examples=("megatron-ft demo", "megatron-ft demo --run_dir runs/demo2 --seed 2"),
+)
+
+
+def run(options: Demo) -> int:
+    """0 if everything needed was reached, else 1. Raises ConfigError for a run_dir that is no demo's."""
+    from megatron_ft.demo.folder import fresh_run_folder
+    from megatron_ft.demo.recipe import Plan, run_demo
+    from megatron_ft.demo.shell import CommandFailed
+
+    # As Ctrl-C: whatever was started is stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    plan = Plan(Path(options.run_dir), options.seed)
+    with fresh_run_folder(plan.folder):
+        try:
+            rows = run_demo(plan)
+        except CommandFailed as failure:
+            print(f"\nmegatron-ft demo: a command failed\n{failure}", file=sys.stderr)
+            return 1
+    return 0 if all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))

@@ -1,0 +1,210 @@
+"""The demo's report: verdict, conversations, curves, what was trained on, layout, how to do it again."""
+
+from collections.abc import Sequence
+from html import escape
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ft import files
+from megatron_ft.data.roles import ROLE_NAMES, SYSTEM
+from megatron_ft.data.shards import Shards, open_shards
+from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.demo.answers import Answer
+from megatron_ft.demo.screen import shortened, wrapped
+from megatron_ft.demo.verdict import Row, clock
+from megatron_ft.report import Page, read_metrics
+from megatron_ft.report.curves import bars
+from megatron_ft.report.page import Html, badge, commands, curves, table
+
+_SAMPLES = 3
+_CONVERSATIONS = 12  # shown at once; the others are a click away
+
+
+def write_report(
+    folder: Path, summary: dict[str, Any], rows: Sequence[Row], ran: Sequence[Sequence[str]],
+    before: Sequence[Answer], after: Sequence[Answer], facts: int,
+) -> None:  # fmt: skip
+    """FOLDER/report.html, from what the demo's commands left in the folder."""
+    passed = all(row.passed for row in rows)
+    page = Page(
+        "megatron_ft demo: " + ("everything needed was reached" if passed else "something needed was missed"),
+        f"A tiny Llama, split over {summary['world_size']} processes as on a cluster, learned to answer in "
+        f"{clock(summary['wall_seconds'])}. Seed {summary['seed']}.",
+    )
+    page.section("Verdict", _verdict(rows))
+    page.section(
+        "Before and after",
+        _conversations(before, after),
+        note="Held-out questions: the model met each fact in other wordings, and each wording with other subjects, but "
+        "none of these questions is in the training chats. Failures first. Right means letter for letter.",
+    )
+    page.section("Training", curves(read_metrics(folder / "metrics.jsonl")), _numbers(summary))
+    page.section("What was trained on", *_data(folder, facts))
+    page.section("Layout", *_layout(folder, summary))
+    page.section("Do it again", *_again(folder, summary, ran))
+    page.section("What is in the folder", _files(folder))
+    page.write(folder / "report.html")
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    cells = [(row.name, row.before, row.after, row.needed, badge(row.passed), row.how) for row in rows]
+    causes = "".join(
+        f'<p class="bad">{escape(row.name)}: likely cause: {escape(row.cause)}.</p>' for row in rows if not row.passed
+    )
+    return table(
+        ("", "before", "after", "needed", "", "how it was measured"), cells, ("", "num", "num", "num", "", "soft")
+    ) + causes  # fmt: skip
+
+
+def _conversations(before: Sequence[Answer], after: Sequence[Answer]) -> str:
+    pairs = sorted(zip(before, after, strict=True), key=lambda pair: pair[1].right)
+    # The first right ones would all be of one topic: take them from all over the set.
+    wrong = [pair for pair in pairs if not pair[1].right]
+    right = [pair for pair in pairs if pair[1].right]
+    step = max(1, len(right) // max(1, _CONVERSATIONS - len(wrong)))
+    shown = [*wrong, *right[::step]][: max(_CONVERSATIONS, min(len(wrong), 30))]
+    rest = [pair for pair in pairs if pair not in shown]
+    said = f"<p>{len(right)} of {len(after)} right after training, {sum(a.right for a in before)} before.</p>"
+    more = f"<details><summary>the other {len(rest)}</summary>{_answers(rest)}</details>" if rest else ""
+    return said + _answers(shown) + more
+
+
+def _answers(pairs: Sequence[tuple[Answer, Answer]]) -> str:
+    cells = [
+        (
+            new.question,
+            shortened(old.text, 44),
+            new.text if new.right else Html(f"{escape(new.text)}<br><span class=soft>{escape(new.expected)}</span>"),
+            badge(new.right, "right", "wrong"),
+        )
+        for old, new in pairs
+    ]
+    return table(("question", "before", "after", ""), cells, ("", "soft code", "", ""))
+
+
+def _numbers(summary: dict[str, Any]) -> str:
+    validation = summary["loss_validation"]
+    return (
+        f'<p class="below">{summary["iterations"]} steps; {summary["tokens_per_second"]:,.0f} tokens a second; rows '
+        f"{summary['packing_filled']:.1%} full. "
+        + (f"Validation loss {validation:.4f}, on chats of the same wordings as the training chats. " if validation else "")
+        + "The loss counts the assistant's tokens only.</p>"
+    )  # fmt: skip
+
+
+def _data(folder: Path, facts: int) -> list[str]:
+    shards, tokenizer = open_shards(str(folder / "data/chats-train")), load_tokenizer(
+        folder / "hf_base", ("<|im_start|>", "<|im_end|>")
+    )  # fmt: skip
+    counts = shards.manifest.counts
+    by_role = {role: counts["tokens_by_role"].get(role, 0) for role in ROLE_NAMES}
+    roles = [
+        (role, count, f"{count:,} {'trained on' if role == 'assistant' else 'read only'}")
+        for role, count in by_role.items()
+        if count
+    ]
+    lengths = np.asarray(shards.lengths)
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, 7).astype(int))
+    histogram = [(f"{low} to {high - 1} tokens", *_chats(lengths, low, high)) for low, high in pairwise(edges)]
+    key = " ".join(f'<span class="role {role}">{role}</span>' for role in by_role if by_role[role])
+    return [
+        f"<p>{counts['samples']:,} chats about {facts} facts, {counts['tokens']:,} tokens.</p>",
+        f'<div class="grid2"><div><h3>tokens by role</h3>{bars(roles)}</div>',
+        f"<div><h3>length of a chat</h3>{bars(histogram)}</div></div>",
+        f"<h3>three chats, read back from the shards: {key}</h3>",
+        *(_sample(shards, tokenizer, index) for index in _samples(shards)),
+    ]
+
+
+def _chats(lengths: np.ndarray, low: int, high: int) -> tuple[float, str]:
+    count = int(((lengths >= low) & (lengths < high)).sum())
+    return float(count), f"{count:,} chats"
+
+
+def _samples(shards: Shards) -> list[int]:
+    """A chat with a system message, where there is one, and some from all over the set."""
+    with_system = (i for i in range(len(shards)) if shards.roles(i)[0] == SYSTEM)
+    return [next(with_system, 0), *(len(shards) * i // _SAMPLES for i in range(1, _SAMPLES))]
+
+
+def _sample(shards: Shards, tokenizer: Tokenizer, index: int) -> str:
+    """One chat with each token in its role's colour, control tokens by name."""
+    ids, roles = shards.tokens(index), shards.roles(index)
+    starts = [0, *(np.flatnonzero(np.diff(roles)) + 1).tolist()]
+    spans = [
+        f'<span class="role {ROLE_NAMES[roles[start]]}">{escape(tokenizer.decode(ids[start:end]).strip())}</span>'
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)
+    ]
+    return f'<div class="chat">{"<br>".join(spans)}</div>'
+
+
+def _layout(folder: Path, summary: dict[str, Any]) -> list[str]:
+    tp, pp = summary["tensor_model_parallel_size"], summary["pipeline_model_parallel_size"]
+    layers = files.read_json(folder / "hf_base/config.json")["num_hidden_layers"] // pp
+    rows = []
+    for rank in range(tp * pp):
+        stage, part = divmod(rank, tp)
+        ends = ("embedding, " if stage == 0 else "") + f"layers {stage * layers} to {stage * layers + layers - 1}"
+        ends += ", output layer" if stage == pp - 1 else ""
+        name = f"mp_rank_{part:02d}_{stage:03d}"
+        rows.append((rank, part, stage, ends, f"{_parameters(folder, name):,}", name))
+    times = [(name, seconds, clock(seconds)) for name, seconds in summary["step_seconds"].items()]
+    return [
+        table(
+            ("rank", "tensor part", "pipeline stage", "holds its part of", "parameters", "file of the checkpoint"),
+            rows,
+            ("num", "num", "num", "", "num", "code"),
+        ),
+        '<p class="below">Parameters of a rank include rows of zeros that pad the vocabulary, and norms that every '
+        "tensor part holds. Training adds sequence parallelism and the distributed optimizer.</p>",
+        f"<h3>time by step</h3>{bars(times)}",
+    ]
+
+
+def _parameters(folder: Path, name: str) -> int:
+    import torch
+
+    path = folder / "megatron/release" / name / "model_optim_rng.pt"
+    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
+    return sum(tensor.numel() for tensor in weights.values() if isinstance(tensor, torch.Tensor))
+
+
+def _again(folder: Path, summary: dict[str, Any], ran: Sequence[Sequence[str]]) -> list[str]:
+    versions = [(name, version(name)) for name in ("megatron_ft", "megatron-core", "torch", "transformers", "numpy")]
+    hashes = [
+        (name, files.digest(folder / name)) for name in ("chats.jsonl", "heldout.jsonl", "hf_base/tokenizer.model")
+    ]
+    return [
+        commands(f"megatron-ft demo --run_dir {folder} --seed {summary['seed']}"),
+        "<p>or one by one, as the demo ran them (each refuses to overwrite what is there):</p>",
+        commands("\n".join("\n".join(wrapped(words)).removeprefix("$ ") for words in ran)),
+        f"<details><summary>finetune.yaml</summary>{commands((folder / 'finetune.yaml').read_text())}</details>",
+        f"<details><summary>versions and hashes</summary>{table(('', ''), [*versions, *hashes], ('', 'code'))}</details>",
+    ]
+
+
+def _files(folder: Path) -> str:
+    about = (
+        ("report.html, summary.json, metrics.jsonl", "this page, its numbers, the numbers of every step"),
+        ("demo.log", "everything that the commands and libraries said"),
+        ("chats.jsonl, heldout.jsonl", "the chats, and the questions kept out of them"),
+        ("hf_base/", "the untrained model, as one would download it"),
+        ("data/", "role-labelled shards, manifest and statistics"),
+        ("megatron/", "the untrained model split over four ranks"),
+        ("finetune.yaml", "the settings of the training run"),
+        ("tuned/", "the trained checkpoint, with the state to go on from; any layout loads it"),
+        ("before.jsonl, after.jsonl", "the answers"),
+        ("hf/", "the trained model for transformers, with chat template and stop token"),
+        ("round_trip/", "the untrained model back from the four ranks, for the comparison"),
+    )
+    shown = [(name, text) for name, text in about if (folder / name.split(",")[0]).exists() or "report" in name]
+    nexts = commands(
+        f"megatron-ft chat {folder / 'hf'}\n"
+        f'megatron-ft generate --load {folder / "tuned"} --prompt "What colour is a plum?"\n'
+        "less examples/my_chats/README.md        # the same with your own chats"
+    )
+    return table(("", ""), shown, ("code", "")) + "<h3>next</h3>" + nexts

@@ -1,0 +1,106 @@
+"""What the demo must show, row by row: before, after, needed, and the likely cause where it is missed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+HELD_OUT_NEEDED = 0.90
+HELD_OUT_BEFORE = 0.05  # more than this before training means that the questions can be answered without it
+LOGITS_TOLERANCE = 1e-4
+SECONDS = 360
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result table. how: where the numbers come from. cause: set where it is missed."""
+
+    name: str
+    before: str
+    after: str
+    needed: str
+    passed: bool
+    how: str
+    cause: str = ""
+
+
+def judge(summary: dict[str, Any]) -> list[Row]:
+    """summary: what summary.json holds."""
+    return [rule(summary) for rule in _RULES]
+
+
+def clock(seconds: float) -> str:
+    """m:ss"""
+    return f"{int(seconds + 0.5) // 60}:{int(seconds + 0.5) % 60:02d}"
+
+
+def _held_out(s: dict[str, Any]) -> Row:
+    before, after, loss = s["heldout_exact_match_before"], s["heldout_exact_match_after"], s["loss_last"]
+    cause = ""
+    if before > HELD_OUT_BEFORE:
+        cause = "the model answered before it was trained: an answer is in the base model or in the question"
+    elif after < HELD_OUT_NEEDED and not loss < 0.1:
+        cause = f"training did not get far enough, its loss is still {loss:.3g}: see its curve in the report"
+    elif after < HELD_OUT_NEEDED:
+        cause = (
+            "the training chats were learned, their facts not carried over to other wordings: the report lists which"
+        )
+    return Row(
+        "held-out exact match", f"{before:.1%}", f"{after:.1%}", f">= {HELD_OUT_NEEDED:.0%}", not cause,
+        f"{s['heldout_questions']} questions, answer letter for letter; generate on {s['world_size']} processes", cause,
+    )  # fmt: skip
+
+
+def _loss(s: dict[str, Any]) -> Row:
+    first, last = s["loss_first"], s["loss_last"]
+    cause = ""
+    if s["loss_not_finite"] or not math.isfinite(last):
+        cause = "the loss was not a number at some step: the learning rate is too high, or a weight is damaged"
+    elif not last < first:
+        cause = "the loss did not fall: the learning rate is too low, or nothing in the chats is trained on"
+    return Row(
+        "training loss", f"{first:.2f}", f"{last:.4f}", "lower", not cause,
+        "first step; mean of the last ten", cause,
+    )  # fmt: skip
+
+
+def _weights(s: dict[str, Any]) -> Row:
+    same = s["weights_round_trip_identical"]
+    return Row(
+        "weights HF -> 4 shards -> HF", "", "same" if same else "differ", "bit-exact", same,
+        f"{s['weights_compared']} tensors of the untrained model, byte by byte",
+        "" if same else f"a converter changed {s['weights_first_difference']}: a mistake of ours, please report it",
+    )  # fmt: skip
+
+
+def _logits(s: dict[str, Any]) -> Row:
+    difference = s["hf_logits_max_abs_diff"]
+    passed = difference <= LOGITS_TOLERANCE  # False for not-a-number
+    return Row(
+        "logits, ours vs transformers", "", f"{difference:.1e}" if difference else "equal", f"<= {LOGITS_TOLERANCE:.0e}", passed,
+        f"largest difference at {s['hf_logits_positions']} positions; the largest logit is {s['hf_logits_largest']:.0f}",
+        "" if passed else "the export or our model computes something else: a mistake of ours, please report it",
+    )  # fmt: skip
+
+
+def _answers(s: dict[str, Any]) -> Row:
+    same, asked = s["hf_same_answers"], s["hf_prompts"]
+    cause = (
+        "" if same == asked else "tokenizer, chat template or stop token of the export: a mistake of ours, report it"
+    )
+    return Row(
+        "answers, ours vs transformers", "", f"{same} of {asked}", "all same", same == asked,
+        "greedy, from the export's chat template and generation_config.json", cause,
+    )  # fmt: skip
+
+
+def _time(s: dict[str, Any]) -> Row:
+    passed = s["wall_seconds"] <= SECONDS
+    cause = f"this machine is slow or busy ({s['cpu_cores']} cores); nothing is wrong with the model"
+    return Row(
+        "wall time", "", clock(s["wall_seconds"]), f"<= {clock(SECONDS)}", passed,
+        f"on {s['cpu_cores']} CPU cores", "" if passed else cause,
+    )  # fmt: skip
+
+
+_RULES: tuple[Callable[[dict[str, Any]], Row], ...] = (_held_out, _loss, _weights, _logits, _answers, _time)

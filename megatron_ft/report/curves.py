@@ -1,0 +1,158 @@
+"""Line pictures as SVG text. No library: a few axes, lines and marks are all that a run's report needs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from megatron_ft.report.metrics import Curve
+
+WIDTH, HEIGHT = 520, 220  # units of the picture's own coordinates; it scales to its place
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 30
+_POINTS = 400  # of a line; more cannot be seen
+_HOVER = 60  # places of a line that say their value under the mouse
+
+
+@dataclass(frozen=True)
+class Line:
+    """dots: every value as a dot too, for few values (evaluations)."""
+
+    name: str
+    points: Curve
+    style: str = "a"
+    dots: bool = False
+
+
+def picture(title: str, lines: Sequence[Line], log: bool = False, marks: Sequence[int] = ()) -> str:
+    """A figure with a title. log: logarithmic values. marks: iterations with a vertical line (checkpoints)."""
+    lines = [Line(line.name, _finite(line.points, log), line.style, line.dots) for line in lines]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return ""
+    scale = _Scale.of([point for line in lines for point in line.points], log)
+    parts = [_grid(scale), *(_mark(scale, at) for at in marks), *(_line(scale, line) for line in lines)]
+    key = "".join(f'<span class="key {line.style}">{escape(line.name)}</span>' for line in lines)
+    if marks:
+        key += '<span class="key mark">checkpoint</span>'
+    return (
+        f'<figure><figcaption><b>{escape(title)}</b>{key}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def bars(rows: Sequence[tuple[str, float, str]]) -> str:
+    """Horizontal bars: (name, length, text at its end)."""
+    longest = max((length for _, length, _ in rows), default=0) or 1
+    return "".join(
+        f'<div class="bar"><span>{escape(name)}</span><i style="width:{55 * length / longest:.1f}%"></i>'
+        f"<span>{escape(text)}</span></div>"
+        for name, length, text in rows
+    )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """From iterations and values to places in the picture."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+    log: bool
+
+    @classmethod
+    def of(cls, points: Curve, log: bool) -> "_Scale":
+        iterations = [at for at, _ in points]
+        values = [math.log10(value) if log else value for _, value in points]
+        low, high = min(values), max(values)
+        if not log and low >= 0:
+            low = 0.0
+        if high - low < 1e-12:
+            low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+        room = 0.05 * (high - low)
+        return cls(min(iterations), max(iterations), low if low == 0 and not log else low - room, high + room, log)
+
+    def x(self, at: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (at - self.first) / ((self.last - self.first) or 1)
+
+    def y(self, value: float) -> float:
+        value = math.log10(value) if self.log else value
+        return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - value) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        """Round values on the vertical axis."""
+        if not self.log:
+            return _round_steps(self.low, self.high, 4)
+        steps = [
+            digit * 10.0**power
+            for power in range(math.floor(self.low), math.ceil(self.high) + 1)
+            for digit in ((1,) if self.high - self.low > 1.5 else (1, 2, 5))
+        ]
+        return [step for step in steps if self.low <= math.log10(step) <= self.high]
+
+
+def _round_steps(low: float, high: float, about: int) -> list[float]:
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= raw)
+    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _grid(scale: _Scale) -> str:
+    parts = []
+    for value in scale.ticks():
+        y = scale.y(value)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
+    ends = {round(at): None for at in _round_steps(scale.first, max(scale.last, scale.first + 1), 5)}
+    for at in ends:
+        if scale.first <= at <= scale.last:
+            parts.append(
+                f'<text x="{scale.x(at):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(at)}</text>'
+            )
+    return "".join(parts) + f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
+
+
+def _line(scale: _Scale, line: Line) -> str:
+    shown = line.points[:: max(1, len(line.points) // _POINTS)]
+    if shown[-1] != line.points[-1]:
+        shown = [*shown, line.points[-1]]
+    path = "L".join(f"{scale.x(at):.1f} {scale.y(value):.1f}" for at, value in shown)
+    dots = line.points if line.dots else []
+    hover = line.points[:: max(1, len(line.points) // _HOVER)]
+    return f'<path class="line {line.style}" d="M{path}"/>' + "".join(
+        [
+            *(f'<circle class="dot {line.style}" r="3.5" {_place(scale, *point)}/>' for point in dots),
+            *(
+                f'<circle class="hover" r="7" {_place(scale, *point)}>'
+                f"<title>{escape(line.name)}, iteration {point[0]}: {short(point[1])}</title></circle>"
+                for point in hover
+            ),
+        ]
+    )
+
+
+def _place(scale: _Scale, at: int, value: float) -> str:
+    return f'cx="{scale.x(at):.1f}" cy="{scale.y(value):.1f}"'
+
+
+def _mark(scale: _Scale, at: int) -> str:
+    x = scale.x(at)
+    return f'<path class="mark" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"><title>checkpoint at {at}</title></path>'
+
+
+def _finite(points: Curve, log: bool) -> Curve:
+    return [(at, value) for at, value in points if math.isfinite(value) and (value > 0 or not log)]
+
+
+def short(value: float) -> str:
+    """0.00031 -> 3.1e-4, 1200 -> 1.2k: what fits beside an axis."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1000:
+        return f"{value / 1e3:.3g}k"
+    if size >= 0.01 or size == 0:
+        return f"{value:.3g}"
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"

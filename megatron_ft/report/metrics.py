@@ -1,0 +1,58 @@
+"""metrics.jsonl as curves: the names are those that docs/metrics.md gives."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ft.errors import DataError
+
+Curve = list[tuple[int, float]]  # (iteration, value), by iteration
+
+
+@dataclass
+class Metrics:
+    """curves: metric name -> its values; not a number is left out and counted. checkpoints: iteration -> folder."""
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    checkpoints: dict[int, str] = field(default_factory=dict)
+    not_finite: int = 0
+
+    def curve(self, name: str) -> Curve:
+        return self.curves.get(name, [])
+
+    def values(self, name: str) -> list[float]:
+        return [value for _, value in self.curve(name)]
+
+    def total(self, name: str) -> float:
+        return sum(self.values(name))
+
+    def rate(self, name: str) -> Curve:
+        """A count per step as a count per second."""
+        seconds = dict(self.curve("train/seconds"))
+        return [(at, value / seconds[at]) for at, value in self.curve(name) if seconds.get(at)]
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Raises DataError naming file and line. A last line that is cut short (the run is being written) is left out.
+
+    A resumed run repeats iterations that it had to do again: the later line counts.
+    """
+    metrics, found = Metrics(), {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            iteration = int(entry.pop("iteration"))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}, line {number}: not a line of metrics ({error}); remove it") from error
+        if "checkpoint" in entry:
+            metrics.checkpoints[iteration] = entry["checkpoint"]
+        for name, value in entry.items():
+            if value is None or isinstance(value, int | float):
+                found.setdefault(name, {})[iteration] = value
+    for name, by_iteration in found.items():
+        metrics.curves[name] = [(at, value) for at, value in sorted(by_iteration.items()) if value is not None]
+    metrics.not_finite = sum(value is None for value in found.get("train/loss", {}).values())
+    return metrics
