@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from megatron_ft.config.sections import Batch, Data, Numerics, Optimizer, Parallelism
 from megatron_ft.data.loader import ChatDataset, step_rows
+from megatron_ft.data.manifest import Manifest
 from megatron_ft.data.roles import loss_weights
 from megatron_ft.parallel import process_groups
 
@@ -32,6 +33,7 @@ class Conversations:
     """Random samples that fill their rows, half of each supervised; what the loader wants of shards."""
 
     prefix = "benchmark"
+    manifest = Manifest()
 
     def __init__(self, count: int, length: int, vocab: int):
         self.ids = np.random.default_rng(0).integers(0, vocab, (count, length))
@@ -60,7 +62,9 @@ def plain_loop(model, dataset: ChatDataset):
         for batch in batches:
             logits = model(torch.from_numpy(batch.tokens)).logits
             labels = torch.from_numpy(np.where(batch.weights > 0, batch.labels, -100))
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / supervised
+            loss = (
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / supervised
+            )
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -72,8 +76,8 @@ def plain_loop(model, dataset: ChatDataset):
 
 def our_loop(folder: Path, layout, dataset: ChatDataset):
     """megatron_ft's step on the same weights."""
-    from megatron_ft.models.checkpoint_layout import find_checkpoint
-    from megatron_ft.models.load import describe, load_weights
+    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
+    from megatron_ft.models.load import load_weights
     from megatron_ft.training import setup
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
@@ -106,7 +110,9 @@ def compare(plain, ours, steps: int, tokens_per_step: int) -> None:
     ratios = sorted(a / b for a, b in zip(seconds["plain"][2:], seconds["ours"][2:], strict=True))
     print(f"transformers + torch   {rate['plain']:8.0f} tokens/s")
     print(f"megatron_ft            {rate['ours']:8.0f} tokens/s")
-    print(f"ratio                  {statistics.median(ratios):8.3f} (pairs: {ratios[0]:.3f} to {ratios[-1]:.3f}; wanted: 0.95 or more)")
+    print(
+        f"ratio                  {statistics.median(ratios):8.3f} (pairs: {ratios[0]:.3f} to {ratios[-1]:.3f}; wanted: 0.95 or more)"
+    )
     print(f"largest loss difference {apart:.1e}")
 
 

@@ -42,8 +42,10 @@ COMMAND = Command(
 
 def run(chat: Chat) -> int:
     """One conversation until the input ends. /new starts over, /quit ends. Raises UserError as `generate` does."""
+    from megatron_ft.models.checkpoint_layout import check_folder
     from megatron_ft.parallel import process_groups
 
+    check_folder(Path(chat.load))
     with process_groups() as layout:
         from megatron_ft.generation.loading import open_speaker
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ft.config.checks import check_training
 from megatron_ft.config.cli import Command, run_script
@@ -17,6 +18,9 @@ from megatron_ft.config.sections import (
     Optimizer,
     Parallelism,
 )
+
+if TYPE_CHECKING:
+    from megatron_ft.models.checkpoint_layout import CheckpointConfig
 
 COMMAND = Command(
     name="finetune",
@@ -35,10 +39,20 @@ def run(
     optimizer: Optimizer, numerics: Numerics, logging: Logging,
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
+    from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe, find_checkpoint
     from megatron_ft.parallel import process_groups, world_size
+    from megatron_ft.training import datasets
 
     sections = (checkpointing, data, batch, parallel, optimizer, numerics, logging)
     check_training(*sections, world_size=world_size())
+    # Whatever can be told without torch is told before the processes wait for each other.
+    source = find_checkpoint(Path(checkpointing.load))
+    described = describe(source)
+    check_sizes(source, described, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    if not _starts_anew(described, checkpointing):
+        check_training_state(source, described)
+    train_set, valid_set = datasets.make_datasets(data, described)
+    described = datasets.with_chat_format(described, train_set)
     with process_groups(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -46,25 +60,23 @@ def run(
         parallel.distributed_timeout_minutes,
         data.seed,
     ) as layout:
-        _train(layout, *sections)
+        _train(layout, source, described, train_set, valid_set, *sections)
     return 0
 
 
-def _train(layout, checkpointing, data, batch, parallel, optimizer, numerics, logging) -> None:
+def _train(
+    layout, source, described, train_set, valid_set, checkpointing, data, batch, parallel, optimizer, numerics, logging
+) -> None:
     from megatron_ft import device
     from megatron_ft.log import logger
-    from megatron_ft.models.checkpoint_layout import find_checkpoint
-    from megatron_ft.models.load import describe, load_weights, vocab_rows
+    from megatron_ft.models.checkpoint_layout import vocab_rows
+    from megatron_ft.models.load import load_weights
     from megatron_ft.training import checkpoint, setup
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
 
     log = logger("finetune")
-    source = find_checkpoint(Path(checkpointing.load))
-    described = describe(source)
-    train_set, valid_set = setup.make_datasets(data, described)
-    described = setup.with_chat_format(described, train_set)
     model = setup.make_model(described.architecture, layout, data, parallel, numerics, vocab_rows(described))
     adam = make_optimizer([model], optimizer, numerics, parallel.use_distributed_optimizer)
     schedule = make_schedule(adam, optimizer, batch)
@@ -73,7 +85,7 @@ def _train(layout, checkpointing, data, batch, parallel, optimizer, numerics, lo
     )
     model.config.finalize_model_grads_func = stepper.weight.finalize
 
-    if described.iteration == "release" or checkpointing.finetune:
+    if _starts_anew(described, checkpointing):
         load_weights(source, described, setup.bare(model), layout)
         adam.reload_model_params()
         progress = checkpoint.Progress()
@@ -98,6 +110,11 @@ def _train(layout, checkpointing, data, batch, parallel, optimizer, numerics, lo
         ),
         progress,
     )  # fmt: skip
+
+
+def _starts_anew(described: CheckpointConfig, checkpointing: Checkpointing) -> bool:
+    """Whether only weights are taken: converted ones, or because --finetune says so."""
+    return described.iteration == "release" or checkpointing.finetune
 
 
 def _hooks(layout, logging: Logging, batch: Batch, save_to: Path | None) -> list:

@@ -73,8 +73,10 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
     """Raises UserError for a missing checkpoint, malformed prompts or a layout that does not fit."""
     lines = read_prompts(generation)
     _check(options)
+    from megatron_ft.models.checkpoint_layout import check_folder
     from megatron_ft.parallel import process_groups
 
+    check_folder(Path(generation.load))
     with process_groups(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) as layout:
         answers = _answer(generation, options, layout, [line["messages"] for line in lines])
         if layout.is_main:

@@ -14,9 +14,16 @@ from megatron_ft.errors import CheckpointError, TokenizerError
 from megatron_ft.files import read_json, read_text
 from megatron_ft.generation.decoding import Decoder
 from megatron_ft.models.build import BuildOptions, build_model
-from megatron_ft.models.checkpoint_layout import TOKENIZER_FOLDER, TRACKER, find_checkpoint
+from megatron_ft.models.checkpoint_layout import (
+    TOKENIZER_FOLDER,
+    TRACKER,
+    check_folder,
+    describe,
+    find_checkpoint,
+    vocab_rows,
+)
 from megatron_ft.models.families import family_for
-from megatron_ft.models.load import describe, load_weights, vocab_rows
+from megatron_ft.models.load import load_weights
 from megatron_ft.models.weights import placed_rules
 from megatron_ft.parallel import Layout
 
@@ -46,8 +53,7 @@ class Speaker:
 
 def open_speaker(folder: Path, layout: Layout, chat_format: str | None = None, bf16: bool = False) -> Speaker:
     """Load what lies at `folder`. chat_format overrules what the folder says. Raises CheckpointError when it is neither kind."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give a checkpoint or an exported Hugging Face model")
+    check_folder(folder)
     options = _options(bf16)
     is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
     model, arch, tokenizer, said = (_from_export if is_export else _from_checkpoint)(folder, layout, options)

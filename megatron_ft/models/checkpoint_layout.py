@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import atomic_file, read_json, write_json
-from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.architecture import Architecture, check_layout
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "config.json"
@@ -57,6 +57,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: not a checkpoint of ours; make one with megatron-ft hf-to-megatron")
     data = read_json(path)
+    if isinstance(data, dict) and "model_type" in data:
+        raise CheckpointError(f"{folder} is a Hugging Face model: convert it first, with megatron-ft hf-to-megatron")
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version}, this version reads {FORMAT_VERSION}")
@@ -77,6 +79,12 @@ def iteration_folder(root: Path, iteration: int | str) -> Path:
 def write_tracker(root: Path, iteration: int | str) -> None:
     with atomic_file(Path(root) / TRACKER, "w") as file:
         file.write(f"{iteration}\n")
+
+
+def check_folder(folder: Path) -> None:
+    """For what takes a checkpoint or an export: raises CheckpointError where there is no folder."""
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give a checkpoint or an exported Hugging Face model")
 
 
 def find_checkpoint(root: Path, iteration: int | str | None = None) -> Path:
@@ -144,3 +152,40 @@ def is_complete(folder: Path) -> bool:
         return not missing_files(folder)
     except UserError:
         return False
+
+
+def describe(folder: Path) -> CheckpointConfig:
+    """What a checkpoint says of itself. Raises CheckpointError when files that it promises are missing."""
+    config = read_config(folder)
+    gone = missing_files(folder)
+    if gone:
+        raise CheckpointError(
+            f"{gone[0]} is missing ({len(gone)} file(s) in all): the checkpoint is incomplete; copy or convert it again"
+        )
+    return config
+
+
+def vocab_rows(config: CheckpointConfig) -> int | None:
+    """Embedding rows a model must have to take this checkpoint: a classic one's own number; any other adapts (None)."""
+    return config.padded_vocab_size if config.ckpt_format == "torch" else None
+
+
+def check_sizes(folder: Path, config: CheckpointConfig, tp_size: int, pp_size: int) -> None:
+    """Raises CheckpointError for a classic checkpoint cut for another layout, ConfigError for one the model does not allow."""
+    check_layout(config.architecture, tp_size, pp_size)
+    written = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    if config.ckpt_format == "torch" and written != (tp_size, pp_size):
+        raise CheckpointError(
+            f"{folder} is in the classic format for TP{written[0]} x PP{written[1]}, this run is TP{tp_size} x PP{pp_size}: "
+            f"run with the checkpoint's sizes, or convert with --ckpt_format torch_dist, which loads into any layout"
+        )
+
+
+def check_training_state(folder: Path, config: CheckpointConfig) -> None:
+    """Raises CheckpointError for a format that never holds optimizer state; whether a torch_dist one does, its reader tells."""
+    if config.ckpt_format == "torch":
+        raise no_training_state(folder)
+
+
+def no_training_state(folder: Path) -> CheckpointError:
+    return CheckpointError(f"{folder}: holds weights only, no training state to resume: start from it with --finetune")

@@ -14,7 +14,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_ft.errors import CheckpointError
-from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig, missing_files, rank_file, read_config
+from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig, check_sizes, rank_file
 from megatron_ft.parallel import Layout
 
 Result = TypeVar("Result")
@@ -30,22 +30,6 @@ def sharding_metadata() -> dict[str, Any]:
     }
 
 
-def describe(folder: Path) -> CheckpointConfig:
-    """What a checkpoint says of itself. Raises CheckpointError when files that it promises are missing."""
-    config = read_config(folder)
-    gone = missing_files(folder)
-    if gone:
-        raise CheckpointError(
-            f"{gone[0]} is missing ({len(gone)} file(s) in all): the checkpoint is incomplete; copy or convert it again"
-        )
-    return config
-
-
-def vocab_rows(config: CheckpointConfig) -> int | None:
-    """Embedding rows a model must have to take this checkpoint: a classic one's own number; any other adapts (None)."""
-    return config.padded_vocab_size if config.ckpt_format == "torch" else None
-
-
 def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout) -> None:
     """Fill a bare or wrapped model's weights from either format."""
     if config.ckpt_format == "torch":
@@ -56,12 +40,7 @@ def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout) 
 
 
 def _load_classic(folder: Path, config: CheckpointConfig, model, layout: Layout) -> None:
-    written = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
-    if written != (layout.tp_size, layout.pp_size):
-        raise CheckpointError(
-            f"{folder} is in the classic format for TP{written[0]} x PP{written[1]}, this run is TP{layout.tp_size} x PP{layout.pp_size}: "
-            f"run with the checkpoint's sizes, or convert with --ckpt_format torch_dist, which loads into any layout"
-        )
+    check_sizes(folder, config, layout.tp_size, layout.pp_size)
     path = rank_file(folder, layout.tp_rank, layout.pp_rank, layout.tp_size, layout.pp_size)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]

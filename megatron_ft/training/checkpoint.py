@@ -19,13 +19,13 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_ft import device
-from megatron_ft.errors import CheckpointError
 from megatron_ft.files import atomic_folder
 from megatron_ft.log import logger
 from megatron_ft.models.checkpoint_layout import (
     TOKENIZER_FOLDER,
     CheckpointConfig,
     iteration_folder,
+    no_training_state,
     write_config,
     write_tracker,
 )
@@ -102,9 +102,7 @@ def resume(folder: Path, model, optimizer, schedule, layout: Layout, seed: int) 
     """Continue exactly where `folder` was saved: weights, optimizer, schedule, position; on the same layout also the random streams."""
     common = guarded(lambda: dist_checkpointing.load_common_state_dict(str(folder)), folder)
     if "progress" not in common:
-        raise CheckpointError(
-            f"{folder}: holds weights only, no training state to resume: start from it with --finetune"
-        )
+        raise no_training_state(folder)
     weights = sharded_weights(model)
     state = {
         "model": weights,

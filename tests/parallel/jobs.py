@@ -80,8 +80,8 @@ def logits(root: str, layout: tuple[int, int], sequence_parallel: bool, tokens: 
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from megatron_ft.models.build import BuildOptions, build_model
-    from megatron_ft.models.checkpoint_layout import find_checkpoint
-    from megatron_ft.models.load import describe, load_weights, vocab_rows
+    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint, vocab_rows
+    from megatron_ft.models.load import load_weights
     from megatron_ft.parallel import process_groups
 
     ids = torch.from_numpy(tokens)
@@ -109,8 +109,8 @@ def generate(root: str, layout: tuple[int, int], prompts: list[np.ndarray], **op
     """Ids after each prompt, as this rank knows them."""
     from megatron_ft.generation.decoding import Decoder
     from megatron_ft.models.build import build_model
-    from megatron_ft.models.checkpoint_layout import find_checkpoint
-    from megatron_ft.models.load import describe, load_weights
+    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
+    from megatron_ft.models.load import load_weights
     from megatron_ft.parallel import process_groups
 
     with process_groups(*layout) as here:
