@@ -13,6 +13,7 @@ from typing import Any
 from megatron_ft.config.command import Command
 from megatron_ft.config.fields import Option, default_of, options_of
 from megatron_ft.config.flags import Given, read_flags
+from megatron_ft.config.launched import is_aftermath, say
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.log import setup
 
@@ -59,7 +60,8 @@ def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[
         print(f"megatron-ft {command.name}: stopped", file=sys.stderr)
         return 130
     except Exception:
-        traceback.print_exc()
+        if not is_aftermath():
+            traceback.print_exc()
         return 1
 
 
@@ -85,9 +87,10 @@ def _build(section: type, options: dict[str, Option], values: dict[str, Any]) ->
 
 def _report(command: Command, error: UserError, parsed: bool) -> None:
     # A mistake in the arguments is the same for every process of a machine: one of them says it. Later ones say which
-    # process they met.
-    if not parsed and os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    rank = os.environ.get("RANK", "0")
-    who = f" (rank {rank})" if parsed and rank != "0" else ""
-    print(f"megatron-ft {command.name}: error: {' '.join(str(error).split())}{who}", file=sys.stderr)
+    # process they met, unless the launcher lets the processes agree on who speaks.
+    line = f"megatron-ft {command.name}: error: {' '.join(str(error).split())}"
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        say(line)
+    elif parsed or os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        print(line + (f" (rank {rank})" if parsed and rank != "0" else ""), file=sys.stderr)
