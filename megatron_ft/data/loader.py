@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from megatron_ft.data import packing
+from megatron_ft.data.roles import ROLE_NAMES
 from megatron_ft.data.shards import Shards
 from megatron_ft.errors import DataError
 
@@ -32,6 +34,8 @@ class Microbatch:
     """[b, s] float32: the loss weight of the label."""
     roles: np.ndarray
     """[b, s] uint8: the role of the label; 255 on padding."""
+    groups: np.ndarray
+    """[breakdowns, b, s] int64: which role, source and stretch of positions each label belongs to (see BREAKDOWNS); -1 on padding."""
     segments: np.ndarray | None
     """[k] int32, summing to b * s; None when every row is one sample."""
 
@@ -45,6 +49,10 @@ class Microbatch:
 
 
 PADDING = 255
+BREAKDOWNS = ("role", "source", "position")
+"""What the loss can be taken apart by."""
+STRETCHES = (0, 128, 512, 2048, 8192, 32768, 131072)
+"""Where each stretch of positions begins, counted from the start of a sample."""
 _NOTHING = np.zeros(0, np.int64)
 
 
@@ -65,8 +73,22 @@ class ChatDataset:
         if not (self._sizes > 0).any():
             names = ", ".join(str(shard.prefix) for shard in self.shards)
             raise DataError(f"{names}: no sample of two tokens or more, nothing to train on; pretokenize again")
+        self.group_names, self._source_of = self._name_groups()
         self._epoch_starts = [0]
         self._plans: dict[int, tuple[packing.Rows, np.ndarray]] = {}
+
+    def _name_groups(self) -> tuple[dict[str, tuple[str, ...]], np.ndarray]:
+        """(names of the groups of each breakdown, source of each sample). Shards without sources are a source of their own."""
+        names: dict[str, int] = {}
+        source_of = np.zeros(len(self._sizes), np.int64)
+        for first, shard in zip(self._first[:-1], self.shards, strict=True):
+            sources = shard.manifest.sources or [{"name": Path(shard.prefix).name, "documents": [0, len(shard)]}]
+            for source in sources:
+                begin, end = source["documents"]
+                source_of[first + begin : first + end] = names.setdefault(source["name"], len(names))
+        ends = [f"-{end - 1}" for end in STRETCHES[1:]] + ["+"]
+        stretches = tuple(f"{begin}{end}" for begin, end in zip(STRETCHES, ends, strict=True))
+        return {"role": ROLE_NAMES, "source": tuple(names), "position": stretches}, source_of
 
     @property
     def num_samples(self) -> int:
@@ -116,6 +138,7 @@ class ChatDataset:
         shape = (len(rows), self.seq_length)
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         weights, roles = np.zeros(shape, np.float32), np.full(shape, PADDING, np.uint8)
+        groups = np.full((len(BREAKDOWNS), *shape), -1, np.int64)
         segments: list[int] = []
         for i, row in enumerate(rows):
             at = 0
@@ -125,11 +148,13 @@ class ChatDataset:
                 here = slice(at, at + size)
                 tokens[i, here], labels[i, here] = text[:-1], text[1:]
                 roles[i, here], weights[i, here] = role[1:], self.loss_weights[role[1:]]
+                groups[0, i, here], groups[1, i, here] = role[1:], self._source_of[sample]
+                groups[2, i, here] = np.searchsorted(STRETCHES, np.arange(size), side="right") - 1
                 segments.append(size)
                 at += size
             if at < self.seq_length:
                 segments.append(self.seq_length - at)
-        return Microbatch(tokens, labels, weights, roles, np.array(segments, np.int32) if self.packed else None)
+        return Microbatch(tokens, labels, weights, roles, groups, np.array(segments, np.int32) if self.packed else None)
 
     def _read(self, sample: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         shard = int(np.searchsorted(self._first, sample, side="right")) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
         "train/global_batch_size": batch,
         "train/consumed_samples": progress.consumed_samples + batch,
         "train/skipped": int(result.skipped),
+        **{f"train/{name}": value for name, value in result.breakdown.items()},
     }
 
 
@@ -79,8 +81,10 @@ def _evaluate(run: Run, progress: Progress) -> None:
     result = run.stepper.evaluate(run.valid_set, run.eval_iters)
     metrics = {
         "eval/loss": result.loss,
+        "eval/perplexity": math.exp(min(result.loss, 700)),
         "eval/tokens": result.tokens,
         "eval/supervised_tokens": result.supervised_tokens,
+        **{f"eval/{name}": value for name, value in result.breakdown.items()},
     }
     for hook in run.hooks:
         hook.on_eval(progress.iteration, metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_ft import device
 from megatron_ft.data.loader import ChatDataset, Microbatch, step_rows
 from megatron_ft.parallel import Layout
-from megatron_ft.training.loss import GlobalWeight, weighted_sum
+from megatron_ft.training.loss import GlobalWeight, breakdown, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class StepResult:
     grad_norm: float = 0.0
     """Before clipping."""
     skipped: bool = False
+    breakdown: dict[str, float] = field(default_factory=dict)
+    """Mean loss by role, source and position, all tokens counted alike: {"loss_by_role/assistant": 1.2, ...}."""
 
 
 class Stepper:
@@ -46,7 +48,7 @@ class Stepper:
         optimizer.zero_grad()
         sums = self._run(dataset, consumed, forward_only=False)
         updated, grad_norm, _ = optimizer.step()
-        return self._result(sums, grad_norm=float(grad_norm or 0.0), skipped=not updated)
+        return self._result(dataset, sums, grad_norm=float(grad_norm or 0.0), skipped=not updated)
 
     @torch.no_grad()
     def evaluate(self, dataset: ChatDataset, iters: int) -> StepResult:
@@ -56,25 +58,26 @@ class Stepper:
         batches = max(1, min(iters, rows // self.global_batch_size))
         sums = sum(self._run(dataset, i * self.global_batch_size, forward_only=True) for i in range(batches))
         self.model.train()
-        return self._result(sums)
+        return self._result(dataset, sums)
 
     def _run(self, dataset: ChatDataset, consumed: int, forward_only: bool) -> torch.Tensor:
-        """[loss sum, weight sum, tokens, supervised tokens] of this rank's share of one global batch."""
+        """[tokens, supervised tokens, then what weighted_sum logs] of this rank's share of one global batch."""
         mine = step_rows(
             consumed, self.global_batch_size, self.micro_batch_size, self.layout.dp_rank, self.layout.dp_size
         )
+        sizes = [len(names) for names in dataset.group_names.values()]
         counts = torch.zeros(2, dtype=torch.float64)
         self.weight.start_step(self.device)
         logs = get_forward_backward_func()(
-            forward_step_func=partial(_forward, weight=self.weight, counts=counts, device=self.device),
+            forward_step_func=partial(_forward, weight=self.weight, counts=counts, sizes=sizes, device=self.device),
             data_iterator=(dataset.microbatch(rows) for rows in mine),
             model=[self.model],
             num_microbatches=len(mine),
             **self._shape(dataset),
             forward_only=forward_only,
         )
-        losses = torch.stack(logs).sum(0).double().cpu() if logs else torch.zeros(2, dtype=torch.float64)
-        return torch.cat([losses, counts])
+        losses = torch.stack(logs).sum(0).cpu() if logs else torch.zeros(2 + 2 * sum(sizes), dtype=torch.float64)
+        return torch.cat([counts, losses])
 
     def _shape(self, dataset: ChatDataset) -> dict:
         """What passes between pipeline stages: [s, b, h]; a packed batch is one row of b * s."""
@@ -82,30 +85,38 @@ class Stepper:
             return {"seq_length": dataset.seq_length * self.micro_batch_size, "micro_batch_size": 1}
         return {"seq_length": dataset.seq_length, "micro_batch_size": self.micro_batch_size}
 
-    def _result(self, sums: torch.Tensor, **more) -> StepResult:
-        sums = sums.to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+    def _result(self, dataset: ChatDataset, sums: torch.Tensor, **more) -> StepResult:
+        sums = sums.to(self.device)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        loss, weight, tokens, supervised = sums.tolist()
-        return StepResult(loss / max(weight, 1e-12), int(tokens), int(supervised), **more)
+        tokens, supervised, loss, weight, *rest = sums.tolist()
+        groups = breakdown(rest, dataset.group_names)
+        return StepResult(loss / max(weight, 1e-12), int(tokens), int(supervised), breakdown=groups, **more)
 
 
-def _forward(batches: Iterator[Microbatch], model, weight: GlobalWeight, counts: torch.Tensor, device: torch.device):
+def _forward(
+    batches: Iterator[Microbatch],
+    model,
+    weight: GlobalWeight,
+    counts: torch.Tensor,
+    sizes: list[int],
+    device: torch.device,
+):
     """The engine's forward step: one microbatch through this rank's stage."""
     batch = next(batches)
-    weights = torch.from_numpy(batch.weights).to(device, non_blocking=True)
-    weight.add(weights)
     counts += torch.tensor([batch.real_tokens, batch.supervised_tokens], dtype=torch.float64)
-    tokens, labels, weights, packed = _as_model_input(batch, weights, device)
+    weights, groups = _to(device, batch.weights), _to(device, batch.groups)
+    weight.add(weights)
+    tokens, labels = _to(device, batch.tokens), _to(device, batch.labels)
+    packed = None
+    if batch.segments is not None:  # the rows of a packed batch are one long row
+        tokens, labels, weights, groups = (x.flatten(-2).unsqueeze(-2) for x in (tokens, labels, weights, groups))
+        packed = packed_params(batch.segments, device)
     losses = model(tokens, _position_ids(tokens), None, labels=labels, packed_seq_params=packed)
-    return losses, partial(weighted_sum, weights=weights)
+    return losses, partial(weighted_sum, weights=weights, groups=groups, sizes=sizes)
 
 
-def _as_model_input(batch: Microbatch, weights: torch.Tensor, device: torch.device):
-    tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
-    labels = torch.from_numpy(batch.labels).to(device, non_blocking=True)
-    if batch.segments is None:
-        return tokens, labels, weights, None
-    return tokens.view(1, -1), labels.view(1, -1), weights.view(1, -1), packed_params(batch.segments, device)
+def _to(device: torch.device, array) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def packed_params(segments, device: torch.device) -> PackedSeqParams:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_ft.data import packing
 from megatron_ft.data.loader import PADDING, ChatDataset, step_rows
+from megatron_ft.data.manifest import Manifest
 from megatron_ft.errors import DataError
 
 
@@ -14,6 +15,7 @@ class Memory:
     """Shards in memory."""
 
     prefix = "memory"
+    manifest = Manifest()
 
     def __init__(self, lengths, seed=0):
         rng = np.random.default_rng(seed)
@@ -80,6 +82,18 @@ def test_a_microbatch_by_hand():
     assert batch.roles.tolist() == [[1, 2, 2, 2, 3, PADDING, PADDING, PADDING]]
     assert batch.segments.tolist() == [3, 2, 3]
     assert (batch.real_tokens, batch.supervised_tokens) == (5, 4)
+    assert batch.groups[:, 0].tolist() == [[1, 2, 2, 2, 3, -1, -1, -1], [0] * 5 + [-1] * 3, [0] * 5 + [-1] * 3]
+
+
+def test_groups_name_source_and_position():
+    """Two sources in one shard; a sample's positions change stretch at 128."""
+    shard = Memory([200, 10])
+    shard.manifest = Manifest(sources=[{"name": "a", "documents": [0, 1]}, {"name": "b", "documents": [1, 2]}])
+    data = ChatDataset([shard], 256, np.ones(4), 1, shuffle=False)
+    groups = data.microbatch([0]).groups[:, 0]
+    assert data.group_names["source"] == ("a", "b") and data.group_names["position"][1] == "128-511"
+    assert groups[1, :208].tolist() == [0] * 199 + [1] * 9
+    assert groups[2, :208].tolist() == [0] * 128 + [1] * 71 + [0] * 9
 
 
 def test_padding_is_known_from_lengths_not_from_a_token():
