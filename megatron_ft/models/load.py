@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig, check_sizes, rank_file
@@ -78,17 +79,20 @@ def guarded(read: Callable[[], Result], folder: Path) -> Result:
     """The engine raises whatever its file readers raise; a user wants to know which checkpoint and what to do."""
     try:
         return read()
+    except CheckpointException as error:  # torch's own, no Exception; it holds what each failing rank met
+        _, first = min(error.failures.items())
+        raise _unreadable(folder, first[0]) from error
     except Exception as error:
         raise _unreadable(folder, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)}): it is damaged or cut short; "
         f"use an earlier checkpoint (--iteration, or an iter_ folder in --load) or convert again"
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1][:160] if lines else ""
