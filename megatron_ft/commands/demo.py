@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_ft.config.cli import Command, run_script
 
@@ -28,15 +29,18 @@ COMMAND = Command(
 )
 
 
-def run(options: Demo) -> int:
-    """0 if everything needed was reached, else 1. Raises ConfigError for a run_dir that is no demo's."""
+def run(options: Demo, **sizes: Any) -> int:
+    """0 if everything needed was reached, else 1. Raises ConfigError for a run_dir that is no demo's.
+
+    sizes: fields of demo.recipe.Plan, for tests that want it smaller.
+    """
     from megatron_ft.demo.folder import fresh_run_folder
     from megatron_ft.demo.recipe import Plan, run_demo
     from megatron_ft.demo.shell import CommandFailed
 
     # As Ctrl-C: whatever was started is stopped on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    plan = Plan(Path(options.run_dir), options.seed)
+    plan = Plan(Path(options.run_dir), options.seed, **sizes)
     with fresh_run_folder(plan.folder):
         try:
             rows = run_demo(plan)

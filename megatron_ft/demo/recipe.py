@@ -4,6 +4,7 @@ Nothing is computed here that a command computes: this file starts them, reads w
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -154,7 +155,7 @@ class _Demo:
         }
         s = self.summary
         self.seconds["finetune"] = self.screen.done(
-            f"loss {s['loss_first']:.2f} {sparkline(losses)} {s['loss_last']:.4f}   "
+            f"loss {s['loss_first']:.2f} {sparkline([math.log(loss) for loss in losses if loss > 0])} {s['loss_last']:.4f}   "
             f"validation {s['loss_validation'] or 0:.4f}   rows {filled:.0%} full   {metrics.not_finite} NaN"
         )
 

@@ -118,10 +118,9 @@ def shortened(text: str, width: int) -> str:
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:
     """The course of some values in `width` characters."""
-    if not values:
-        return ""
-    picked = [values[i * (len(values) - 1) // max(1, width - 1)] for i in range(min(width, len(values)))]
-    low, high = min(picked), max(picked)
+    width = min(width, len(values))
+    picked = [values[i * (len(values) - 1) // max(1, width - 1)] for i in range(width)]
+    low, high = min(picked, default=0), max(picked, default=0)
     return "".join(_BARS[round((value - low) / ((high - low) or 1) * (len(_BARS) - 1))] for value in picked)
 
 

@@ -21,7 +21,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   margin: 0 0 16px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th { text-align: left; color: var(--soft); font-weight: 600; font-size: 12.5px; }
+th, th.code { text-align: left; color: var(--soft); font: 600 12.5px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
