@@ -31,7 +31,9 @@ FLOORS = {
     "megatron_ft.adapters": 3,
     "megatron_ft.training": 4,
     "megatron_ft.generation": 4,
+    "megatron_ft.report": 4,
     "megatron_ft.evaluation": 5,
+    "megatron_ft.demo": 5,  # starts the commands as processes, so it stands below them
     "megatron_ft.commands": 6,
     "megatron_ft.__main__": 6,
     # Beside the house: they stand on models and data, and no room knows them.
