@@ -92,7 +92,6 @@ def our_loop(folder: Path, layout, dataset: ChatDataset):
     optimizer = make_optimizer([model], section, Numerics(), distributed=False)
     make_schedule(optimizer, section, Batch(train_iters=10**6)).step(increment=1)
     stepper = Stepper(model, layout, MICRO, BATCH)
-    model.config.finalize_model_grads_func = stepper.weight.finalize
     return lambda consumed: stepper.train(dataset, consumed, optimizer).loss
 
 

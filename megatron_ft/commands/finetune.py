@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_ft.config.checks import check_training
-from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.cli import Command, run_script, write_sections
 from megatron_ft.config.sections import (
     TRAINING,
     Batch,
     Checkpointing,
     Data,
+    Kernels,
     Logging,
+    Model,
     Numerics,
     Optimizer,
     Parallelism,
@@ -21,6 +23,9 @@ from megatron_ft.config.sections import (
 
 if TYPE_CHECKING:
     from megatron_ft.models.checkpoint_layout import CheckpointConfig
+
+SETTINGS = "training.yaml"
+"""The resolved settings, in the run's folder and in every checkpoint; goes back in with --config."""
 
 COMMAND = Command(
     name="finetune",
@@ -35,19 +40,19 @@ COMMAND = Command(
 
 
 def run(
-    checkpointing: Checkpointing, data: Data, batch: Batch, parallel: Parallelism,
-    optimizer: Optimizer, numerics: Numerics, logging: Logging,
+    checkpointing: Checkpointing, data: Data, batch: Batch, parallel: Parallelism, optimizer: Optimizer,
+    numerics: Numerics, logging: Logging, model: Model, kernels: Kernels,
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe, find_checkpoint
     from megatron_ft.parallel import process_groups, world_size
-    from megatron_ft.training import datasets
+    from megatron_ft.training import agreement, datasets
 
-    sections = (checkpointing, data, batch, parallel, optimizer, numerics, logging)
-    check_training(*sections, world_size=world_size())
+    settings = Settings(checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels)
+    check_training(checkpointing, data, batch, parallel, optimizer, numerics, logging, world_size=world_size())
     # Whatever can be told without torch is told before the processes wait for each other.
     source = find_checkpoint(Path(checkpointing.load))
-    described = describe(source)
+    described = agreement.check_model_flags(model, describe(source))
     check_sizes(source, described, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     if not _starts_anew(described, checkpointing):
         check_training_state(source, described)
@@ -60,30 +65,42 @@ def run(
         parallel.distributed_timeout_minutes,
         data.seed,
     ) as layout:
-        _train(layout, source, described, train_set, valid_set, *sections)
+        _train(layout, source, described, train_set, valid_set, settings)
     return 0
 
 
-def _train(
-    layout, source, described, train_set, valid_set, checkpointing, data, batch, parallel, optimizer, numerics, logging
-) -> None:
+class Settings(NamedTuple):
+    """All sections, in the order of TRAINING."""
+
+    checkpointing: Checkpointing
+    data: Data
+    batch: Batch
+    parallel: Parallelism
+    optimizer: Optimizer
+    numerics: Numerics
+    logging: Logging
+    model: Model
+    kernels: Kernels
+
+
+def _train(layout, source, described, train_set, valid_set, settings: Settings) -> None:
     from megatron_ft import device
     from megatron_ft.log import logger
     from megatron_ft.models.checkpoint_layout import vocab_rows
     from megatron_ft.models.load import load_weights
-    from megatron_ft.training import checkpoint, setup
+    from megatron_ft.training import agreement, checkpoint, setup
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
 
     log = logger("finetune")
-    model = setup.make_model(described.architecture, layout, data, parallel, numerics, vocab_rows(described))
+    checkpointing, data, batch, parallel, optimizer, numerics, logging, _, kernels = settings
+    agreement.report_unused_kernels(kernels, device.has_gpu())
+    model = setup.make_model(described.architecture, layout, data, parallel, numerics, kernels, vocab_rows(described))
     adam = make_optimizer([model], optimizer, numerics, parallel.use_distributed_optimizer)
     schedule = make_schedule(adam, optimizer, batch)
-    stepper = Stepper(
-        model, layout, batch.micro_batch_size, batch.global_batch_size or batch.micro_batch_size * layout.dp_size
-    )
-    model.config.finalize_model_grads_func = stepper.weight.finalize
+    rows = batch.global_batch_size or batch.micro_batch_size * layout.dp_size
+    stepper = Stepper(model, layout, batch.micro_batch_size, rows, exact_phases=logging.log_timers_to_tensorboard)
 
     if _starts_anew(described, checkpointing):
         load_weights(source, described, setup.bare(model), layout)
@@ -94,18 +111,23 @@ def _train(
     log.info(f"{layout} on {device.describe()}; weights from {source}")
     if progress.iteration:
         log.info(f"resuming at iteration {progress.iteration}, {progress.consumed_samples} rows consumed")
-    rows, fill = len(train_set.epoch_rows(0)), train_set.fill()
-    log.info(f"{train_set.num_samples} samples in {rows} rows of {data.seq_length}, {fill:.1%} of positions filled")
+    log.info(
+        f"{train_set.num_samples} samples in {len(train_set.epoch_rows(0))} rows of {data.seq_length}, "
+        f"{train_set.fill():.1%} of positions filled"
+    )
 
     save_to = Path(checkpointing.save) if checkpointing.save else None
+    resolved = write_sections(settings)
+
+    def save(now: checkpoint.Progress) -> Path:
+        return checkpoint.save(
+            save_to, source, described, setup.bare(model), adam, schedule, now, layout, {SETTINGS: resolved}
+        )
+
     train(
         Run(
-            stepper, train_set, valid_set, adam, schedule,
-            hooks=_hooks(layout, logging, batch, save_to),
-            save=save_to and (
-                lambda now: checkpoint.save(save_to, source, described, setup.bare(model), adam, schedule, now, layout)
-            ),
-            train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
+            stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, save_to, resolved),
+            save=save if save_to else None, train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
             eval_interval=logging.eval_interval, eval_iters=logging.eval_iters,
         ),
         progress,
@@ -117,13 +139,28 @@ def _starts_anew(described: CheckpointConfig, checkpointing: Checkpointing) -> b
     return described.iteration == "release" or checkpointing.finetune
 
 
-def _hooks(layout, logging: Logging, batch: Batch, save_to: Path | None) -> list:
-    from megatron_ft.training.hooks import Console, MetricsFile
-
+def _hooks(layout, settings: Settings, save_to: Path | None, resolved: str) -> list:
+    """What watches the run, on the one rank that knows the loss."""
     if not layout.is_reporter:
         return []
+    from megatron_ft.files import atomic_file
+    from megatron_ft.training.boards import TensorBoard, WeightsAndBiases
+    from megatron_ft.training.console import make_console
+    from megatron_ft.training.hooks import MetricsFile
+
+    logging = settings.logging
     folder = Path(logging.run_dir) if logging.run_dir else save_to
-    return [Console(batch.train_iters, logging.log_interval)] + ([MetricsFile(folder)] if folder else [])
+    hooks = [make_console(settings.batch.train_iters, logging.log_interval)]
+    if folder:
+        hooks.append(MetricsFile(folder))
+        with atomic_file(folder / SETTINGS, "w") as file:
+            file.write(resolved)
+    if logging.tensorboard_dir:
+        hooks.append(TensorBoard(logging.tensorboard_dir))
+    if logging.wandb_logger:
+        values = {k: v for section in settings for k, v in vars(section).items()}
+        hooks.append(WeightsAndBiases(logging.wandb_project, logging.wandb_name, folder, values))
+    return hooks
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from megatron_ft.config.launched import is_aftermath, say
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.log import setup
 
-__all__ = ["Command", "parse", "run_script"]
+__all__ = ["Command", "parse", "run_script", "write_sections"]
 
 
 def parse(command: Command, argv: Sequence[str]) -> list[Any]:
@@ -39,6 +39,15 @@ def parse(command: Command, argv: Sequence[str]) -> list[Any]:
         raise ConfigError(f"needed and not given: {names}; see --help")
     filled = [_build(section, options, values) for section in command.sections]
     return [*filled, others] if command.open_flags else filled
+
+
+def write_sections(filled: Sequence[Any]) -> str:
+    """Filled-in sections as the YAML that --config reads back to the same."""
+    from megatron_ft.config.yaml_file import write_settings
+
+    sections = tuple(type(section) for section in filled)
+    values = {name: value for section in filled for name, value in vars(section).items()}
+    return write_settings(sections, values, options_of(sections), {})
 
 
 def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[str] | None = None) -> int:

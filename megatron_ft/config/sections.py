@@ -112,6 +112,64 @@ class Checkpointing:
 
 
 @dataclass
+class Model:
+    """What the model is said to be (the checkpoint knows; a flag that differs is refused)"""
+
+    use_checkpoint_args: bool = False
+    """let the checkpoint win where a flag of this section differs, with a warning"""
+    model_name: str | None = None
+    """family: llama, llama2, mistral, falcon, ..."""
+    num_layers: int | None = None
+    """transformer layers"""
+    hidden_size: int | None = None
+    """width of the residual stream"""
+    ffn_hidden_size: int | None = None
+    """width of the MLP"""
+    num_attention_heads: int | None = None
+    """query heads"""
+    num_attention_heads_kv: int | None = None
+    """key-value heads"""
+    max_position_embeddings: int | None = None
+    """positions the model was made for"""
+    position_embedding_type: Literal["rotary", "rope"] | None = None
+    """rotary is the only kind"""
+    use_rms_norm: bool = False
+    """RMSNorm rather than LayerNorm"""
+    layernorm_epsilon: float | None = None
+    """added to the variance in norms"""
+    glu_activation: Literal["swiglu"] | None = None
+    """gated activation of the MLP"""
+    no_tie_embed_logits: bool = False
+    """the output layer has weights of its own"""
+    tokenizer_type: str | None = None
+    """SentencePieceTokenizer or a Hugging Face kind; with vocab_file"""
+    vocab_file: str | None = None
+    """tokenizer the model should have: compared with the checkpoint's"""
+    vocab_extra_ids_list: str | None = None
+    """tokens added to it, with commas between"""
+    rope_scaling_type: str | None = None
+    """method that stretches the positions of a model that has none yet; default with a factor: linear"""
+    rope_scaling_factor: float | None = None
+    """how many times longer; 1.0 is no scaling"""
+
+
+@dataclass
+class Kernels:
+    """Faster ways to compute the same (GPU)"""
+
+    use_flash_attn: bool = False
+    """flash-attn's kernels where installed; otherwise torch's own"""
+    no_bias_gelu_fusion: bool = False
+    """accepted as written in Megatron command lines: nothing is fused with a bias here"""
+    no_bias_dropout_fusion: bool = False
+    """likewise"""
+    overlap_grad_reduce: bool = False
+    """reduce gradients while the backward pass goes on"""
+    overlap_param_gather: bool = False
+    """gather parameters while the forward pass goes on (with the distributed optimizer)"""
+
+
+@dataclass
 class Logging:
     """What is printed and measured"""
 
@@ -122,8 +180,18 @@ class Logging:
     eval_iters: int = 10
     """global batches an evaluation takes, at most"""
     run_dir: str | None = None
-    """where metrics.jsonl and config.yaml go; default: the --save folder"""
+    """where metrics.jsonl and training.yaml go; default: the --save folder"""
+    tensorboard_dir: str | None = None
+    """where TensorBoard's event files go"""
+    log_timers_to_tensorboard: bool = False
+    """wait for the device after each phase of a step, so that the seconds logged per phase are exact"""
+    wandb_logger: bool = False
+    """log to Weights & Biases (WANDB_MODE=offline keeps it on this machine)"""
+    wandb_project: str = "megatron_ft"
+    """project there"""
+    wandb_name: str | None = None
+    """name of the run there; default: wandb's own"""
 
 
-TRAINING = (Checkpointing, Data, Batch, Parallelism, Optimizer, Numerics, Logging)
+TRAINING = (Checkpointing, Data, Batch, Parallelism, Optimizer, Numerics, Logging, Model, Kernels)
 """The sections of `megatron-ft finetune`, in the order in which its run() takes them."""

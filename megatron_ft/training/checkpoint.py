@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import queue
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_ft import device
 from megatron_ft.files import atomic_folder
@@ -44,11 +46,12 @@ class Progress:
 
 
 def save(
-    root: Path, source: Path, config: CheckpointConfig, model, optimizer, schedule, progress: Progress, layout: Layout
-) -> Path:
+    root: Path, source: Path, config: CheckpointConfig, model, optimizer, schedule, progress: Progress, layout: Layout,
+    texts: dict[str, str] | None = None,
+) -> Path:  # fmt: skip
     """Write ROOT/iter_NNNNNNN and point the tracker at it. All ranks call it; returns the folder.
 
-    source: the checkpoint the run began from, whose tokenizer files travel along.
+    source: the checkpoint the run began from, whose tokenizer files travel along. texts: more files, name -> content.
     """
     folder = iteration_folder(root, progress.iteration)
     own = dataclasses.replace(
@@ -66,10 +69,15 @@ def save(
         "sizes": [layout.tp_size, layout.pp_size, layout.dp_size],
         "rng": _rng_tensors(layout),
     }
+    # The engine would start a manager process a rank (another import of it, 270 MB, and an orphan if the rank is killed) only to
+    # hand the result of this write back to the rank itself.
+    filesystem_async._results_queue = queue.Queue()
     with _shared_folder(folder, layout) as temporary:
         dist_checkpointing.save(state, str(temporary))
         if layout.is_main:
             write_config(temporary, own)
+            for name, text in (texts or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
             if (source / TOKENIZER_FOLDER).is_dir():
                 shutil.copytree(source / TOKENIZER_FOLDER, temporary / TOKENIZER_FOLDER)
     if layout.is_main:

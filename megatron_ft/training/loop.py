@@ -73,6 +73,8 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
         "train/global_batch_size": batch,
         "train/consumed_samples": progress.consumed_samples + batch,
         "train/skipped": int(result.skipped),
+        "train/memory_gb": device.peak_memory_bytes() / 1e9,
+        **{f"train/seconds_{phase}": seconds for phase, seconds in run.stepper.phases.items()},
         **{f"train/{name}": value for name, value in result.breakdown.items()},
     }
 

@@ -72,6 +72,7 @@ def make_optimizer(model_chunks: list, section: Optimizer, numerics: Numerics, d
         bf16=numerics.bf16,
         params_dtype=torch.bfloat16 if numerics.bf16 else torch.float32,
         use_distributed_optimizer=distributed,
+        overlap_param_gather=model_chunks[0].ddp_config.overlap_param_gather,
     )
     return engine.get_megatron_optimizer(config, model_chunks)
 

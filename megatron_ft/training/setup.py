@@ -6,15 +6,16 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_ft.config.sections import Data, Numerics, Parallelism
+from megatron_ft.config.sections import Data, Kernels, Numerics, Parallelism
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.build import BuildOptions, build_model
 from megatron_ft.parallel import Layout
 
 
 def make_model(
-    arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics, rows: int | None = None
-):
+    arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics,
+    kernels: Kernels | None = None, rows: int | None = None,
+):  # fmt: skip
     """This rank's part of the model inside the engine's data-parallel wrapper (gradients in fp32 buffers).
 
     rows: of the embedding, padding included, where a checkpoint prescribes them.
@@ -33,10 +34,17 @@ def make_model(
     model = build_model(arch, layout, options)
     config = model.config
     wrapped = Float16Module(config, model) if numerics.bf16 else model
+    kernels = kernels or Kernels()
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=kernels.overlap_grad_reduce,
+        overlap_param_gather=kernels.overlap_param_gather,
     )
-    return DistributedDataParallel(config, ddp, wrapped)
+    model = DistributedDataParallel(config, ddp, wrapped)
+    if kernels.overlap_grad_reduce:
+        config.no_sync_func = model.no_sync  # gradients of a step's earlier microbatches stay here
+    return model
 
 
 def bare(model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,22 +34,45 @@ class StepResult:
     """Mean loss by role, source and position, all tokens counted alike: {"loss_by_role/assistant": 1.2, ...}."""
 
 
+class Phases(dict):
+    """Seconds of each phase of a step, on the host's clock. `exact` waits for the device at the end of each."""
+
+    def __init__(self, exact: bool):
+        super().__init__()
+        self.exact = exact
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        yield
+        if self.exact:
+            device.synchronize()
+        self[name] = self.get(name, 0.0) + time.perf_counter() - start
+
+
 class Stepper:
     """Runs steps of one model over one dataset. Keeps nothing between steps but the engine's own state."""
 
-    def __init__(self, model, layout: Layout, micro_batch_size: int, global_batch_size: int):
+    def __init__(
+        self, model, layout: Layout, micro_batch_size: int, global_batch_size: int, exact_phases: bool = False
+    ):
         self.model, self.layout = model, layout
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.weight = GlobalWeight()
         self.device = device.current_device()
+        self.phases = Phases(exact_phases)
+        model.config.finalize_model_grads_func = self.weight.finalize
 
     def train(self, dataset: ChatDataset, consumed: int, optimizer) -> StepResult:
         """Forward, backward, update on the rows that follow `consumed`."""
         self.model.train()
         self.model.zero_grad_buffer()
         optimizer.zero_grad()
-        sums = self._run(dataset, consumed, forward_only=False)
-        updated, grad_norm, _ = optimizer.step()
+        self.phases.clear()
+        with self.phases("forward_backward"):
+            sums = self._run(dataset, consumed, forward_only=False)
+        with self.phases("optimizer"):
+            updated, grad_norm, _ = optimizer.step()
         return self._result(dataset, sums, grad_norm=float(grad_norm or 0.0), skipped=not updated)
 
     @torch.no_grad()
@@ -70,7 +95,7 @@ class Stepper:
         self.weight.start_step(self.device)
         logs = get_forward_backward_func()(
             forward_step_func=partial(_forward, weight=self.weight, counts=counts, sizes=sizes, device=self.device),
-            data_iterator=(dataset.microbatch(rows) for rows in mine),
+            data_iterator=self._batches(dataset, mine),
             model=[self.model],
             num_microbatches=len(mine),
             **self._shape(dataset),
@@ -78,6 +103,12 @@ class Stepper:
         )
         losses = torch.stack(logs).sum(0).cpu() if logs else torch.zeros(2 + 2 * sum(sizes), dtype=torch.float64)
         return torch.cat([counts, losses])
+
+    def _batches(self, dataset: ChatDataset, rows_of: list[list[int]]) -> Iterator[Microbatch]:
+        for rows in rows_of:
+            with self.phases("data"):
+                batch = dataset.microbatch(rows)
+            yield batch
 
     def _shape(self, dataset: ChatDataset) -> dict:
         """What passes between pipeline stages: [s, b, h]; a packed batch is one row of b * s."""

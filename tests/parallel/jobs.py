@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ft.config.sections import Batch, Checkpointing, Data, Logging, Numerics, Optimizer, Parallelism
+from megatron_ft.config.sections import TRAINING
 
 VOCAB, SEQ_LENGTH = 203, 64
 
@@ -61,7 +61,7 @@ def finetune(layout: tuple[int, int], **settings) -> None:
         "train_iters": 20, "log_interval": 1000,
     } | settings  # fmt: skip
     sections = []
-    for section in (Checkpointing, Data, Batch, Parallelism, Optimizer, Numerics, Logging):
+    for section in TRAINING:
         own = {name: values.pop(name) for name in list(values) if name in section.__dataclass_fields__}
         sections.append(section(**own))
     assert not values, f"unknown settings {sorted(values)}"

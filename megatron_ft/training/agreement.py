@@ -1,0 +1,118 @@
+"""Flags about the model against what the checkpoint says of itself. No torch: told before anything is built.
+
+A Megatron command line describes its model; ours knows it from the checkpoint. So such flags are questions: does the checkpoint
+agree? With --use_checkpoint_args a difference is a warning and the checkpoint wins, without it the run is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from megatron_ft.config.sections import Kernels, Model
+from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
+from megatron_ft.errors import ConfigError
+from megatron_ft.log import logger
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.checkpoint_layout import CheckpointConfig
+
+log = logger("finetune")
+
+SIZES = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_attention_heads_kv": "num_query_groups",
+    "max_position_embeddings": "max_position_embeddings",
+    "layernorm_epsilon": "norm_epsilon",
+    "glu_activation": "activation",
+}
+"""Flag -> field of Architecture that must equal it."""
+
+
+def check_model_flags(flags: Model, checkpoint: CheckpointConfig) -> CheckpointConfig:
+    """The checkpoint's description, its rope scaled where the flags ask for it.
+
+    Raises ConfigError for flags that contradict the checkpoint, all of them in one line.
+    """
+    wrong = [*_differences(flags, checkpoint.architecture), *_tokenizer_difference(flags, checkpoint)]
+    if wrong and not flags.use_checkpoint_args:
+        raise ConfigError(
+            f"the checkpoint is another model than the flags say: {'; '.join(wrong)}: "
+            f"correct the flags, or let the checkpoint win with --use_checkpoint_args"
+        )
+    for difference in wrong:
+        log.warning(f"{difference}; the checkpoint wins (--use_checkpoint_args)")
+    return dataclasses.replace(checkpoint, architecture=_scaled(flags, checkpoint.architecture))
+
+
+def _differences(flags: Model, arch: Architecture) -> Iterator[str]:
+    for flag, field in SIZES.items():
+        said, is_ = getattr(flags, flag), getattr(arch, field)
+        if said is not None and said != is_:
+            yield f"--{flag} {said}, checkpoint {is_}"
+    if flags.model_name and _family(flags.model_name) != _family(arch.family):
+        yield f"--model_name {flags.model_name}, checkpoint {arch.family}"
+    if flags.use_rms_norm and arch.norm != "rmsnorm":
+        yield f"--use_rms_norm, checkpoint {arch.norm}"
+    if flags.no_tie_embed_logits and arch.tied_embeddings:
+        yield "--no_tie_embed_logits, checkpoint tied"
+
+
+def _family(name: str) -> str:
+    """llama2, Llama-2 and llama are one family here; qwen2 and qwen3 are not."""
+    plain = name.lower().replace("-", "").replace("_", "")
+    return re.sub(r"^(llama|codellama|falcon|mistral).*", r"\1", plain).replace("codellama", "llama")
+
+
+def _tokenizer_difference(flags: Model, checkpoint: CheckpointConfig) -> Iterator[str]:
+    if flags.vocab_file is None:
+        return
+    extra = extra_tokens(flags.tokenizer_type, flags.vocab_extra_ids_list)
+    ours = load_tokenizer(flags.vocab_file, extra)
+    theirs = checkpoint.tokenizer
+    if theirs and ours.info()["model_fingerprint"] != theirs.get("model_fingerprint"):
+        yield f"--vocab_file {flags.vocab_file} is another tokenizer than the checkpoint's"
+    elif theirs and ours.added_tokens != theirs.get("added_tokens"):
+        yield (
+            f"--vocab_file with the extra tokens has added tokens {ours.added_tokens}, "
+            f"the checkpoint {theirs.get('added_tokens')}"
+        )
+
+
+def _scaled(flags: Model, arch: Architecture) -> Architecture:
+    """Rope scaling of an unscaled model; one that is scaled already may only be told so again."""
+    factor = flags.rope_scaling_factor
+    if factor is None and flags.rope_scaling_type is None:
+        return arch
+    if factor is None or factor < 1:
+        raise ConfigError(f"--rope_scaling_factor {factor}: give a number of 1 or more with --rope_scaling_type")
+    asked = None
+    if factor != 1:
+        asked = {"rope_type": flags.rope_scaling_type or "linear", "factor": factor}
+    if arch.rope_scaling is None:
+        return arch if asked is None else _stretched(arch, asked, factor)
+    known = {key: arch.rope_scaling.get(key) for key in ("rope_type", "factor")}
+    if asked != known and not flags.use_checkpoint_args:
+        raise ConfigError(
+            f"the checkpoint's rope is scaled already ({known['rope_type']}, factor {known['factor']}), the flags ask for "
+            f"{asked or 'none'}: drop --rope_scaling_type and --rope_scaling_factor"
+        )
+    return arch
+
+
+def _stretched(arch: Architecture, scaling: dict, factor: float) -> Architecture:
+    original = arch.max_position_embeddings
+    if scaling["rope_type"] != "linear":
+        scaling = {**scaling, "original_max_position_embeddings": original}
+    log.info(f"rope scaled by {factor} ({scaling['rope_type']}): {original} -> {int(original * factor)} positions")
+    return dataclasses.replace(arch, rope_scaling=scaling, max_position_embeddings=int(original * factor))
+
+
+def report_unused_kernels(kernels: Kernels, has_gpu: bool) -> None:
+    """Say which kernel flags do nothing here. An option that is ignored in silence is a trap."""
+    for name in ("use_flash_attn", "overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(kernels, name) and not has_gpu:
+            log.warning(f"--{name} needs a GPU: ignored on this machine")

@@ -1,0 +1,103 @@
+"""Progress for people: Megatron's line, which they grep, in a log; a live line on a terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from typing import Any, TextIO
+
+from megatron_ft.training.hooks import Hook
+
+
+class Console(Hook):
+    """A line every `log_interval` steps in Megatron's order; then tokens/s and the time left."""
+
+    def __init__(self, train_iters: int, log_interval: int, out: TextIO | None = None):
+        self.train_iters, self.log_interval, self.out = train_iters, log_interval, out or sys.stdout
+        self.window: list[dict[str, Any]] = []
+        self.skipped = 0
+        self.nan = 0
+
+    def on_step(self, iteration, metrics):
+        self.window.append(metrics)
+        self.skipped += metrics["train/skipped"]
+        self.nan += not math.isfinite(metrics["train/loss"])
+        if iteration % self.log_interval == 0 or iteration == self.train_iters:
+            self.print(self._line(iteration))
+            self.window = []
+
+    def on_eval(self, iteration, metrics):
+        self.print(
+            f" validation loss at iteration {iteration} | lm loss value: {metrics['eval/loss']:.6E} | "
+            f"lm loss PPL: {metrics['eval/perplexity']:.6E} |"
+        )
+
+    def on_save(self, iteration, folder):
+        self.print(f" saved checkpoint {folder}")
+
+    def _line(self, iteration: int) -> str:
+        last, count = self.window[-1], len(self.window)
+        seconds, rates = self._rates()
+        left = time.strftime("%H:%M:%S", time.gmtime((self.train_iters - iteration) * seconds / count))
+        width = len(str(self.train_iters))
+        return (
+            f" iteration {iteration:{width}d}/ {self.train_iters} | "
+            f"consumed samples: {last['train/consumed_samples']:8d} | "
+            f"elapsed time per iteration (ms): {1000 * seconds / count:.1f} | learning rate: {last['train/lr']:.3E} | "
+            f"global batch size: {last['train/global_batch_size']:5d} | "
+            f"lm loss: {sum(m['train/loss'] for m in self.window) / count:.6E} | "
+            f"grad norm: {last['train/grad_norm']:.3f} | number of skipped iterations: {self.skipped} | "
+            f"number of nan iterations: {self.nan} | tokens/s: {rates[0]:.0f} | trained tokens/s: {rates[1]:.0f} | eta: {left} |"
+        )
+
+    def _rates(self) -> tuple[float, list[float]]:
+        """(seconds, [tokens/s, trained tokens/s]) over the window."""
+        seconds = sum(m["train/seconds"] for m in self.window)
+        return seconds, [sum(m[f"train/{n}"] for m in self.window) / seconds for n in ("tokens", "supervised_tokens")]
+
+    def print(self, line: str) -> None:
+        print(line, file=self.out, flush=True)
+
+
+class LiveConsole(Console):
+    """One line that is redrawn: bar, loss, grad norm, rates, time left. Evaluations and saves scroll by above it."""
+
+    def __init__(self, train_iters: int, log_interval: int, out: TextIO | None = None):
+        from rich.console import Console as Screen
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        super().__init__(train_iters, log_interval, out)
+        columns = (
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(24),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=Screen(file=self.out))
+        self.task = self.progress.add_task("", total=train_iters)
+        self.progress.start()
+
+    def on_step(self, iteration, metrics):
+        self.window = [*self.window[-19:], metrics]
+        _, (tokens, trained) = self._rates()
+        rates = f"{_short(tokens)} tok/s ({_short(trained)} trained)"
+        text = f"loss {metrics['train/loss']:.3f}  grad {metrics['train/grad_norm']:.2f}  {rates}"
+        self.progress.update(self.task, completed=iteration, description=text)
+
+    def on_end(self):
+        self.progress.stop()
+
+    def print(self, line: str) -> None:
+        self.progress.console.print(line.strip(" |"), highlight=False, markup=False)
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+def make_console(train_iters: int, log_interval: int) -> Console:
+    """Live on a terminal, plain lines anywhere else (and with TERM=dumb)."""
+    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return (LiveConsole if live else Console)(train_iters, log_interval)
