@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import queue
 import sys
 import types
 import warnings
@@ -128,8 +129,20 @@ def prepare_engine() -> None:
             f"megatron-core {version} is installed, but megatron_ft was checked against {SUPPORTED_ENGINE}x: "
             f"pip install 'megatron-core>=0.16,<0.17'"
         )
+    _keep_write_results_here()
     if not has_gpu():
         _answer_for_cpu()
+
+
+def _keep_write_results_here() -> None:
+    """Checkpoints are saved synchronously, so what was written need not be told to another process.
+
+    megatron-core's default is a queue in a manager process. That process imports torch again, which takes seconds at the first
+    save of every rank, and it outlives a rank that is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def _answer_for_cpu() -> None:
