@@ -17,7 +17,7 @@ readme = here / "README.md"
 
 hf = ["transformers>=4.51,<6"]
 logging = ["tensorboard>=2.16", "wandb>=0.19"]
-dev = [*hf, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
+dev = [*hf, *logging, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 
 setup(
     name="megatron_ft",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import queue
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_ft import device
 from megatron_ft.files import atomic_folder
@@ -69,9 +67,6 @@ def save(
         "sizes": [layout.tp_size, layout.pp_size, layout.dp_size],
         "rng": _rng_tensors(layout),
     }
-    # The engine would start a manager process a rank (another import of it, 270 MB, and an orphan if the rank is killed) only to
-    # hand the result of this write back to the rank itself.
-    filesystem_async._results_queue = queue.Queue()
     with _shared_folder(folder, layout) as temporary:
         dist_checkpointing.save(state, str(temporary))
         if layout.is_main:

@@ -1,0 +1,72 @@
+"""Flags about the model against the checkpoint: agreement passes, contradiction is refused or, by choice, warned about."""
+
+import dataclasses
+import logging
+
+import pytest
+
+from megatron_ft.config.sections import Kernels, Model
+from megatron_ft.errors import ConfigError
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.training.agreement import check_model_flags, report_unused_kernels
+
+ARCH = Architecture(
+    family="llama", num_layers=4, hidden_size=64, ffn_hidden_size=160, num_attention_heads=8, num_query_groups=4,
+    head_dim=8, vocab_size=203, max_position_embeddings=256, norm_epsilon=1e-5,
+)  # fmt: skip
+
+
+def checkpoint(**changes):
+    arch = dataclasses.replace(ARCH, **changes)
+    return CheckpointConfig(arch, "torch_dist", 1, 1, 256, "release", "fp32")
+
+
+def test_flags_that_agree_change_nothing():
+    flags = Model(
+        model_name="llama2", use_rms_norm=True, glu_activation="swiglu", no_tie_embed_logits=True, num_layers=4,
+        layernorm_epsilon=1e-5, max_position_embeddings=256, position_embedding_type="rotary",
+        rope_scaling_factor=1.0, num_attention_heads_kv=4,
+    )  # fmt: skip
+    assert check_model_flags(flags, checkpoint()) == checkpoint()
+
+
+CONTRADICTIONS = [
+    (Model(num_layers=80), {}, "--num_layers 80, checkpoint 4"),
+    (Model(layernorm_epsilon=1e-6), {}, "--layernorm_epsilon 1e-06, checkpoint 1e-05"),
+    (Model(no_tie_embed_logits=True), {"tied_embeddings": True}, "--no_tie_embed_logits, checkpoint tied"),
+    (Model(use_rms_norm=True), {"norm": "layernorm"}, "--use_rms_norm, checkpoint layernorm"),
+    (Model(model_name="falcon"), {}, "--model_name falcon, checkpoint llama"),
+]
+
+
+@pytest.mark.parametrize(("flags", "changes", "message"), CONTRADICTIONS)
+def test_a_contradiction_is_refused_or_warned_about(flags, changes, message, caplog):
+    with pytest.raises(ConfigError, match=message):
+        check_model_flags(flags, checkpoint(**changes))
+    with caplog.at_level(logging.WARNING):
+        agreed = check_model_flags(dataclasses.replace(flags, use_checkpoint_args=True), checkpoint(**changes))
+    assert agreed == checkpoint(**changes) and message in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama", "llama2", "Llama-2", "codellama", "llama3"])
+def test_names_of_the_llama_family(name):
+    assert check_model_flags(Model(model_name=name), checkpoint()) == checkpoint()
+
+
+def test_rope_is_scaled_once():
+    """An unscaled checkpoint takes the flags' scaling and remembers it; told otherwise later, it refuses."""
+    scaled = check_model_flags(Model(rope_scaling_factor=4.0), checkpoint())
+    assert scaled.architecture.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    assert scaled.architecture.max_position_embeddings == 1024
+    assert check_model_flags(Model(rope_scaling_factor=4.0), scaled) == scaled
+    assert check_model_flags(Model(), scaled) == scaled
+    for flags in (Model(rope_scaling_factor=2.0), Model(rope_scaling_factor=1.0)):
+        with pytest.raises(ConfigError, match="scaled already"):
+            check_model_flags(flags, scaled)
+
+
+def test_kernels_that_need_a_gpu_say_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        report_unused_kernels(Kernels(use_flash_attn=True, no_bias_gelu_fusion=True), has_gpu=False)
+    assert caplog.messages == ["--use_flash_attn needs a GPU: ignored on this machine"]
