@@ -48,6 +48,7 @@ def _load_classic(folder: Path, config: CheckpointConfig, model, layout: Layout)
     except Exception as error:
         raise _unreadable(path, error) from error
     fill(model, weights, path)
+    torch.distributed.barrier()  # a rank whose file is damaged stops the others here, before anything is written
 
 
 def sharded_weights(model) -> dict:
