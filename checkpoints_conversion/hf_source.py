@@ -20,7 +20,7 @@ from megatron_ft.models.families import family_for
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_IGNORED = (".rotary_emb.inv_freq",)  # a buffer that old exports hold; it follows from the config
+_IGNORED = (".rotary_emb.inv_freq", ".rotary.inv_freq")  # a buffer that old exports hold; it follows from the config
 # With _from_model_config, transformers would replace the file's token ids by the config's.
 _NOT_CARRIED = ("transformers_version", "_from_model_config")
 _FETCH_AGAIN = "fetch the file again"
@@ -130,7 +130,8 @@ class HfSource:
     def _check_left_over(self, keys: list[str]) -> None:
         if keys == ["lm_head.weight"] and self.arch.tied_embeddings:
             # Some exports hold tied embeddings twice. Equal copies say nothing new; others contradict the config.
-            if self._tensor(keys[0]).equal(self._tensor("model.embed_tokens.weight")):
+            embedding = next(rule.hf_keys[0] for rule in self.rules if rule.cut == "vocab_rows")
+            if self._tensor(keys[0]).equal(self._tensor(embedding)):
                 return
             raise CheckpointError(
                 f"{self.folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; "

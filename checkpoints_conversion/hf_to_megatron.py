@@ -42,6 +42,10 @@ class HfToMegatron:
     """The embedding gets rows of zeros up to a multiple of this times the tensor parallel size."""
     chat_format: str | None = None
     """Chat format to record (chatml), for generate, chat and the exported template; its tokens are added."""
+    rope_scaling_type: Literal["linear", "ntk", "ntk-margin", "ntk-yarn", "ntk-by-parts", "yarn", "dynamic"] = "linear"
+    """How --rope_scaling_factor stretches the context."""
+    rope_scaling_factor: float = 1.0
+    """Stretch the context this many times: recorded in the checkpoint, for training, generation and export. 1: not."""
     params_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Type of the weights; default: as in the source."""
     tokenizer: str | None = None
@@ -111,12 +115,14 @@ def _checkpoint_config(options: HfToMegatron, source: HfSource, vocab_size: int,
 
     from megatron_ft.models.architecture import padded_vocab_size
     from megatron_ft.models.checkpoint_layout import CheckpointConfig
+    from megatron_ft.models.rope import extend
 
     if options.make_vocab_size_divisible_by < 1:
         raise ConfigError(f"--make_vocab_size_divisible_by {options.make_vocab_size_divisible_by}: must be at least 1")
     tp_size = options.tensor_model_parallel_size
+    arch = extend(source.arch, options.rope_scaling_type, options.rope_scaling_factor)
     return CheckpointConfig(
-        architecture=replace(source.arch, vocab_size=vocab_size, hf=source.carried()),
+        architecture=replace(arch, vocab_size=vocab_size, hf=source.carried()),
         ckpt_format=options.ckpt_format,
         tensor_model_parallel_size=tp_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,

@@ -78,7 +78,7 @@ def _items(placed: Placed, full: Callable[[Placed], Tensor]) -> Iterator[tuple[M
     chunk = ChunkStorageMetadata(offsets, tensor.size())
     properties = TensorProperties.create_from_tensor(tensor)
     yield MetadataIndex(key, offsets, 0), TensorStorageMetadata(properties, tensor.size(), [chunk]), tensor
-    if placed.rule.stage == "layer" and placed.rule.cut != "replicated":
+    if placed.rule.stage == "layer" and placed.rule.cut != "replicated" and key.endswith(".weight"):
         # Transformer Engine keeps its fp8 scales there; without them a plain load of megatron-core's stops.
         extra = key.removesuffix("weight") + "_extra_state/shard_0_1"
         yield MetadataIndex(extra), BytesStorageMetadata(), [None]

@@ -12,6 +12,8 @@ from typing import Any
 
 from megatron_ft.errors import CheckpointError, ConfigError
 
+GATED = ("swiglu", "geglu", "reglu")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -29,13 +31,33 @@ class Architecture:
     max_position_embeddings: int
     norm_epsilon: float
     norm: str = "rmsnorm"
+    """rmsnorm, or layernorm (with bias)."""
     activation: str = "swiglu"
+    """Gated: swiglu, geglu, reglu. Not gated: gelu (the exact one), relu."""
     tied_embeddings: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
-    """As Hugging Face writes it, with rope_type: {"rope_type": "linear", "factor": 4.0}. None: unscaled."""
+    """A method and its numbers (see rope.py), as Hugging Face writes those it knows: {"rope_type": "linear", "factor": 4.0}.
+    None: unscaled."""
     hf: dict[str, Any] = field(default_factory=dict)
     """Entries of the original Hugging Face config that no field stands for (token ids, ...), carried back on export."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections; no other linear has one."""
+    qk_norm: bool = False
+    """Each query and key head is normalised before the rotary embedding."""
+    parallel_block: bool = False
+    """Attention and MLP side by side on one residual: x + attention(norm x) + mlp(norm x)."""
+    shared_norm: bool = False
+    """A parallel block's attention and MLP read the same norm."""
+    sliding_window: int | None = None
+    """Keys a token sees, itself included. None: all before it."""
+    full_attention_layers: int = 0
+    """The first layers, to which the window does not apply."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies two projections, [gate; up] in one matrix."""
+        return self.activation in GATED
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""

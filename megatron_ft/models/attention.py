@@ -1,4 +1,4 @@
-"""Core attention over torch's scaled_dot_product_attention: causal, grouped KV heads, packed samples.
+"""Core attention over torch's scaled_dot_product_attention: causal, grouped KV heads, packed samples, sliding window.
 
 Everything around it (QKV projection, rotary embedding, KV cache, output projection) is megatron-core's SelfAttention. A packed batch
 comes as one long row whose sample boundaries are in PackedSeqParams.cu_seqlens_q; each sample is attended on its own, so that no
@@ -13,6 +13,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -27,6 +28,8 @@ class SdpaAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.attn_mask_type = attn_mask_type
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
 
     def forward(
         self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
@@ -51,9 +54,28 @@ class SdpaAttention(MegatronModule):
 
     def _attend(self, query, key, value, causal):
         """Query [b, n, s, d], key and value [b, g, s_k, d] -> [b, n, s, d]."""
+        if self.window is None or key.shape[2] <= self.window:
+            return self._sdpa(query, key, value, is_causal=causal and query.shape[2] > 1)
+        return self._windowed(query, key, value)
+
+    def _windowed(self, query, key, value):
+        """The queries are the last s of s_k positions. In blocks of one window, so that a mask never exceeds window x 2 windows."""
+        before, blocks = key.shape[2] - query.shape[2], []
+        for start in range(0, query.shape[2], self.window):
+            stop = min(start + self.window, query.shape[2])
+            oldest = max(0, before + start - self.window + 1)
+            seen = slice(oldest, before + stop)
+            distance = torch.arange(before + start, before + stop, device=query.device)[:, None] - torch.arange(
+                oldest, before + stop, device=query.device
+            )
+            mask = (distance >= 0) & (distance < self.window)
+            blocks.append(self._sdpa(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], attn_mask=mask))
+        return torch.cat(blocks, dim=2)
+
+    def _sdpa(self, query, key, value, **mask):
         return scaled_dot_product_attention(
-            query, key, value, is_causal=causal and query.shape[2] > 1, scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, scale=self.scale, dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=query.shape[1] != key.shape[1], **mask,
         )  # fmt: skip
 
     def _dropout_stream(self):

@@ -6,23 +6,29 @@ The layer spec is the engine's local one with our norm and core attention. Knows
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
 
 from megatron_ft import device
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.attention import SdpaAttention
 from megatron_ft.models.norms import NORMS
-from megatron_ft.models.rope import inverse_frequencies
+from megatron_ft.models.parallel_block import ParallelBlock
+from megatron_ft.models.rope import LENGTH_METHODS, attention_factor, inverse_frequencies, method_of
+from megatron_ft.models.rotary import LengthRotary
 from megatron_ft.parallel import Layout
 
-ACTIVATIONS = {"swiglu": (torch.nn.functional.silu, True)}
-"""Architecture.activation -> (function, gated)."""
+_FUNCTIONS = {"swiglu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
+ACTIVATIONS = {**_FUNCTIONS, "geglu": functional.gelu, "reglu": functional.relu}
+"""Architecture.activation -> function. Which are gated: Architecture.gated."""
 
 
 class ChatModel(GPTModel):
@@ -60,7 +66,6 @@ class BuildOptions:
 
 def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions) -> TransformerConfig:
     """The engine's own configuration for this model and layout."""
-    activation, gated = ACTIVATIONS[arch.activation]
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -70,9 +75,13 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         kv_channels=arch.head_dim,
         normalization=NORMS[arch.norm][0],
         layernorm_epsilon=arch.norm_epsilon,
-        activation_func=activation,
-        gated_linear_unit=gated,
+        activation_func=ACTIVATIONS[arch.activation],
+        gated_linear_unit=arch.gated,
         add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        softmax_scale=_softmax_scale(arch),
+        **_window(arch),
         hidden_dropout=options.hidden_dropout,
         attention_dropout=options.attention_dropout,
         tensor_model_parallel_size=layout.tp_size,
@@ -102,6 +111,20 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
     )
 
 
+def _softmax_scale(arch: Architecture) -> float | None:
+    """None: the engine's 1 / sqrt(head_dim). Else the same times m^2, for a rope that scales queries and keys by m."""
+    m = attention_factor(arch.rope_scaling, arch.max_position_embeddings)
+    return None if m == 1.0 else m * m / math.sqrt(arch.head_dim)
+
+
+def _window(arch: Architecture) -> dict:
+    """The engine counts the keys to the left of a token; a list says which layers have the window."""
+    if arch.sliding_window is None:
+        return {}
+    has = [int(layer >= arch.full_attention_layers) for layer in range(arch.num_layers)]
+    return {"window_size": (arch.sliding_window - 1, 0), "window_attn_skip_freq": has}
+
+
 def _leave(weight: torch.Tensor) -> None:
     """An initialisation that does nothing."""
 
@@ -129,6 +152,8 @@ def build_model(arch: Architecture, layout: Layout, options: BuildOptions = Buil
     model.rotary_pos_emb.inv_freq = inverse_frequencies(
         arch.head_dim, arch.rope_theta, arch.rope_scaling, arch.max_position_embeddings
     ).to(device.current_device())
+    if method_of(arch.rope_scaling) in LENGTH_METHODS:
+        model.rotary_pos_emb = LengthRotary(model.rotary_pos_emb, arch)
     if options.lima_dropout:
         apply_lima_dropout(model, options.hidden_dropout, arch.num_layers)
     return model.to(device.current_device())
@@ -149,6 +174,11 @@ def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlo
     name, norm = NORMS[arch.norm]
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization=name)
     layer.submodules.input_layernorm = norm
-    layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    layer.submodules.pre_mlp_layernorm = IdentityOp if arch.shared_norm else norm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SdpaAttention
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    if arch.parallel_block:
+        layer.module = ParallelBlock
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)

@@ -7,10 +7,10 @@ from types import ModuleType
 from typing import Any
 
 from megatron_ft.errors import CheckpointError
-from megatron_ft.models import llama
+from megatron_ft.models import falcon, llama, mistral, qwen2, qwen3
 from megatron_ft.models.architecture import Architecture
 
-FAMILIES: dict[str, ModuleType] = {llama.NAME: llama}
+FAMILIES: dict[str, ModuleType] = {family.NAME: family for family in (llama, mistral, qwen2, qwen3, falcon)}
 """name -> module with from_hf(config), to_hf(arch, dtype), rules(arch), MODEL_TYPES and HF_CLASSES."""
 
 

@@ -137,27 +137,29 @@ def _place(rule: Rule, layer: int = 0, local: int = 0) -> Placed:
 # Shapes and bodies that several families share.
 
 
-def linear_qkv_shapes(arch: Architecture) -> list[Shape]:
-    """[heads*d, h], [groups*d, h], [groups*d, h]."""
-    query, key_value = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
-    return [(query, arch.hidden_size), (key_value, arch.hidden_size), (key_value, arch.hidden_size)]
+def qkv_rows(arch: Architecture) -> tuple[int, int, int]:
+    """Rows of q, k and v."""
+    key_value = arch.num_query_groups * arch.head_dim
+    return arch.num_attention_heads * arch.head_dim, key_value, key_value
 
 
 def merge_qkv(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
-    """q, k, v -> rows [q_1..q_n, k, v] per query group, n = heads / groups, so that a rank's rows are whole groups."""
+    """q, k, v -> rows [q_1..q_n, k, v] per query group, n = heads / groups, so that a rank's rows are whole groups.
+
+    Weights [rows, h] or biases [rows].
+    """
     import torch
 
-    grouped = [t.reshape(arch.num_query_groups, -1, arch.hidden_size) for t in tensors]
-    return torch.cat(grouped, dim=1).reshape(-1, arch.hidden_size)
+    rest = tensors[0].shape[1:]
+    return torch.cat([t.reshape(arch.num_query_groups, -1, *rest) for t in tensors], dim=1).reshape(-1, *rest)
 
 
 def split_qkv(arch: Architecture, full: Tensor) -> list[Tensor]:
     """Inverse of merge_qkv."""
     queries = arch.num_attention_heads // arch.num_query_groups * arch.head_dim
-    grouped = full.reshape(arch.num_query_groups, -1, arch.hidden_size)
-    return [
-        part.reshape(-1, arch.hidden_size) for part in grouped.split([queries, arch.head_dim, arch.head_dim], dim=1)
-    ]
+    grouped = full.reshape(arch.num_query_groups, -1, *full.shape[1:])
+    parts = grouped.split([queries, arch.head_dim, arch.head_dim], dim=1)
+    return [part.reshape(-1, *full.shape[1:]) for part in parts]
 
 
 def stack_rows(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:

@@ -75,10 +75,10 @@ def test_layout_does_not_divide(place, tp, pp, message):
     [
         ({"model_type": "mamba"}, "'mamba'.*supported: llama"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'.*supported: silu, gelu, relu"),
         ({"quantization_config": {"bits": 4}}, "unquantised"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "code of its own"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn' lacks factor"),
         ({"rope_theta": 5.0}, "disagree"),
         ({"intermediate_size": 64}, "gate_proj.weight is .48, 32., config.json says .64, 32."),
         ({"num_hidden_layers": 5}, "lacks 9 tensors, first model.layers.4"),

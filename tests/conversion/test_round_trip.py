@@ -98,3 +98,15 @@ def test_old_exports_with_extra_copies_are_read(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     assert same_tensors(original, there_and_back(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk-yarn", "ntk-by-parts"])
+def test_a_stretched_context_is_recorded_and_exported(tmp_path, method):
+    make_llama(tmp_path / "hf", hidden_size=64)
+    options = {"rope_scaling_type": method, "rope_scaling_factor": 4.0}
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), **options))
+    assert read_config(tmp_path / "megatron" / "release").architecture.rope_scaling["rope_type"] == method
+    export(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert back.config.max_position_embeddings == 512
+    assert not torch.equal(logits(back, 203), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), 203))

@@ -69,7 +69,8 @@ def test_oldest_spelling_of_linear_scaling():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "rope type 'su' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "spice": 1}}, "'linear' with spice is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' lacks factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"mlp_bias": True}, "mlp_bias True"),
@@ -85,8 +86,8 @@ def test_what_is_not_supported_is_refused_with_a_reason(changes, message):
 def test_families():
     assert family_for({"model_type": "llama"}) is llama
     assert family_for({"architectures": ["LlamaForCausalLM"]}) is llama
-    with pytest.raises(UserError, match=r"'mistral'.*supported: llama"):
-        family_for({"model_type": "mistral", "architectures": ["MistralForCausalLM"]})
+    with pytest.raises(UserError, match=r"'mamba'.*supported: llama, mistral, qwen2, qwen3, falcon"):
+        family_for({"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
 
 
 def test_a_newer_architecture_is_refused():

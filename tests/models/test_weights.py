@@ -21,10 +21,19 @@ SIZES = {
 }
 
 
+KINDS = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "falcon": {"norm": "layernorm", "activation": "gelu", "parallel_block": True},
+}
+
+
 @pytest.fixture(params=[(family, tied) for family in FAMILIES for tied in (False, True)], ids=str)
 def arch(request):
     family, tied = request.param
-    return Architecture(family=family, tied_embeddings=tied, **SIZES)
+    return Architecture(family=family, tied_embeddings=tied, **KINDS[family], **SIZES)
 
 
 def numbered(shape):

@@ -1,0 +1,116 @@
+"""A Hugging Face config in the keys that Llama, Mistral and Qwen share, to an Architecture and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_ft.errors import CheckpointError
+from megatron_ft.models import hf_rope
+from megatron_ft.models.architecture import Architecture
+
+ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
+"""hidden_act of a gated MLP -> Architecture.activation."""
+_MUST_BE = {
+    "attention_bias": (False, "biases in the attention projections"),
+    "mlp_bias": (False, "biases in the MLP"),
+}
+_FOREIGN = {
+    "quantization_config": (None, "quantised weights: give the unquantised model"),
+    "auto_map": (None, "code of its own (auto_map): only models that transformers itself implements are read"),
+}
+_RENAMED = (  # what an Architecture says with its own fields
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "hidden_act"),
+)
+_RESTATED = ("model_type", "architectures", "dtype", "torch_dtype", "_name_or_path", "transformers_version")
+
+
+def read(
+    config: Mapping[str, Any], family: str, taken: Sequence[str] = (), head_dim: int | None = None, **fields: Any
+) -> Architecture:
+    """taken: further keys that `fields` stand for. head_dim: where the config does not say; None: hidden / heads.
+
+    Raises CheckpointError with the reason for what is not supported.
+    """
+    refuse(config, _MUST_BE)
+    activation = choice(config, "hidden_act", ACTIVATIONS, "silu")
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        positions = config.get("max_position_embeddings", 2048)
+        theta, scaling = hf_rope.from_hf(config, positions)
+        return Architecture(
+            family=family,
+            num_layers=config["num_hidden_layers"],
+            hidden_size=hidden,
+            ffn_hidden_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or head_dim or hidden // heads,
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=positions,
+            norm_epsilon=config.get("rms_norm_eps", 1e-6),
+            activation=activation,
+            tied_embeddings=config.get("tie_word_embeddings", False),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            hf=carried(config, (*_RENAMED, *_MUST_BE, *taken)),
+            **fields,
+        )
+    except KeyError as error:
+        raise incomplete(error, family) from error
+
+
+def write(arch: Architecture, model_type: str, hf_class: str, dtype: str | None, **entries: Any) -> dict[str, Any]:
+    """Inverse of read. entries: the family's own keys. dtype: as transformers names it, "bfloat16"."""
+    return {
+        **head(arch, model_type, hf_class, dtype),
+        "num_hidden_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups,
+        "head_dim": arch.head_dim,
+        "vocab_size": arch.vocab_size,
+        "max_position_embeddings": arch.max_position_embeddings,
+        "rms_norm_eps": arch.norm_epsilon,
+        "tie_word_embeddings": arch.tied_embeddings,
+        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == arch.activation),
+        **entries,
+    }
+
+
+def head(arch: Architecture, model_type: str, hf_class: str, dtype: str | None) -> dict[str, Any]:
+    """What every family's config says: carried entries, its own name, rope, type."""
+    return {
+        **arch.hf,
+        "architectures": [hf_class],
+        "model_type": model_type,
+        **hf_rope.to_hf(arch),
+        **({"dtype": dtype, "torch_dtype": dtype} if dtype else {}),
+    }
+
+
+def carried(config: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
+    """Entries that no field stands for."""
+    known = {*taken, *_RESTATED, *_FOREIGN, *hf_rope.KEYS}
+    return {key: value for key, value in config.items() if key not in known}
+
+
+def refuse(config: Mapping[str, Any], must_be: Mapping[str, tuple[Any, str]], ignore: Sequence[str] = ()) -> None:
+    """Raises CheckpointError, with the reason, where an entry is neither absent nor null nor what it must be."""
+    for key, (supported, reason) in {**must_be, **_FOREIGN}.items():
+        if key not in ignore and config.get(key, supported) not in (supported, None):
+            raise CheckpointError(f"config.json: {key} {config[key]!r} is not supported: {reason}")
+
+
+def choice(config: Mapping[str, Any], key: str, table: Mapping[str, str], default: str) -> str:
+    """What the table has for an entry. Raises CheckpointError naming what there is."""
+    value = config.get(key) or default
+    if value not in table:
+        raise CheckpointError(f"config.json: {key} {value!r} is not supported; supported: {', '.join(table)}")
+    return table[value]
+
+
+def incomplete(error: KeyError, family: str) -> CheckpointError:
+    return CheckpointError(f"config.json: entry {error} is missing; it is not a complete {family} config")

@@ -1,0 +1,106 @@
+"""Rules that several families share; a family file puts its own together with Hugging Face's names for the tensors.
+
+All follow the order of megatron-core's modules. A norm that precedes a linear has another name in torch_dist (Rule.dist_key).
+"""
+
+from __future__ import annotations
+
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.weights import Rule, Shape, halve_rows, merge_qkv, qkv_rows, split_qkv, stack_rows
+
+LAYER = "decoder.layers.{n}."
+
+
+def embedding(hf_key: str) -> Rule:
+    return _vocabulary("embedding.word_embeddings.weight", hf_key, "first")
+
+
+def output_layer(hf_key: str = "lm_head.weight") -> Rule:
+    return _vocabulary("output_layer.weight", hf_key, "last")
+
+
+def final_norm(arch: Architecture, hf_name: str) -> list[Rule]:
+    return _norm(arch, "decoder.final_layernorm", hf_name, stage="last")
+
+
+def input_norm(arch: Architecture, hf_name: str) -> list[Rule]:
+    """The norm before attention; with a shared one, before the MLP too."""
+    return _norm(arch, LAYER + "input_layernorm", hf_name, LAYER + "self_attention.linear_qkv.layer_norm_")
+
+
+def mlp_norm(arch: Architecture, hf_name: str) -> list[Rule]:
+    return _norm(arch, LAYER + "pre_mlp_layernorm", hf_name, LAYER + "mlp.linear_fc1.layer_norm_")
+
+
+def head_norms(hf_query: str, hf_key: str) -> list[Rule]:
+    """Norms of query and key heads, [d] each."""
+    names = (("q_layernorm", hf_query), ("k_layernorm", hf_key))
+    return [same(LAYER + f"self_attention.{ours}.weight", hf, lambda a: (a.head_dim,)) for ours, hf in names]
+
+
+def separate_qkv(hf_keys: tuple[str, str, str], kind: str = "weight") -> Rule:
+    """q, k and v apart in Hugging Face, one matrix (or bias) in megatron-core."""
+    rest = (lambda a: (a.hidden_size,)) if kind == "weight" else (lambda a: ())
+    return Rule(
+        LAYER + f"self_attention.linear_qkv.{kind}",
+        hf_keys,
+        hf_shapes=lambda a: [(rows, *rest(a)) for rows in qkv_rows(a)],
+        full_shape=lambda a: (sum(qkv_rows(a)), *rest(a)),
+        cut="rows",
+        to_megatron=merge_qkv,
+        to_hf=split_qkv,
+    )
+
+
+def fused_qkv(hf_key: str) -> Rule:
+    """Already [q_1..q_n, k, v] for each query group."""
+    name = LAYER + "self_attention.linear_qkv.weight"
+    return same(name, hf_key, lambda a: (sum(qkv_rows(a)), a.hidden_size), cut="rows")
+
+
+def attention_output(hf_key: str) -> Rule:
+    name = LAYER + "self_attention.linear_proj.weight"
+    return same(name, hf_key, lambda a: (a.hidden_size, qkv_rows(a)[0]), cut="columns")
+
+
+def gated_mlp(hf_gate: str, hf_up: str, hf_down: str) -> list[Rule]:
+    first = Rule(
+        LAYER + "mlp.linear_fc1.weight",
+        (hf_gate, hf_up),
+        hf_shapes=lambda a: [(a.ffn_hidden_size, a.hidden_size)] * 2,
+        full_shape=lambda a: (2 * a.ffn_hidden_size, a.hidden_size),
+        cut="gated_rows",
+        to_megatron=stack_rows,
+        to_hf=halve_rows,
+    )
+    return [first, _down(hf_down)]
+
+
+def plain_mlp(hf_up: str, hf_down: str) -> list[Rule]:
+    up = same(LAYER + "mlp.linear_fc1.weight", hf_up, lambda a: (a.ffn_hidden_size, a.hidden_size), cut="rows")
+    return [up, _down(hf_down)]
+
+
+def same(key: str, hf_key: str, shape, **others) -> Rule:
+    """One tensor on either side, alike. shape: Architecture -> Shape."""
+    return Rule(key, (hf_key,), hf_shapes=lambda a: [shape(a)], full_shape=shape, **others)
+
+
+def _down(hf_key: str) -> Rule:
+    return same(LAYER + "mlp.linear_fc2.weight", hf_key, lambda a: (a.hidden_size, a.ffn_hidden_size), cut="columns")
+
+
+def _norm(arch: Architecture, name: str, hf_name: str, dist: str | None = None, stage: str = "layer") -> list[Rule]:
+    kinds = ("weight", "bias") if arch.norm == "layernorm" else ("weight",)
+    return [
+        same(f"{name}.{kind}", f"{hf_name}.{kind}", _hidden, dist_key=dist and dist + kind, stage=stage)
+        for kind in kinds
+    ]
+
+
+def _vocabulary(key: str, hf_key: str, stage: str) -> Rule:
+    return same(key, hf_key, lambda a: (a.vocab_size, a.hidden_size), cut="vocab_rows", stage=stage)
+
+
+def _hidden(arch: Architecture) -> Shape:
+    return (arch.hidden_size,)

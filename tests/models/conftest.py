@@ -1,0 +1,1 @@
+from tests.parallel.conftest import shards  # noqa: F401

@@ -1,0 +1,98 @@
+"""What ranks are asked to do in the family tests: many models in one go, because process groups are dear to make."""
+
+from pathlib import Path
+
+import torch
+
+from tests.parallel.jobs import finetune
+
+
+def many(roots: list[str], layout: tuple[int, int], sequence_parallel: bool, tokens, decode: int) -> list:
+    """For each checkpoint (logits [b, s, true vocabulary] or None, greedy ids after the first row's 20 tokens or [])."""
+    from megatron_ft.parallel import process_groups
+
+    with process_groups(*layout, sequence_parallel=sequence_parallel) as here, torch.no_grad():
+        return [_one(Path(root), here, torch.from_numpy(tokens), decode) for root in roots]
+
+
+def _one(root: Path, here, ids, decode: int):
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from megatron_ft.generation.decoding import Decoder
+    from megatron_ft.models.build import build_model
+    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
+    from megatron_ft.models.load import load_weights
+
+    folder = find_checkpoint(root)
+    config = describe(folder)
+    model = build_model(config.architecture, here).eval()
+    load_weights(folder, config, model, here)
+    if decode:
+        decoder = Decoder(model, here, (), config.architecture.max_position_embeddings)
+        return None, decoder.generate([ids[0, :20].numpy()], max_new_tokens=decode)[0]
+    output = get_forward_backward_func()(
+        forward_step_func=lambda _, m: (m(ids, torch.arange(ids.shape[1]).expand_as(ids), None), _same),
+        data_iterator=iter(()), model=[model], num_microbatches=1, seq_length=ids.shape[1],
+        micro_batch_size=ids.shape[0], forward_only=True, collect_non_loss_data=True,
+    )  # fmt: skip
+    if not here.is_last_stage:
+        return None, []
+    return gather_from_tensor_model_parallel_region(output[0])[..., : config.architecture.vocab_size].numpy(), []
+
+
+def _same(output, non_loss_data=False):
+    return output
+
+
+def packed(roots: list[str], lengths: list[int]) -> list[float]:
+    """Largest difference between the logits of samples packed into a row and of each alone, for each checkpoint."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megatron_ft.models.build import build_model
+    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
+    from megatron_ft.models.load import load_weights
+    from megatron_ft.parallel import process_groups
+
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    params = PackedSeqParams("thd", ends, ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+    ids = torch.arange(int(ends[-1]))[None] * 7 % 203
+    worst = []
+    with process_groups(1, 1) as here, torch.no_grad():
+        for root in roots:
+            folder = find_checkpoint(Path(root))
+            config = describe(folder)
+            model = build_model(config.architecture, here).eval()
+            load_weights(folder, config, model, here)
+            positions = torch.cat([torch.arange(n) for n in lengths])[None]
+            together = model(ids, positions, None, packed_seq_params=params)
+            alone = [model(x, torch.arange(x.shape[1])[None], None) for x in ids.split(lengths, dim=1)]
+            worst.append((together - torch.cat(alone, dim=1)).abs().max().item())
+    return worst
+
+
+def lima(root: str) -> tuple[float, float, bool]:
+    """(dropout of the first layer, of the last, whether the last layer's output is its input) when it may reach 1."""
+    from megatron_ft.models.build import BuildOptions, build_model
+    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
+    from megatron_ft.models.load import load_weights
+    from megatron_ft.parallel import process_groups
+
+    folder = find_checkpoint(Path(root))
+    config = describe(folder)
+    with process_groups(1, 1) as here, torch.no_grad():
+        model = build_model(config.architecture, here, BuildOptions(hidden_dropout=1.0, lima_dropout=True)).train()
+        load_weights(folder, config, model, here)
+        first, last = model.decoder.layers[0], model.decoder.layers[-1]
+        seen = []
+        last.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append(torch.equal(kwargs["hidden_states"], output[0])),
+            with_kwargs=True,
+        )
+        ids = torch.arange(16)[None]
+        model(ids, ids, None)
+        return first.hidden_dropout, last.hidden_dropout, seen[0]
+
+
+def train(layout, load, shards, run_dir):
+    finetune(layout, load=load, data_path=[shards], run_dir=run_dir, train_iters=5, lr_warmup_iters=0)
