@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+MAX_NEW_TOKENS = 24  # the longest right answer has about half of them
+
 
 @dataclass(frozen=True)
 class Answer:

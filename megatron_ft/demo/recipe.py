@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft import __version__
-from megatron_ft.demo.answers import Answer, exact_match, read_answers
+from megatron_ft.demo.answers import MAX_NEW_TOKENS, Answer, exact_match, read_answers
 from megatron_ft.demo.base_model import Shape, write_base_model
 from megatron_ft.demo.chats import CHATS, HELD_OUT, ChatSet, as_prompts, make_chats
 from megatron_ft.demo.facts import TOPICS, Topic
@@ -117,7 +117,7 @@ class _Demo:
         output = self.folder / f"{name}.jsonl"
         words = [
             *_torchrun("generate"), "--load", checkpoint, "--prompts", self.path("heldout.jsonl"),
-            "--output", str(output), *_LAYOUT, "--max_new_tokens", "24", "--batch_size", "128",
+            "--output", str(output), *_LAYOUT, "--max_new_tokens", str(MAX_NEW_TOKENS), "--batch_size", "128",
         ]  # fmt: skip
         self.begin(title, words)
         self.shell.run(words)
