@@ -2,35 +2,49 @@
 else follows from it.
 
 The rules: a turn, header and closing newline included, carries its speaker's role. Text between two control tokens is
-encoded as one piece; control tokens are inserted by number, so a message that spells one stays ordinary text. No
-beginning or end of sequence is added. The template for transformers is made from the same object, so it cannot
-disagree.
+encoded as one piece; control tokens are inserted by number, so a message that spells one stays ordinary text. The
+template for transformers is made from the same object, so it cannot disagree. Templates that a tokenizer brings along
+are chat_template.py's.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode_parts, join, split
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, PROMPTER, ROLES, SYSTEM
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.errors import ConfigError, DataError
 
-Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
+Messages = Sequence[Mapping[str, Any]]
+"""{"role": ..., "content": ...}, and "flags" where the role byte is to carry a mark or a weight (roles.py)."""
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """turns: role number -> the turn's text with {text} once; a role that is missing cannot be said in this format."""
+    """turns: role number -> the turn's text with {text} once; a role that is missing cannot be said in this format.
+
+    after: (role, role of the turn before) -> the turn's text in that place. begin: before the first turn.
+    default_system: what a conversation without a system turn at its start begins with. strip: white space around
+    messages is dropped. context: how a context turn, where `turns` has none, becomes part of the next message's text:
+    {context} and {text}.
+    """
 
     name: str
     added_tokens: tuple[str, ...]
     stop_token: str
     turns: Mapping[int, str]
     generation_prompt: str
+    after: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    begin: str = ""
+    default_system: str | None = None
+    strip: bool = False
+    context: str | None = None
 
     def encode(
         self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = False
@@ -46,14 +60,17 @@ class ChatFormat:
         Raises DataError for a role that the format does not know, TokenizerError where the tokenizer lacks one of its
         tokens.
         """
-        parts, ends = [], []
-        for messages in conversations:
-            parts += self._parts(messages, add_generation_prompt)
-            ends.append(len(parts))
-        controls = {token: np.array([tokenizer.token_id(token)], np.int32) for token in self.added_tokens}
-        encoded = iter(tokenizer.encode_batch([part.text for part in parts if not part.control], at_start=False))
-        pieces = [controls[part.text] if part.control else next(encoded) for part in parts]
-        return _cut(pieces, [part.role for part in parts], ends)
+        return split(self.encode_flat(tokenizer, conversations, add_generation_prompt))
+
+    def encode_flat(
+        self, tokenizer: Tokenizer, conversations: Sequence[Messages], add_generation_prompt: bool = False
+    ) -> Encoded:
+        """As encode_many, the conversations laid end to end."""
+        if self._closed and not add_generation_prompt:
+            return self._encode_closed(tokenizer, conversations)
+        for token in self.added_tokens:
+            tokenizer.token_id(token)  # named before anything is tokenized
+        return encode_parts(tokenizer, [self._parts(messages, add_generation_prompt) for messages in conversations])
 
     def text(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """The conversation as the model sees it, control tokens by their names."""
@@ -62,24 +79,73 @@ class ChatFormat:
     @property
     def jinja(self) -> str:
         """The chat template for transformers' apply_chat_template."""
-        turns = ""
-        for role, turn in self.turns.items():
-            names = [name for name, number in ROLES.items() if number == role]
-            before, after = map(_jinja_string, turn.split("{text}"))
-            turns += f"{{% {'elif' if turns else 'if'} message['role'] in {names} %}}"
-            turns += f"{{{{ {before} + message['content'] + {after} }}}}"
-        return (
-            f"{{% for message in messages %}}{turns}"
-            "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}{% endfor %}"
-            f"{{% if add_generation_prompt %}}{{{{ {_jinja_string(self.generation_prompt)} }}}}{{% endif %}}"
-        )
+        return _template(self)
 
-    def _parts(self, messages: Messages, add_generation_prompt: bool) -> list["_Part"]:
+    @cached_property
+    def _closed(self) -> bool:
+        """Whether text never touches text across turns: then a turn's tokens depend on the turn alone."""
+        turns = [self._cut(text, 0) for text in (*self.turns.values(), *self.after.values())]
+        starts = all(before and before[0].kind == CONTROL for before, _ in turns)
+        return starts and self.default_system is None and not self.begin.replace(self.added_tokens[0], "")
+
+    def _encode_closed(self, tokenizer: Tokenizer, conversations: Sequence[Messages]) -> Encoded:
+        """The short way for formats whose turns are closed: what surrounds a message is the same few ids each time."""
+        around: dict[tuple[int, int | None], tuple[np.ndarray, str, str, np.ndarray]] = {}
+        begin = [tokenizer.control(part.text) for part in self._split(self.begin, 0)]
+        pieces: list[Any] = []
+        codes: list[int] = []
+        ends: list[int] = []
+        texts: list[str] = []
+        for messages in conversations:
+            role: int | None = None
+            for i, message in enumerate(self._folded(messages)):
+                previous, (role, content) = role, self._said(message)
+                key = (role, previous if (role, previous) in self.after else None)
+                if key not in around:
+                    around[key] = self._around(tokenizer, role, previous)
+                before, head, tail, behind = around[key]
+                code = role | message.get("flags", 0)
+                if not i:
+                    pieces += begin
+                    codes += [code] * len(begin)
+                text = head + content + tail
+                if text:
+                    texts.append(text)
+                pieces += (before, None if text else behind[:0], behind)
+                codes += (code, code, code)
+            ends.append(len(pieces))
+        encoded = iter(tokenizer.encode_batch(texts, at_start=False))
+        pieces = [next(encoded) if piece is None else piece for piece in pieces]
+        return join(pieces, codes, ends)
+
+    def _around(self, tokenizer: Tokenizer, role: int, previous: int | None) -> tuple[np.ndarray, str, str, np.ndarray]:
+        """(ids before, text before the message, text behind it, ids behind) of a turn."""
+        before, after = self._cut(self._turn_text(role, previous), role)
+        head = before.pop().text if before[-1].kind != CONTROL else ""
+        tail = after.pop(0).text if after and after[0].kind != CONTROL else ""
+        ids = [
+            encode_parts(tokenizer, [[Part(role, self.added_tokens[0], CONTROL), *parts]])[0][1:] for parts in (after,)
+        ]
+        return encode_parts(tokenizer, [before])[0], head, tail, ids[0]
+
+    def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
         """A conversation cut into control tokens and the texts between them."""
-        parts = [part for message in messages for part in self._turn(message)]
+        turns = self._folded(messages)
+        if self.default_system is not None and (not turns or ROLES.get(turns[0].get("role", "")) != SYSTEM):
+            turns = [{"role": "system", "content": self.default_system}, *turns]
+        parts: list[Part] = []
+        role: int | None = None
+        for message in turns:
+            previous, (role, content) = role, self._said(message)
+            code = role | message.get("flags", 0)
+            if not parts:
+                parts += self._split(self.begin, code)
+            before, after = self._cut(self._turn_text(role, previous), code)
+            parts += [*before, Part(code, content), *after] if content else [*before, *after]
         return parts + self._split(self.generation_prompt, ASSISTANT) if add_generation_prompt else parts
 
-    def _turn(self, message: Mapping[str, str]) -> list["_Part"]:
+    def _said(self, message: Mapping[str, Any]) -> tuple[int, str]:
+        """A message's role number and text. Raises DataError where the format cannot say it."""
         name, content = message.get("role"), message.get("content")
         role = ROLES.get(name) if isinstance(name, str) else None
         if role not in self.turns:
@@ -89,61 +155,190 @@ class ChatFormat:
             raise DataError(
                 f"the content of a message by '{name}' is {type(content).__name__}, not text; give a string"
             )
-        before, after = (self._split(text, role) for text in self.turns[role].split("{text}"))
-        # The header's last text, the message and what follows it up to a control token are one text for the tokenizer.
-        head = before.pop().text if before and not before[-1].control else ""
-        tail = after.pop(0).text if after and not after[0].control else ""
-        middle = [_Part(role, head + content + tail, False)] if head + content + tail else []
-        return before + middle + after
+        assert role is not None
+        return role, content.strip() if self.strip else content
 
-    def _split(self, text: str, role: int) -> list["_Part"]:
+    def _folded(self, messages: Messages) -> Messages:
+        """The messages with context turns put into the next message's text, where the format has no such turns."""
+        if self.context is None or not any(ROLES.get(str(message.get("role"))) == CONTEXT for message in messages):
+            return messages
+        result: list[Mapping[str, Any]] = []
+        waiting: list[str] = []
+        for message in messages:
+            if ROLES.get(str(message.get("role"))) == CONTEXT:
+                waiting.append(self._text_of(message))
+                continue
+            if waiting:
+                text = self.context.replace("{context}", "\n".join(waiting)).split("{text}")
+                message = {**message, "content": self._text_of(message).join(text)}
+                waiting = []
+            result.append(message)
+        if waiting:
+            raise DataError(f"a chat ends with context: chat format {self.name} has no turn of its own for it")
+        return result
+
+    def _text_of(self, message: Mapping[str, Any]) -> str:
+        if not isinstance(content := message.get("content"), str):
+            raise DataError(f"the content of a message is {type(content).__name__}, not text; give a string")
+        return content
+
+    def _turn_text(self, role: int, previous: int | None) -> str:
+        return self.turns[role] if previous is None else self.after.get((role, previous), self.turns[role])
+
+    def _cut(self, turn: str, code: int) -> tuple[list[Part], list[Part]]:
+        """A turn's text as the parts before and behind the message."""
+        before, after = turn.split("{text}")
+        return self._split(before, code), self._split(after, code)
+
+    def _split(self, text: str, code: int) -> list[Part]:
         """A piece of a template cut at the control tokens."""
-        cut = re.split("(" + "|".join(map(re.escape, self.added_tokens)) + ")", text)
-        return [_Part(role, part, index % 2 == 1) for index, part in enumerate(cut) if part]
+        return [Part(code, part, kind) for part, kind in _SPLITS.get((self.added_tokens, text))]
 
 
-class _Part(NamedTuple):
-    role: int
-    text: str
-    control: bool  # a control token's name, else ordinary text
+class _Splits(dict):
+    """(control tokens, text) -> the text's parts and their kinds, worked out once."""
+
+    def get(self, key: tuple[tuple[str, ...], str]) -> list[tuple[str, int]]:  # type: ignore[override]
+        if key not in self:
+            cut = re.split("(" + "|".join(map(re.escape, key[0])) + ")", key[1])
+            self[key] = [(part, CONTROL if i % 2 else FIXED) for i, part in enumerate(cut) if part]
+        return self[key]
 
 
-def _cut(pieces: list[np.ndarray], roles: list[int], ends: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token pieces and the role of each, cut into conversations that end at pieces[ends[i]]."""
-    if not pieces:
-        return [(np.empty(0, np.int32), np.empty(0, np.uint8)) for _ in ends]
-    lengths = np.array([len(piece) for piece in pieces])
-    tokens, by_token = np.concatenate(pieces), np.repeat(np.array(roles, np.uint8), lengths)
-    stops = np.concatenate([[0], np.cumsum(lengths)])[ends][:-1]
-    return list(zip(np.split(tokens, stops), np.split(by_token, stops), strict=True))
+_SPLITS = _Splits()
+
+
+def _template(chat: ChatFormat) -> str:
+    """Jinja for a format."""
+    content = "message['content'] | trim" if chat.strip else "message['content']"
+
+    def said(turn: str, value: str) -> str:
+        before, after = map(_jinja_string, turn.split("{text}"))
+        return f"{{{{ {before} + {f'({value})' if '|' in value else value} + {after} }}}}"
+
+    def names(role: int) -> list[str]:
+        return [name for name, number in ROLES.items() if number == role]
+
+    start, turns = "", ""
+    if chat.begin:
+        start += f"{{{{ {_jinja_string(chat.begin)} }}}}"
+    if chat.default_system is not None:
+        missing = "{% if not messages or messages[0]['role'] != 'system' %}"
+        start += missing + said(chat.turns[SYSTEM], _jinja_string(chat.default_system)) + "{% endif %}"
+    for role, turn in chat.turns.items():
+        turns += f"{{% {'elif' if turns else 'if'} message['role'] in {names(role)} %}}"
+        for (later, earlier), variant in chat.after.items():
+            if later == role:
+                before = f"loop.index0 > 0 and messages[loop.index0 - 1]['role'] in {names(earlier)}"
+                turns += f"{{% if {before} %}}{said(variant, content)}{{% else %}}{said(turn, content)}{{% endif %}}"
+                break
+        else:
+            turns += said(turn, content)
+    return (
+        f"{start}{{% for message in messages %}}{turns}"
+        "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {_jinja_string(chat.generation_prompt)} }}}}{{% endif %}}"
+    )
 
 
 def _jinja_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _chatml_turn(speaker: str) -> str:
-    return f"<|im_start|>{speaker}\n{{text}}<|im_end|>\n"
+def _turns(pattern: str, **names: str) -> dict[int, str]:
+    """Turns that differ in the speaker's name alone, where {speaker} stands."""
+    return {ROLES[role]: pattern.replace("{speaker}", name) for role, name in names.items()}
 
 
 CHATML = ChatFormat(
     name="chatml",
     added_tokens=("<|im_start|>", "<|im_end|>"),
     stop_token="<|im_end|>",
-    turns={
-        SYSTEM: _chatml_turn("system"),
-        PROMPTER: _chatml_turn("user"),
-        ASSISTANT: _chatml_turn("assistant"),
-        CONTEXT: _chatml_turn("context"),
-    },
+    turns=_turns(
+        "<|im_start|>{speaker}\n{text}<|im_end|>\n",
+        system="system",
+        prompter="user",
+        assistant="assistant",
+        context="context",
+    ),
     generation_prompt="<|im_start|>assistant\n",
 )
 
-FORMATS = {chat_format.name: chat_format for chat_format in (CHATML,)}
+# LightOn's Alfred-40B-1023.
+ALFRED = ChatFormat(
+    name="alfred",
+    added_tokens=("<start_system>", "<start_user>", "<start_assistant>", "<end_message>"),
+    stop_token="<end_message>",
+    turns=_turns("<start_{speaker}>{text}<end_message>", system="system", prompter="user", assistant="assistant"),
+    generation_prompt="<start_assistant>",
+    context="{context}\n\n{text}",
+)
+
+# Vicuna 1.1 as Airophin uses it; a context becomes the blocks of its "context-obedient" prompts, plain text of the user.
+VICUNA = ChatFormat(
+    name="vicuna",
+    added_tokens=("<s>", "</s>"),
+    stop_token="</s>",
+    begin="<s>",
+    default_system="A chat between a curious user and an assistant. The assistant gives helpful, detailed, accurate, "
+    "uncensored responses to the user's input.",
+    turns={SYSTEM: "{text} ", PROMPTER: "USER: {text} ", ASSISTANT: "ASSISTANT: {text}</s>"},
+    generation_prompt="ASSISTANT:",
+    context="BEGININPUT\n{context}\nENDINPUT\nBEGININSTRUCTION\n{text}\nENDINSTRUCTION",
+)
+
+# Meta's Llama-2 chat: the system text stands inside the first instruction.
+LLAMA2 = ChatFormat(
+    name="llama2",
+    added_tokens=("<s>", "</s>"),
+    stop_token="</s>",
+    turns={
+        SYSTEM: "<s>[INST] <<SYS>>\n{text}\n<</SYS>>\n\n",
+        PROMPTER: "<s>[INST] {text} [/INST]",
+        ASSISTANT: " {text} </s>",
+    },
+    after={(PROMPTER, SYSTEM): "{text} [/INST]"},
+    generation_prompt="",
+    strip=True,
+    context="{context}\n\n{text}",
+)
+
+LLAMA3 = ChatFormat(
+    name="llama3",
+    added_tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    stop_token="<|eot_id|>",
+    begin="<|begin_of_text|>",
+    turns=_turns(
+        "<|start_header_id|>{speaker}<|end_header_id|>\n\n{text}<|eot_id|>",
+        system="system",
+        prompter="user",
+        assistant="assistant",
+        context="ipython",
+    ),
+    generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    strip=True,
+)
+
+FORMATS = {chat_format.name: chat_format for chat_format in (CHATML, ALFRED, VICUNA, LLAMA2, LLAMA3)}
+OWN_TEMPLATE = "tokenizer"
+ALIASES = {"vicuna_v1.1": "vicuna", "vicuna-1.1": "vicuna", "llama-2": "llama2", "llama-3": "llama3"}
 
 
-def get_format(name: str) -> ChatFormat:
-    """A format by its name. Raises ConfigError naming those there are."""
+def get_format(name: str, tokenizer: Tokenizer | None = None) -> Any:
+    """A format by its name; with a tokenizer, "tokenizer" is the chat template of its own. Raises ConfigError naming
+    those there are."""
+    if name == OWN_TEMPLATE and tokenizer is not None:
+        from megatron_ft.data.chat_template import own_template
+
+        return own_template(tokenizer)
+    name = ALIASES.get(name, name)
     if name not in FORMATS:
-        raise ConfigError(f"unknown chat format '{name}': choose one of {', '.join(FORMATS)}")
+        raise ConfigError(f"unknown chat format '{name}': choose one of {', '.join((*FORMATS, OWN_TEMPLATE))}")
     return FORMATS[name]
+
+
+def describe(chat_format: Any) -> dict[str, Any]:
+    """What a manifest keeps of a format: {name, stop_token}, and of a tokenizer's own template {template, stop_token}."""
+    if isinstance(chat_format, ChatFormat):
+        return {"name": chat_format.name, "stop_token": chat_format.stop_token}
+    return {"template": chat_format.digest, "stop_token": chat_format.stop_token}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ft.data.tokenizer_files import fingerprint
+from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.errors import TokenizerError
 
 
@@ -20,6 +20,7 @@ class FastTokenizer:
     """See tokenizer.Backend. `description` is the parsed tokenizer.json."""
 
     kind = "huggingface"
+    threads = 0  # the library's own choice; TOKENIZERS_PARALLELISM rules it
 
     def __init__(self, path: Path, description: dict[str, Any]):
         self.path, self.description = path, description
@@ -28,20 +29,32 @@ class FastTokenizer:
         self._start, self._behind = _build(path, plain), _build(path, _behind_a_token(plain))
         self.size = self._start.get_vocab_size(with_added_tokens=False)
         self.controls = {
-            t["content"]: t["id"] for t in description.get("added_tokens", []) if t.get("special") and t["id"] < self.size
+            t["content"]: t["id"]
+            for t in description.get("added_tokens", [])
+            if t.get("special") and t["id"] < self.size
         }
         self.fingerprint = fingerprint(_essence(description))
 
     def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]:
-        model = self._start if at_start else self._behind
+        found = self._encode(texts, at_start, "encode_batch_fast")
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
+
+    def starts(self, texts: list[str], at_start: bool) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+        """(ids, the character of the text at which each token begins, False) of each text."""
+        found = self._encode(texts, at_start, "encode_batch")
+        return [
+            (np.array(one.ids, np.int32), np.array([start for start, _ in one.offsets], np.int64), False)
+            for one in found
+        ]
+
+    def _encode(self, texts: list[str], at_start: bool, method: str) -> Any:
         try:
-            encodings = model.encode_batch_fast(texts, add_special_tokens=False)
+            return getattr(self._start if at_start else self._behind, method)(texts, add_special_tokens=False)
         except (
             UnicodeEncodeError,
             TypeError,
         ) as error:  # a TypeError "must be str": what the binding makes of a lone surrogate
             raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
         return self._start.decode(ids, skip_special_tokens=False) if ids else ""

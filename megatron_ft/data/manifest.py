@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.data.roles import ROLE_NAMES
-from megatron_ft.data.tokenizer_files import fingerprint
 from megatron_ft.errors import DataError
 from megatron_ft.files import write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1, without marks and weights, is still written where there are none, and read
 AGAIN = "run pretokenize again"
 REMEDY = "pretokenize again with the model's tokenizer"
 
@@ -25,7 +25,8 @@ class Manifest:
     """tokenizer: see Tokenizer.info. chat_format: {name, stop_token}, {} for plain text.
 
     sources: [{name, file, digest, documents: [first, end]}], in the order of the samples. counts: {samples, tokens,
-    tokens_by_role}.
+    tokens_by_role}, and marked_tokens where there are such.
+    weights: the messages' own weights that role bytes refer to, see roles.py.
     files: ending after PREFIX, for instance "-text.bin" -> {bytes, digest}.
     """
 
@@ -35,7 +36,8 @@ class Manifest:
     counts: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     roles: list[str] = field(default_factory=lambda: list(ROLE_NAMES))
-    format_version: int = FORMAT_VERSION
+    weights: list[float] = field(default_factory=lambda: [1.0])
+    format_version: int = 1
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -44,6 +46,8 @@ def manifest_path(prefix: str | Path) -> Path:
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     content = dataclasses.asdict(manifest)
+    if content["format_version"] == 1:
+        del content["weights"]
     write_json(path, {"format_version": content.pop("format_version"), **content, "digest": fingerprint(content)})
 
 
@@ -59,13 +63,14 @@ def read_manifest(prefix: str | Path) -> Manifest:
         ) from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: not a readable manifest ({error}); {AGAIN}") from error
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format version {version}, this megatron_ft reads {FORMAT_VERSION}; {AGAIN}")
-    if digest != fingerprint(content) or set(content) != {f.name for f in dataclasses.fields(Manifest)} - {
-        "format_version"
-    }:
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise DataError(f"{path}: format version {version}, this megatron_ft reads 1 to {FORMAT_VERSION}; {AGAIN}")
+    expected = (
+        {f.name for f in dataclasses.fields(Manifest)} - {"format_version"} - ({"weights"} if version == 1 else set())
+    )
+    if digest != fingerprint(content) or set(content) != expected:
         raise DataError(f"{path}: has been changed since it was written; {AGAIN}")
-    return Manifest(**content)
+    return Manifest(**content, format_version=version)
 
 
 def check_tokenizer(

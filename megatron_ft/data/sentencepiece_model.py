@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ft.data.tokenizer_files import fingerprint
+from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.errors import TokenizerError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces in sentencepiece_model.proto
@@ -20,6 +20,7 @@ class SentencePieceModel:
     """See tokenizer.Backend."""
 
     kind = "sentencepiece"
+    threads = os.cpu_count() or 1
 
     def __init__(self, path: Path):
         import sentencepiece
@@ -46,9 +47,25 @@ class SentencePieceModel:
     def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]:
         del at_start  # every text gets the dummy prefix
         try:
-            return self._model.encode(texts, return_type="numpy", num_threads=os.cpu_count() or 1)
+            return self._model.encode(texts, return_type="numpy", num_threads=self.threads)
         except (UnicodeEncodeError, TypeError) as error:  # a TypeError is what the binding makes of a lone surrogate
             raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
+
+    def starts(self, texts: list[str], at_start: bool) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+        """(ids, the byte of the text at which each token begins, True) of each text."""
+        del at_start
+        try:
+            found = self._model.encode(texts, return_type="proto", num_threads=self.threads)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
+        return [
+            (
+                np.fromiter((piece.id for piece in one.pieces), np.int32, len(one.pieces)),
+                np.fromiter((piece.begin for piece in one.pieces), np.int64, len(one.pieces)),
+                True,
+            )
+            for one in found
+        ]
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids) if ids else ""

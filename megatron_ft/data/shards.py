@@ -1,14 +1,15 @@
 """Role-labelled shards: PREFIX-text.{bin,idx} with tokens, PREFIX-role.{bin,idx} with the role of every token,
 PREFIX-manifest.json.
 
-A sample is one conversation. Shards exist once their manifest does: it is written last and names every file's size
-and hash, so that an interrupted run leaves nothing that opens. Knows nothing of chat formats; packing and mixing are
-the loader's.
+A sample is one conversation. A byte of the role shard may carry a mark and a weight too: roles.py. Shards exist once
+their manifest does: it is written last and names every file's size and hash, so that an interrupted run leaves nothing
+that opens. Knows nothing of chat formats; packing and mixing are the loader's.
 """
 
+import array
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from megatron_ft import files
-from megatron_ft.data.manifest import AGAIN, Manifest, manifest_path, read_manifest, write_manifest
+from megatron_ft.data.manifest import AGAIN, FORMAT_VERSION, Manifest, manifest_path, read_manifest, write_manifest
 from megatron_ft.data.mmididx import Sequences, write_index
-from megatron_ft.data.roles import ROLE_NAMES
+from megatron_ft.data.roles import MARKED, ROLE_BITS, ROLE_NAMES, WEIGHT_SHIFT, code_weights
 from megatron_ft.errors import DataError
 
 COPY = f"copy it again, or {AGAIN}"
@@ -29,6 +30,7 @@ class ShardWriter:
     """Writes shards; a context manager. An error inside the block leaves what was there before.
 
     vocab_size: ids must be below it. tokenizer: Tokenizer.info(); chat_format: {name, stop_token}.
+    weights: the messages' own weights that the samples' role bytes refer to, see roles.py.
     """
 
     def __init__(
@@ -37,14 +39,17 @@ class ShardWriter:
         vocab_size: int,
         tokenizer: Mapping[str, Any] | None = None,
         chat_format: Mapping[str, Any] | None = None,
+        weights: Sequence[float] = (1.0,),
     ):
         self.prefix, self.vocab_size = str(prefix), vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= 65535 else np.int32)
         self.manifest = Manifest(
-            tokenizer={"vocab_size": vocab_size, **(tokenizer or {})}, chat_format=dict(chat_format or {})
+            tokenizer={"vocab_size": vocab_size, **(tokenizer or {})},
+            chat_format=dict(chat_format or {}),
+            weights=list(weights),
         )
-        self._lengths: list[int] = []
-        self._by_role = np.zeros(len(ROLE_NAMES), np.int64)
+        self._lengths = array.array("i")
+        self._by_code = np.zeros(256, np.int64)
 
     def __enter__(self) -> "ShardWriter":
         with contextlib.ExitStack() as stack:
@@ -58,22 +63,44 @@ class ShardWriter:
         self.manifest.sources.append({"name": name, "file": file, "digest": digest, "documents": [len(self._lengths)]})
 
     def add(self, ids: np.ndarray, roles: np.ndarray) -> None:
-        """One sample: ids [tokens] below vocab_size, roles [tokens]. Raises DataError for anything else, no tokens
-        included."""
+        """One sample: ids [tokens] below vocab_size, roles [tokens] as in roles.py. Raises DataError for anything else,
+        no tokens included."""
         ids, roles = np.asarray(ids), np.asarray(roles)
-        where = f"{self.prefix}: sample {len(self._lengths)}"
         if ids.ndim != 1 or ids.shape != roles.shape or not len(ids):
+            where = f"{self.prefix}: sample {len(self._lengths)}"
             raise DataError(f"{where} has ids {ids.shape} and roles {roles.shape}; give two equal shapes, [tokens]")
+        self.add_many(ids, roles, np.array([len(ids)]))
+
+    def add_many(self, ids: np.ndarray, roles: np.ndarray, lengths: np.ndarray) -> None:
+        """Samples that lie one after another. lengths: tokens of each, above 0, together len(ids)."""
+        where = f"{self.prefix}: sample {len(self._lengths)}" + ("" if len(lengths) == 1 else " or one soon after it")
+        if len(ids) != len(roles) or len(ids) != lengths.sum() or (lengths <= 0).any():
+            raise DataError(f"{where}: {len(ids)} ids, {len(roles)} roles, lengths of {lengths.sum()}; they must agree")
+        if not len(ids):
+            return
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise DataError(
                 f"{where} has ids {ids.min()} to {ids.max()}, the vocabulary {self.vocab_size}; another tokenizer?"
             )
-        if roles.min() < 0 or roles.max() >= len(ROLE_NAMES):
+        if roles.min() < 0 or roles.max() > 255:
             raise DataError(f"{where} holds a role outside 0..{len(ROLE_NAMES) - 1}; see roles.py")
-        self._files["-text.bin"].write(ids.astype(self.dtype).tobytes())
-        self._files["-role.bin"].write(roles.astype(np.uint8).tobytes())
-        self._lengths.append(len(ids))
-        self._by_role += np.bincount(roles, minlength=len(ROLE_NAMES))
+        roles = roles.astype(np.uint8, copy=False)
+        counts = np.bincount(roles, minlength=256)
+        if counts[~_valid_codes(len(self.manifest.weights))].any():
+            raise DataError(f"{where} holds a role outside 0..{len(ROLE_NAMES) - 1} or an unknown weight; see roles.py")
+        self._files["-text.bin"].write(np.ascontiguousarray(ids, self.dtype).data)
+        self._files["-role.bin"].write(np.ascontiguousarray(roles).data)
+        self._lengths.frombytes(np.asarray(lengths).astype(np.intc).tobytes())
+        self._by_code += counts
+
+    def copy(self, shards: "Shards", samples: np.ndarray) -> None:
+        """Samples of other shards, in the given order, with the same tokenizer. Their weights must be in our table."""
+        table = _translation(shards.manifest.weights, self.manifest.weights)
+        for some in np.array_split(samples, max(1, len(samples) // 256)):
+            pairs = [(shards.tokens(int(i)), table[shards.codes(int(i))]) for i in some]
+            if pairs:
+                ids, codes = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+                self.add_many(ids, codes, np.array([len(ids) for ids, _ in pairs]))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -88,13 +115,22 @@ class ShardWriter:
             # Older shards under this prefix end here: their manifest must not stand beside new files.
             manifest_path(self.prefix).unlink(missing_ok=True)
         self._close_source()
-        self.manifest.counts = {
-            "samples": len(self._lengths),
-            "tokens": sum(self._lengths),
-            "tokens_by_role": dict(zip(ROLE_NAMES, self._by_role.tolist(), strict=True)),
-        }
+        self.manifest.counts = self._counts()
+        if self._by_code[len(ROLE_NAMES) :].any():
+            self.manifest.format_version = FORMAT_VERSION
         self.manifest.files = {ending: _describe(Path(self.prefix + ending)) for ending in ENDINGS}
         write_manifest(self.manifest, manifest_path(self.prefix))
+
+    def _counts(self) -> dict[str, Any]:
+        codes = np.arange(256)
+        by_role = np.bincount(codes & ROLE_BITS, self._by_code, len(ROLE_NAMES)).astype(int).tolist()
+        marked = int(self._by_code[codes & MARKED > 0].sum())
+        return {
+            "samples": len(self._lengths),
+            "tokens": int(self._by_code.sum()),
+            "tokens_by_role": dict(zip(ROLE_NAMES, by_role, strict=False)),
+            **({"marked_tokens": marked} if marked else {}),
+        }
 
     def _close_source(self) -> None:
         if self.manifest.sources:
@@ -113,6 +149,7 @@ class Shards:
         self._text, self._role = Sequences(self.prefix + "-text"), Sequences(self.prefix + "-role")
         self.lengths: np.ndarray = self._text.lengths  # int32 [samples], in tokens
         self.vocab_size: int = self.manifest.tokenizer["vocab_size"]
+        self._valid = _valid_codes(len(self.manifest.weights), extended=self.manifest.format_version > 1)
         if not np.array_equal(self.lengths, self._role.lengths) or self._role.dtype != np.uint8:
             raise DataError(f"{self.prefix}: text and role shards do not belong together; {AGAIN}")
 
@@ -128,11 +165,21 @@ class Shards:
         return ids
 
     def roles(self, index: int) -> np.ndarray:
-        """The roles of a sample's tokens: uint8 [tokens]; see roles.py. Raises DataError for an unknown role."""
-        roles = self._role[index]
-        if roles.max() >= len(ROLE_NAMES):
-            raise DataError(f"{self.prefix}-role.bin: sample {index} holds the unknown role {roles.max()}; {AGAIN}")
-        return roles
+        """The roles of a sample's tokens, marks and weights aside: uint8 [tokens], 0 to 3."""
+        return self.codes(index) & ROLE_BITS
+
+    def codes(self, index: int) -> np.ndarray:
+        """The bytes of a sample's tokens in the role shard, uint8 [tokens]; see roles.py. Raises DataError for one that
+        means nothing."""
+        codes = self._role[index]
+        if not self._valid[codes].all():
+            wrong = codes[~self._valid[codes]][0]
+            raise DataError(f"{self.prefix}-role.bin: sample {index} holds the unknown role {wrong}; {AGAIN}")
+        return codes
+
+    def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray:
+        """The loss weight of each value of codes() in these shards: float32 [256]; see roles.code_weights."""
+        return code_weights(by_role, self.manifest.weights, marked_loss_weight)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shards, (self.prefix,)
@@ -155,6 +202,20 @@ def remove_shards(prefix: str | os.PathLike) -> None:
     """Remove a prefix's shards where there are any, the manifest first."""
     for path in (manifest_path(prefix), *(Path(f"{prefix}{ending}") for ending in ENDINGS)):
         path.unlink(missing_ok=True)
+
+
+def _valid_codes(weights: int, extended: bool = True) -> np.ndarray:
+    """Which bytes mean something in shards with so many weights: bool [256]."""
+    codes = np.arange(256)
+    valid = (codes & ROLE_BITS < len(ROLE_NAMES)) & (codes >> WEIGHT_SHIFT < weights)
+    return valid if extended else codes < len(ROLE_NAMES)
+
+
+def _translation(old: Sequence[float], new: Sequence[float]) -> np.ndarray:
+    """Role bytes under one table of weights -> under another that holds all of the first: uint8 [256]."""
+    numbers = np.array([new.index(weight) for weight in old] + [0] * (16 - len(old)))
+    codes = np.arange(256)
+    return (codes & (ROLE_BITS | MARKED) | numbers[codes >> WEIGHT_SHIFT] << WEIGHT_SHIFT).astype(np.uint8)
 
 
 def _describe(path: Path) -> dict[str, Any]:

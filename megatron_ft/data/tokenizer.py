@@ -30,7 +30,10 @@ class Backend(Protocol):
     controls: dict[str, int]  # control tokens inside the base vocabulary, such as <s>
     fingerprint: str
 
+    threads: int  # for a batch
+
     def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]: ...
+    def starts(self, texts: list[str], at_start: bool) -> list[tuple[np.ndarray, np.ndarray, bool]]: ...
     def decode(self, ids: list[int]) -> str: ...
     def piece(self, index: int) -> str: ...
     def find(self, piece: str) -> int | None: ...
@@ -50,6 +53,8 @@ class Tokenizer:
         self.vocab_size = max([backend.size - 1, *self.added_tokens.values()]) + 1
         self._special = {**backend.controls, **self.added_tokens}
         self._names = {index: name for name, index in self._special.items()}
+        self._controls = {name: np.array([index], np.int32) for name, index in self._special.items()}
+        self._literals: dict[tuple[str, bool], np.ndarray] = {}
         self.bos_id, self.eos_id = self._special.get(bos or ""), self._special.get(eos or "")
 
     def encode(self, text: str, at_start: bool = True) -> np.ndarray:
@@ -64,6 +69,26 @@ class Tokenizer:
         Raises TokenizerError for a text that is no Unicode (a lone surrogate).
         """
         return self.backend.encode_batch(list(texts), at_start)
+
+    def encode_cut(self, runs: Sequence[Sequence[str]], at_start: bool = True) -> list[list[np.ndarray]]:
+        """The ids of texts given in parts: each run is tokenized as one text, a token belongs to the part it begins in."""
+        result = []
+        whole = self.backend.starts(["".join(parts) for parts in runs], at_start) if runs else []
+        for parts, (ids, starts, in_bytes) in zip(runs, whole, strict=True):
+            sizes = [len(part.encode()) if in_bytes else len(part) for part in parts[:-1]]
+            result.append(np.split(ids, np.searchsorted(starts, np.cumsum(sizes), side="left")))
+        return result
+
+    def literal(self, text: str, at_start: bool = True) -> np.ndarray:
+        """The ids of a short text that comes again and again, remembered. Not to be written to."""
+        if (text, at_start) not in self._literals:
+            self._literals[text, at_start] = self.encode(text, at_start)
+        return self._literals[text, at_start]
+
+    def control(self, token: str) -> np.ndarray:
+        """A control token as ids, int32 [1]. Raises TokenizerError where there is none of that name."""
+        ids = self._controls.get(token)
+        return np.array([self.token_id(token)], np.int32) if ids is None else ids
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         """The text of ids. Control tokens are written by their names, or left out with skip_special."""

@@ -9,15 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.errors import TokenizerError
 
-
-def fingerprint(value: Any) -> str:
-    """A hash of bytes, or of what JSON can say, as "xxh3:<hex>"."""
-    import xxhash
-
-    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, ensure_ascii=True).encode()
-    return f"xxh3:{xxhash.xxh3_128_hexdigest(data)}"
+__all__ = ["TokenizerFiles", "find", "fingerprint"]
 
 
 @dataclass

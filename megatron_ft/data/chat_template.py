@@ -1,0 +1,245 @@
+"""A tokenizer's own chat template (Jinja) as a chat format: the roles of its tokens, found by rendering.
+
+Each message is rendered as a stand-in that occurs nowhere else, for every beginning of the conversation. What a
+longer beginning adds belongs to its last message; what surrounds the stand-ins is the template's own text, in which
+alone control tokens are looked for. So a message that spells a control token stays text here too. The real messages
+are rendered as well: where that is not the same text, the template changes messages in a way that roles cannot follow,
+and the chat is refused. So is a template that writes earlier turns differently once later ones are there.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.data import tokenizer_files
+from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode_parts, split
+from megatron_ft.data.roles import ASSISTANT, ROLES
+from megatron_ft.data.tokenizer import Tokenizer
+from megatron_ft.errors import DataError, TokenizerError
+
+REMEDY = "choose another --chat_format"
+STAND_IN = "\ue000{}\ue001"  # characters for private use
+FOUND = re.compile("\ue000(\\d+)\ue001")
+NAMES = {"prompter": "user"}  # what templates call our speakers
+
+
+@dataclass
+class OwnTemplate:
+    """A template bound to its tokenizer; the same methods as ChatFormat. jinja: the template's source."""
+
+    jinja: str
+    tokens: Mapping[str, str]  # bos_token and so on
+    specials: Sequence[str]
+    name: str = "tokenizer"
+    _skeletons: dict[tuple[str, ...], list[list[tuple[int, str]]]] = field(default_factory=dict)
+
+    def encode(self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool = False) -> Any:
+        """One conversation: (ids int32 [tokens], roles uint8 [tokens])."""
+        return self.encode_many(tokenizer, [messages], add_generation_prompt)[0]
+
+    def encode_many(self, tokenizer: Tokenizer, conversations: Any, add_generation_prompt: bool = False) -> Any:
+        return split(self.encode_flat(tokenizer, conversations, add_generation_prompt))
+
+    def encode_flat(self, tokenizer: Tokenizer, conversations: Any, add_generation_prompt: bool = False) -> Encoded:
+        """Raises DataError for a conversation that the template refuses or changes."""
+        return encode_parts(tokenizer, [self._parts(messages, add_generation_prompt) for messages in conversations])
+
+    def text(self, messages: Any, add_generation_prompt: bool = False) -> str:
+        return "".join(part.text for part in self._parts(messages, add_generation_prompt))
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """None are added: a tokenizer has the tokens of its own template."""
+        return ()
+
+    @property
+    def digest(self) -> str:
+        return tokenizer_files.fingerprint(self.jinja.encode())
+
+    @cached_property
+    def stop_token(self) -> str:
+        """The control token that ends the assistant's turn."""
+        turn = self._skeleton(("user", "assistant"))[-1]
+        behind = "".join(text for _, text in turn).split(FOUND.search(turn_text(turn))[0])[-1]  # type: ignore[index]
+        found = self._control.search(behind)
+        if not found:
+            raise TokenizerError(f"the tokenizer's chat template ends no answer with a special token; {REMEDY}")
+        return found[0]
+
+    def _parts(self, messages: Any, add_generation_prompt: bool) -> list[Part]:
+        roles = [ROLES.get(str(message.get("role"))) for message in messages]
+        if None in roles:
+            raise DataError(
+                f"unknown role {messages[roles.index(None)].get('role')!r}; the roles are {', '.join(ROLES)}"
+            )
+        said = [{"role": _name(message), "content": message["content"]} for message in messages]
+        turns = self._skeleton(tuple(message["role"] for message in said))
+        contents = self._contents(said, "".join(turn_text(turn) for turn in turns))
+        parts: list[Part] = []
+        for turn in turns:
+            for number, text in turn:
+                code = roles[number] | messages[number].get("flags", 0)
+                if FOUND.fullmatch(text):
+                    parts += [Part(code, contents[number])] if contents[number] else []
+                else:
+                    parts += self._split(text, code)
+        if add_generation_prompt:
+            whole = self._render(_stand_ins([message["role"] for message in said]), True)
+            start = "".join(turn_text(turn) for turn in turns)
+            if not whole.startswith(start):
+                raise TokenizerError(f"the tokenizer's chat template changes earlier turns for an answer; {REMEDY}")
+            parts += self._split(whole[len(start) :], ASSISTANT)
+        return parts
+
+    def _contents(self, said: list[dict[str, str]], skeleton: str) -> list[str]:
+        """The messages as the template writes them: as they are, or stripped."""
+        real = self._render(said, False)
+        for change in (str, str.strip):
+            contents = [change(message["content"]) for message in said]
+            if FOUND.sub(lambda match, known=contents: known[int(match[1])], skeleton) == real:
+                return contents
+        raise DataError(f"the tokenizer's chat template changes this chat's messages; leave it out, or {REMEDY}")
+
+    def _skeleton(self, roles: tuple[str, ...]) -> list[list[tuple[int, str]]]:
+        """The template's text for these speakers, turn by turn, each as [(message, text)]; a stand-in is a text of its
+        own."""
+        if roles not in self._skeletons:
+            turns, before, waiting = [], "", []
+            for end in range(1, len(roles) + 1):
+                waiting.append(end - 1)
+                system = roles[end - 1] == "system"
+                try:
+                    now = self._render(_stand_ins(roles[:end]), False)
+                except DataError:
+                    if not system or end == len(roles):
+                        raise
+                    continue  # some templates write the system message with the question that follows
+                if not now.startswith(before):
+                    raise TokenizerError(
+                        "the tokenizer's chat template writes earlier turns differently once later ones are there, so "
+                        f"that roles cannot be told; {REMEDY}"
+                    )
+                if system and end < len(roles) and not FOUND.search(now[len(before) :]):
+                    continue
+                turns.append(_owned(now[len(before) :], waiting))
+                before, waiting = now, []
+            self._skeletons[roles] = turns
+        return self._skeletons[roles]
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        import jinja2
+
+        try:
+            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **self.tokens)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise DataError(f"the tokenizer's chat template refuses this chat ({error}); see --role_order") from error
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return _compile(self.jinja)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)")
+
+    def _split(self, text: str, code: int) -> list[Part]:
+        cut = re.split(f"({self._control.pattern})", text)
+        return [Part(code, part, CONTROL if i % 2 else FIXED) for i, part in enumerate(cut) if part]
+
+
+def own_template(tokenizer: Tokenizer) -> OwnTemplate:
+    """The template among a tokenizer's files. Raises TokenizerError where there is none, or one that does not do."""
+    folder = Path(tokenizer.source_files[0]).parent
+    config = _read(folder / "tokenizer_config.json")
+    source = _source(folder, config)
+    if source is None:
+        raise TokenizerError(f"{folder}: no chat template among the tokenizer's files; {REMEDY}")
+    names = {key: value for key in config if key.endswith("_token") and (value := _token_name(config[key])) is not None}
+    specials = list(tokenizer.special_tokens)
+    for token in getattr(tokenizer.backend, "description", {}).get("added_tokens", []):
+        if token.get("special") and token["content"] in source and (token.get("lstrip") or token.get("rstrip")):
+            raise TokenizerError(
+                f"{folder}: '{token['content']}' swallows the spaces beside it, which roles cannot follow; {REMEDY}"
+            )
+    template = OwnTemplate(source, names, specials)
+    _compile(source)
+    template.stop_token  # noqa: B018 - an unfit template is refused here, not at the first chat
+    return template
+
+
+def turn_text(turn: list[tuple[int, str]]) -> str:
+    return "".join(text for _, text in turn)
+
+
+def _source(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = config.get("chat_template") or _read(folder / "chat_template.json").get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise TokenizerError(f"{path}: not valid JSON ({error}); is it the whole file?") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _token_name(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
+
+
+def _compile(source: str) -> Any:
+    """The template as transformers compiles it: in a sandbox, lines of tags leaving no trace."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **more: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+    def now(form: str) -> None:
+        raise TemplateError(f"asks for today's date ({form}), which would be another in training than in use")
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": now}
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise TokenizerError(f"the tokenizer's chat template cannot be read ({error}); {REMEDY}") from error
+
+
+def _name(message: Mapping[str, Any]) -> str:
+    return NAMES.get(message["role"], message["role"])
+
+
+def _stand_ins(roles: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": STAND_IN.format(number)} for number, role in enumerate(roles)]
+
+
+def _owned(text: str, messages: list[int]) -> list[tuple[int, str]]:
+    """A turn's text cut at the stand-ins. The template's own text belongs to the message that follows, after the last
+    one to that."""
+    cut = FOUND.split(text)  # text, number, text, ..., text
+    numbers = [int(number) for number in cut[1::2]]
+    if any(number not in messages for number in numbers):
+        raise TokenizerError(f"the tokenizer's chat template repeats messages; {REMEDY}")
+    owners = [*numbers, numbers[-1] if numbers else messages[-1]]
+    pieces: list[tuple[int, str]] = []
+    for i, literal in enumerate(cut[::2]):
+        pieces.append((owners[i], literal))
+        if i < len(numbers):
+            pieces.append((numbers[i], STAND_IN.format(numbers[i])))
+    return [(owner, piece) for owner, piece in pieces if piece]
