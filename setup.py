@@ -17,7 +17,8 @@ readme = here / "README.md"
 
 hf = ["transformers>=4.51,<6"]
 logging = ["tensorboard>=2.16", "wandb>=0.19"]
-dev = [*hf, *logging, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
+data = ["pyarrow>=16", "zstandard>=0.22", "rensa>=0.4"]  # Parquet and Arrow, .zst, near duplicates
+dev = [*hf, *data, *logging, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 
 setup(
     name="megatron_ft",
@@ -48,6 +49,6 @@ setup(
         "xxhash>=3.4",
         "rich>=13",
     ],
-    extras_require={"hf": hf, "logging": logging, "gpu": ["flash-attn>=2.7"], "dev": dev},
+    extras_require={"hf": hf, "data": data, "logging": logging, "gpu": ["flash-attn>=2.7"], "dev": dev},
     entry_points={"console_scripts": ["megatron-ft = megatron_ft.__main__:main"]},
 )

@@ -72,6 +72,7 @@ def test_the_shortcut(place, capsys):
         "-manifest.json",
         "_stats.txt",
         "_stats.json",
+        "_stats.html",
         ".jsonl",
     ]
     assert names == {f"mine-{split}{end}" for split in ("train", "val") for end in per_split} | {"special_tokens.json"}
@@ -129,7 +130,9 @@ def test_statistics_worked_out_by_hand(place):
             "assistant": sum(answered[i] for i in kept),
             "context": 0,
         },
+        "marked_tokens": 0,
         "without_assistant": 0,
+        "lengths": row["lengths"],
         "left_out_by_reader": {
             "deleted message": 1,
             "other language": 1,
@@ -138,6 +141,7 @@ def test_statistics_worked_out_by_hand(place):
             "unanswered question": 1,
         },
     }
+    assert sum(row["lengths"].values()) == len(kept)
     assert stats["total"] == {k: v for k, v in (row | {"name": "total"}).items() if k != "left_out_by_reader"}
     table = (place / "output/trees/oasst-train_stats.txt").read_text().splitlines()
     assert [cell.strip() for cell in table[0].split("|")[1:-1]] == [
@@ -259,7 +263,7 @@ MISTAKES = [
     (["--input", "nothing.jsonl"], "nothing.jsonl: cannot be read (No such file or directory)"),
     (["--tokenizer", "nothing.model"], "nothing.model: no such tokenizer"),
     (["--tokenizer", "chats.jsonl"], "not a SentencePiece model"),
-    (["--chat_format", "vicuna"], "unknown chat format 'vicuna'"),
+    (["--chat_format", "vicunna"], "unknown chat format 'vicunna'"),
     (["--min_assistant_tokens", "1000"], "no training sample is left (fewer than 1000 assistant tokens: 9)"),
     (["--min_assistant_tokens", "many"], "--min_assistant_tokens: 'many' is not a whole number"),
     (["--new_tokens", "many"], "new_tokens is 'many'"),
@@ -291,7 +295,10 @@ def test_mistakes_are_one_line_and_write_nothing(place, capsys, flags, message):
             {"trees": TREES_SECTION | {"datasets": [{"oasst_export": {"input_file_path": "x.gz"}}]}},
             "x.gz: no such file",
         ),
-        ({"trees": TREES_SECTION | {"datasets": [{"oasst_export": {}}]}}, "no input_file_path"),
+        (
+            {"trees": TREES_SECTION | {"datasets": [{"oasst_export": {}}]}},
+            "no input_file_path, and nothing of that name",
+        ),
         (
             {"trees": TREES_SECTION | {"datasets": [{"oasst_export": {"input_file_path": "trees.jsonl", "topk": 1}}]}},
             "dataset oasst_export: unknown key topk; did you mean top_k",
@@ -345,26 +352,29 @@ from megatron_ft.data.shards import ShardWriter
 from megatron_ft.config.cli import run_script
 from tools.pretokenizer.pretokenize import COMMAND, run
 
-add, left = ShardWriter.add, [int(sys.argv.pop(1))]
+add, left = ShardWriter.add_many, [int(sys.argv.pop(1))]
 
-def add_or_die(self, *sample):
+def add_or_die(self, *samples):
     if not left[0]:
         os._exit(9)
     left[0] -= 1
-    add(self, *sample)
+    add(self, *samples)
 
-ShardWriter.add = add_or_die
+ShardWriter.add_many = add_or_die
 run_script(COMMAND, run)
 """
 
 
-@pytest.mark.parametrize("after", [0, 5])
-def test_killed_half_way_it_leaves_no_shards_and_starts_again(place, after):
+@pytest.mark.parametrize("after", [0, 1])
+def test_killed_half_way_it_leaves_no_shards_and_starts_again(place, after, capsys):
     flags = ("--input", "chats.jsonl", "--tokenizer", "tokenizer.model", "--output_prefix")
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", KILLED, str(after), *flags, "out/mine"]
     assert subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}).returncode == 9
     assert all(path.name.startswith(".") for path in (place / "out").iterdir())
-    assert pretokenize(*flags, "out/mine") == pretokenize(*flags, "clean/mine") == 0
+    assert pretokenize(*flags, "out/mine") == 0
+    assert "an earlier run was interrupted" in capsys.readouterr().err
+    assert pretokenize(*flags, "clean/mine") == 0
+    assert {path.name for path in (place / "out").iterdir()} == {path.name for path in (place / "clean").iterdir()}
     for path in (place / "clean").iterdir():
         assert path.read_bytes() == (place / "out" / path.name).read_bytes(), path.name

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass
@@ -29,6 +30,18 @@ class Pretokenize:
     """Share of each dataset that validates, over what YAML says; 0 for none (with --input: 0.1)."""
     min_assistant_tokens: int | None = None
     """Skip chats whose assistant turns have fewer tokens together."""
+    min_tokens: int | None = None
+    """Skip samples with fewer tokens."""
+    max_tokens: int | None = None
+    """Skip samples with more tokens."""
+    role_order: Literal["keep", "repair", "reject"] | None = None
+    """What to do where roles do not follow system, user, assistant, user, ...: keep the chat as it is unless said."""
+    duplicates: Literal["keep", "exact", "near"] | None = None
+    """Keep the first of samples that say the same, or nearly the same; all are kept unless said."""
+    on_bad_record: Literal["fail", "skip"] | None = None
+    """What to do about a line that cannot be read: stop (unless said), or skip and count it."""
+    workers: int | None = None
+    """Processes that tokenize; as many as there are cores unless said. The result does not depend on it."""
     max_count: int | None = None
     """At most this many samples in train and in val, for a trial run."""
     write_json: bool = False

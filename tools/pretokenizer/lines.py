@@ -1,110 +1,216 @@
-"""Records of a data file, one after another, in constant memory: JSON lines, plain, gzipped or in a tar archive, and
-JSON arrays.
+"""Records of a data file in constant memory: JSON lines, JSON arrays, Parquet and Arrow tables, plain text.
 
-What a file is, is told by its first bytes, never by its name: archives called .tar.gz are sometimes gzipped text.
-Nothing is unpacked to the disk. A fault in the data names the file and the line.
+A file is read as chunks, small enough to be sent to another process and big enough to be worth it; a chunk becomes
+records where it is worked on. The same file always gives the same chunks. A fault in the data names the file and the
+line. How files are compressed and packed is containers.py's business, what is in a record readers.py's.
 """
 
-import gzip
+import codecs
 import json
-import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from megatron_ft.errors import DataError
+from tools.pretokenizer.containers import optional, readable, start_of, streams
 
+CHUNK = 1 << 20  # bytes of lines, about
+ROWS = 500  # records, where they come parsed
 MAX_LINE = 256 << 20  # bytes; a longer line is no conversation but a broken file
 
 Record = tuple[str, dict[str, Any]]  # where it stands, for messages; its content
 
 
+class Chunk(NamedTuple):
+    """lines: JSON lines, parsed later. rows: objects already parsed, or whatever stood in an object's place."""
+
+    name: str
+    unit: str  # what the numbers count: line, entry, row, document
+    first: int
+    lines: bytes | None
+    rows: list[Any] | None
+
+
+def chunks(path: Path) -> Iterator[Chunk]:
+    """A file, piece by piece. Raises DataError for what cannot be read."""
+    with readable(path):
+        for name, stream in streams(path):
+            yield from _chunks(path, name, stream)
+
+
+def _chunks(path: Path, name: str, stream: IO[bytes]) -> Iterator[Chunk]:
+    start = start_of(stream, 64)
+    plain = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if start[:4] == b"PAR1":
+        yield from _parquet(path, name)
+    elif start[:6] == b"ARROW1" or start[:4] == b"\xff\xff\xff\xff":
+        yield from _arrow(path, name)
+    elif plain == b"[":
+        yield from _array(stream, name)
+    elif plain != b"{" and Path(name.split(", member ")[-1]).suffixes[:1] == [".txt"]:
+        yield _document(stream, name)
+    else:
+        yield from _lines(stream, name)
+
+
 def records(path: Path) -> Iterator[Record]:
     """The JSON objects in a file. Raises DataError: unreadable file or archive, bad UTF-8, bad JSON, anything but
     objects."""
-    try:
-        with path.open("rb") as file:
-            yield from _records(file, str(path))
-    except OSError as error:  # BadGzipFile is one too
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (EOFError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"{path}: damaged archive ({error}); copy or download it again") from error
+    for chunk in chunks(path):
+        yield from parse(chunk)
 
 
-def _records(file: IO[bytes], name: str) -> Iterator[Record]:
-    start = _peek(file, 265)
-    if start[:2] == b"\x1f\x8b":
-        with gzip.open(file) as inner:
-            yield from _records(inner, name)  # type: ignore[arg-type]
-    elif start[257:262] == b"ustar":
-        yield from _archive(file, name)
-    elif start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        yield from _array(file, name)
-    else:
-        yield from _lines(file, name)
+def parse(chunk: Chunk, bad: list[str] | None = None) -> Iterator[Record]:
+    """The records of a chunk. Raises DataError for a faulty one, or adds its message to `bad` and goes on."""
+    numbered = enumerate(chunk.rows if chunk.lines is None else chunk.lines.split(b"\n"), chunk.first)
+    for number, entry in numbered:
+        if chunk.lines is not None and not entry.strip():
+            continue
+        where = f"{chunk.name}, {chunk.unit} {number}"
+        try:
+            content = entry if chunk.lines is None else _loads(entry, where)
+            if not isinstance(content, dict):
+                kind = type(content).__name__
+                raise DataError(f"{where}: a JSON {kind} where an object was expected; write one chat a line")
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+            continue
+        yield where, content
 
 
-def _peek(file: IO[bytes], count: int) -> bytes:
-    start = file.read(count)
-    file.seek(0)
-    return start
-
-
-def _archive(file: IO[bytes], name: str) -> Iterator[Record]:
-    found = False
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            where = f"{name}, member {member.name}"
-            if member.isdir():
-                continue
-            if not member.isreg() or member.name.startswith("/") or ".." in Path(member.name).parts:
-                raise DataError(f"{where}: a link, a device or a path out of the archive; pack the plain data file")
-            if member.name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
-                content = archive.extractfile(member)
-                assert content is not None
-                found = True
-                yield from _records(content, where)
-    if not found:
-        raise DataError(f"{name}: no .jsonl file in this archive; pack the data as JSON lines")
-
-
-def _array(file: IO[bytes], name: str) -> Iterator[Record]:
-    try:
-        entries = json.loads(file.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}); repair the line") from error
-    except RecursionError as error:
-        raise DataError(f"{name}: nested too deeply; this is no chat data") from error
-    for number, entry in enumerate(entries, 1):
-        yield _object(entry, f"{name}, entry {number}")
-
-
-def _lines(file: IO[bytes], name: str) -> Iterator[Record]:
+def _loads(line: bytes, where: str) -> Any:
     import orjson
 
-    number = 0
-    while line := file.readline(MAX_LINE):
-        number += 1
-        where = f"{name}, line {number}"
-        if len(line) == MAX_LINE:
-            raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB; write one JSON object a line")
+    if len(line) >= MAX_LINE:
+        raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB; write one JSON object a line")
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
-        if not text.strip():
+            line.decode("utf-8")
+        except UnicodeDecodeError as wrong:
+            raise DataError(f"{where}: byte {wrong.start + 1} is not UTF-8; save the file as UTF-8") from wrong
+        raise DataError(f"{where}: not valid JSON ({error.msg}); repair or remove the line") from error
+
+
+def _lines(stream: IO[bytes], name: str) -> Iterator[Chunk]:
+    first = 1
+    while data := stream.read(CHUNK):
+        if not data.endswith(b"\n"):
+            rest = stream.readline(MAX_LINE)
+            data += rest
+            if len(rest) == MAX_LINE:
+                where = f"{name}, line {first + data.count(10)}"
+                raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB; write one JSON object a line")
+        if first == 1:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        yield Chunk(name, "line", first, data, None)
+        first += data.count(b"\n")
+
+
+def _array(stream: IO[bytes], name: str) -> Iterator[Chunk]:
+    first, rows = 1, []
+    for entry in _elements(stream, name):
+        rows.append(entry)
+        if len(rows) == ROWS:
+            yield Chunk(name, "entry", first, None, rows)
+            first, rows = first + len(rows), []
+    if rows:
+        yield Chunk(name, "entry", first, None, rows)
+
+
+def _elements(stream: IO[bytes], name: str) -> Iterator[Any]:
+    """The elements of a JSON array that may be longer than memory."""
+    text, at, line, step = "", 0, 1, CHUNK
+    decoder, decode = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
+    ended, wanted, read = False, "[", 0
+    while True:
+        while at < len(text) and text[at] in " \t\r\n":
+            at += 1
+        if at < len(text) and wanted:
+            if text[at] == "]" and wanted != "[":
+                return
+            if text[at] not in wanted:
+                raise _broken(name, line + text.count("\n", 0, at), f"expecting {' or '.join(wanted)}")
+            at, wanted = at + 1, ""
             continue
+        if at < len(text):
+            if text[at] == "]" and text[:at].rstrip().endswith("["):
+                return  # an empty array
+            try:
+                entry, end = decode(text, at)
+                if end < len(text) or ended:  # a number at the very end may go on
+                    yield entry
+                    at, wanted, step = end, ",]", CHUNK
+                    continue
+            except RecursionError as error:
+                raise DataError(f"{name}: nested too deeply; this is no chat data") from error
+            except json.JSONDecodeError as error:
+                # Where more may follow, an error is believed only when it lies well before the end of what was read.
+                if ended or (error.pos < len(text) - 4096 and not error.msg.startswith("Unterminated")):
+                    raise _broken(name, line + text.count("\n", 0, error.pos), error.msg) from error
+            if len(text) - at > MAX_LINE:
+                raise _broken(name, line, f"an entry longer than {MAX_LINE >> 20} MiB")
+            step *= 2  # not quadratic on long entries
+        elif ended:
+            raise _broken(name, line + text.count("\n"), "the array is not closed")
+        line += text.count("\n", 0, max(at - 1, 0))
+        text, at = text[max(at - 1, 0) :], min(at, 1)
+        data = stream.read(step)
+        ended, read = len(data) < step, read + len(data)
         try:
-            entry = orjson.loads(text)
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{where}: not valid JSON ({error.msg}); repair or remove the line") from error
-        yield _object(entry, where)
+            text += decoder.decode(data, final=ended)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: byte {read - len(data) + error.start} is not UTF-8; save as UTF-8") from error
 
 
-def _object(entry: Any, where: str) -> Record:
-    if not isinstance(entry, dict):
-        raise DataError(f"{where}: a JSON {type(entry).__name__} where an object was expected; write one chat a line")
-    return where, entry
+def _broken(name: str, line: int, reason: str) -> DataError:
+    return DataError(f"{name}, line {line}: not valid JSON ({reason}); repair the line")
+
+
+def _document(stream: IO[bytes], name: str) -> Chunk:
+    data = stream.read(MAX_LINE)
+    if len(data) == MAX_LINE:
+        raise DataError(f"{name}: a text longer than {MAX_LINE >> 20} MiB; cut it into several files")
+    try:
+        return Chunk(name, "document", 1, None, [{"text": data.decode("utf-8-sig")}])
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+
+
+def _parquet(path: Path, name: str) -> Iterator[Chunk]:
+    if name != str(path):
+        raise DataError(f"{name}: a Parquet file inside another; unpack it and give the Parquet file itself")
+    parquet = optional("pyarrow.parquet", f"{name}: reading Parquet")
+    yield from _tables(lambda: parquet.ParquetFile(path).iter_batches(batch_size=ROWS), name)
+
+
+def _arrow(path: Path, name: str) -> Iterator[Chunk]:
+    if name != str(path):
+        raise DataError(f"{name}: an Arrow file inside another; unpack it and give the Arrow file itself")
+    ipc = optional("pyarrow.ipc", f"{name}: reading Arrow")
+
+    def batches() -> Iterator[Any]:
+        with path.open("rb") as file:
+            if file.read(6) == b"ARROW1":
+                reader = ipc.open_file(path)
+                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                yield from ipc.open_stream(file)
+
+    yield from _tables(batches, name)
+
+
+def _tables(batches: Any, name: str) -> Iterator[Chunk]:
+    pyarrow, first = optional("pyarrow", f"{name}: reading tables"), 1
+    try:
+        for batch in batches():
+            for start in range(0, batch.num_rows, ROWS):
+                rows = batch.slice(start, ROWS).to_pylist()
+                yield Chunk(name, "row", first, None, rows)
+                first += len(rows)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: damaged table ({' '.join(str(error).split())[:200]}); copy it again") from error

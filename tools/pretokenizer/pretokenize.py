@@ -8,20 +8,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_ft.config.cli import Command, run_script
-from megatron_ft.data.chat_format import ChatFormat, get_format
+from megatron_ft.data.chat_format import OWN_TEMPLATE, get_format
 from megatron_ft.data.manifest import manifest_path
 from megatron_ft.data.shards import remove_shards
-from megatron_ft.data.tokenizer import Tokenizer, extra_tokens, load_tokenizer
-from megatron_ft.errors import DataError
-from megatron_ft.files import atomic_file, write_json
+from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
+from megatron_ft.errors import ConfigError, DataError
+from megatron_ft.files import write_json
+from tools.pretokenizer.counting import count
 from tools.pretokenizer.flags import Pretokenize
-from tools.pretokenizer.sampling import SPLITS, cap
+from tools.pretokenizer.pool import Pool, cores
+from tools.pretokenizer.progress import Progress
+from tools.pretokenizer.sampling import SPLITS
 from tools.pretokenizer.screen import show_result, show_sample
 from tools.pretokenizer.settings import Settings, resolve
-from tools.pretokenizer.sources import Source, make_plans, make_sources
-from tools.pretokenizer.stats import Tally, report, total
-from tools.pretokenizer.writing import write
+from tools.pretokenizer.sources import Source, make_sources
+from tools.pretokenizer.statistics_files import write_stats
+from tools.pretokenizer.work import Orders, Worker
+from tools.pretokenizer.writing import clean, write
+
+WORTH_WORKERS = 16 << 20  # bytes of data
 
 COMMAND = Command(
     name="pretokenize",
@@ -38,30 +46,51 @@ COMMAND = Command(
 def run(flags: Pretokenize, others: dict[str, Any]) -> None:
     """others: configuration keys given as flags."""
     settings = resolve(flags, others)
-    chat_format = get_format(settings.chat_format)
-    tokenizer = _tokenizer(settings, chat_format)
+    extra = _extra_tokens(settings)
+    tokenizer = load_tokenizer(str(settings.vocab_file), extra)
+    chat_format = get_format(settings.chat_format, tokenizer)
     sources = make_sources(settings)
     if not flags.overwrite:
         _refuse_finished(settings.prefix)
-    plans = make_plans(sources, settings.rng_seed)
-    cap(plans, settings.max_count)
     text = (".jsonl.gz" if flags.compress else ".jsonl") if flags.write_json or flags.compress else None
-    tallies = write(settings, tokenizer, chat_format, list(zip(sources, plans, strict=True)), text)
+    if text and settings.mix_by:
+        raise ConfigError(
+            "--write_json and mix_by: the text is written before samples are mixed; leave one of them out"
+        )
+    clean(settings.prefix)
+    orders = Orders(
+        [source.job for source in sources], str(settings.vocab_file), extra, settings.chat_format,
+        settings.on_bad_record == "skip", settings.duplicates, text is not None,
+    )  # fmt: skip
+    with (
+        Pool(_workers(settings, sources), Worker, orders, None, 1, here=Worker(orders, tokenizer)) as pool,
+        Progress() as progress,
+    ):
+        weights = count(sources, settings, pool, progress)
+        progress.begin(sum(int(np.count_nonzero(s.plan.split & 3)) for s in sources if s.plan is not None))
+        written = write(settings, tokenizer, chat_format, sources, weights, pool, progress, text)
     write_json(settings.prefix.parent / "special_tokens.json", tokenizer.special_tokens)
     for split in SPLITS:
         prefix = Path(f"{settings.prefix}-{split}")
-        if split in tallies:
-            _write_stats(prefix, tallies[split], sources)
+        if split in written:
+            write_stats(prefix, written[split], sources, settings.mix_by)
         else:
             _remove_split(prefix)  # an earlier run's: it would not belong to what is there now
-        show_result(prefix, split, tallies.get(split), sources)
+        show_result(prefix, split, written.get(split), sources)
     show_sample(settings.prefix, tokenizer)
 
 
-def _tokenizer(settings: Settings, chat_format: ChatFormat) -> Tokenizer:
+def _extra_tokens(settings: Settings) -> list[str]:
     listed = extra_tokens(settings.tokenizer_type, settings.vocab_extra_ids_list, settings.new_tokens)
-    extra = [*listed, *(token for token in chat_format.added_tokens if token not in listed)]
-    return load_tokenizer(str(settings.vocab_file), extra)
+    own = () if settings.chat_format == OWN_TEMPLATE else get_format(settings.chat_format).added_tokens
+    return [*listed, *(token for token in own if token not in listed)]
+
+
+def _workers(settings: Settings, sources: list[Source]) -> int:
+    """As asked, else one for each core, where there is enough to do for starting them to be worth it."""
+    if settings.workers is not None:
+        return settings.workers
+    return cores() if sum(source.bytes for source in sources) >= WORTH_WORKERS else 1
 
 
 def _refuse_finished(prefix: Path) -> None:
@@ -73,18 +102,9 @@ def _refuse_finished(prefix: Path) -> None:
             )
 
 
-def _write_stats(prefix: Path, tallies: list[Tally], sources: list[Source]) -> None:
-    rows = [tally.as_json() for tally in tallies]
-    for row, source in zip(rows, sources, strict=True):
-        row["left_out_by_reader"] = dict(sorted(source.left_out.items()))
-    write_json(Path(f"{prefix}_stats.json"), {"datasets": rows, "total": total(tallies).as_json()})
-    with atomic_file(Path(f"{prefix}_stats.txt"), "w") as file:
-        file.write(report(tallies))
-
-
 def _remove_split(prefix: Path) -> None:
     remove_shards(prefix)
-    for ending in ("_stats.json", "_stats.txt", ".jsonl", ".jsonl.gz"):
+    for ending in ("_stats.json", "_stats.txt", "_stats.html", ".jsonl", ".jsonl.gz"):
         Path(f"{prefix}{ending}").unlink(missing_ok=True)
 
 

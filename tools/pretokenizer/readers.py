@@ -3,6 +3,8 @@
 A new shape is a function and a row in READERS. Where a file lies and how it is packed is lines.py's business.
 """
 
+import contextlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,10 +13,11 @@ from typing import Any
 
 from megatron_ft.data.roles import ROLES
 from megatron_ft.errors import ConfigError, DataError
+from tools.pretokenizer import named
+from tools.pretokenizer.fields import Conversation, get_list, get_text, keep, pair, weight_of
 from tools.pretokenizer.lines import records
 from tools.pretokenizer.oasst import OasstOptions, conversations
-
-Conversation = list[dict[str, str]]  # {"role", "content"}
+from tools.pretokenizer.places import files_of
 
 
 @dataclass(frozen=True)
@@ -26,24 +29,29 @@ class NoOptions:
 class Reader:
     """convert: (record, where, options, left_out) -> conversations that stay on one side of the train/val split.
 
-    keys: a record is of this shape if it has all of these. options: a dataclass of the reader's own configuration keys.
+    keys: a record is of this shape if it has all of these; none for a shape that only its name tells. options: a
+    dataclass of the reader's own configuration keys. repositories: what a published dataset is called. marked: share of
+    the samples whose text is marked for language-modelling loss where the configuration says nothing.
     """
 
     name: str
     keys: tuple[str, ...]
     convert: Callable[[dict[str, Any], str, Any, Counter[str]], list[Conversation]]
     options: type = NoOptions
+    repositories: tuple[str, ...] = ()
+    marked: float = 0.0
 
 
 def recognise(path: Path) -> Reader:
-    """The reader for a file, from its first record. Raises DataError naming the shapes there are."""
-    where, record = next(iter(records(path)), (str(path), None))
+    """The reader for a file or a folder, from its first record. Raises DataError naming the shapes there are."""
+    first = files_of(path)[0]
+    where, record = next(iter(records(first)), (str(first), None))
     if record is None:
-        raise DataError(f"{path}: holds no chats; write one JSON object a line")
+        raise DataError(f"{first}: holds no chats; write one JSON object a line")
     for reader in READERS.values():
-        if all(key in record for key in reader.keys):
+        if reader.keys and all(key in record for key in reader.keys):
             return reader
-    shapes = "; ".join(f"{reader.name}: {', '.join(reader.keys)}" for reader in READERS.values())
+    shapes = "; ".join(f"{reader.name}: {', '.join(reader.keys)}" for reader in READERS.values() if reader.keys)
     raise DataError(f"{where}: no known shape has the keys {', '.join(record) or '(none)'} (known: {shapes})")
 
 
@@ -55,93 +63,131 @@ def get_reader(name: str) -> Reader:
 
 
 def _messages(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """{"messages": [{"role", "content"}]}; a message's "context" becomes a turn of its own before it."""
-    messages = _list(record, "messages", where)
-    return _keep([turn for message in messages for turn in _message_turns(message, where)], left_out)
+    """{"messages": [{"role", "content"}]}, as OpenAI's chats; a message's "context" becomes a turn of its own before
+    it, its "weight" is carried, its "tool_calls" are written out behind its text."""
+    messages = get_list(record, "messages", where)
+    return keep([turn for message in messages for turn in _message_turns(message, where)], left_out)
 
 
 def _message_turns(message: Any, where: str) -> Conversation:
     if not isinstance(message, dict):
         raise DataError(f"{where}: a message is {type(message).__name__}, not an object with role and content")
-    role = _text(message, "role", where)
+    role = _OTHER_NAMES.get(name := get_text(message, "role", where), name)
     if role not in ROLES:
         raise DataError(f"{where}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
-    turn = {"role": role, "content": _text(message, "content", where)}
-    return (
-        [{"role": "context", "content": _text(message, "context", where)}, turn] if message.get("context") else [turn]
-    )
+    turn = {"role": role, "content": _content(message, where), **weight_of(message, where)}
+    if not message.get("context"):
+        return [turn]
+    return [{"role": "context", "content": get_text(message, "context", where)}, turn]
 
 
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_OTHER_NAMES = {"developer": "system", "function": "tool"}  # of OpenAI's interfaces, later and earlier
+
+
+def _content(message: dict[str, Any], where: str) -> str:
+    """A message's text: a string, OpenAI's list of parts, or nothing beside the calls of tools."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise DataError(f"{where}: a message has a part of type {kind}; only text can be tokenized")
+        content = "".join(get_text(part, "text", where) for part in content)
+    if not calls:
+        return content if isinstance(content, str) and "content" in message else get_text(message, "content", where)
+    return "\n".join([*([content] if content else []), *(_call(call, where) for call in calls)])
+
+
+def _call(call: Any, where: str) -> str:
+    """One call of a tool as text, as the Hermes models write it."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{where}: a tool call without a function's name; see docs/pretokenizer.md")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):  # a model's own mistake is what it said
+            arguments = json.loads(arguments)
+    said = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{said}\n</tool_call>"
+
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
 
 
 def _sharegpt(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """{"conversations": [{"from": "human"|"gpt"|"system", "value"}]}"""
+    """{"conversations": [{"from": "human"|"gpt"|"system"|"tool", "value"}]}"""
     turns = []
-    for message in _list(record, "conversations", where):
-        speaker = _text(message, "from", where)
+    for message in get_list(record, "conversations", where):
+        speaker = get_text(message, "from", where)
         if speaker not in _SHAREGPT_ROLES:
             raise DataError(f"{where}: unknown speaker {speaker!r}; the speakers are {', '.join(_SHAREGPT_ROLES)}")
-        turns.append({"role": _SHAREGPT_ROLES[speaker], "content": _text(message, "value", where)})
-    return _keep(turns, left_out)
+        content = get_text(message, "value", where)
+        turns.append({"role": _SHAREGPT_ROLES[speaker], "content": content, **weight_of(message, where)})
+    return keep(turns, left_out)
 
 
 def _alpaca(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
     """{"instruction", "input" (may be missing or empty), "output"}; instruction and input with an empty line
     between."""
-    question = [_text(record, "instruction", where)]
+    question = [get_text(record, "instruction", where)]
     if record.get("input"):
-        question.append(_text(record, "input", where))
-    return _pair("\n\n".join(question), _text(record, "output", where), left_out)
+        question.append(get_text(record, "input", where))
+    return pair("\n\n".join(question), get_text(record, "output", where), left_out)
 
 
 def _prompt_completion(
     record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]
 ) -> list[Conversation]:
     """{"prompt", "completion"}"""
-    return _pair(_text(record, "prompt", where), _text(record, "completion", where), left_out)
+    return pair(get_text(record, "prompt", where), get_text(record, "completion", where), left_out)
 
 
-def _pair(question: str, answer: str, left_out: Counter[str]) -> list[Conversation]:
-    return _keep([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], left_out)
-
-
-def _keep(turns: Conversation, left_out: Counter[str]) -> list[Conversation]:
-    if not turns:
-        left_out["chat without messages"] += 1
-    return [turns] if turns else []
-
-
-def _get(record: Any, key: str, where: str) -> Any:
-    if not isinstance(record, dict) or key not in record:
-        raise DataError(f"{where}: no '{key}' in it; see docs/pretokenizer.md for the shapes of chat files")
-    return record[key]
-
-
-def _list(record: Any, key: str, where: str) -> list[Any]:
-    value = _get(record, key, where)
-    if not isinstance(value, list):
-        raise DataError(f"{where}: '{key}' is {type(value).__name__}, not a list; see docs/pretokenizer.md")
-    return value
-
-
-def _text(record: Any, key: str, where: str) -> str:
-    value = _get(record, key, where)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: '{key}' is {type(value).__name__}, not text; write it as a string")
-    return value
+def _text(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
+    """{"text"}, or a whole .txt file: one document, in no chat format."""
+    text = get_text(record, "text", where)
+    return keep([{"role": "text", "content": text}] if text else [], left_out)
 
 
 def _table(readers: Iterable[Reader]) -> dict[str, Reader]:
     return {reader.name: reader for reader in readers}
 
 
+# In the order in which they are tried on a file that nobody named.
 READERS = _table(
     [
         Reader("oasst_export", ("message_tree_id", "prompt"), conversations, OasstOptions),
         Reader("messages", ("messages",), _messages),
         Reader("sharegpt", ("conversations",), _sharegpt),
+        Reader(
+            *("orca-chat", ("instruction", "conversation"), named.orca_chat),
+            repositories=("shahules786/orca-chat",),
+        ),
+        Reader(
+            *("dolly15k_multilingual", ("instruction", "context", "response"), named.dolly15k, named.DollyOptions),
+            repositories=("argilla/databricks-dolly-15k-curated-multilingual",),
+        ),
         Reader("alpaca", ("instruction", "output"), _alpaca),
         Reader("prompt_completion", ("prompt", "completion"), _prompt_completion),
+        Reader(
+            *("megacode2", ("USER", "ASSISTANT"), named.megacode2),
+            repositories=("rombodawg/LosslessMegaCodeTrainingV2_1m_Evol_Uncensored",),
+        ),
+        Reader(
+            *("oa_leet10k", ("INSTRUCTION", "RESPONSE"), named.oa_leet10k),
+            repositories=("ehartford/oa_leet10k",),
+        ),
+        Reader("dolphin", (), named.dolphin, repositories=("ehartford/dolphin",)),  # alpaca's keys, otherwise meant
+        Reader("text", ("text",), _text, marked=1.0),
     ]
 )

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_ft.errors import ConfigError
 
 OUT, TRAIN, VAL = 0, 1, 2
+MARK = 4  # added to a sample's split: its text is marked for language-modelling loss
 SPLITS = {"train": TRAIN, "val": VAL}
 
 
@@ -26,6 +27,10 @@ class SplitOptions:
     """Share of the training samples to take."""
     size: int | None = None
     """Number of training samples to take."""
+    marked_prompts: float | None = None
+    """Share of the samples whose prompts are marked for language-modelling loss; none, but all of plain text."""
+    share: float | None = None
+    """Share of the mix, where the section says mix_by."""
 
     def check(self, name: str) -> None:
         """Raise ConfigError for a value out of range."""
@@ -37,6 +42,10 @@ class SplitOptions:
             raise ConfigError(f"dataset {name}: fraction is {self.fraction}; give a share above 0 and up to 1")
         if self.fraction is not None and self.size is not None:
             raise ConfigError(f"dataset {name}: fraction {self.fraction} and size {self.size}; give one of them")
+        if self.marked_prompts is not None and not 0 <= self.marked_prompts <= 1:
+            raise ConfigError(f"dataset {name}: marked_prompts is {self.marked_prompts}; give a share from 0 to 1")
+        if self.share is not None and self.share <= 0:
+            raise ConfigError(f"dataset {name}: share is {self.share}; give a number above 0")
         for key in ("size", "max_val_set"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ConfigError(f"dataset {name}: {key} is {value}; give a number above 0, or leave it out")

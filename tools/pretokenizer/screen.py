@@ -12,25 +12,32 @@ from megatron_ft.data.shards import open_shards
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.log import logger
 from tools.pretokenizer.sources import Source
-from tools.pretokenizer.stats import Tally, total
+from tools.pretokenizer.stats import total
+from tools.pretokenizer.writing import Written
 
 SHOWN, TURNS = 160, 6  # characters of a turn, turns of the chat
 log = logger("pretokenize")
 
 
-def show_result(prefix: Path, split: str, tallies: list[Tally] | None, sources: list[Source]) -> None:
-    """One line about a split, more where something was left out. tallies: None for a split without samples."""
-    if tallies is None:
+def show_result(prefix: Path, split: str, written: Written | None, sources: list[Source]) -> None:
+    """One line about a split, more where something was left out. written: None for a split without samples."""
+    if written is None:
         print(f"{split + ':':6} no samples, nothing written")
         return
-    whole = total(tallies)
-    trained = 100 * int(whole.tokens_by_role[ASSISTANT]) / whole.tokens
+    whole = total(written.tallies)
+    counts = open_shards(prefix).manifest.counts
+    trained = 100 * counts["tokens_by_role"]["assistant"] / counts["tokens"]
     skipped = whole.skipped.total()
     share = f"{trained:.0f}% trained on, {skipped:,} skipped"
     print(
-        f"{split + ':':6} {whole.accepted:,} chats, {whole.tokens:,} tokens, {share}"
+        f"{split + ':':6} {counts['samples']:,} chats, {counts['tokens']:,} tokens, {share}"
         f" -> {prefix}-{{text,role}}.{{bin,idx}}"
     )
+    if marked := counts.get("marked_tokens", 0):
+        print(f"       marked for language-modelling loss: {marked:,} tokens")
+    for portion in written.mix:
+        share = f"{portion.realised:.1%} of the mix, {portion.requested:.1%} asked"
+        print(f"       {portion.name}: {share}, {portion.epochs:.2f} epochs, {len(portion.picks):,} samples")
     for reason, count in sorted(whole.skipped.items()):
         print(f"       skipped: {reason}: {count:,}")
     if whole.untrained:

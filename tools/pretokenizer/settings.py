@@ -9,11 +9,13 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_ft.config.hints import suggestion
 from megatron_ft.config.yaml_file import read_settings
 from megatron_ft.errors import ConfigError
+from tools.pretokenizer import mixing
+from tools.pretokenizer.duplicates import minhash_library
 from tools.pretokenizer.flags import Pretokenize
 
 PACKAGED_CONFIGS = Path(__file__).parent / "configs"
@@ -40,6 +42,17 @@ class Settings:
     cache_dir: str | None = ".cache"
     dataset_impl: str = "mmap"
     use_system_prefix: bool = False
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    role_order: str | None = None
+    refusal_phrases: bool | list[str] | str | None = None
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    near_threshold: float = 0.8
+    mix_by: str | None = None
+    mix_total: int | None = None
+    mix_max_epochs: float = 1.0
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    workers: int | None = None
 
     @property
     def prefix(self) -> Path:
@@ -77,7 +90,10 @@ def build(kind: type, values: dict[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}") from None
 
 
-_ALSO_KEYS = ("chat_format", "output_dir", "min_assistant_tokens", "max_count")
+_ALSO_KEYS = (
+    *("chat_format", "output_dir", "min_assistant_tokens", "min_tokens", "max_tokens", "max_count", "role_order"),
+    *("duplicates", "on_bad_record", "workers"),
+)
 _OPTIONAL = {f.name for f in dataclasses.fields(Settings) if type(None) in typing.get_args(f.type)}
 
 
@@ -159,6 +175,11 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"dataset_impl {settings.dataset_impl}: shards are written for mmap only; remove the key")
     if settings.use_system_prefix:
         raise ConfigError("use_system_prefix: not supported; put the system message into the chats")
-    for name in ("max_count", "eval_size", "min_assistant_tokens"):
+    mixing.check(settings.mix_by, settings.mix_total, settings.mix_max_epochs)
+    if not 0 < settings.near_threshold <= 1:
+        raise ConfigError(f"near_threshold is {settings.near_threshold}; give a share above 0 and up to 1")
+    if settings.duplicates == "near":
+        minhash_library()
+    for name in ("max_count", "eval_size", "min_assistant_tokens", "workers"):
         if (value := getattr(settings, name)) is not None and value < 0:
             raise ConfigError(f"{name} is {value}; give a number that is not negative")

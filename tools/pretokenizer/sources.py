@@ -1,6 +1,7 @@
 """The datasets of a run: where each lies, how it is read, and which of its samples go where."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,87 +12,109 @@ import numpy as np
 
 from megatron_ft import files
 from megatron_ft.data.tokenizer_files import fingerprint
-from megatron_ft.errors import ConfigError, DataError
-from tools.pretokenizer.lines import records
-from tools.pretokenizer.readers import Conversation, Reader, get_reader
-from tools.pretokenizer.sampling import OUT, Plan, SplitOptions, plan
+from megatron_ft.errors import ConfigError
+from tools.pretokenizer import places
+from tools.pretokenizer.lines import Chunk, chunks, parse
+from tools.pretokenizer.oasst_flat import is_flat, trees
+from tools.pretokenizer.readers import Reader, get_reader
+from tools.pretokenizer.sampling import MARK, Plan, SplitOptions
+from tools.pretokenizer.selection import Selection
 from tools.pretokenizer.settings import Settings, build
+from tools.pretokenizer.work import Job
 
 
 @dataclass
 class Source:
-    """One dataset. left_out: what its reader did not take, by reason (filled by make_plan)."""
+    """One dataset. number: which of its name it is, from 0. left_out: what is not among its samples, by reason.
+
+    plan and per_chunk (samples of each chunk) are filled when it has been counted.
+    """
 
     name: str
+    number: int
     path: Path
+    files: list[Path]
     reader: Reader
-    options: Any
     split: SplitOptions
+    job: Job
     left_out: Counter[str] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)
+    plan: Plan | None = None
+    per_chunk: list[int] = field(default_factory=list)
 
-    def groups(self, left_out: Counter[str]) -> Iterator[list[Conversation]]:
-        """The conversations of each record, in the order of the file."""
-        for where, record in records(self.path):
-            yield self.reader.convert(record, where, self.options, left_out)
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
 
-    def make_plan(self, rng: np.random.Generator) -> Plan:
-        """Read the file once to count it, which finds every fault in it before anything is written."""
-        self.left_out.clear()
-        sizes = np.fromiter((len(group) for group in self.groups(self.left_out)), np.int64)
-        return plan(sizes, self.split, rng)
+    def chunks(self) -> Iterator[Chunk]:
+        """Its files piece by piece, the same each time."""
+        for path in self.files:
+            found = chunks(path)
+            if self.reader.name == "oasst_export" and (first := next(found, None)) is not None:
+                found = itertools.chain([first], found)
+                _, record = next(parse(first), ("", {}))
+                found = trees(found) if is_flat(record) else found
+            yield from found
 
-    def chosen(self, split: np.ndarray) -> Iterator[tuple[int, Conversation]]:
-        """(TRAIN or VAL, conversation) of the samples that are not left out. split: uint8 [samples], from make_plan."""
-        samples = (sample for group in self.groups(Counter()) for sample in group)
-        for number, sample in zip(split.tolist(), samples, strict=True):
-            if number != OUT:
-                yield number, sample
+    def random(self, seed: int, purpose: str = "") -> np.random.Generator:
+        """A dataset's choices depend on the seed, its name and how many of that name came before, so that adding
+        another dataset changes nothing for it."""
+        own = int(fingerprint([self.name, self.number]).removeprefix("xxh3:"), 16)
+        return np.random.default_rng([seed, own, *purpose.encode()])
+
+    def mark(self, seed: int) -> None:
+        """Choose the samples whose prompts are marked for language-modelling loss."""
+        share = self.reader.marked if self.split.marked_prompts is None else self.split.marked_prompts
+        assert self.plan is not None
+        if share >= 1:
+            self.plan.split[:] |= MARK
+        elif share > 0:
+            self.plan.split[self.random(seed, "mark").random(len(self.plan.split)) < share] |= MARK
 
     def digest(self) -> str:
-        return files.digest(self.path)
+        """A hash of its file, or of its files' names and hashes."""
+        if self.files == [self.path]:
+            return files.digest(self.path)
+        names = [path.relative_to(self.path).as_posix() for path in self.files]
+        return fingerprint([names, [files.digest(path) for path in self.files]])
 
 
 def make_sources(settings: Settings) -> list[Source]:
     """The datasets as configured. Raises ConfigError for keys no one knows, DataError for a file that is missing."""
-    return [_source(name, keys, settings) for name, keys in settings.datasets]
-
-
-def make_plans(sources: list[Source], seed: int) -> list[Plan]:
-    """A plan for each source. A dataset's choices depend on the seed, its name and how many of that name came before,
-    so that adding another dataset changes nothing for it."""
     seen: Counter[str] = Counter()
-    plans = []
-    for source in sources:
-        own = int(fingerprint([source.name, seen[source.name]]).removeprefix("xxh3:"), 16)
-        seen[source.name] += 1
-        plans.append(source.make_plan(np.random.default_rng([seed, own])))
-    return plans
+    sources = []
+    for name, keys in settings.datasets:
+        sources.append(_source(name, seen[name], keys, settings))
+        seen[name] += 1
+    return sources
 
 
-def _source(name: str, keys: dict[str, Any], settings: Settings) -> Source:
+def _source(name: str, number: int, keys: dict[str, Any], settings: Settings) -> Source:
     reader, keys = get_reader(name), {key: value for key, value in keys.items() if value is not None}
-    if (given := keys.pop("input_file_path", None)) is None:
-        raise ConfigError(f"dataset {name}: no input_file_path; say where its file lies")
-    ours = {f.name for f in dataclasses.fields(SplitOptions)}
+    given, splits = keys.pop("input_file_path", None), keys.pop("split", "train")
+    where = f"dataset {name}"
     theirs = {f.name for f in dataclasses.fields(reader.options)}
-    unknown = {key: value for key, value in keys.items() if key not in ours | theirs}
+    if "lang" in keys and "lang" not in theirs:  # what a reader does not know itself is asked of the record
+        keys["languages"] = keys.pop("lang")
+    ours = {f.name for f in dataclasses.fields(SplitOptions)}
+    select = {f.name for f in dataclasses.fields(Selection)}
+    unknown = {key: value for key, value in keys.items() if key not in ours | theirs | select}
     if unknown:
-        build(
-            dataclasses.make_dataclass("Known", [(key, Any, None) for key in ours | theirs]), unknown, f"dataset {name}"
-        )
-    common = {"max_val_set": settings.eval_size, **{key: value for key, value in keys.items() if key in ours}}
-    split = build(SplitOptions, common, f"dataset {name}")
+        known = (ours | theirs | select | {"input_file_path", "split", "lang"}) - {"languages"}
+        build(dataclasses.make_dataclass("Known", [(key, Any, None) for key in sorted(known)]), unknown, where)
+    split = build(SplitOptions, {"max_val_set": settings.eval_size} | _only(keys, ours), where)
     split.check(name)
-    options = build(reader.options, {key: value for key, value in keys.items() if key in theirs}, f"dataset {name}")
-    return Source(name, _find(str(given), settings.cache_dir), reader, options, split)
+    if settings.mix_by and split.share is None:
+        raise ConfigError(f"{where}: no share, though mix_by is {settings.mix_by}; give each dataset its share")
+    options = build(reader.options, _only(keys, theirs), where)
+    common = {key: getattr(settings, key) for key in select if getattr(settings, key, None) is not None}
+    selection = build(Selection, common | _only(keys, select), where)
+    selection.check(where)
+    path = places.find(None if given is None else str(given), name, settings.cache_dir, reader.repositories)
+    wanted = getattr(options, "languages", []) if reader.name == "dolly15k_multilingual" else []
+    chosen = places.files_of(path, [*wanted] or [part.strip() for part in str(splits).split(",")])
+    return Source(name, number, path, chosen, reader, split, Job(name, reader.name, options, selection))
 
 
-def _find(given: str, cache_dir: str | None) -> Path:
-    """A file as given, or in the cache folder."""
-    places = [Path(given).expanduser(), Path(cache_dir or ".") / given]
-    for path in places:
-        if path.is_file():
-            return path
-    raise DataError(
-        f"{given}: no such file (looked for {places[0].absolute()} and in {cache_dir or '.'}); check the path"
-    )
+def _only(keys: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key in names}

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ft.data.roles import ASSISTANT, ROLE_NAMES
+from megatron_ft.data.roles import ASSISTANT, MARKED, ROLE_BITS, ROLE_NAMES
 
 HEADINGS = ("dataset", "samples (fraction)", "accepted", "accepted tokens", "skipped", "min", "max", "avg")
+BOUNDS = np.unique(np.round(2.0 ** (np.arange(61) / 2)).astype(np.int64))  # two bars each time the length doubles
 
 
 @dataclass
@@ -27,25 +28,36 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_tokens: int = 0
     tokens_by_role: np.ndarray = field(default_factory=lambda: np.zeros(len(ROLE_NAMES), np.int64))
+    marked_tokens: int = 0
     untrained: int = 0
-    """Accepted samples without a single assistant token."""
+    """Accepted samples without a single assistant token, and nothing marked."""
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(BOUNDS), np.int64))
+    """Accepted samples by length: from BOUNDS[i] tokens on, below BOUNDS[i + 1]."""
 
     @property
     def samples(self) -> int:
         return self.accepted + self.skipped.total()
 
-    def accept(self, roles: np.ndarray) -> None:
-        """Count a sample by its roles, uint8 [tokens]."""
-        counts = np.bincount(roles, minlength=len(ROLE_NAMES))
-        self.accepted += 1
-        self.tokens += len(roles)
-        self.shortest = len(roles) if self.shortest is None else min(self.shortest, len(roles))
-        self.longest = max(self.longest or 0, len(roles))
-        self.tokens_by_role += counts
-        self.untrained += counts[ASSISTANT] == 0
+    def accept(self, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Count samples laid end to end by their role bytes; lengths above 0. Returns the assistant's tokens of each."""
+        if not len(lengths):
+            return np.empty(0, np.int64)
+        roles, marked = codes & ROLE_BITS, codes & MARKED > 0
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        spoken = np.diff(np.concatenate([[0], np.cumsum(roles == ASSISTANT)])[bounds])
+        trained = np.diff(np.concatenate([[0], np.cumsum((roles == ASSISTANT) | marked)])[bounds])
+        self.accepted += len(lengths)
+        self.tokens += len(codes)
+        self.shortest = min(int(lengths.min()), self.shortest or int(lengths.min()))
+        self.longest = max(self.longest or 0, int(lengths.max()))
+        self.tokens_by_role += np.bincount(roles, minlength=len(ROLE_NAMES))
+        self.marked_tokens += int(marked.sum())
+        self.untrained += int((trained == 0).sum())
+        self.histogram += np.bincount(np.searchsorted(BOUNDS, lengths, side="right") - 1, minlength=len(BOUNDS))
+        return spoken
 
-    def skip(self, reason: str, tokens: int) -> None:
-        self.skipped[reason] += 1
+    def skip(self, reasons: Counter[str], tokens: int) -> None:
+        self.skipped.update(reasons)
         self.skipped_tokens += tokens
 
     def row(self) -> list[str]:
@@ -77,7 +89,9 @@ class Tally:
             "max": self.longest,
             "avg": round(self.tokens / self.accepted, 3) if self.accepted else None,
             "tokens_by_role": dict(zip(ROLE_NAMES, self.tokens_by_role.tolist(), strict=True)),
+            "marked_tokens": self.marked_tokens,
             "without_assistant": int(self.untrained),
+            "lengths": {str(BOUNDS[i]): int(self.histogram[i]) for i in np.flatnonzero(self.histogram)},
         }
 
 
@@ -91,6 +105,8 @@ def total(tallies: list[Tally]) -> Tally:
         result.skipped_tokens += tally.skipped_tokens
         result.tokens_by_role = result.tokens_by_role + tally.tokens_by_role
         result.untrained += tally.untrained
+        result.marked_tokens += tally.marked_tokens
+        result.histogram = result.histogram + tally.histogram
     shortest = [t.shortest for t in tallies if t.shortest is not None]
     result.shortest = min(shortest, default=None)
     result.longest = max((t.longest for t in tallies if t.longest is not None), default=None)
@@ -109,6 +125,8 @@ def report(tallies: list[Tally]) -> str:
     lines += ["", "tokens by role:"]
     for name, count in zip(ROLE_NAMES, whole.tokens_by_role.tolist(), strict=True):
         lines.append(f"  {name}: {count} ({_percent(count, whole.tokens)})")
+    if whole.marked_tokens:
+        lines.append(f"  marked: {whole.marked_tokens} ({_percent(whole.marked_tokens, whole.tokens)}), whoever speaks")
     if whole.skipped:
         lines += ["", "skipped:", *(f"  {reason}: {count}" for reason, count in sorted(whole.skipped.items()))]
         lines.append(f"  tokens in skipped samples: {whole.skipped_tokens}")

@@ -5,66 +5,144 @@ Nothing appears under a final name before all samples of both splits are written
 
 import contextlib
 import gzip
-import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 
-from megatron_ft.data.chat_format import ChatFormat
-from megatron_ft.data.roles import ASSISTANT
-from megatron_ft.data.shards import ShardWriter
+from megatron_ft.data.chat_format import describe
+from megatron_ft.data.shards import ShardWriter, open_shards, remove_shards
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.errors import DataError
 from megatron_ft.files import atomic_file
-from tools.pretokenizer.readers import Conversation
-from tools.pretokenizer.sampling import SPLITS, Plan
+from megatron_ft.log import logger
+from tools.pretokenizer import mixing
+from tools.pretokenizer.pool import Pool
+from tools.pretokenizer.progress import Progress
+from tools.pretokenizer.sampling import SPLITS
 from tools.pretokenizer.settings import Settings
 from tools.pretokenizer.sources import Source
 from tools.pretokenizer.stats import Tally, total
+from tools.pretokenizer.work import Tokenized
 
-BATCH = 512  # conversations tokenized together: enough for all cores, little memory
+log = logger("pretokenize")
 
-Planned = list[tuple[Source, Plan]]
+
+@dataclass
+class Written:
+    """A split that was written. tallies: one a source, before mixing."""
+
+    tallies: list[Tally]
+    mix: list[mixing.Portion] = field(default_factory=list)
 
 
 def write(
-    settings: Settings, tokenizer: Tokenizer, chat_format: ChatFormat, planned: Planned, text: str | None
-) -> dict[str, list[Tally]]:
-    """Write shards; the tallies, one a source, of every split that was written.
+    settings: Settings,
+    tokenizer: Tokenizer,
+    chat_format: Any,
+    sources: list[Source],
+    weights: list[float],
+    pool: Pool,
+    progress: Progress,
+    text: str | None,
+) -> dict[str, Written]:
+    """Write shards; what became of every split that was written.
 
-    text: ending of a file with the chats' text beside each split's shards, None for no such file.
-    A split of which nothing is left is not written. Raises DataError where that is the training split.
+    weights: the table of the messages' weights. text: ending of a file with the chats' text beside each split's shards,
+    None for no such file. A split of which nothing is left is not written. Raises DataError where that is the training
+    split.
     """
+
+    def writer(prefix: Path | str) -> ShardWriter:
+        file = {"file": str(settings.vocab_file)}
+        return ShardWriter(prefix, tokenizer.vocab_size, {**tokenizer.info(), **file}, describe(chat_format), weights)
+
+    spool = settings.prefix.parent / f".{settings.prefix.name}-spool.tmp-{os.getpid()}" if settings.mix_by else None
     with contextlib.ExitStack() as stack:
-        splits = {
-            number: stack.enter_context(_Split(Path(f"{settings.prefix}-{name}"), tokenizer, chat_format, text))
-            for name, number in SPLITS.items()
-        }
-        for source, plan in planned:
+        if spool is not None:
+            stack.callback(remove_shards, spool)
+        splits = {}
+        for name, number in SPLITS.items():
+            prefix = Path(f"{settings.prefix}-{name}")
+            mixed = spool is not None and name == "train"
+            splits[number] = stack.enter_context(_Split(writer(spool if mixed else prefix), prefix, text, mixed))
+        for source in sources:
+            assert source.plan is not None
             digest = source.digest()
             for name, number in SPLITS.items():
-                splits[number].begin(source, digest, plan.available[name])
-            for batch in _batches(source.chosen(plan.split), BATCH):
-                encoded = chat_format.encode_many(tokenizer, [chat for _, chat in batch])
-                for (number, chat), (ids, roles) in zip(batch, encoded, strict=True):
-                    splits[number].add(ids, roles, _fault(roles, settings.min_assistant_tokens), chat)
-        if not splits[SPLITS["train"]].accepted:
-            raise DataError(_nothing_left(planned, splits[SPLITS["train"]].tallies))
-    return {name: splits[number].tallies for name, number in SPLITS.items() if splits[number].accepted}
+                splits[number].begin(source, digest, source.plan.available[name])
+            for results in pool.map("tokenize", _tasks(source, weights)):
+                for number, tokenized in results.items():
+                    splits[number].add(tokenized)
+                done = [(len(one.lengths) + one.skipped.total(), len(one.ids)) for one in results.values()]
+                progress.done(sum(n for n, _ in done), sum(n for _, n in done))
+        train = splits[SPLITS["train"]]
+        if not train.accepted:
+            raise DataError(_nothing_left(sources, train.tallies))
+        portions = []
+        if spool is not None:
+            train.close()
+            portions = _mix(settings, sources, train, spool, stack.enter_context(writer(f"{settings.prefix}-train")))
+    return {
+        name: Written(splits[number].tallies, portions if name == "train" else [])
+        for name, number in SPLITS.items()
+        if splits[number].accepted
+    }
+
+
+def clean(prefix: Path) -> None:
+    """Remove what a killed run left behind, and say so."""
+    pattern = re.compile(rf"\.{re.escape(prefix.name)}-(?:train|val|spool).*\.tmp-(\d+)")
+    left = []
+    for path in prefix.parent.glob(f".{prefix.name}-*.tmp-*") if prefix.parent.is_dir() else ():
+        if (match := pattern.match(path.name)) and not _is_alive(int(match[1])):
+            left.append(path)
+            path.unlink(missing_ok=True)
+    if left:
+        log.info("an earlier run was interrupted: its %d unfinished files are removed, this run starts anew", len(left))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _tasks(source: Source, weights: list[float]) -> Iterator[tuple[Any, ...]]:
+    """Every chunk that has something wanted in it, with what becomes of its samples."""
+    assert source.plan is not None
+    start, counts = 0, iter(source.per_chunk)
+    for chunk in source.chunks():
+        if (count := next(counts, None)) is None:
+            raise DataError(f"{chunk.name}: has grown while it was read; start again when it is finished")
+        wanted = source.plan.split[start : start + count]
+        start += count
+        if (wanted & 3).any():
+            yield source.job, chunk, wanted, weights
+    if next(counts, None) is not None:
+        raise DataError(f"{source.path}: has become shorter while it was read; start again when it is finished")
 
 
 class _Split:
-    """One of train and val while it is written; a context manager that writes nothing where nothing was accepted."""
+    """One of train and val while it is written; a context manager that writes nothing where nothing was accepted.
 
-    def __init__(self, prefix: Path, tokenizer: Tokenizer, chat_format: ChatFormat, text: str | None):
-        described = {"name": chat_format.name, "stop_token": chat_format.stop_token}
-        self._writer = ShardWriter(prefix, tokenizer.vocab_size, tokenizer.info(), described)
+    keep: remember the sizes of samples, for mixing.
+    """
+
+    def __init__(self, writer: ShardWriter, prefix: Path, text: str | None, keep: bool):
+        self._writer, self._keep = writer, keep
         self._text_path = None if text is None else Path(f"{prefix}{text}")
-        self._render: Callable[[Conversation], str] = chat_format.text
         self.tallies: list[Tally] = []
+        self.sizes: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        self.digests: list[str] = []
 
     @property
     def accepted(self) -> int:
@@ -74,16 +152,22 @@ class _Split:
         """What is added from here on comes from this source."""
         self._writer.source(source.name, str(source.path), digest)
         self.tallies.append(Tally(source.name, available))
+        self.sizes.append([])
+        self.digests.append(digest)
 
-    def add(self, ids: np.ndarray, roles: np.ndarray, fault: str | None, chat: Conversation) -> None:
-        """Write a sample, or count why not. ids, roles: [tokens]."""
-        if fault is not None:
-            self.tallies[-1].skip(fault, len(ids))
-            return
-        self.tallies[-1].accept(roles)
-        self._writer.add(ids, roles)
+    def add(self, samples: Tokenized) -> None:
+        """Write samples, and count them and those that were skipped."""
+        self.tallies[-1].skip(samples.skipped, samples.skipped_tokens)
+        spoken = self.tallies[-1].accept(samples.codes, samples.lengths)
+        if self._keep:
+            self.sizes[-1].append((samples.lengths.astype(np.int32), spoken.astype(np.int32)))
+        self._writer.add_many(samples.ids, samples.codes, samples.lengths)
         if self._text is not None:
-            self._text.write((json.dumps({"text": self._render(chat)}, ensure_ascii=False) + "\n").encode())
+            self._text.write(samples.text)
+
+    def close(self) -> None:
+        """Finish before the block ends."""
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> "_Split":
         with contextlib.ExitStack() as stack:
@@ -102,6 +186,33 @@ class _Nothing(Exception):
     """Tells open files that they are not wanted; never leaves this file."""
 
 
+def _mix(
+    settings: Settings, sources: list[Source], train: _Split, spool: Path, writer: ShardWriter
+) -> list[mixing.Portion]:
+    """Copy the samples of the mix from the spooled training split."""
+    assert settings.mix_by is not None
+    units = []
+    for parts in train.sizes:
+        lengths = np.concatenate(
+            [np.empty(0, np.int32), *(part[settings.mix_by == "assistant_tokens"] for part in parts)]
+        )
+        units.append(np.ones_like(lengths) if settings.mix_by == "samples" else lengths)
+    portions = mixing.choose(
+        [source.name for source in sources],
+        units,
+        [source.split.share or 0 for source in sources],
+        settings.mix_total,
+        settings.mix_max_epochs,
+        [source.random(settings.rng_seed, "mix") for source in sources],
+    )
+    shards, first = open_shards(spool), 0
+    for source, digest, portion, own in zip(sources, train.digests, portions, units, strict=True):
+        writer.source(source.name, str(source.path), digest)
+        writer.copy(shards, portion.picks + first)
+        first += len(own)
+    return portions
+
+
 @contextlib.contextmanager
 def _text_file(path: Path) -> Iterator[IO[bytes]]:
     with atomic_file(path) as file:
@@ -113,23 +224,8 @@ def _text_file(path: Path) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], packed)
 
 
-def _fault(roles: np.ndarray, min_assistant_tokens: int | None) -> str | None:
-    """Why a sample is skipped, or None."""
-    if not len(roles):
-        return "no tokens"
-    if min_assistant_tokens is not None and np.count_nonzero(roles == ASSISTANT) < min_assistant_tokens:
-        return f"fewer than {min_assistant_tokens} assistant tokens"
-    return None
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def _nothing_left(planned: Planned, tallies: list[Tally]) -> str:
-    reasons = sum((source.left_out for source, _ in planned), total(tallies).skipped)
+def _nothing_left(sources: list[Source], tallies: list[Tally]) -> str:
+    reasons = sum((source.left_out for source in sources), total(tallies).skipped)
     told = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items())) or "the files hold no chats"
-    paths = ", ".join(str(source.path) for source, _ in planned)
+    paths = ", ".join(str(source.path) for source in sources)
     return f"{paths}: no training sample is left ({told}); check the settings"

@@ -1,0 +1,103 @@
+"""What is wrapped around chat data: gzip, zstd, tar. Opens a file and hands out the plain streams in it.
+
+What a file is, is told by its first bytes, never by its name: archives called .tar.gz are sometimes gzipped text.
+Nothing is unpacked to the disk, and nothing is read further than it is asked for. Knows nothing of chats.
+"""
+
+import contextlib
+import gzip
+import io
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_ft.errors import DataError
+
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+MEMBERS = (".jsonl", ".json", ".ndjson", ".txt")  # of an archive; anything else in it is left alone
+DEEPEST = 4  # wrappers in wrappers; a file that has more was made to do harm
+
+Stream = tuple[str, IO[bytes]]  # what to call it in messages; positioned at its start, with peek()
+
+
+def optional(name: str, purpose: str) -> Any:
+    """A library that is not always installed. Raises DataError saying how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(
+            f"{purpose} needs {package}, which is not installed; pip install 'megatron_ft[data]' (or {package})"
+        ) from error
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file's streams are read into a DataError that names the file."""
+    zstd_error = _zstd_error()
+    try:
+        yield
+    except OSError as error:  # BadGzipFile is one too
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except (EOFError, zlib.error, tarfile.TarError, zstd_error) as error:
+        raise DataError(f"{path}: damaged archive ({error}); copy or download it again") from error
+
+
+def streams(path: Path) -> Iterator[Stream]:
+    """The plain streams in a file, one after another; to be used inside readable(path). Raises DataError for archive
+    members that point elsewhere."""
+    with path.open("rb") as file:
+        yield from _unwrap(file, str(path), 0)
+
+
+def start_of(stream: IO[bytes], count: int) -> bytes:
+    """The first bytes of a stream that has not been read from, which stays where it is."""
+    return stream.peek(count)[:count]  # type: ignore[attr-defined]
+
+
+def _unwrap(file: io.BufferedReader, name: str, depth: int) -> Iterator[Stream]:
+    start = start_of(file, 512)
+    if depth > DEEPEST:
+        raise DataError(f"{name}: compressed {depth} times over; unpack it and give the data itself")
+    if start[:2] == GZIP:
+        yield from _unwrap(io.BufferedReader(gzip.GzipFile(fileobj=file, mode="rb")), name, depth + 1)  # type: ignore[arg-type]
+    elif start[:4] == ZSTD:
+        zstandard = optional("zstandard", f"{name}: reading zstd")
+        plain = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        yield from _unwrap(io.BufferedReader(plain), name, depth + 1)
+    elif start[257:262] == b"ustar":
+        yield from _archive(file, name, depth)
+    else:
+        yield name, file
+
+
+def _archive(file: IO[bytes], name: str, depth: int) -> Iterator[Stream]:
+    found = False
+    with tarfile.open(fileobj=file, mode="r|") as archive:
+        for member in archive:
+            where = f"{name}, member {member.name}"
+            if member.isdir():
+                continue
+            if not member.isreg() or member.name.startswith("/") or ".." in Path(member.name).parts:
+                raise DataError(f"{where}: a link, a device or a path out of the archive; pack the plain data file")
+            if Path(member.name).name.startswith("."):
+                continue  # what macOS adds
+            if member.name.removesuffix(".gz").removesuffix(".zst").endswith(MEMBERS):
+                content = archive.extractfile(member)
+                assert content is not None
+                found = True
+                yield from _unwrap(io.BufferedReader(content), where, depth + 1)  # type: ignore[arg-type]
+    if not found:
+        raise DataError(f"{name}: no .jsonl file in this archive; pack the data as JSON lines")
+
+
+def _zstd_error() -> type[BaseException]:
+    try:
+        import zstandard
+    except ImportError:
+        return EOFError
+    return zstandard.ZstdError

@@ -1,0 +1,104 @@
+"""The first reading of all data: how many samples there are, which of them are duplicates, and hence which go where.
+
+Every fault in the data is found here, before anything is written.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_ft.data.roles import weight_table
+from megatron_ft.log import logger
+from tools.pretokenizer.duplicates import NearIndex, first_of_each
+from tools.pretokenizer.lines import Chunk
+from tools.pretokenizer.pool import Pool
+from tools.pretokenizer.progress import Progress
+from tools.pretokenizer.sampling import cap, plan
+from tools.pretokenizer.settings import Settings
+from tools.pretokenizer.sources import Source
+from tools.pretokenizer.work import Counted, Job
+
+SHOWN = 5  # faulty records that are named
+log = logger("pretokenize")
+
+
+def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progress) -> list[float]:
+    """Fill every source's plan. Returns the table of the messages' weights that occur.
+
+    Raises DataError for the first faulty record, unless those are to be skipped.
+    """
+    weights: set[float] = set()
+    hashes: list[np.ndarray] = []
+    near = NearIndex(settings.near_threshold) if settings.duplicates == "near" else None
+    counted: list[tuple[Source, np.ndarray, np.ndarray]] = []
+    for source in sources:
+        sizes, own = [], []
+        fresh: list[np.ndarray] = []
+        for chunk in pool.map("count", _tasks(source)):
+            _note(source, chunk)
+            source.per_chunk.append(int(chunk.sizes.sum()))
+            sizes.append(chunk.sizes)
+            weights |= chunk.weights
+            if chunk.hashes is not None:
+                own.append(chunk.hashes)
+            if near is not None:
+                assert chunk.signatures is not None
+                fresh.append(np.array([near.keep(signature) for signature in chunk.signatures], bool))
+            progress.read(len(chunk.sizes))
+        hashes.append(np.concatenate(own) if own else np.empty(0, np.uint64))
+        counted.append((source, _joined(sizes, np.int32), _joined(fresh, bool)))
+        if source.bad:
+            _warn(source)
+    first = first_of_each(np.concatenate(hashes)) if settings.duplicates != "keep" else None
+    at = 0
+    for source, sizes, fresh in counted:
+        keep = np.ones(int(sizes.sum()), bool)
+        if first is not None:
+            keep = first[at : at + len(keep)]
+            at += len(keep)
+            source.left_out["exact duplicate"] += int((~keep).sum())
+        if near is not None:
+            source.left_out["near duplicate"] += int((keep & ~fresh).sum())
+            keep = keep & fresh
+        source.left_out += Counter()  # drops reasons that never happened
+        _plan(source, sizes, keep, settings.rng_seed)
+    cap([source.plan for source in sources if source.plan is not None], settings.max_count)
+    for source in sources:
+        source.mark(settings.rng_seed)
+    return weight_table(sorted(weights))
+
+
+def _tasks(source: Source) -> Iterator[tuple[Job, Chunk]]:
+    return ((source.job, chunk) for chunk in source.chunks())
+
+
+def _plan(source: Source, sizes: np.ndarray, keep: np.ndarray, seed: int) -> None:
+    """Split and sample what is kept; the rest is out."""
+    if keep.all():
+        source.plan = plan(sizes, source.split, source.random(seed))
+        return
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    left = plan(np.bincount(group[keep], minlength=len(sizes)), source.split, source.random(seed))
+    split = np.zeros(len(keep), np.uint8)
+    split[keep] = left.split
+    source.plan = type(left)(split, left.available)
+
+
+def _note(source: Source, chunk: Counted) -> None:
+    source.left_out += chunk.left_out
+    if chunk.bad:
+        source.left_out["faulty record"] += len(chunk.bad)
+        source.bad += chunk.bad[: SHOWN - len(source.bad)]
+
+
+def _warn(source: Source) -> None:
+    for message in source.bad:
+        log.warning("skipped: %s", message)
+    more = source.left_out["faulty record"] - len(source.bad)
+    if more > 0:
+        log.warning("skipped: %d more faulty records of %s", more, source.name)
+
+
+def _joined(arrays: list[np.ndarray], kind: type) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.empty(0, kind)

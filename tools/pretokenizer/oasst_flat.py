@@ -1,0 +1,59 @@
+"""Open-Assistant trees from tables of messages, one message a row with its parent's id, as the published tables have
+them. Rows of one tree lie together."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_ft.errors import DataError
+from tools.pretokenizer.lines import Chunk, parse
+
+TREES = 50  # in a chunk
+
+
+def is_flat(record: dict[str, Any]) -> bool:
+    return "message_id" in record and "parent_id" in record and "prompt" not in record
+
+
+def trees(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Chunks of rows -> chunks of trees, as the export has them. Raises DataError: rows of a tree that do not lie
+    together, or whose parent is missing."""
+    rows: list[dict[str, Any]] = []
+    done: set[str] = set()
+    found: list[dict[str, Any]] = []
+    count, name, current = 0, "", None
+    for chunk in chunks:
+        name = chunk.name
+        for where, row in parse(chunk):
+            if (tree := row.get("message_tree_id") or row.get("message_id")) != current:
+                if rows:
+                    found.append(_tree(rows, name))
+                if tree in done:
+                    raise DataError(f"{where}: tree {tree} began earlier in the file; sort the rows by message_tree_id")
+                done.add(tree)
+                rows, current = [], tree
+                if len(found) == TREES:
+                    yield Chunk(name, "tree", count + 1, None, found)
+                    count, found = count + len(found), []
+            rows.append(row)
+    if rows:
+        found.append(_tree(rows, name))
+    if found:
+        yield Chunk(name, "tree", count + 1, None, found)
+
+
+def _tree(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    messages = {row["message_id"]: {**row, "replies": []} for row in rows if row.get("message_id")}
+    roots = []
+    for message in messages.values():
+        parent = message.get("parent_id")
+        if parent is None:
+            roots.append(message)
+        elif parent in messages:
+            messages[parent]["replies"].append(message)
+        else:
+            raise DataError(f"{name}: message {message['message_id']} answers {parent}, which is not in its tree")
+    if len(roots) != 1:
+        raise DataError(f"{name}: tree {rows[0].get('message_tree_id')} has {len(roots)} first messages, expected one")
+    root = roots[0]
+    state = root.get("tree_state", "ready_for_export")  # published tables hold finished trees alone
+    return {"message_tree_id": root["message_id"], "tree_state": state, "prompt": root}

@@ -1,0 +1,64 @@
+"""How far the pretokenizer is: a bar on a terminal, a line now and then elsewhere. Says it on standard error."""
+
+import sys
+import time
+from typing import Any
+
+from megatron_ft.log import logger
+
+EVERY = 15  # seconds between lines where there is no terminal
+log = logger("pretokenize")
+
+
+class Progress:
+    """A context manager. total: samples to tokenize, once that is known."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._records = self._samples = self._tokens = self.total = 0
+        self._started = self._spoken = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("reading", total=None, rate="")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def read(self, records: int) -> None:
+        """So many records more have been counted."""
+        self._records += records
+        self._show("reading", f"{self._records:,} records", self._records)
+
+    def begin(self, total: int) -> None:
+        """From here on samples are tokenized."""
+        self.total, self._started = total, time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, description="tokenizing", total=total, completed=0)
+
+    def done(self, samples: int, tokens: int) -> None:
+        """So many samples more have been tokenized."""
+        self._samples, self._tokens = self._samples + samples, self._tokens + tokens
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = f"{_short(self._samples / seconds)} samples/s, {_short(self._tokens / seconds)} tokens/s"
+        self._show("tokenizing", f"{self._samples:,} of {self.total:,} samples, {rate}", self._samples)
+
+    def _show(self, what: str, rate: str, completed: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=completed, rate=rate)
+        elif time.monotonic() - self._spoken > EVERY:
+            self._spoken = time.monotonic()
+            log.info("%s: %s", what, rate)
+
+
+def _short(number: float) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}K" if number >= 1e3 else f"{number:.0f}"

@@ -1,0 +1,148 @@
+"""PREFIX_stats.{txt,json,html}: the same numbers for a person in a terminal, for a program, and for a browser."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ft.data import packing
+from megatron_ft.data.roles import ROLE_NAMES
+from megatron_ft.data.shards import open_shards
+from megatron_ft.files import atomic_file, write_json
+from tools.pretokenizer import mixing
+from tools.pretokenizer.sources import Source
+from tools.pretokenizer.stats import BOUNDS, HEADINGS, Tally, report, total
+from tools.pretokenizer.writing import Written
+
+SEQ_LENGTHS = (2048, 4096, 8192, 16384)
+ENOUGH = 20_000  # samples that tell how well the others pack
+
+
+def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: str | None) -> None:
+    """Three files beside the shards of a split."""
+    tallies = written.tallies
+    rows = [tally.as_json() for tally in tallies]
+    for row, source in zip(rows, sources, strict=True):
+        row["left_out_by_reader"] = dict(sorted(source.left_out.items()))
+    packed = packing_table(open_shards(prefix).lengths)
+    mix = [
+        {"name": p.name, "requested": p.requested, "realised": p.realised, "epochs": p.epochs, "samples": len(p.picks)}
+        for p in written.mix
+    ]
+    content: dict[str, Any] = {"datasets": rows, "total": total(tallies).as_json(), "packing": packed}
+    write_json(Path(f"{prefix}_stats.json"), content | ({"mix": mix} if mix else {}))
+    mixed = f"\nmix by {mix_by}:\n\n{mixing.report(written.mix, mix_by)}" if mix and mix_by else ""
+    with atomic_file(Path(f"{prefix}_stats.txt"), "w") as file:
+        file.write(report(tallies) + mixed + "\npacking, samples whole, one row's positions filled:\n" + _lines(packed))
+    with atomic_file(Path(f"{prefix}_stats.html"), "w") as file:
+        file.write(page(prefix.name, tallies, packed, mixed))
+
+
+def packing_table(lengths: np.ndarray) -> list[dict[str, Any]]:
+    """How samples of these lengths fill rows, for each of SEQ_LENGTHS: packed, and padded one sample a row. Worked out on
+    a part where there are many."""
+    some = np.asarray(lengths)
+    if len(some) > ENOUGH:
+        some = some[np.random.default_rng(0).permutation(len(some))[:ENOUGH]]
+    result = []
+    for seq_length in SEQ_LENGTHS:
+        sizes = packing.positions(some, seq_length)
+        rows = packing.best_fit(np.random.default_rng(0).permutation(len(some)), sizes, seq_length)
+        alone = packing.one_per_row(np.flatnonzero(sizes))
+        result.append(
+            {
+                "seq_length": seq_length,
+                "filled": round(packing.fill(rows, sizes, seq_length), 4),
+                "filled_unpacked": round(packing.fill(alone, sizes, seq_length), 4),
+                "rows": round(len(rows) * len(lengths) / max(1, len(some))),
+                "cut": round(float(np.mean(some > seq_length + 1)), 4),
+            }
+        )
+    return result
+
+
+def _lines(packed: list[dict[str, Any]]) -> str:
+    return "".join(
+        f"  {row['seq_length']}: {row['filled']:.1%} packed, {row['filled_unpacked']:.1%} padded, "
+        f"{row['rows']} rows, {row['cut']:.1%} of samples cut\n"
+        for row in packed
+    )
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}svg{display:block;margin:.3rem 0 1.2rem}h1{font-size:1.4rem}h2{font-size:1.1rem}
+.bar{display:flex;height:1.3rem;width:100%;margin:.3rem 0 1.2rem}.bar span{overflow:hidden;color:#fff;font-size:.75rem;
+padding:.1rem .3rem}pre{overflow:auto}"""
+COLOURS = ("#8a6d3b", "#2b6cb0", "#2f855a", "#718096")
+
+
+def page(name: str, tallies: list[Tally], packed: list[dict[str, Any]], mixed: str) -> str:
+    """One HTML page without anything from elsewhere."""
+    whole = total(tallies)
+    rows = [tally.row() for tally in tallies] + [["total", *whole.row()[1:]]]
+    parts = [
+        f"<h1>{html.escape(name)}</h1>",
+        _table(HEADINGS, rows),
+        "<h2>Who speaks</h2><p>Share of the tokens; the assistant's are trained on unless training says otherwise.</p>",
+        *(_roles(tally) for tally in tallies if tally.tokens),
+        "<h2>Lengths of samples, in tokens</h2>",
+        *(f"<div>{html.escape(tally.name)}</div>{_histogram(tally.histogram)}" for tally in tallies if tally.accepted),
+        "<h2>Packing</h2>",
+        _table(
+            ("row", "filled when packed", "filled one a row", "rows", "samples cut"),
+            [
+                [
+                    f"{r['seq_length']}",
+                    f"{r['filled']:.1%}",
+                    f"{r['filled_unpacked']:.1%}",
+                    f"{r['rows']}",
+                    f"{r['cut']:.1%}",
+                ]
+                for r in packed
+            ],
+        ),
+        f"<pre>{html.escape(mixed)}</pre>" if mixed else "",
+    ]
+    skipped = [[reason, str(count)] for reason, count in sorted(whole.skipped.items())]
+    if skipped:
+        parts += ["<h2>Skipped</h2>", _table(("reason", "samples"), skipped)]
+    title = f"<title>{html.escape(name)}</title>"
+    return f"<!doctype html><meta charset=utf-8>{title}<style>{STYLE}</style>\n" + "\n".join(parts) + "\n"
+
+
+def _table(head: Any, rows: Any) -> str:
+    def cells(row: Any, tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    return f"<table>{cells(head, 'th')}{''.join(cells(row, 'td') for row in rows)}</table>"
+
+
+def _roles(tally: Tally) -> str:
+    spans = ""
+    for name, count, colour in zip(ROLE_NAMES, tally.tokens_by_role.tolist(), COLOURS, strict=True):
+        if count:
+            share = 100 * count / tally.tokens
+            spans += f'<span style="width:{share:.2f}%;background:{colour}">{name} {share:.1f}%</span>'
+    marked = f", {100 * tally.marked_tokens / tally.tokens:.1f}% marked" if tally.marked_tokens else ""
+    return f'<div>{html.escape(tally.name)}{marked}</div><div class="bar">{spans}</div>'
+
+
+def _histogram(counts: np.ndarray) -> str:
+    """Bars over a logarithmic axis of lengths."""
+    used = np.flatnonzero(counts)
+    first, last = int(used[0]), int(used[-1])
+    width, height = 900, 90
+    step, top = width / (last - first + 1), counts.max()
+    bars = ""
+    for i in range(first, last + 1):
+        x, tall = (i - first) * step, height * counts[i] / top
+        label = f"{BOUNDS[i]} to {BOUNDS[i + 1] - 1 if i + 1 < len(BOUNDS) else '...'} tokens: {counts[i]} samples"
+        bars += (
+            f'<rect x="{x:.1f}" y="{height - tall:.1f}" width="{step * 0.9:.1f}" height="{tall:.1f}" fill="#2b6cb0">'
+            f"<title>{label}</title></rect>"
+        )
+        if (i - first) % max(1, (last - first) // 10) == 0:
+            bars += f'<text x="{x:.1f}" y="{height + 14}" font-size="11">{BOUNDS[i]}</text>'
+    return f'<svg viewBox="0 0 {width} {height + 18}" width="{width}" role="img">{bars}</svg>'

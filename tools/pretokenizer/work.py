@@ -1,0 +1,211 @@
+"""What a worker does with a chunk of a file: read and select its samples, count them, or tokenize those that are wanted.
+
+A worker is told everything at its start (Orders) and keeps nothing between chunks, so that any number of them gives
+the same samples in the same order. It writes nothing.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_ft.data.chat_format import get_format
+from megatron_ft.data.roles import ASSISTANT, CONTEXT, MARKED, ROLES, WEIGHT_SHIFT
+from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.errors import DataError, TokenizerError
+from tools.pretokenizer import duplicates
+from tools.pretokenizer.fields import Conversation
+from tools.pretokenizer.lines import Chunk, parse
+from tools.pretokenizer.readers import get_reader
+from tools.pretokenizer.sampling import MARK, SPLITS
+from tools.pretokenizer.selection import Selection, in_order, language_fault, refuses, token_faults
+
+
+@dataclass(frozen=True)
+class Job:
+    """How one dataset's records are read."""
+
+    name: str
+    reader: str
+    options: Any
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class Orders:
+    """All that a worker needs to know. text: render every sample too. duplicates: keep, exact or near."""
+
+    jobs: Sequence[Job]
+    tokenizer: str
+    extra_tokens: Sequence[str]
+    chat_format: str
+    skip_bad: bool
+    duplicates: str
+    text: bool
+
+
+@dataclass
+class Counted:
+    """A chunk's samples. sizes: of each record. left_out, bad: what is not among them."""
+
+    sizes: np.ndarray
+    hashes: np.ndarray | None
+    signatures: np.ndarray | None
+    left_out: Counter[str]
+    bad: list[str]
+    weights: set[float]
+
+
+@dataclass
+class Tokenized:
+    """A chunk's samples of one split, laid end to end."""
+
+    ids: np.ndarray
+    codes: np.ndarray
+    lengths: np.ndarray
+    skipped: Counter[str] = field(default_factory=Counter)
+    skipped_tokens: int = 0
+    text: bytes = b""
+
+
+class Worker:
+    """threads: for the tokenizer; 1 where other workers have the other cores."""
+
+    def __init__(self, orders: Orders, tokenizer: Tokenizer | None = None, threads: int | None = None):
+        self.orders = orders
+        self.tokenizer = tokenizer or load_tokenizer(orders.tokenizer, orders.extra_tokens)
+        if threads is not None:
+            self.tokenizer.backend.threads = threads
+        self.chat_format = get_format(orders.chat_format, self.tokenizer)
+        self.dtype = np.uint16 if self.tokenizer.vocab_size <= 65535 else np.int32
+
+    def count(self, job: Job, chunk: Chunk) -> Counted:
+        left_out, bad = Counter[str](), list[str]()
+        groups = [samples for _, samples in self._read(job, chunk, left_out, bad)]
+        chats = [chat for group in groups for chat in group]
+        kind = self.orders.duplicates
+        return Counted(
+            sizes=np.array([len(group) for group in groups], np.int32),
+            hashes=None if kind == "keep" else duplicates.fingerprints(chats),
+            signatures=duplicates.signatures(chats) if kind == "near" else None,
+            left_out=left_out,
+            bad=bad,
+            weights={message["weight"] for chat in chats for message in chat if "weight" in message},
+        )
+
+    def tokenize(self, job: Job, chunk: Chunk, wanted: np.ndarray, weights: Sequence[float]) -> dict[int, Tokenized]:
+        """wanted: what becomes of each of the chunk's samples, uint8 [samples], see sampling.py. weights: the table."""
+        samples = [(where, chat) for where, group in self._read(job, chunk, Counter(), []) for chat in group]
+        if len(samples) != len(wanted):
+            raise DataError(f"{chunk.name}: has changed while it was read; start again when it is finished")
+        result = {}
+        for number in SPLITS.values():
+            chosen = np.flatnonzero(wanted & 3 == number)
+            if len(chosen):
+                picked = [
+                    (samples[i][0], self._flagged(samples[i][1], bool(wanted[i] & MARK), weights)) for i in chosen
+                ]
+                result[number] = self._tokenize(job, picked)
+        return result
+
+    def _read(
+        self, job: Job, chunk: Chunk, left_out: Counter[str], bad: list[str]
+    ) -> list[tuple[str, list[Conversation]]]:
+        """Every record's samples, with where they stand."""
+        reader, skip = get_reader(job.reader), bad if self.orders.skip_bad else None
+        languages, phrases = job.selection.wanted_languages, job.selection.phrases
+        plain = job.selection.role_order == "keep" and not phrases
+        result = []
+        for where, record in parse(chunk, skip):
+            if languages and (fault := language_fault(record, languages)):
+                left_out[fault] += 1
+                continue
+            try:
+                samples = reader.convert(record, where, job.options, left_out)
+            except DataError as error:
+                if skip is None:
+                    raise
+                bad.append(str(error))
+                continue
+            result.append((where, samples if plain else self._select(samples, job.selection, phrases, left_out)))
+        return result
+
+    def _select(
+        self, samples: list[Conversation], selection: Selection, phrases: tuple[str, ...], left_out: Counter[str]
+    ) -> list[Conversation]:
+        kept = []
+        for chat in samples:
+            chat, fault = in_order(chat, selection.role_order)
+            if fault is None and phrases and refuses(chat, phrases):
+                fault = "refusal phrase"
+            if fault is None:
+                kept.append(chat)
+            else:
+                left_out[fault] += 1
+        return kept
+
+    def _flagged(self, chat: Conversation, marked: bool, weights: Sequence[float]) -> Conversation:
+        """The chat with its marks and weights as bits of the role byte."""
+        if not marked and len(weights) == 1:
+            return chat
+        result = []
+        for message in chat:
+            flags = MARKED if marked and ROLES.get(message["role"]) != ASSISTANT else 0
+            flags |= weights.index(message.get("weight", 1.0)) << WEIGHT_SHIFT
+            result.append({**message, "flags": flags})
+        return result
+
+    def _tokenize(self, job: Job, samples: list[tuple[str, Conversation]]) -> Tokenized:
+        samples, bad = self._sound(samples)
+        ids, codes, lengths = self._encode([chat for _, chat in samples])
+        faults, reasons = token_faults(codes, lengths, job.selection)
+        kept = faults == 0
+        skipped = Counter({reasons[i]: int(n) for i, n in enumerate(np.bincount(faults)) if i and n})
+        skipped.update(bad)
+        result = Tokenized(ids, codes, lengths, skipped, int(lengths[~kept].sum()))
+        if not kept.all():
+            by_token = np.repeat(kept, lengths)
+            result.ids, result.codes, result.lengths = ids[by_token], codes[by_token], lengths[kept]
+        result.ids = result.ids.astype(self.dtype)
+        if self.orders.text:
+            chats = (chat for (_, chat), keep in zip(samples, kept, strict=True) if keep)
+            texts = (json.dumps({"text": self._text(chat)}, ensure_ascii=False) for chat in chats)
+            result.text = "".join(text + "\n" for text in texts).encode()
+        return result
+
+    def _sound(self, samples: list[tuple[str, Conversation]]) -> tuple[list[tuple[str, Conversation]], Counter[str]]:
+        """Without samples that cannot be encoded, where those are to be skipped; else the first of them is an error."""
+        try:
+            for _, chat in samples:
+                for message in chat:
+                    if not message["content"].isascii():
+                        message["content"].encode()
+            return samples, Counter()
+        except UnicodeEncodeError:
+            pass
+        kept = []
+        for where, chat in samples:
+            try:
+                "".join(message["content"] for message in chat).encode()
+                kept.append((where, chat))
+            except UnicodeEncodeError:
+                if not self.orders.skip_bad:
+                    raise DataError(f"{where}: half a character (a lone surrogate); repair or remove it") from None
+        return kept, Counter({"half a character": len(samples) - len(kept)})
+
+    def _encode(self, chats: list[Conversation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if chats and chats[0][0]["role"] == "text":
+            found = self.tokenizer.encode_batch([chat[0]["content"] for chat in chats])
+            lengths = np.array([len(ids) for ids in found], np.int64)
+            flags = np.array([CONTEXT | chat[0].get("flags", 0) for chat in chats], np.uint8)
+            return np.concatenate(found), np.repeat(flags, lengths), lengths
+        return self.chat_format.encode_flat(self.tokenizer, chats)
+
+    def _text(self, chat: Conversation) -> str:
+        return chat[0]["content"] if chat[0]["role"] == "text" else self.chat_format.text(chat)
+
+
+__all__ = ["Counted", "Job", "Orders", "Tokenized", "TokenizerError", "Worker"]
