@@ -1,12 +1,11 @@
 """Megatron's classic format: one model_optim_rng.pt for every tensor- and pipeline-parallel rank.
 
-Written and read without processes: a rank is a number here. Written one rank's file at a time; read through a memory
-map, one tensor at a time. Only plain types and tensors are stored, and only those are accepted.
+Written and read without processes: a rank is a number here. One tensor at a time in both directions. Only plain types and
+tensors are stored, and only those are accepted.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_conversion.stream import Unit
+from checkpoints_conversion.torch_file import TensorRef, TorchFile
+from checkpoints_conversion.torch_zip import Slot, TorchZip
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.checkpoint_layout import CheckpointConfig, rank_file
 from megatron_ft.models.weights import Placed, Rule, pad_rows, placed_rules
@@ -21,33 +23,55 @@ from megatron_ft.models.weights import Placed, Rule, pad_rows, placed_rules
 VERSION = 3.0
 
 
-def write_classic(
-    folder: Path, config: CheckpointConfig, rules: Sequence[Rule], full: Callable[[Placed], Tensor]
-) -> int:
-    """Write every rank's file under `folder`. Returns the number of files. Memory: one file, and one whole tensor."""
-    tp_size, pp_size = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    for pp_rank in range(pp_size):
-        for tp_rank in range(tp_size):
-            path = rank_file(folder, tp_rank, pp_rank, tp_size, pp_size)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # The dict has no name here: one that outlived the call would double the memory.
-            torch.save(_rank_state(config, rules, full, tp_rank, pp_rank), path)
-    return tp_size * pp_size
+def plan_classic(
+    folder: Path, config: CheckpointConfig, rules: Sequence[Rule], dtype: Callable[[Placed], torch.dtype]
+) -> list[Unit]:
+    """One unit a pipeline stage: its tensor-parallel ranks' files, each tensor read once and cut for all of them."""
+    return [_plan_stage(folder, config, rules, dtype, stage) for stage in range(config.pipeline_model_parallel_size)]
 
 
-def _rank_state(
-    config: CheckpointConfig, rules: Sequence[Rule], full: Callable[[Placed], Tensor], tp_rank: int, pp_rank: int
-) -> dict[str, Any]:
-    placed = placed_rules(config.architecture, rules, config.pipeline_model_parallel_size, pp_rank)
-    model = {one.local_key: _own_part(one, full(one), config, tp_rank) for one in placed}
-    return {"checkpoint_version": VERSION, "iteration": 0, "model": model}
+def _plan_stage(folder: Path, config: CheckpointConfig, rules: Sequence[Rule], dtype: Callable, stage: int) -> Unit:
+    arch, tp_size, pp_size = (
+        config.architecture,
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+    )
+    placed = list(placed_rules(arch, rules, pp_size, stage))
+    slots = {one.local_key: Slot(dtype(one), part_shape(one, config)) for one in placed}
+    iteration = config.iteration if isinstance(config.iteration, int) else 0
+    state = {"checkpoint_version": VERSION, "iteration": iteration, "model": slots}
+    archives = [TorchZip(state) for _ in range(tp_size)]
+    paths = [rank_file(folder, rank, stage, tp_size, pp_size) for rank in range(tp_size)]
+
+    def task(number: int, one: Placed):
+        def put(handles: list[int], full: Tensor) -> None:
+            for rank in range(tp_size):
+                archives[rank].write(handles[rank], number, _own_part(one, full, config, rank))
+
+        return one, put
+
+    def finish(handles: list[int]) -> None:
+        for archive, handle in zip(archives, handles, strict=True):
+            archive.finish(handle)
+
+    return Unit(
+        {path: archive.size for path, archive in zip(paths, archives, strict=True)},
+        [task(number, one) for number, one in enumerate(placed)],
+        finish,
+        [(key, slot.shape, slot.nbytes) for key, slot in slots.items()],
+    )
+
+
+def part_shape(placed: Placed, config: CheckpointConfig) -> tuple[int, ...]:
+    """Of one rank's part."""
+    return placed.rule.part_shape(config.architecture, config.tensor_model_parallel_size, config.padded_vocab_size)
 
 
 def _own_part(placed: Placed, full: Tensor, config: CheckpointConfig, tp_rank: int) -> Tensor:
-    """A copy: torch.save of a view would store the whole tensor behind it."""
-    if placed.rule.cut == "vocab_rows":
-        full = pad_rows(full, config.padded_vocab_size)
-    return placed.rule.part(full, config.tensor_model_parallel_size, tp_rank).clone()
+    if placed.rule.cut != "vocab_rows":
+        return placed.rule.part(full, config.tensor_model_parallel_size, tp_rank)
+    rows = part_shape(placed, config)[0]
+    return pad_rows(full[tp_rank * rows : (tp_rank + 1) * rows], rows)
 
 
 class ClassicSource:
@@ -55,7 +79,7 @@ class ClassicSource:
 
     def __init__(self, folder: Path, config: CheckpointConfig, rules: Sequence[Rule]) -> None:
         self.config = config
-        self._models: dict[str, list[dict[str, Tensor]]] = {}
+        self._models: dict[str, list[dict[str, TensorRef]]] = {}
         self._local_keys: dict[str, str] = {}
         tp_size, pp_size = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
         for pp_rank in range(pp_size):
@@ -71,22 +95,19 @@ class ClassicSource:
     def full(self, placed: Placed) -> Tensor:
         """The whole tensor, padding rows dropped."""
         local_key = self._local_keys[placed.key]
-        return placed.rule.join(self.config.architecture, [model[local_key] for model in self._models[placed.key]])
+        parts = [model[local_key].read() for model in self._models[placed.key]]
+        return placed.rule.join(self.config.architecture, parts)
+
+    def dtype(self, placed: Placed) -> torch.dtype:
+        return self._models[placed.key][0][self._local_keys[placed.key]].dtype
 
 
 def _read_model(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; restore it, or read an earlier iteration with --iteration")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is damaged, or holds objects other than tensors and plain values") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is cut short or damaged; restore it, or read an earlier iteration") from error
+    state = TorchFile(path).value
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(model, dict):
         raise CheckpointError(f"{path} has no entry 'model'; it was not written by megatron_ft")
-    return model
+    return {key: value for key, value in model.items() if isinstance(value, TensorRef)}
 
 
 def _check(path: Path, model: dict[str, Any], placed: Sequence[Placed], config: CheckpointConfig) -> None:
@@ -100,6 +121,6 @@ def _check(path: Path, model: dict[str, Any], placed: Sequence[Placed], config: 
     if left_over := sorted(found - set(wanted)):
         raise CheckpointError(f"{path} holds {left_over[0]} ({len(left_over)} such), unknown to {family} models")
     for key, one in wanted.items():
-        shape = one.rule.part_shape(config.architecture, config.tensor_model_parallel_size, config.padded_vocab_size)
+        shape = part_shape(one, config)
         if tuple(model[key].shape) != shape:
             raise CheckpointError(f"{path}: {key} is {list(model[key].shape)}, config.json says {list(shape)}")

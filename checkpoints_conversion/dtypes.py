@@ -1,4 +1,4 @@
-"""The three names of a floating-point type: ours (flags, config.json), torch's, and safetensors' header."""
+"""The two names of a floating-point type: ours (flags, config.json) and torch's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 HF_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Our name -> torch's, which is also what a Hugging Face config.json says."""
-SAFETENSORS_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -21,13 +19,13 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, HF_NAMES[name])
 
 
-def name_of(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype, what: str = "weights") -> str:
     """Our name. Raises CheckpointError for integers, fp8 and the like: quantised weights."""
     text = str(dtype).removeprefix("torch.")
     for name, hf_name in HF_NAMES.items():
         if text == hf_name:
             return name
-    raise CheckpointError(f"weights of type {text} are not supported: give the unquantised model (fp32, bf16 or fp16)")
+    raise CheckpointError(f"{what} is of type {text}: give the unquantised model (fp32, bf16 or fp16)")
 
 
 def cast(tensor: torch.Tensor, dtype: str | None, what: str) -> torch.Tensor:

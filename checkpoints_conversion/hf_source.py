@@ -1,4 +1,4 @@
-"""Reads a Hugging Face model folder: config.json and safetensors, one tensor at a time.
+"""Reads a Hugging Face model folder: config.json and safetensors (or pytorch_model.bin), one tensor at a time.
 
 Everything that can be checked without reading numbers is checked when the folder is opened: every file there and whole,
 every tensor of the architecture there with its shape, nothing left over. Executes nothing that lies in the folder.
@@ -6,20 +6,25 @@ every tensor of the architecture there with its shape, nothing left over. Execut
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from checkpoints_conversion.dtypes import SAFETENSORS_NAMES
+from checkpoints_conversion.dtypes import name_of
+from checkpoints_conversion.safetensors_file import SafetensorsFile
+from checkpoints_conversion.torch_file import TensorRef, TorchFile
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.families import family_for
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SAFE = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _IGNORED = (".rotary_emb.inv_freq", ".rotary.inv_freq")  # a buffer that old exports hold; it follows from the config
 # With _from_model_config, transformers would replace the file's token ids by the config's.
 _NOT_CARRIED = ("transformers_version", "_from_model_config")
@@ -31,7 +36,7 @@ class HfSource:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, SafetensorsFile | PickledFile] = {}
         config = self._config()
         family = family_for(config)
         self.arch: Architecture = family.from_hf(config)
@@ -66,48 +71,47 @@ class HfSource:
             raise CheckpointError(f"{path} is not a Hugging Face config; {_FETCH_AGAIN}")
         return config
 
+    def dtype_of(self, placed: Placed) -> torch.dtype:
+        """What `full` will give: the widest of its tensors' types."""
+        kinds = [self._handle(self.files[key]).tensors[key][0] for key in placed.hf_keys]
+        return functools.reduce(torch.promote_types, kinds)
+
     def _tensor_files(self) -> dict[str, Path]:
-        """Tensor name -> file that holds it."""
-        index = self.folder / INDEX
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map", {})
-            for name in set(weight_map.values()):
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise CheckpointError(f"{index}: {name!r} is not a plain file name; {_FETCH_AGAIN}")
-            return {key: self.folder / name for key, name in weight_map.items()}
-        single = self.folder / SINGLE
-        if not single.is_file():
-            pickled = any(self.folder.glob("pytorch_model*.bin"))
-            remedy = "save it anew with transformers: model.save_pretrained(folder)" if pickled else _FETCH_AGAIN
-            raise CheckpointError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; {remedy}")
-        return dict.fromkeys(self._handle(single).keys(), single)
+        """Tensor name -> file that holds it. Safetensors before pickled weights, where a folder has both."""
+        for single, index in (_SAFE, _PICKLED):
+            if (self.folder / index).is_file():
+                return self._indexed(self.folder / index)
+            if (self.folder / single).is_file():
+                return dict.fromkeys(self._handle(self.folder / single).tensors, self.folder / single)
+        raise CheckpointError(f"{self.folder} holds neither {' nor '.join((*_SAFE, *_PICKLED))}; {_FETCH_AGAIN}")
 
-    def _handle(self, path: Path) -> Any:
-        """safe_open of a file, kept open: a model has few files and their pages are mapped, not read."""
+    def _indexed(self, index: Path) -> dict[str, Path]:
+        weight_map = read_json(index)
+        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} has no weight_map; {_FETCH_AGAIN}")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+                raise CheckpointError(f"{index}: {name!r} is not a plain file name; {_FETCH_AGAIN}")
+        return {key: self.folder / name for key, name in weight_map.items()}
+
+    def _handle(self, path: Path) -> SafetensorsFile | PickledFile:
+        """An opened file, kept: a model has few."""
         if path not in self._open:
-            from safetensors import SafetensorError, safe_open
-
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; {_FETCH_AGAIN}")
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                small = " (a Git LFS pointer?)" if path.stat().st_size < 1000 else ""
-                raise CheckpointError(f"{path} is cut short or no safetensors file{small}; {_FETCH_AGAIN}") from error
+            safe = path.suffix != ".bin"
+            self._open[path] = SafetensorsFile(path, _FETCH_AGAIN) if safe else PickledFile(path)
         return self._open[path]
 
-    def _slice(self, key: str) -> Any:
-        path = self.files[key]
-        handle = self._handle(path)
-        if key not in handle.keys():  # noqa: SIM118 (no mapping)
-            raise CheckpointError(f"{path} does not hold {key}, though {INDEX} says so; {_FETCH_AGAIN}")
-        return handle.get_slice(key)
-
     def _tensor(self, key: str) -> Tensor:
-        return self._handle(self.files[key]).get_tensor(key)
+        return self._handle(self.files[key]).read(key)
 
     def _check_tensors(self) -> str:
-        """Totality and shapes. Returns our name of the weights' type (the first tensor's)."""
+        """Totality, shapes and types. Returns our name of the weights' type (the first tensor's)."""
+        for key, path in self.files.items():
+            if key not in self._handle(path).tensors:
+                raise CheckpointError(f"{path} does not hold {key}, though the index says so; {_FETCH_AGAIN}")
         found = {key for key in self.files if not key.endswith(_IGNORED)}
         wanted: dict[str, tuple[int, ...]] = {}
         for placed in placed_rules(self.arch, self.rules):
@@ -115,17 +119,15 @@ class HfSource:
         if missing := sorted(set(wanted) - found):
             raise CheckpointError(f"{self.folder} lacks {len(missing)} tensors, first {missing[0]}; {_FETCH_AGAIN}")
         self._check_left_over(sorted(found - set(wanted)))
+        kinds = {}
         for key, shape in wanted.items():
-            if (stored := tuple(self._slice(key).get_shape())) != shape:
+            kinds[key], stored = self._handle(self.files[key]).tensors[key][:2]
+            if stored != shape:
                 raise CheckpointError(
                     f"{self.files[key]}: {key} is {list(stored)}, config.json says {list(shape)}; one of them is wrong"
                 )
-        kinds = {key: self._slice(key).get_dtype() for key in wanted}
-        if odd := [key for key, kind in kinds.items() if kind not in SAFETENSORS_NAMES]:
-            raise CheckpointError(
-                f"{odd[0]} is of type {kinds[odd[0]]}: give the unquantised model (fp32, bf16 or fp16)"
-            )
-        return SAFETENSORS_NAMES[next(iter(kinds.values()))]
+            name_of(kinds[key], key)
+        return name_of(next(iter(kinds.values())))
 
     def _check_left_over(self, keys: list[str]) -> None:
         if keys == ["lm_head.weight"] and self.arch.tied_embeddings:
@@ -142,3 +144,17 @@ class HfSource:
                 f"{self.files[keys[0]]} holds {keys[0]} ({len(keys)} such), which a {self.arch.family} model does not "
                 "have; check model_type in config.json"
             )
+
+
+class PickledFile:
+    """pytorch_model.bin: a pickled dict of tensors, of which nothing but the tensors is made."""
+
+    def __init__(self, path: Path):
+        value = TorchFile(path).value
+        if not isinstance(value, dict) or not all(isinstance(ref, TensorRef) for ref in value.values()):
+            raise CheckpointError(f"{path} is not a plain dict of tensors; {_FETCH_AGAIN}")
+        self._refs: dict[str, TensorRef] = value
+        self.tensors = {key: (ref.dtype, ref.shape, 0, 0) for key, ref in value.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._refs[name].read()

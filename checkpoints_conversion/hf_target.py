@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from checkpoints_conversion.dtypes import BYTES
+from checkpoints_conversion.safetensors_file import header_of
+from checkpoints_conversion.stream import Unit
+from checkpoints_conversion.torch_zip import as_bytes, write_at
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import write_json
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.weights import Placed
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -26,39 +30,62 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def plan_files(placed: Iterable[Placed], arch: Architecture, dtype: str, max_bytes: int) -> list[list[Placed]]:
-    """Tensors in the order of the model, file by file, none over max_bytes unless one tensor alone is."""
-    files: list[list[Placed]] = [[]]
+def plan_safetensors(
+    folder: Path,
+    placed: Iterable[Placed],
+    arch: Architecture,
+    dtype: Callable[[Placed], torch.dtype],
+    max_bytes: int,
+) -> list[Unit]:
+    """Tensors in the order of the model, a unit a file, none over max_bytes unless one tensor alone is."""
+    groups = _groups(list(placed), arch, dtype, max_bytes)
+    single = len(groups) == 1
+    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    paths = [folder / (SINGLE if single else name) for name in names]
+    return [_plan_file(path, group, arch, dtype) for path, group in zip(paths, groups, strict=True)]
+
+
+def write_index(folder: Path, units: Sequence[Unit]) -> None:
+    """Which tensor lies in which file, where there are several."""
+    if len(units) > 1:
+        weight_map = {key: next(iter(unit.files)).name for unit in units for key, _, _ in unit.tensors}
+        total = sum(size for unit in units for _, _, size in unit.tensors)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _groups(placed: list[Placed], arch: Architecture, dtype: Callable, max_bytes: int) -> list[list[Placed]]:
+    groups: list[list[Placed]] = [[]]
     size = 0
     for one in placed:
-        bytes_needed = prod(one.rule.full_shape(arch)) * BYTES[dtype]
-        if files[-1] and size + bytes_needed > max_bytes:
-            files.append([])
+        needed = prod(one.rule.full_shape(arch)) * dtype(one).itemsize
+        if groups[-1] and size + needed > max_bytes:
+            groups.append([])
             size = 0
-        files[-1].append(one)
-        size += bytes_needed
-    return files
+        groups[-1].append(one)
+        size += needed
+    return groups
 
 
-def write_safetensors(
-    folder: Path, files: Sequence[Sequence[Placed]], arch: Architecture, full: Callable[[Placed], Tensor]
-) -> int:
-    """Write the planned files. Returns their number. Memory: one file."""
-    from safetensors.torch import save_file
+def _plan_file(path: Path, group: Sequence[Placed], arch: Architecture, dtype: Callable) -> Unit:
+    tensors = [
+        (key, dtype(one), shape)
+        for one in group
+        for key, shape in zip(one.hf_keys, one.rule.hf_shapes(arch), strict=True)
+    ]
+    header, starts = header_of(tensors)
+    sizes = [prod(shape) * kind.itemsize for _, kind, shape in tensors]
+    place = {key: start for (key, _, _), start in zip(tensors, starts, strict=True)}
 
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, planned in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        tensors = {}
-        for one in planned:
-            # Parts of one tensor share its storage, which safetensors refuses: each gets its own.
-            parts = [part.contiguous().clone() for part in one.rule.to_hf(arch, full(one))]
-            tensors.update(zip(one.hf_keys, parts, strict=True))
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-    return len(files)
+    def task(one: Placed):
+        def put(handles: list[int], full: Tensor) -> None:
+            for key, part in zip(one.hf_keys, one.rule.to_hf(arch, full), strict=True):
+                write_at(handles[0], as_bytes(part), place[key])
+
+        return one, put
+
+    return Unit(
+        {path: len(header) + sum(sizes)},
+        [task(one) for one in group],
+        lambda handles: write_at(handles[0], header, 0),
+        [(key, shape, size) for (key, _, shape), size in zip(tensors, sizes, strict=True)],
+    )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.errors import ConfigError
-from megatron_ft.files import atomic_folder
 
 if TYPE_CHECKING:
     from checkpoints_conversion.hf_source import HfSource
@@ -73,13 +72,16 @@ def run(options: HfToMegatron) -> None:
 def convert(options: HfToMegatron) -> Report:
     """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
     # Here and not above: --help should not wait for torch.
+    from checkpoints_conversion.dtypes import cast, torch_dtype
     from checkpoints_conversion.hf_source import HfSource
+    from checkpoints_conversion.megatron_target import write_checkpoint
     from checkpoints_conversion.report import Report, check_target, count
-    from checkpoints_conversion.tokenizer_copy import copy_tokenizer, load_before_and_after
+    from checkpoints_conversion.stream import identity
+    from checkpoints_conversion.tokenizer_copy import load_before_and_after
     from checkpoints_conversion.vocabulary import parse_token_list, plan_growth, union
     from megatron_ft.data.tokenizer import extra_tokens
     from megatron_ft.models.architecture import check_layout
-    from megatron_ft.models.checkpoint_layout import TRACKER, iteration_folder, write_config, write_tracker
+    from megatron_ft.models.checkpoint_layout import TRACKER
 
     started = time.monotonic()
     target = Path(options.output_dir)
@@ -92,14 +94,16 @@ def convert(options: HfToMegatron) -> Report:
     before, tokenizer = load_before_and_after(path, source.folder, tokens)
     growth = plan_growth(source.arch, before, tokenizer)
     config = _checkpoint_config(options, source, growth.vocab_size, tokenizer)
-    with atomic_folder(target, overwrite=options.overwrite) as root:
-        folder = iteration_folder(root, "release")
-        folder.mkdir()
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, folder)
-        files = _write(folder, config, source, growth.apply, options.params_dtype)
-        write_config(folder, config)
-        write_tracker(root, "release")
+    dtype = torch_dtype(options.params_dtype) if options.params_dtype else None
+
+    def full(placed):
+        tensor = cast(source.full(placed), options.params_dtype, placed.hf_keys[0])
+        return growth.apply(tensor) if placed.rule.cut == "vocab_rows" else tensor
+
+    files = write_checkpoint(
+        target, config, source.rules, full, lambda one: dtype or source.dtype_of(one), tokenizer,
+        {"options": asdict(options), "source": identity([*set(source.files.values())])}, options.overwrite,
+    )  # fmt: skip
     parameters, tensors = count(config.architecture, source.rules)
     return Report(target, parameters, tensors, files, time.monotonic() - started)
 
@@ -133,22 +137,6 @@ def _checkpoint_config(options: HfToMegatron, source: HfSource, vocab_size: int,
         chat_format=options.chat_format,
         versions={name: version(name) for name in ("megatron_ft", "torch", "safetensors")},
     )
-
-
-def _write(folder: Path, config, source: HfSource, grow: Callable, dtype: str | None) -> int:
-    """All tensors, in the format that config names. Returns the number of files."""
-    from checkpoints_conversion.classic import write_classic
-    from checkpoints_conversion.dtypes import cast
-    from checkpoints_conversion.torch_dist import write_torch_dist
-    from megatron_ft.models.weights import placed_rules
-
-    def full(placed):
-        tensor = cast(source.full(placed), dtype, placed.hf_keys[0])
-        return grow(tensor) if placed.rule.cut == "vocab_rows" else tensor
-
-    if config.ckpt_format == "torch_dist":
-        return write_torch_dist(folder, placed_rules(config.architecture, source.rules), full)
-    return write_classic(folder, config, source.rules, full)
 
 
 if __name__ == "__main__":

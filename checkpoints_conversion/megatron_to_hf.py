@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_ft.config.cli import Command, run_script
-from megatron_ft.files import atomic_folder, write_json
+from megatron_ft.files import write_json
 
 if TYPE_CHECKING:
     from checkpoints_conversion.report import Report
@@ -31,6 +31,10 @@ class MegatronToHf:
     """Most a safetensors file may hold."""
     params_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Type of the weights; default: as in the checkpoint."""
+    tokenizer: str | None = None
+    """For Megatron-LLM's files, which hold none: tokenizer.model, tokenizer.json or a folder."""
+    true_vocab_size: int | None = None
+    """For Megatron-LLM's files without a tokenizer: rows of the embedding that stand for a token."""
     overwrite: bool = False
     """Replace an earlier export in output_dir."""
 
@@ -51,28 +55,31 @@ def run(options: MegatronToHf) -> None:
 def convert(options: MegatronToHf) -> Report:
     """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
     # Here and not above: --help should not wait for torch.
-    from checkpoints_conversion.dtypes import HF_NAMES, cast
-    from checkpoints_conversion.hf_target import parse_size, plan_files, write_safetensors
+    from checkpoints_conversion.dtypes import HF_NAMES, cast, torch_dtype
+    from checkpoints_conversion.hf_target import parse_size, plan_safetensors, write_index
+    from checkpoints_conversion.megatron_source import open_megatron, parse_iteration
     from checkpoints_conversion.model_card import model_card
     from checkpoints_conversion.report import Report, check_target, count
-    from checkpoints_conversion.tokenizer_copy import load_copy
-    from megatron_ft.models.checkpoint_layout import find_checkpoint, read_config
+    from checkpoints_conversion.stream import identity, resumable_folder, write_units
     from megatron_ft.models.families import family_of
     from megatron_ft.models.weights import placed_rules
 
     started = time.monotonic()
     target, max_bytes = Path(options.output_dir), parse_size(options.max_shard_size)
     check_target(Path(options.input_dir), target, options.overwrite, set(), "config.json")
-    folder = find_checkpoint(Path(options.input_dir), _iteration(options.iteration))
-    config = read_config(folder)
-    arch, family = config.architecture, family_of(config.architecture)
-    rules, dtype = family.rules(arch), options.params_dtype or config.dtype
-    source = open_checkpoint(folder, config)
-    tokenizer = load_copy(folder, config)
-    files = plan_files(placed_rules(arch, rules), arch, dtype, max_bytes)
-
-    with atomic_folder(target, overwrite=options.overwrite) as export:
-        write_safetensors(export, files, arch, lambda one: cast(source.full(one), options.params_dtype, one.key))
+    source = open_megatron(
+        Path(options.input_dir), parse_iteration(options.iteration), options.tokenizer, options.true_vocab_size
+    )
+    folder, config, tokenizer, rules = source.folder, source.config, source.tokenizer, source.rules
+    arch, family, dtype = config.architecture, family_of(config.architecture), options.params_dtype or config.dtype
+    kind = torch_dtype(options.params_dtype) if options.params_dtype else None
+    key = {"options": asdict(options), "source": identity(source.files())}
+    with resumable_folder(target, key, options.overwrite) as export:
+        units = plan_safetensors(
+            export, placed_rules(arch, rules), arch, lambda one: kind or source.dtype(one), max_bytes
+        )
+        write_units(units, lambda one: cast(source.full(one), options.params_dtype, one.key), f"writing {target.name}:")
+        write_index(export, units)
         hf_config, generation = _configs(family.to_hf(arch, HF_NAMES[dtype]), config, tokenizer)
         write_json(export / "config.json", hf_config)
         write_json(export / "generation_config.json", generation)
@@ -80,27 +87,7 @@ def convert(options: MegatronToHf) -> Report:
             _export_tokenizer(export, folder, config, tokenizer)
         (export / "README.md").write_text(model_card(target.name, config, dtype), encoding="utf-8")
     parameters, tensors = count(arch, rules)
-    return Report(target, parameters, tensors, len(files), time.monotonic() - started)
-
-
-def open_checkpoint(folder: Path, config: CheckpointConfig) -> Any:
-    """The reader for the checkpoint's format: an object whose full(placed) gives whole tensors."""
-    from checkpoints_conversion.classic import ClassicSource
-    from checkpoints_conversion.torch_dist import TorchDistSource
-    from megatron_ft.models.families import family_of
-
-    source = TorchDistSource if config.ckpt_format == "torch_dist" else ClassicSource
-    return source(folder, config, family_of(config.architecture).rules(config.architecture))
-
-
-def _iteration(text: str | None) -> int | str | None:
-    from megatron_ft.errors import ConfigError
-
-    if text is None or text == "release":
-        return text
-    if not text.isdigit():
-        raise ConfigError(f"--iteration {text}: give a number, or release")
-    return int(text)
+    return Report(target, parameters, tensors, len(units), time.monotonic() - started)
 
 
 def _configs(hf_config: dict, config: CheckpointConfig, tokenizer: Tokenizer | None) -> tuple[dict, dict]:

@@ -10,10 +10,10 @@ Source of the layout: torch/distributed/checkpoint/{metadata,filesystem}.py and 
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from checkpoints_conversion.restricted import file_slice, read_metadata
+from checkpoints_conversion.stream import Unit
+from checkpoints_conversion.torch_zip import Slot, TorchZip, write_at
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import write_json
+from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
@@ -43,52 +46,78 @@ _BACKENDS = {
 }
 
 
-def write_torch_dist(
+def plan_torch_dist(
     folder: Path,
     placed: Iterable[Placed],
-    full: Callable[[Placed], Tensor],
+    arch: Architecture,
+    dtype: Callable[[Placed], torch.dtype],
     max_file_bytes: int = MAX_FILE_BYTES,
-) -> int:
-    """Write all tensors under `folder`. Returns the number of .distcp files. Memory: one whole tensor."""
+) -> tuple[list[Unit], Metadata]:
+    """A unit a .distcp file, and what .metadata has to say once they are written (see finish_torch_dist)."""
     entries: dict[str, STORAGE_TYPES] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    waiting = list(reversed(list(placed)))
-    files = 0
+    waiting, units = list(reversed(list(placed))), []
     while waiting:
-        name = f"__{files}_0.distcp"
-        files += 1
-        with open(folder / name, "wb") as file:
-            while waiting and file.tell() < max_file_bytes:
-                for index, entry, value in _items(waiting.pop(), full):
-                    start = file.tell()
-                    torch.save(value, file)
-                    entries[index.fqn] = entry
-                    places[index] = _StorageInfo(name, start, file.tell() - start)
-    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+        name = f"__{len(units)}_0.distcp"
+        at, tasks, tensors, fixed = 0, [], [], []
+        while waiting and at < max_file_bytes:
+            one = waiting.pop()
+            key, shape = MODEL_PREFIX + one.dist_key, torch.Size(one.rule.full_shape(arch))
+            archive = TorchZip(Slot(dtype(one), tuple(shape)), base=at)
+            entries[key], index = _entry(key, shape, dtype(one))
+            places[index] = _StorageInfo(name, at, archive.size)
+            tasks.append((one, _putter(archive)))
+            tensors.append((key, tuple(shape), archive.slots[0].nbytes))
+            at += archive.size
+            if one.rule.stage == "layer" and one.rule.cut != "replicated" and key.endswith(".weight"):
+                # Transformer Engine keeps its fp8 scales there; without them a plain load of megatron-core's stops.
+                extra = MetadataIndex(key.removesuffix("weight") + "_extra_state/shard_0_1")
+                entries[extra.fqn], places[extra] = BytesStorageMetadata(), _StorageInfo(name, at, len(_NOTHING))
+                fixed.append(at)
+                at += len(_NOTHING)
+        units.append(Unit({folder / name: at}, tasks, _finisher(fixed), tensors))
+    return units, Metadata(entries, storage_data=places, version=CURRENT_DCP_VERSION)
+
+
+def finish_torch_dist(folder: Path, metadata: Metadata, iteration: int = 0) -> None:
+    """The small files; .metadata last, as torch does it: where it is, the rest is there."""
+    torch.save({"checkpoint_version": 3.0, "iteration": iteration}, folder / "common.pt")
     write_json(folder / "metadata.json", _BACKENDS)
-    with open(folder / ".metadata", "wb") as file:  # last, as torch does it: where it is, the rest is there
-        pickle.dump(Metadata(entries, storage_data=places, version=CURRENT_DCP_VERSION), file)
-    return files
+    with open(folder / ".metadata", "wb") as file:
+        pickle.dump(metadata, file)
 
 
-def _items(placed: Placed, full: Callable[[Placed], Tensor]) -> Iterator[tuple[MetadataIndex, STORAGE_TYPES, Any]]:
-    """What is stored for one rule: the tensor, and beside a layer's linear the empty state megatron-core looks for."""
-    key, tensor = MODEL_PREFIX + placed.dist_key, _owned(full(placed))
-    offsets = torch.Size([0] * tensor.dim())
-    chunk = ChunkStorageMetadata(offsets, tensor.size())
-    properties = TensorProperties.create_from_tensor(tensor)
-    yield MetadataIndex(key, offsets, 0), TensorStorageMetadata(properties, tensor.size(), [chunk]), tensor
-    if placed.rule.stage == "layer" and placed.rule.cut != "replicated" and key.endswith(".weight"):
-        # Transformer Engine keeps its fp8 scales there; without them a plain load of megatron-core's stops.
-        extra = key.removesuffix("weight") + "_extra_state/shard_0_1"
-        yield MetadataIndex(extra), BytesStorageMetadata(), [None]
+def _entry(key: str, shape: torch.Size, dtype: torch.dtype) -> tuple[TensorStorageMetadata, MetadataIndex]:
+    offsets = torch.Size([0] * len(shape))
+    properties = TensorProperties.create_from_tensor(torch.empty(0, dtype=dtype))
+    return TensorStorageMetadata(properties, shape, [ChunkStorageMetadata(offsets, shape)]), MetadataIndex(
+        key, offsets, 0
+    )
 
 
-def _owned(tensor: Tensor) -> Tensor:
-    """torch.save of a view would store the whole tensor behind it."""
-    tensor = tensor.contiguous()
-    own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if own else tensor.clone()
+def _putter(archive: TorchZip) -> Callable[[list[int], Tensor], None]:
+    def put(handles: list[int], full: Tensor) -> None:
+        archive.write(handles[0], 0, full)
+        archive.finish(handles[0])
+
+    return put
+
+
+def _finisher(fixed: list[int]) -> Callable[[list[int]], None]:
+    def finish(handles: list[int]) -> None:
+        for at in fixed:
+            write_at(handles[0], _NOTHING, at)
+
+    return finish
+
+
+def _nothing() -> bytes:
+    file = io.BytesIO()
+    torch.save([None], file)
+    return file.getvalue()
+
+
+_NOTHING = _nothing()
 
 
 class TorchDistSource:
@@ -141,6 +170,9 @@ class TorchDistSource:
         if covered != tensor.numel():
             raise CheckpointError(f"{self.folder / '.metadata'}: the parts of {key} do not cover it; save it again")
         return tensor[: self.config.architecture.vocab_size] if placed.rule.cut == "vocab_rows" else tensor
+
+    def dtype(self, placed: Placed) -> torch.dtype:
+        return self._tensors[self._prefix + placed.dist_key].properties.dtype
 
     def _read(self, info: _StorageInfo, shape: tuple[int, ...]) -> Tensor:
         path = self.folder / info.relative_path

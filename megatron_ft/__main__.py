@@ -30,6 +30,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "hf-to-megatron": Entry(
             "checkpoints_conversion.hf_to_megatron", "a Hugging Face model to a checkpoint split over ranks"
         ),
+        "reshard": Entry("checkpoints_conversion.reshard", "a checkpoint to another layout or format"),
     },
     "Train": {
         "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),

@@ -62,6 +62,12 @@ def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def replace_folder(temporary: Path, target: Path, overwrite: bool = False) -> None:
+    """Give a finished folder its name, once all of it is on the disk; as atomic_folder ends."""
+    _sync_tree(temporary)
+    _take_place(temporary, target, overwrite)
+
+
 def refuse_existing(path: str | os.PathLike) -> None:
     """Raise UserError if something would be lost by writing a folder at `path`; an empty folder is fine."""
     target = Path(path)

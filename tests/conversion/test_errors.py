@@ -130,7 +130,7 @@ def test_tensor_unexpected_or_missing(place):
 def test_integers_are_not_weights(place):
     path = place / "single" / "model.safetensors"
     save_file({key: tensor.to(torch.int8) for key, tensor in load_file(path).items()}, path)
-    refused(place, "single", "I8: give the unquantised model")
+    refused(place, "single", "int8: give the unquantised model")
 
 
 def test_index_that_leads_outside(place):
@@ -141,9 +141,18 @@ def test_index_that_leads_outside(place):
     refused(place, "hf", "not a plain file name")
 
 
-def test_only_pickled_weights(place):
+def test_pickled_weights_that_are_none(place):
     (place / "single" / "model.safetensors").rename(place / "single" / "pytorch_model.bin")
-    refused(place, "single", "save_pretrained")
+    refused(place, "single", "pytorch_model.bin is cut short or damaged")
+    (place / "single" / "pytorch_model.bin").unlink()
+    refused(place, "single", "holds neither model.safetensors nor")
+
+
+def test_a_payload_in_pickled_weights_does_not_run(place):
+    (place / "single" / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Payload(place / "ran")}, place / "single" / "pytorch_model.bin")
+    refused(place, "single", r"pytorch_model.bin is damaged, or holds objects .*names (io|_io|builtins).open")
+    assert not (place / "ran").exists()
 
 
 def test_numbers_too_large_for_fp16(place):

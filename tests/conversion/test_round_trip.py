@@ -66,7 +66,8 @@ def test_many_files_on_both_sides(tmp_path):
 
 def test_torch_dist_over_several_files(tmp_path):
     from checkpoints_conversion.hf_source import HfSource
-    from checkpoints_conversion.torch_dist import TorchDistSource, write_torch_dist
+    from checkpoints_conversion.stream import write_units
+    from checkpoints_conversion.torch_dist import TorchDistSource, finish_torch_dist, plan_torch_dist
     from megatron_ft.models.weights import placed_rules
 
     make_llama(tmp_path / "hf")
@@ -74,7 +75,9 @@ def test_torch_dist_over_several_files(tmp_path):
     config = read_config(tmp_path / "megatron" / "release")
     source = HfSource(tmp_path / "hf")
     placed = list(placed_rules(source.arch, source.rules))
-    assert write_torch_dist(tmp_path, placed, source.full, max_file_bytes=20_000) > 3
+    units, metadata = plan_torch_dist(tmp_path, placed, source.arch, source.dtype_of, max_file_bytes=20_000)
+    assert write_units(units, source.full) > 3
+    finish_torch_dist(tmp_path, metadata)
     read = TorchDistSource(tmp_path, config, source.rules)
     assert all(torch.equal(read.full(one), source.full(one)) for one in placed)
 

@@ -1,0 +1,95 @@
+"""Opens a Megatron checkpoint, whoever wrote it: ours in either format, or Megatron-LLM's dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_ft.errors import ConfigError
+from megatron_ft.models.checkpoint_layout import CheckpointConfig, find_checkpoint, read_config
+from megatron_ft.models.families import family_of
+from megatron_ft.models.weights import Placed, Rule
+
+if TYPE_CHECKING:
+    from megatron_ft.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint to read: whole tensors by rule, and what it says of itself."""
+
+    folder: Path
+    config: CheckpointConfig
+    rules: list[Rule]
+    full: Callable[[Placed], Tensor]
+    dtype: Callable[[Placed], torch.dtype]
+    tokenizer: Tokenizer | None
+
+    def files(self) -> list[Path]:
+        """All that it consists of."""
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+def open_megatron(
+    root: Path, iteration: int | str | None = None, tokenizer: str | None = None, true_vocab_size: int | None = None
+) -> Opened:
+    """iteration: None: the tracker's. tokenizer, true_vocab_size: for the dialect, which keeps neither.
+
+    Raises CheckpointError for what cannot be read.
+    """
+    from checkpoints_conversion.megatron_llm import is_dialect
+
+    root = Path(root)
+    folder = root if iteration is None and root.is_dir() and is_dialect(root) else find_checkpoint(root, iteration)
+    if is_dialect(folder):
+        return _open_dialect(folder, tokenizer, true_vocab_size)
+    from checkpoints_conversion.tokenizer_copy import load_copy
+
+    config = read_config(folder)
+    source = open_source(folder, config)
+    rules = family_of(config.architecture).rules(config.architecture)
+    return Opened(folder, config, rules, source.full, source.dtype, load_copy(folder, config))
+
+
+def open_source(folder: Path, config: CheckpointConfig) -> Any:
+    """The reader for the format of one of our checkpoints."""
+    from checkpoints_conversion.classic import ClassicSource
+    from checkpoints_conversion.torch_dist import TorchDistSource
+
+    source = TorchDistSource if config.ckpt_format == "torch_dist" else ClassicSource
+    return source(folder, config, family_of(config.architecture).rules(config.architecture))
+
+
+def _open_dialect(folder: Path, tokenizer: str | None, true_vocab_size: int | None) -> Opened:
+    from dataclasses import replace
+
+    from checkpoints_conversion.megatron_llm import MegatronLlmSource
+    from megatron_ft.data.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(Path(tokenizer)) if tokenizer else None
+    size = true_vocab_size or (loaded.vocab_size if loaded else None)
+    if size is None:
+        raise ConfigError(
+            f"{folder} is Megatron-LLM's, which does not record its vocabulary without padding: "
+            "give --tokenizer or --true_vocab_size"
+        )
+    number = folder.name.removeprefix("iter_")
+    source = MegatronLlmSource(folder, int(number) if number.isdigit() else "release", size)
+    ends = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id} if loaded else {}
+    arch = replace(source.config.architecture, hf={key: index for key, index in ends.items() if index is not None})
+    config = replace(source.config, architecture=arch, tokenizer=loaded.info() if loaded else {})
+    return Opened(folder, config, source.rules, source.full, source.dtype, loaded)
+
+
+def parse_iteration(text: str | None) -> int | str | None:
+    """--iteration. Raises ConfigError."""
+    if text is None or text == "release":
+        return text
+    if not text.isdigit():
+        raise ConfigError(f"--iteration {text}: give a number, or release")
+    return int(text)

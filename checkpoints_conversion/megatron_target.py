@@ -1,0 +1,72 @@
+"""Writes a Megatron checkpoint in either format from whatever can give whole tensors; also what it would write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from checkpoints_conversion.classic import plan_classic
+from checkpoints_conversion.stream import Unit, resumable_folder, write_units
+from checkpoints_conversion.tokenizer_copy import copy_tokenizer
+from checkpoints_conversion.torch_dist import finish_torch_dist, plan_torch_dist
+from megatron_ft.models.checkpoint_layout import (
+    TOKENIZER_FOLDER,
+    CheckpointConfig,
+    iteration_folder,
+    write_config,
+    write_tracker,
+)
+from megatron_ft.models.weights import Placed, Rule, placed_rules
+
+if TYPE_CHECKING:
+    from megatron_ft.data.tokenizer import Tokenizer
+
+
+def write_checkpoint(
+    target: Path,
+    config: CheckpointConfig,
+    rules: Sequence[Rule],
+    full: Callable[[Placed], Tensor],
+    dtype: Callable[[Placed], torch.dtype],
+    tokenizer: Tokenizer | None,
+    key: dict,
+    overwrite: bool = False,
+) -> int:
+    """Write ROOT with one checkpoint and its tracker; nothing under its name before all of it is there.
+
+    full, dtype: a whole tensor, and its type beforehand. key: see resumable_folder. Returns the number of weight files.
+    """
+    with resumable_folder(target, {**key, "format": config.ckpt_format}, overwrite) as root:
+        folder = iteration_folder(root, config.iteration)
+        folder.mkdir(exist_ok=True)
+        units, finish = plan(folder, config, rules, dtype)
+        files = write_units(units, full, f"writing {target.name}:")
+        finish()
+        if tokenizer is not None:
+            _copy_afresh(tokenizer, folder)
+        write_config(folder, config)
+        write_tracker(root, config.iteration)
+    return files
+
+
+def plan(
+    folder: Path, config: CheckpointConfig, rules: Sequence[Rule], dtype: Callable[[Placed], torch.dtype]
+) -> tuple[list[Unit], Callable[[], None]]:
+    """(the files, what to do when they are written)."""
+    if config.ckpt_format == "torch":
+        return plan_classic(folder, config, rules, dtype), lambda: None
+    placed = placed_rules(config.architecture, rules)
+    units, metadata = plan_torch_dist(folder, placed, config.architecture, dtype)
+    iteration = config.iteration if isinstance(config.iteration, int) else 0
+    return units, lambda: finish_torch_dist(folder, metadata, iteration)
+
+
+def _copy_afresh(tokenizer: Tokenizer, folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)  # half a copy of a run that was stopped
+    copy_tokenizer(tokenizer, folder)

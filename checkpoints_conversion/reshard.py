@@ -1,0 +1,120 @@
+"""A Megatron checkpoint to another layout or format; Megatron-LLM's files too."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_ft.config.cli import Command, run_script
+
+if TYPE_CHECKING:
+    from checkpoints_conversion.megatron_source import Opened
+    from checkpoints_conversion.report import Report
+
+
+@dataclass(frozen=True)
+class Reshard:
+    """What to convert, and into what"""
+
+    input_dir: str = field(metadata={"required": True})
+    """Checkpoint: its root, or one release or iter_ folder; ours or Megatron-LLM's."""
+    output_dir: str = field(metadata={"required": True})
+    """Checkpoint to make."""
+    tensor_model_parallel_size: int = 1
+    """Parts each matrix is cut into."""
+    pipeline_model_parallel_size: int = 1
+    """Groups of layers."""
+    ckpt_format: Literal["torch", "torch_dist"] = "torch"
+    """torch: one file a rank, for this layout. torch_dist: read by any layout; from torch_dist, with the training state."""
+    iteration: str | None = None
+    """Iteration to take, or release; default: the one latest_checkpointed_iteration.txt names."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding gets rows of zeros up to a multiple of this times the tensor parallel size."""
+    params_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Type of the weights; default: as they are."""
+    tokenizer: str | None = None
+    """For Megatron-LLM's files, which hold none: tokenizer.model, tokenizer.json or a folder."""
+    true_vocab_size: int | None = None
+    """For Megatron-LLM's files without a tokenizer: rows of the embedding that stand for a token."""
+    overwrite: bool = False
+    """Replace an earlier conversion in output_dir."""
+
+
+COMMAND = Command(
+    name="reshard",
+    summary="a checkpoint to another tensor and pipeline parallel layout or format, without GPUs or processes",
+    sections=(Reshard,),
+    examples=(
+        "megatron-ft reshard checkpoints/llama2-70b-tp8-pp4 checkpoints/llama2-70b-tp4-pp8 "
+        "--tensor_model_parallel_size 4 --pipeline_model_parallel_size 8",
+        "megatron-ft reshard megatron-llm/llama2-7b checkpoints/llama2-7b --ckpt_format torch_dist "
+        "--tokenizer llama2/tokenizer.model",
+    ),
+    positional=("input_dir", "output_dir"),
+)
+
+
+def run(options: Reshard) -> None:
+    print(convert(options))
+
+
+def convert(options: Reshard) -> Report:
+    """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
+    # Here and not above: --help should not wait for torch.
+    from checkpoints_conversion.dtypes import cast, torch_dtype
+    from checkpoints_conversion.megatron_source import open_megatron, parse_iteration
+    from checkpoints_conversion.megatron_target import write_checkpoint
+    from checkpoints_conversion.report import Report, check_target, count
+    from checkpoints_conversion.stream import identity
+    from megatron_ft.models.architecture import check_layout, padded_vocab_size
+    from megatron_ft.models.checkpoint_layout import TRACKER
+
+    started = time.monotonic()
+    source_root, target = Path(options.input_dir), Path(options.output_dir)
+    check_target(source_root, target, options.overwrite, {TRACKER, "release"}, TRACKER)
+    opened = open_megatron(source_root, parse_iteration(options.iteration), options.tokenizer, options.true_vocab_size)
+    tp_size, arch = options.tensor_model_parallel_size, opened.config.architecture
+    check_layout(arch, tp_size, options.pipeline_model_parallel_size)
+    config = replace(
+        opened.config,
+        ckpt_format=options.ckpt_format,
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        padded_vocab_size=padded_vocab_size(arch.vocab_size, tp_size, options.make_vocab_size_divisible_by),
+        dtype=options.params_dtype or opened.config.dtype,
+    )
+    key = {"options": asdict(options), "source": identity(opened.files())}
+    both = opened.config.ckpt_format == options.ckpt_format == "torch_dist"
+    if both and options.params_dtype in (None, opened.config.dtype):
+        files = _copy(opened, config, target, key, options.overwrite)
+    else:
+        kind = torch_dtype(options.params_dtype) if options.params_dtype else None
+        files = write_checkpoint(
+            target, config, opened.rules, lambda one: cast(opened.full(one), options.params_dtype, one.key),
+            lambda one: kind or opened.dtype(one), opened.tokenizer, key, options.overwrite,
+        )  # fmt: skip
+    parameters, tensors = count(arch, opened.rules)
+    return Report(target, parameters, tensors, files, time.monotonic() - started)
+
+
+def _copy(opened: Opened, config, target: Path, key: dict, overwrite: bool) -> int:
+    """torch_dist loads into any layout as it is: every file copied, optimizer and random states with it."""
+    import shutil
+
+    from checkpoints_conversion.stream import resumable_folder
+    from megatron_ft.models.checkpoint_layout import iteration_folder, write_config, write_tracker
+
+    with resumable_folder(target, key, overwrite) as root:
+        folder = iteration_folder(root, config.iteration)
+        shutil.copytree(opened.folder, folder, dirs_exist_ok=True)
+        # The padding is the file's own: a loading rank adds or drops rows itself.
+        write_config(folder, replace(config, padded_vocab_size=opened.config.padded_vocab_size))
+        write_tracker(root, config.iteration)
+    return len(list(opened.folder.glob("*.distcp")))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))

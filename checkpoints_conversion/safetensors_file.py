@@ -1,0 +1,108 @@
+"""Safetensors, read and written one tensor at a time: a JSON header of names, types, shapes and places, then the numbers.
+
+Not through the safetensors library, whose maps of whole files count as this process's memory. The header is believed in nothing:
+sizes, gaps, overlaps and the end of the file are checked before any tensor is read. Source: the format's README.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints_conversion.torch_file import read_at
+from megatron_ft.errors import CheckpointError
+
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+KINDS = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in KINDS.items()}
+
+
+class SafetensorsFile:
+    """An opened file. Raises CheckpointError, naming it, for whatever does not fit."""
+
+    def __init__(self, path: Path, remedy: str):
+        self.path, self._remedy = Path(path), remedy
+        self._handle = os.open(self.path, os.O_RDONLY)
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}
+        """name -> (type, shape, first byte in the file, bytes)"""
+        try:
+            self._read_header(os.path.getsize(self.path))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            small = " (a Git LFS pointer?)" if self.path.stat().st_size < 1000 else ""
+            raise CheckpointError(
+                f"{self.path} is cut short or no safetensors file{small}: {str(error)[:100]}; {remedy}"
+            ) from error
+
+    def __del__(self):
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
+
+    def _read_header(self, size: int) -> None:
+        length = int.from_bytes(os.pread(self._handle, 8, 0), "little")
+        if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = json.loads(os.pread(self._handle, length, 8).decode(), object_pairs_hook=_no_doubles)
+        ends = []
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, (start, end) = KINDS[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+                raise ValueError(f"{name}: sizes that are no sizes")
+            if prod(shape) * dtype.itemsize != end - start:
+                raise ValueError(f"{name}: {end - start} bytes for shape {list(shape)}")
+            ends.append((start, end))
+            self.tensors[name] = dtype, shape, 8 + length + start, end - start
+        at = 0
+        for start, end in sorted(ends):
+            if start != at:
+                raise ValueError("tensors overlap or leave a gap")
+            at = end
+        if 8 + length + at != size:
+            raise ValueError(f"{8 + length + at} bytes described, {size} there")
+
+    def read(self, name: str) -> Tensor:
+        dtype, shape, start, size = self.tensors[name]
+        data = read_at(self._handle, start, size)
+        if data is None:
+            raise CheckpointError(f"{self.path} became shorter while it was read; {self._remedy}")
+        return data.view(dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+
+
+def _no_doubles(pairs: list) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an entry occurs twice")
+    return found
+
+
+def header_of(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
+    """(the file's first bytes, where each tensor's numbers begin); the file ends with the last tensor."""
+    entries: dict = {"__metadata__": {"format": "pt"}}
+    at, starts = 0, []
+    for name, dtype, shape in tensors:
+        size = prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        starts.append(at)
+        at += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text, [8 + len(text) + start for start in starts]

@@ -1,0 +1,199 @@
+"""Writing what is larger than memory: files whose sizes are known beforehand, filled tensor by tensor from several threads.
+
+A file bears its name only when it is whole and on the disk, so what an interrupted run finished is not done again. Knows no format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_ft import files
+from megatron_ft.errors import CheckpointError, UserError
+from megatron_ft.models.weights import Placed
+
+WORKERS = max(1, min(4, os.cpu_count() or 1))
+_PLAN = ".plan"
+
+
+@dataclass
+class Unit:
+    """Files that are written together, such as those of one pipeline stage."""
+
+    files: dict[Path, int]
+    """Name -> bytes."""
+    tasks: list[tuple[Placed, Callable[[list[int], Tensor], None]]]
+    """What to do with each whole tensor, given the open files in order."""
+    finish: Callable[[list[int]], None] = lambda handles: None
+    tensors: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
+    """Of each of its files: (name, shape, bytes), for plans."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+    def is_done(self) -> bool:
+        return all(path.is_file() and path.stat().st_size == size for path, size in self.files.items())
+
+
+def write_units(
+    units: Sequence[Unit], full: Callable[[Placed], Tensor], what: str = "converting", workers: int = WORKERS
+) -> int:
+    """Write all that is not there yet. Returns the number of files. Memory: a few tensors for each worker.
+
+    Raises CheckpointError when the disk has or gets too little room.
+    """
+    waiting = [unit for unit in units if not unit.is_done()]
+    if waiting:
+        _check_disk(next(iter(waiting[0].files)), sum(unit.nbytes for unit in waiting))
+    progress = Progress(what, sum(unit.nbytes for unit in waiting))
+    with ThreadPoolExecutor(workers) as pool, _disk_errors(), progress:
+        for unit in waiting:
+            _write(unit, full, pool, progress)
+    return sum(len(unit.files) for unit in units)
+
+
+def _write(unit: Unit, full: Callable[[Placed], Tensor], pool: ThreadPoolExecutor, progress: Progress) -> None:
+    parts = [path.with_name(path.name + ".part") for path in unit.files]
+    with contextlib.ExitStack() as stack:
+        handles = []
+        for part, size in zip(parts, unit.files.values(), strict=True):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            handles.append(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))
+            stack.callback(os.close, handles[-1])
+            os.truncate(handles[-1], size)
+        share = unit.nbytes / max(1, len(unit.tasks))
+        stop = threading.Event()
+
+        def do(task):
+            if not stop.is_set():
+                placed, put = task
+                put(handles, full(placed))
+                progress.add(share)
+
+        futures = [pool.submit(do, task) for task in unit.tasks]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            raise
+        unit.finish(handles)
+        for handle in handles:
+            os.fsync(handle)
+    for part, path in zip(parts, unit.files, strict=True):
+        os.replace(part, path)
+
+
+def _check_disk(path: Path, needed: int) -> None:
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB free: make room or choose another disk"
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckpointError(f"the disk is full ({error.strerror}): make room or choose another disk") from error
+
+
+class Progress:
+    """A line on the terminal, several times a second; elsewhere one every half minute."""
+
+    def __init__(self, what: str, total: float):
+        self.what, self.total, self.done = what, total, 0.0
+        self._lock, self._tty = threading.Lock(), sys.stderr.isatty()
+        self._started = time.monotonic()
+        self._said = self._started
+        self._open = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._open:
+            print(f"\r{self.line()}", file=sys.stderr)
+
+    def add(self, count: float) -> None:
+        with self._lock:
+            self.done += count
+            now = time.monotonic()
+            if now - self._said < (0.2 if self._tty else 30):
+                return
+            self._said = now
+            self._open = self._tty
+            print(f"\r{self.line()}" if self._tty else self.line(), end="" if self._tty else "\n", file=sys.stderr)
+
+    def line(self) -> str:
+        """ "converting 3.2 of 13.5 GB, 0.85 GB/s, 0:12 left"."""
+        speed = self.done / max(1e-9, time.monotonic() - self._started)
+        left = round((self.total - self.done) / speed) if speed else 0
+        share = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
+        return f"{self.what} {share}, {speed / 1e9:.2f} GB/s, {left // 60}:{left % 60:02d} left "
+
+
+@contextlib.contextmanager
+def resumable_folder(target: Path, key: dict, overwrite: bool) -> Iterator[Path]:
+    """Yield a folder beside `target` that takes its place if the block ends without an error.
+
+    What a killed or stopped run left there is yielded again if its `key` (what is made, and from what) was the same. A user's
+    mistake leaves nothing. Raises CheckpointError while another process writes there.
+    """
+    target = Path(target)
+    if not overwrite:
+        files.refuse_existing(target)
+    work = target.with_name(f".{target.name}.partial")
+    work.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    with open(work / _PLAN, "a+") as plan:
+        try:
+            fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"another conversion is writing {target}: wait for it, or choose another") from error
+        text = json.dumps(key, sort_keys=True, default=str)
+        plan.seek(0)
+        if plan.read() != text:
+            _empty(work)
+            plan.truncate(0)
+            plan.write(text)
+            plan.flush()
+        try:
+            yield work
+            (work / _PLAN).unlink()
+            files.replace_folder(work, target, overwrite)
+        except UserError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name != _PLAN:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def identity(paths: Sequence[Path]) -> list:
+    """Name, size and time of change of files: another source is another conversion."""
+    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]

@@ -1,0 +1,203 @@
+"""Reads what torch.save wrote, one tensor at a time, without running anything that may be planted in it.
+
+A pickle may name tensors, plain containers and, where a dialect is read, a few harmless types that become empty stand-ins. Any
+other name stops the reading. Numbers are read when asked for, from their place in the zip file, and checked against its CRC.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ft.errors import CheckpointError
+
+MAX_PICKLE = 1 << 28  # bytes of structure; a checkpoint's is far below
+_KINDS = {
+    f"{name}Storage": dtype
+    for name, dtype in (
+        *(("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16), ("Double", torch.float64)),
+        *(("Long", torch.int64), ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8)),
+        *(("Byte", torch.uint8), ("Bool", torch.bool)),
+    )
+}
+
+
+class Inert:
+    """Stands in for an object of a type that is not ours to make: takes anything, does nothing, remembers its state."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        self.args = args
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.__dict__.update({key: value for key, value in state.items() if isinstance(key, str)})
+
+    def __setitem__(self, key, value): ...
+    def append(self, value): ...
+    def extend(self, values): ...
+
+
+@dataclass(frozen=True)
+class _Storage:
+    record: str
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor in a file, not read yet."""
+
+    file: TorchFile
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+    def read(self) -> Tensor:
+        """Raises CheckpointError where the bytes are not those that were written."""
+        return self.file.read(self)
+
+
+class TorchFile:
+    """An opened file; `value` is what was saved, with a TensorRef for every tensor.
+
+    harmless: (module, name) -> whether such a type may become an Inert. Raises CheckpointError, naming the file.
+    """
+
+    def __init__(self, path: Path, harmless: Callable[[str, str], bool] = lambda module, name: False):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise CheckpointError(f"{path} is missing; restore it, or read an earlier iteration with --iteration")
+        self._handle = os.open(self.path, os.O_RDONLY)
+        try:
+            self._open(harmless)
+        except CheckpointError:
+            raise
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, StopIteration, struct.error) as error:
+            raise CheckpointError(f"{path} is cut short or damaged ({_text(error)}); restore it") from error
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise CheckpointError(
+                f"{path} is damaged, or holds objects other than tensors and plain values ({_text(error)})"
+            ) from error
+
+    def __del__(self):
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
+
+    def _open(self, harmless: Callable[[str, str], bool]) -> None:
+        with zipfile.ZipFile(self.path) as archive:
+            infos = {info.filename: info for info in archive.infolist()}
+            size = os.path.getsize(self.path)
+            for info in infos.values():
+                if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > size:
+                    raise zipfile.BadZipFile(f"{info.filename} lies outside the file, or is compressed")
+            pickled = next(name for name in infos if name.endswith("/data.pkl"))
+            if infos[pickled].file_size > MAX_PICKLE:
+                raise zipfile.BadZipFile("its structure is larger than any checkpoint's")
+            self._root, self._infos = pickled.removesuffix("data.pkl"), infos
+            order = infos.get(self._root + "byteorder")
+            if order and archive.read(order) != b"little":
+                raise zipfile.BadZipFile("written on a big-endian machine")
+            self.value = _Unpickler(self, io.BytesIO(archive.read(pickled)), harmless).load()
+
+    def storage(self, identity: Any) -> _Storage:
+        """What a persistent id names; checked against the size of its record."""
+        _, kind, key, _, count = identity
+        dtype = _KINDS.get(getattr(kind, "name", ""))
+        info = self._infos.get(f"{self._root}data/{key}")
+        if dtype is None or info is None or count * dtype.itemsize != info.file_size:
+            raise zipfile.BadZipFile(f"record {key} does not hold {count} numbers")
+        return _Storage(info.filename, dtype, count)
+
+    def tensor(self, storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> TensorRef:
+        shape, stride = tuple(shape), tuple(stride)
+        sizes = [offset, *shape, *stride]
+        if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in sizes):
+            raise zipfile.BadZipFile("a tensor's shape is no shape")
+        last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        if prod(shape) and last >= storage.count:
+            raise zipfile.BadZipFile("a tensor reaches beyond its record")
+        return TensorRef(self, storage, offset, shape, stride)
+
+    def read(self, ref: TensorRef) -> Tensor:
+        """The tensor's own memory, not a map of the file: what is read does not stay in the process."""
+        info = self._infos[ref.storage.record]
+        if not info.file_size:
+            return torch.empty(ref.shape, dtype=ref.dtype)
+        header = os.pread(self._handle, 30, info.header_offset)
+        names = struct.unpack("<2H", header[26:30]) if header[:4] == b"PK\3\4" else None
+        data = names and read_at(self._handle, info.header_offset + 30 + sum(names), info.file_size)
+        if data is None or zlib.crc32(memoryview(data.numpy())) != info.CRC:
+            raise CheckpointError(
+                f"{self.path} is damaged: the numbers of {ref.storage.record} are not those that were written; restore it"
+            )
+        return data.view(ref.dtype).as_strided(ref.shape, ref.stride, ref.offset)
+
+
+class _Kind:
+    """A storage class, by name."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: TorchFile, data: io.BytesIO, harmless: Callable[[str, str], bool]):
+        super().__init__(data)
+        self.file, self.harmless = file, harmless
+
+    def persistent_load(self, identity: Any) -> _Storage:
+        return self.file.storage(identity)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return self.file.tensor
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda tensor, *_: tensor
+        if module == "torch" and name in _KINDS:
+            return _Kind(name)
+        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
+            return dict
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if self.harmless(module, name):
+            return Inert
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_at(handle: int, offset: int, size: int) -> Tensor | None:
+    """size bytes as a tensor of uint8; None if the file ends before."""
+    data = torch.empty(size, dtype=torch.uint8)
+    view, done = memoryview(data.numpy()), 0
+    while done < size:
+        count = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
+        if not count:
+            return None
+        done += count
+    return data
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
