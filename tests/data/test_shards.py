@@ -259,3 +259,43 @@ def test_any_samples_come_back(tmp_path_factory, data):
     shards = open_shards(folder / "x", verify=True)
     read = [list(zip(shards.tokens(i).tolist(), shards.roles(i).tolist(), strict=True)) for i in range(len(shards))]
     assert read == samples
+
+
+def test_marks_and_weights_are_kept_and_old_shards_stay_as_they_were(tmp_path):
+    from megatron_ft.data.roles import loss_weights
+
+    write(tmp_path / "old")
+    assert json.loads((tmp_path / "old-manifest.json").read_text())["format_version"] == 1
+    assert "weights" not in json.loads((tmp_path / "old-manifest.json").read_text())
+    write(tmp_path / "new", [([5, 6, 7], [0, 0b1001, 0b10010])], weights=[1.0, 0.5])
+    shards = open_shards(tmp_path / "new", verify=True)
+    assert shards.roles(0).tolist() == [0, 1, 2]
+    assert shards.codes(0).tolist() == [0, 0b1001, 0b10010]
+    assert shards.loss_weights(loss_weights())[shards.codes(0)].tolist() == [0, 1, 0.5]
+    assert read_manifest(tmp_path / "new").format_version == 2
+    assert read_manifest(tmp_path / "new").counts["marked_tokens"] == 1
+    for wrong in (4, 0b100010, 300):
+        with pytest.raises(DataError, match="role outside"):
+            write(tmp_path / "x", [([5], [wrong])], weights=[1.0, 0.5])
+
+
+def test_many_samples_at_once_are_those_one_by_one(tmp_path):
+    write(tmp_path / "a")
+    with ShardWriter(tmp_path / "b", 100) as writer:
+        writer.source("test", "chats.jsonl", "xxh3:0")
+        ids, roles = (np.concatenate([np.array(part[i]) for part in SAMPLES]) for i in (0, 1))
+        writer.add_many(ids, roles, np.array([3, 1, 2]))
+        writer.add_many(ids[:0], roles[:0], np.empty(0, int))
+    for ending in (*ENDINGS, "-manifest.json"):
+        assert Path(f"{tmp_path}/a{ending}").read_bytes() == Path(f"{tmp_path}/b{ending}").read_bytes()
+    with pytest.raises(DataError, match="must agree"), ShardWriter(tmp_path / "c", 100) as writer:
+        writer.add_many(ids, roles, np.array([3, 1]))
+
+
+def test_copying_samples_translates_their_weights(tmp_path):
+    write(tmp_path / "a", [([1], [0b10010]), ([2], [2]), ([3], [0b100010])], weights=[1.0, 0.5, 2.0])
+    with ShardWriter(tmp_path / "b", 100, weights=[1.0, 0.0, 0.5, 2.0]) as writer:
+        writer.copy(open_shards(tmp_path / "a"), np.array([2, 0, 0, 1]))
+    shards = open_shards(tmp_path / "b")
+    assert [int(shards.tokens(i)[0]) for i in range(4)] == [3, 1, 1, 2]
+    assert [int(shards.codes(i)[0]) >> 4 for i in range(4)] == [3, 2, 2, 0]

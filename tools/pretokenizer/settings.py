@@ -94,6 +94,7 @@ _ALSO_KEYS = (
     *("chat_format", "output_dir", "min_assistant_tokens", "min_tokens", "max_tokens", "max_count", "role_order"),
     *("duplicates", "on_bad_record", "workers"),
 )
+_OF_DATASETS = {"lang", "split", "fraction", "size", "max_val_set", "marked_prompts"}
 _OPTIONAL = {f.name for f in dataclasses.fields(Settings) if type(None) in typing.get_args(f.type)}
 
 
@@ -145,7 +146,7 @@ def _from_input(flags: Pretokenize, others: dict[str, Any]) -> dict[str, Any]:
     datasets = []
     for path in flags.input:
         reader = recognise(Path(path))
-        known = {f.name for f in dataclasses.fields(reader.options)}
+        known = {f.name for f in dataclasses.fields(reader.options)} | _OF_DATASETS
         own = {key: value for key, value in others.items() if key in known}
         datasets.append({reader.name: {"input_file_path": path, "val_split": 0.1, **own}})
     for key in {key for entry in datasets for keys in entry.values() for key in keys}:

@@ -63,6 +63,7 @@ def write(
 
     spool = settings.prefix.parent / f".{settings.prefix.name}-spool.tmp-{os.getpid()}" if settings.mix_by else None
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_writable(settings.prefix))
         if spool is not None:
             stack.callback(remove_shards, spool)
         splits = {}
@@ -92,6 +93,17 @@ def write(
         for name, number in SPLITS.items()
         if splits[number].accepted
     }
+
+
+@contextlib.contextmanager
+def _writable(prefix: Path) -> Iterator[None]:
+    """What goes wrong with the disk, as an error that names the place. The data was read through before."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{prefix}: cannot be written ({error.strerror or error}), and nothing was; make room, or choose another place"
+        ) from error
 
 
 def clean(prefix: Path) -> None:
