@@ -155,6 +155,10 @@ def words(path: Path) -> list[tuple[str, int]]:
     ]
 
 
+FOREIGN_NAMES = {'"argparse"'}
+"""What stands in others' checkpoints: the name of a module that a pickle asks for and does not get."""
+
+
 @pytest.mark.parametrize(
     "pattern, allowed",
     [
@@ -171,7 +175,9 @@ def test_named_in_one_place_only(pattern, allowed):
     for path in MODULES.values():
         if not str(path.relative_to(ROOT)).startswith(allowed):
             wrong += [
-                f"{path.relative_to(ROOT)}:{line} {word}" for word, line in words(path) if re.search(pattern, word)
+                f"{path.relative_to(ROOT)}:{line} {word}"
+                for word, line in words(path)
+                if re.search(pattern, word) and word not in FOREIGN_NAMES
             ]
     assert not wrong, f"only {allowed} may name it:\n" + "\n".join(wrong)
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SETTINGS = "training.yaml"
 """The resolved settings, in the run's folder and in every checkpoint; goes back in with --config."""
 
+LOG = "finetune.log"
+"""What all ranks log, libraries' warnings included; in the run's folder."""
+
 COMMAND = Command(
     name="finetune",
     summary="train a checkpoint on pretokenized chats",
@@ -44,6 +47,7 @@ def run(
     numerics: Numerics, logging: Logging, model: Model, kernels: Kernels,
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
+    from megatron_ft.log import setup as log_to_file
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe, find_checkpoint
     from megatron_ft.parallel import process_groups, world_size
     from megatron_ft.training import agreement, datasets
@@ -58,6 +62,8 @@ def run(
         check_training_state(source, described)
     train_set, valid_set = datasets.make_datasets(data, described)
     described = datasets.with_chat_format(described, train_set)
+    if folder := _run_folder(checkpointing, logging):
+        log_to_file(file=folder / LOG)
     with process_groups(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -126,7 +132,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
 
     train(
         Run(
-            stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, save_to, resolved),
+            stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, resolved),
             save=save if save_to else None, train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
             eval_interval=logging.eval_interval, eval_iters=logging.eval_iters,
         ),
@@ -139,7 +145,13 @@ def _starts_anew(described: CheckpointConfig, checkpointing: Checkpointing) -> b
     return described.iteration == "release" or checkpointing.finetune
 
 
-def _hooks(layout, settings: Settings, save_to: Path | None, resolved: str) -> list:
+def _run_folder(checkpointing: Checkpointing, logging: Logging) -> Path | None:
+    """Where the run's own files go: --run_dir, else --save, else nowhere."""
+    folder = logging.run_dir or checkpointing.save
+    return Path(folder) if folder else None
+
+
+def _hooks(layout, settings: Settings, resolved: str) -> list:
     """What watches the run, on the one rank that knows the loss."""
     if not layout.is_reporter:
         return []
@@ -149,7 +161,7 @@ def _hooks(layout, settings: Settings, save_to: Path | None, resolved: str) -> l
     from megatron_ft.training.hooks import MetricsFile
 
     logging = settings.logging
-    folder = Path(logging.run_dir) if logging.run_dir else save_to
+    folder = _run_folder(settings.checkpointing, logging)
     hooks = [make_console(settings.batch.train_iters, logging.log_interval)]
     if folder:
         hooks.append(MetricsFile(folder))

@@ -68,6 +68,9 @@ def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[
     except KeyboardInterrupt:
         print(f"megatron-ft {command.name}: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads our output has seen enough: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell reports a program that a closed pipe ended
     except Exception:
         if not is_aftermath():
             traceback.print_exc()
