@@ -27,12 +27,18 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     },
     "Prepare": {
         "pretokenize": Entry("tools.pretokenizer.pretokenize", "chat files to shards of tokens and their roles"),
+        "merge": Entry("tools.pretokenizer.merge", "several shards into one, after checking them"),
+        "inspect": Entry("megatron_ft.commands.inspect", "samples of shards as training sees them"),
         "hf-to-megatron": Entry(
             "checkpoints_conversion.hf_to_megatron", "a Hugging Face model to a checkpoint split over ranks"
         ),
         "reshard": Entry("checkpoints_conversion.reshard", "a checkpoint to another layout or format"),
+        "verify": Entry(
+            "checkpoints_conversion.verify", "prove that a checkpoint is the Hugging Face model it came from"
+        ),
     },
     "Train": {
+        "preflight": Entry("megatron_ft.commands.preflight", "check shards against a finetune command line"),
         "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),
     },
     "Use": {

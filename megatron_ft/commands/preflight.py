@@ -1,0 +1,252 @@
+"""megatron-ft preflight: a finetune command line held against its shards and checkpoint, without starting it.
+
+Takes the flags of finetune as they are. Every finding names the flag that mends it. Needs no GPU and no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import (
+    TRAINING,
+    Batch,
+    Checkpointing,
+    Data,
+    Logging,
+    Numerics,
+    Optimizer,
+    Parallelism,
+)
+from megatron_ft.errors import UserError
+
+
+@dataclass
+class Preflight:
+    """What to check"""
+
+    world_size: int = field(default=1)
+    """processes that the run will have, over all nodes"""
+    quick: bool = False
+    """leave out what reads every token: ids, loss, ends of turns"""
+
+
+COMMAND = Command(
+    name="preflight",
+    summary="check shards against a finetune command line, without starting it",
+    sections=(Preflight, *TRAINING),
+    examples=(
+        "megatron-ft preflight --world_size 32 --load runs/model --data_path data/mine-train --train_iters 500 "
+        "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --seq_length 4096",
+    ),
+)
+
+
+class Finding(NamedTuple):
+    """level: error, warning or ok. text: says the flag that mends it."""
+
+    level: str
+    text: str
+
+
+def run(options: Preflight, *training: Any) -> int:
+    """Print every finding; 0 if none is an error, else 2."""
+    findings = list(_findings(options, training))
+    for level in ("error", "warning", "ok"):
+        for finding in findings:
+            if finding.level == level:
+                print(f"{level + ':':9}{finding.text}")
+    counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
+    print(f"{counts['error']} errors, {counts['warning']} warnings; nothing was started")
+    return 2 if counts["error"] else 0
+
+
+def _findings(options: Preflight, training: tuple[Any, ...]) -> Iterator[Finding]:
+    from megatron_ft.config.checks import check_training
+    from megatron_ft.models.checkpoint_layout import find_checkpoint, read_config
+
+    by_kind = {type(section): section for section in training}
+    kinds = (Checkpointing, Data, Batch, Parallelism, Optimizer, Numerics, Logging)
+    sections = checkpointing, data, batch, parallel, _, numerics, _ = [by_kind[kind] for kind in kinds]
+    yield from _asked(lambda: check_training(*sections, world_size=options.world_size), "the settings fit together")
+    folder = described = None
+    try:
+        folder = find_checkpoint(Path(checkpointing.load))
+        described = read_config(folder)
+        yield Finding("ok", f"checkpoint {folder}: {described.architecture.family}, {described.dtype}")
+    except UserError as error:
+        yield Finding("error", f"{error} (--load)")
+    if described is not None:
+        yield from layout(described.architecture, parallel, data)
+        yield from disk(folder, described, checkpointing, batch, numerics)
+    for prefix in [*data.data_path, *data.valid_data_path]:
+        yield from _shards(prefix, data, described, options.quick)
+    yield from _length(data, batch, options.world_size, parallel)
+
+
+def _asked(check: Any, good: str) -> Iterator[Finding]:
+    try:
+        check()
+        yield Finding("ok", good)
+    except UserError as error:
+        yield Finding("error", str(error))
+
+
+def layout(arch: Any, parallel: Parallelism, data: Data) -> Iterator[Finding]:
+    """Whether the model can be cut as asked, and rows are within its positions."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    found = []
+    if arch.num_attention_heads % tp:
+        found.append(
+            f"--tensor_model_parallel_size {tp}: the model's {arch.num_attention_heads} heads are no multiple of it"
+        )
+    elif arch.num_query_groups % tp and tp % arch.num_query_groups:
+        groups = arch.num_query_groups
+        found.append(f"--tensor_model_parallel_size {tp}: does not go into the model's {groups} key-value heads")
+    if arch.ffn_hidden_size % tp:
+        found.append(
+            f"--tensor_model_parallel_size {tp}: the FFN's {arch.ffn_hidden_size} columns are no multiple of it"
+        )
+    if arch.num_layers % pp:
+        found.append(f"--pipeline_model_parallel_size {pp}: the model's {arch.num_layers} layers are no multiple of it")
+    if data.seq_length > arch.max_position_embeddings:
+        positions = arch.max_position_embeddings
+        found.append(
+            f"--seq_length {data.seq_length}: the model has {positions} positions; lower it, or scale its rope"
+        )
+    yield from (Finding("error", text) for text in found)
+    if not found:
+        yield Finding("ok", f"TP {tp} x PP {pp} divides {arch.num_layers} layers and {arch.num_attention_heads} heads")
+
+
+def disk(
+    folder: Path, described: Any, checkpointing: Checkpointing, batch: Batch, numerics: Numerics
+) -> Iterator[Finding]:
+    """Whether all checkpoints of the run have room: weights, in bf16 with fp32 main weights, and two moments."""
+    import shutil
+
+    if checkpointing.save is None:
+        yield Finding("warning", "no --save: the trained weights are kept nowhere")
+        return
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    parameters = size / (4 if described.dtype == "fp32" else 2)
+    each = parameters * (14 if numerics.bf16 else 12)
+    saves = -(-batch.train_iters // checkpointing.save_interval) if checkpointing.save_interval else 1
+    place = Path(checkpointing.save).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    text = f"{saves} checkpoints of about {each / 1e9:.2f} GB, {free / 1e9:.1f} GB free at {place}"
+    if each > free:
+        yield Finding("error", f"{text}: not one fits; --save on another disk")
+    elif each * saves > free:
+        yield Finding("warning", f"{text}: not all fit; raise --save_interval, or --save on another disk")
+    else:
+        yield Finding("ok", text)
+
+
+def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Finding]:
+    from megatron_ft.data.manifest import check_tokenizer
+    from megatron_ft.data.shards import open_shards
+
+    try:
+        shards = open_shards(prefix, verify=not quick)
+        if described is not None:
+            vocabulary = described.architecture.vocab_size
+            check_tokenizer(shards.manifest, described.tokenizer, vocabulary, where=prefix)
+    except UserError as error:
+        yield Finding("error", f"{error} (--data_path)")
+        return
+    yield Finding("ok", f"{prefix}: {len(shards):,} samples, made with the model's tokenizer, vocabulary fits")
+    if described is not None and described.chat_format and "name" in shards.manifest.chat_format:
+        ours = shards.manifest.chat_format["name"]
+        if ours != described.chat_format:
+            yield Finding(
+                "warning",
+                f"{prefix}: chat format {ours}, the checkpoint's is {described.chat_format}, which its export will speak; "
+                "pretokenize with the same --chat_format",
+            )
+    if not quick:
+        yield from supervision(prefix, shards, data)
+
+
+def supervision(prefix: str, shards: Any, data: Data) -> Iterator[Finding]:
+    """Whether every sample teaches something once it is cut, and ends of turns are learnt. Reads every token."""
+    from megatron_ft.config import checks
+    from megatron_ft.data.roles import ASSISTANT, ROLE_BITS, loss_weights
+
+    roles = checks.role_weights(data) if hasattr(checks, "role_weights") else None
+    by_code = shards.loss_weights(loss_weights(data.scalar_loss_mask, roles), getattr(data, "marked_loss_weight", 1.0))
+    stop = shards.manifest.tokenizer.get("added_tokens", {}).get(shards.manifest.chat_format.get("stop_token"))
+    cut = silent = silent_whole = endless = unlearnt = 0
+    for sample in range(len(shards)):
+        codes, ids = shards.codes(sample), shards.tokens(sample)
+        kept = data.seq_length + 1
+        weights = by_code[codes[1:]]
+        cut += len(codes) > kept
+        if not (weights[: kept - 1] > 0).any():
+            silent += 1
+            silent_whole += not (weights > 0).any()
+        if stop is not None and ((codes & ROLE_BITS) == ASSISTANT).any():
+            ends = (ids[1:] == stop) & ((codes[1:] & ROLE_BITS) == ASSISTANT)
+            endless += not ends[: kept - 1].any()
+            unlearnt += bool((ends & (weights == 0)).any())
+    whole = len(shards)
+    if cut:
+        yield Finding(
+            "warning",
+            f"{prefix}: {cut:,} of {whole:,} samples are longer than --seq_length {data.seq_length} and are cut",
+        )
+    if silent_whole:
+        yield Finding(
+            "warning",
+            f"{prefix}: nothing is trained on in {silent_whole:,} of {whole:,} samples; pretokenize with "
+            "--min_assistant_tokens 1, or set --scalar_loss_mask",
+        )
+    if silent > silent_whole:
+        yield Finding(
+            "error",
+            f"{prefix}: {silent - silent_whole:,} of {whole:,} samples lose all that is trained on when they are cut; raise "
+            f"--seq_length, or pretokenize with --max_tokens {data.seq_length + 1}",
+        )
+    if endless:
+        yield Finding(
+            "warning",
+            f"{prefix}: in {endless:,} of {whole:,} samples no answer ends within --seq_length {data.seq_length}; raise it, or "
+            f"pretokenize with --max_tokens {data.seq_length + 1}",
+        )
+    if unlearnt:
+        yield Finding(
+            "warning",
+            f"{prefix}: in {unlearnt:,} samples the end of an answer has weight 0, by the weight of its message",
+        )
+    if not silent and not endless and not unlearnt:
+        yield Finding("ok", f"{prefix}: every sample is trained on after cutting, ends of turns included")
+
+
+def _length(data: Data, batch: Batch, world_size: int, parallel: Parallelism) -> Iterator[Finding]:
+    """How often the data is seen."""
+    import numpy as np
+
+    from megatron_ft.data import packing
+    from megatron_ft.data.shards import open_shards
+
+    try:
+        lengths = np.concatenate([open_shards(prefix).lengths for prefix in data.data_path])
+    except (UserError, ValueError):
+        return
+    sizes = packing.positions(lengths, data.seq_length)
+    rows = sizes.sum() / data.seq_length if data.packing else np.count_nonzero(sizes)
+    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    a_step = batch.global_batch_size or batch.micro_batch_size * max(1, world_size // model)
+    epochs = batch.train_iters * a_step / max(1.0, float(rows))
+    text = f"--train_iters {batch.train_iters} x {a_step} rows is {epochs:.2f} epochs of about {rows:,.0f} rows"
+    yield Finding("warning" if epochs > 20 else "ok", text + ("; is that meant?" if epochs > 20 else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))

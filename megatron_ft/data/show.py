@@ -1,0 +1,69 @@
+"""A sample as a person wants to see it: its tokens one by one with their text, who speaks, and what is trained on.
+
+Data only; how it is painted is the commands' business.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ft.data.roles import MARKED, ROLE_BITS, ROLE_NAMES
+from megatron_ft.data.shards import Shards
+from megatron_ft.data.tokenizer import Tokenizer
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True)
+class Token:
+    """text: what the token stands for, None without a tokenizer. weight: its loss weight; the first token of a sample is
+    never predicted and has none."""
+
+    id: int
+    text: str | None
+    role: str
+    marked: bool
+    control: bool
+    weight: float
+
+
+def tokens(shards: Shards, sample: int, tokenizer: Tokenizer | None, by_code: np.ndarray) -> list[Token]:
+    """The tokens of a sample. by_code: float32 [256], from Shards.loss_weights."""
+    ids, codes = shards.tokens(sample), shards.codes(sample)
+    weights = by_code[codes].copy()
+    weights[0] = 0
+    names = set(tokenizer.special_tokens.values()) if tokenizer else set()
+    return [
+        Token(
+            int(index),
+            None if tokenizer is None else token_text(tokenizer, int(index)),
+            ROLE_NAMES[code & ROLE_BITS],
+            bool(code & MARKED),
+            int(index) in names,
+            float(weight),
+        )
+        for index, code, weight in zip(ids, codes.tolist(), weights, strict=True)
+    ]
+
+
+def token_text(tokenizer: Tokenizer, index: int) -> str:
+    """What one token looks like: spaces as spaces, a byte that is part of a character as <0x..>."""
+    piece = tokenizer.id_to_token(index)
+    if index in tokenizer.special_tokens.values():
+        return piece
+    if match := BYTE.fullmatch(piece):
+        value = int(match[1], 16)
+        return chr(value) if value < 128 else piece
+    if "▁" in piece or tokenizer.kind == "sentencepiece":
+        return piece.replace("▁", " ")
+    return tokenizer.decode([index])
+
+
+def source_of(shards: Shards, sample: int) -> str:
+    """Which dataset a sample comes from."""
+    for source in shards.manifest.sources:
+        first, end = source["documents"]
+        if first <= sample < end:
+            return f"{source['name']} ({source['file']})"
+    return "unknown"

@@ -1,0 +1,102 @@
+"""megatron-ft merge: several shards into one, for instance those of the tasks of a SLURM array.
+
+Samples keep their order: all of the first shards, then all of the second. What does not belong together (another
+tokenizer, another chat format, the same file twice) is refused before anything is written.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.data.manifest import check_tokenizer, manifest_path
+from megatron_ft.data.roles import weight_table
+from megatron_ft.data.shards import Shards, ShardWriter, open_shards
+from megatron_ft.errors import ConfigError, DataError
+from megatron_ft.log import logger
+
+
+@dataclass
+class Merge:
+    """What to merge"""
+
+    prefixes: list[str] = field(default_factory=list, metadata={"required": True})
+    """prefixes of the shards, in the order of their samples"""
+    output: str = field(default="", metadata={"required": True})
+    """prefix of the merged shards"""
+    overwrite: bool = False
+    """replace finished shards that are there already"""
+    allow_repeats: bool = False
+    """merge although a source file occurs in several of the shards"""
+
+
+COMMAND = Command(
+    name="merge",
+    summary="several shards into one, after checking that they belong together",
+    sections=(Merge,),
+    examples=("megatron-ft merge --prefixes parts/0-train parts/1-train parts/2-train --output data/all-train",),
+)
+log = logger("merge")
+
+
+def run(options: Merge) -> int:
+    """Raises UserError for shards that do not belong together, or are damaged."""
+    if options.output in options.prefixes:
+        raise ConfigError(f"--output {options.output} is one of the prefixes; give another")
+    if manifest_path(options.output).exists() and not options.overwrite:
+        raise DataError(f"{manifest_path(options.output)}: exists already; add --overwrite, or choose another --output")
+    parts = [open_shards(prefix, verify=True) for prefix in options.prefixes]
+    for other in parts[1:]:
+        check_alike(parts[0], other)
+    if not options.allow_repeats:
+        check_repeats(parts)
+    first = parts[0].manifest
+    weights = weight_table(sorted({weight for part in parts for weight in part.manifest.weights}))
+    with ShardWriter(options.output, parts[0].vocab_size, first.tokenizer, first.chat_format, weights) as writer:
+        for part in parts:
+            for source in part.manifest.sources or [{"name": "unknown", "file": part.prefix, "digest": ""}]:
+                writer.source(source["name"], source["file"], source["digest"])
+                start, end = source.get("documents", (0, len(part)))
+                _copy(writer, part, start, end)
+    counts = writer.manifest.counts
+    print(f"{len(parts)} shards, {counts['samples']:,} samples, {counts['tokens']:,} tokens -> {options.output}")
+    return 0
+
+
+def check_alike(one: Shards, other: Shards) -> None:
+    """Raise DataError unless a token and a turn mean the same in both."""
+    check_tokenizer(one.manifest, other.manifest.tokenizer, other.vocab_size, where=one.prefix)
+    check_tokenizer(other.manifest, one.manifest.tokenizer, one.vocab_size, where=other.prefix)
+    if one.manifest.chat_format != other.manifest.chat_format:
+        raise DataError(
+            f"{other.prefix}: chat format {_name(other.manifest.chat_format)}, {one.prefix} has "
+            f"{_name(one.manifest.chat_format)}; pretokenize both with the same --chat_format"
+        )
+
+
+def check_repeats(parts: list[Shards]) -> None:
+    """Raise DataError where the same input, by its hash, is in two of the shards under the same name."""
+    seen: dict[tuple[str, str], str] = {}
+    for part in parts:
+        for key in {(source["file"], source["digest"]) for source in part.manifest.sources}:
+            if key in seen and key[1]:
+                raise DataError(
+                    f"{part.prefix}: {key[0]} is in {seen[key]} too, its samples would count twice; leave one out, "
+                    "or add --allow_repeats (parts of one file are meant)"
+                )
+            seen[key] = part.prefix
+
+
+def _copy(writer: ShardWriter, part: Shards, start: int, end: int) -> None:
+    for first in range(start, end, 100_000):
+        writer.copy(part, np.arange(first, min(first + 100_000, end)))
+
+
+def _name(chat_format: dict[str, Any]) -> str:
+    return chat_format.get("name") or chat_format.get("template") or "none"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))
