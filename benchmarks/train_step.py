@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from megatron_ft.config.sections import Batch, Data, Numerics, Optimizer, Parallelism
-from megatron_ft.data.loader import ChatDataset, step_rows
+from megatron_ft.data.loader import ChatDataset, Choices, step_rows
 from megatron_ft.data.manifest import Manifest
-from megatron_ft.data.roles import loss_weights
+from megatron_ft.data.roles import code_weights, loss_weights
 from megatron_ft.parallel import process_groups
 
 LR, BATCH, MICRO = 1e-4, 4, 2
@@ -46,8 +46,11 @@ class Conversations:
     def tokens(self, i):
         return self.ids[i]
 
-    def roles(self, i):
+    def codes(self, i):
         return self.role
+
+    def loss_weights(self, by_role, marked_loss_weight=1.0):
+        return code_weights(by_role)
 
 
 def plain_loop(model, dataset: ChatDataset):
@@ -128,7 +131,7 @@ def main() -> None:
     torch.manual_seed(0)
     dataset = ChatDataset(
         [Conversations((args.steps + 2) * BATCH, args.seq_length + 1, args.vocab)],
-        args.seq_length, loss_weights(), seed=0, packed=False,
+        loss_weights(), Choices(args.seq_length, packed=False),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, process_groups() as layout:
         model = LlamaForCausalLM(config)

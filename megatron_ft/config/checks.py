@@ -56,6 +56,39 @@ def sequence_parallel_fits(parallel: Parallelism, batch: Batch, data: Data) -> N
         )
 
 
+def shares_fit(data: Data) -> None:
+    if data.data_weights and len(data.data_weights) != len(data.data_path):
+        raise ConfigError(
+            f"--data_weights has {len(data.data_weights)} share(s) for {len(data.data_path)} --data_path: give one for each"
+        )
+    if any(share < 0 for share in data.data_weights) or (data.data_weights and not any(data.data_weights)):
+        raise ConfigError(f"--data_weights {data.data_weights}: shares must not be negative, and not all 0")
+
+
+def role_weights(data: Data) -> dict[str, float]:
+    """--role_loss_weights as a mapping. Raises ConfigError for an entry that is not name=number."""
+    found = {}
+    for entry in data.role_loss_weights:
+        name, _, number = entry.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise ConfigError(f"--role_loss_weights {entry}: write name=number, as in user=0.1") from None
+    return found
+
+
+def variable_rows_fit(data: Data, parallel: Parallelism) -> None:
+    if data.variable_seq_lengths and data.packing:
+        raise ConfigError(
+            "--variable_seq_lengths is for one sample a row: add --no_packing, or drop it (packed rows are full)"
+        )
+    if data.variable_seq_lengths and parallel.sequence_parallel and 16 % parallel.tensor_model_parallel_size:
+        raise ConfigError(
+            f"--variable_seq_lengths rounds rows to 16 positions, which --tensor_model_parallel_size "
+            f"{parallel.tensor_model_parallel_size} does not divide: drop --sequence_parallel or --variable_seq_lengths"
+        )
+
+
 def rates_in_order(optimizer: Optimizer) -> None:
     if optimizer.lr <= 0:
         raise ConfigError(f"--lr {optimizer.lr}: must be above 0")
@@ -98,6 +131,9 @@ def check_training(
     world_fits_layout(parallel, world_size)
     batch_fits(batch, data_parallel_size(parallel, world_size))
     sequence_parallel_fits(parallel, batch, data)
+    shares_fit(data)
+    role_weights(data)
+    variable_rows_fit(data, parallel)
     rates_in_order(optimizer)
     warmup_fits(optimizer, batch)
     lima_has_dropout(numerics)

@@ -37,8 +37,20 @@ class Data:
     """positions in a row"""
     packing: bool = True
     """put several samples in a row, each with its own positions and attention; --no_packing: one padded sample a row"""
+    variable_seq_lengths: bool = False
+    """with --no_packing: rows as long as the longest sample of the microbatch, not seq_length"""
+    over_long: Literal["cut", "drop", "split"] = "cut"
+    """what becomes of a sample longer than a row: its beginning, nothing, or all of it in several rows"""
+    data_weights: list[float] = field(default_factory=list)
+    """share of each data_path in an epoch; default: as many samples as each has"""
+    data_weights_by: Literal["samples", "supervised_tokens"] = "samples"
+    """what the shares are shares of"""
     scalar_loss_mask: float = 0.0
     """loss weight of tokens that are not the assistant's (assistant tokens have 1)"""
+    role_loss_weights: list[str] = field(default_factory=list)
+    """loss weight of single roles: user=0.1 system=0"""
+    marked_loss_weight: float = 1.0
+    """loss weight of tokens that the shards mark for language modelling, whoever speaks; 0 ignores the marks"""
     seed: int = 1234
     """of the sample order and of dropout"""
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ft.data import packing
-from megatron_ft.data.roles import ROLE_NAMES
+from megatron_ft.data.pieces import draw, pieces_of, pieces_per_epoch
+from megatron_ft.data.roles import ROLE_BITS, ROLE_NAMES
 from megatron_ft.data.shards import Shards
 from megatron_ft.errors import DataError
 
@@ -56,31 +57,68 @@ STRETCHES = (0, 128, 512, 2048, 8192, 32768, 131072)
 _NOTHING = np.zeros(0, np.int64)
 
 
-class ChatDataset:
-    """Rows of chat samples from one or more shards, shuffled anew each epoch."""
+@dataclass(frozen=True)
+class Choices:
+    """How samples become rows; see config.sections.Data for what each means."""
 
-    def __init__(
-        self, shards: Sequence[Shards], seq_length: int, loss_weights: np.ndarray, seed: int,
-        packed: bool = True, shuffle: bool = True,
-    ):  # fmt: skip
-        self.shards, self.seq_length, self.seed = list(shards), seq_length, seed
-        self.loss_weights = np.asarray(loss_weights, dtype=np.float32)
-        self.packed, self.shuffle = packed, shuffle
+    seq_length: int
+    seed: int = 0
+    packed: bool = True
+    shuffle: bool = True
+    over_long: str = "cut"
+    variable: bool = False
+    marked_loss_weight: float = 1.0
+    shares: tuple[float, ...] | None = None
+    shares_by: str = "samples"
+
+
+class ChatDataset:
+    """Rows of chat samples from one or more shards, shuffled anew each epoch. loss_weights: float32 [4], by role."""
+
+    def __init__(self, shards: Sequence[Shards], loss_weights: np.ndarray, choices: Choices):
+        self.shards, self.choices, self.seq_length = list(shards), choices, choices.seq_length
+        self.packed = choices.packed
+        self._weight_of = [shard.loss_weights(loss_weights, choices.marked_loss_weight) for shard in self.shards]
         lengths = np.concatenate([np.asarray(shard.lengths) for shard in self.shards])
         self._first = np.cumsum([0, *(len(shard) for shard in self.shards)])
-        self._sizes = packing.positions(lengths, seq_length)
-        self.truncated = int((lengths > seq_length + 1).sum())
-        if not (self._sizes > 0).any():
+        self.num_samples = len(lengths)
+        self.over_long = int((lengths > choices.seq_length + 1).sum())
+        self._pieces = pieces_of(lengths, choices.seq_length, choices.over_long)
+        self._sizes = self._pieces.size
+        if not len(self._pieces):
             names = ", ".join(str(shard.prefix) for shard in self.shards)
-            raise DataError(f"{names}: no sample of two tokens or more, nothing to train on; pretokenize again")
+            raise DataError(
+                f"{names}: no sample of two tokens or more that fits, nothing to train on; "
+                f"pretokenize again, or keep long samples with --over_long cut"
+            )
         self.group_names, self._source_of = self._name_groups()
+        self._sets = np.split(np.arange(len(self._pieces)), np.searchsorted(self._pieces.sample, self._first[1:-1]))
+        self._counts = self._pieces_per_epoch()
         self._epoch_starts = [0]
         self._plans: dict[int, tuple[packing.Rows, np.ndarray]] = {}
+
+    def _pieces_per_epoch(self) -> np.ndarray:
+        """Pieces of each set of shards in an epoch."""
+        sizes = np.array([len(members) for members in self._sets])
+        if self.choices.shares is None:
+            return sizes
+        value = np.ones(len(sizes))
+        if self.choices.shares_by == "supervised_tokens":
+            value = np.array([self._supervised(i) / max(1, size) for i, size in enumerate(sizes)])
+        return pieces_per_epoch(sizes, np.array(self.choices.shares, float), value)
+
+    def _supervised(self, shard: int) -> float:
+        """Tokens of a set of shards whose role has a weight, by its manifest's counts."""
+        counts = self.shards[shard].manifest.counts["tokens_by_role"]
+        by_role = self._weight_of[shard]
+        return float(
+            sum(count for role, name in enumerate(ROLE_NAMES) if by_role[role] and (count := counts.get(name, 0)))
+        )
 
     def _name_groups(self) -> tuple[dict[str, tuple[str, ...]], np.ndarray]:
         """(names of the groups of each breakdown, source of each sample). Shards without sources are a source of their own."""
         names: dict[str, int] = {}
-        source_of = np.zeros(len(self._sizes), np.int64)
+        source_of = np.zeros(self.num_samples, np.int64)
         for first, shard in zip(self._first[:-1], self.shards, strict=True):
             sources = shard.manifest.sources or [{"name": Path(shard.prefix).name, "documents": [0, len(shard)]}]
             for source in sources:
@@ -89,10 +127,6 @@ class ChatDataset:
         ends = [f"-{end - 1}" for end in STRETCHES[1:]] + ["+"]
         stretches = tuple(f"{begin}{end}" for begin, end in zip(STRETCHES, ends, strict=True))
         return {"role": ROLE_NAMES, "source": tuple(names), "position": stretches}, source_of
-
-    @property
-    def num_samples(self) -> int:
-        return len(self._sizes)
 
     def epoch_rows(self, epoch: int) -> packing.Rows:
         """The rows of one epoch. Packed, its emptiest row is held back and packed with the next epoch's samples."""
@@ -105,13 +139,14 @@ class ChatDataset:
         return self._plans[epoch][0]
 
     def _plan(self, epoch: int, held: np.ndarray) -> tuple[packing.Rows, np.ndarray]:
-        order, rng = np.flatnonzero(self._sizes), np.random.default_rng([self.seed, epoch])
-        if self.shuffle:
+        rng = np.random.default_rng([self.choices.seed, epoch])
+        order = draw(self._sets, self._counts, rng)
+        if self.choices.shuffle:
             order = rng.permutation(order)
         if not self.packed:
             return packing.one_per_row(order), held
         rows = packing.best_fit(np.concatenate([held, order]), self._sizes, self.seq_length)
-        if not self.shuffle:
+        if not self.choices.shuffle:
             return rows, _NOTHING
         rows, held = packing.without_emptiest(rows, self._sizes, self.seq_length)
         return packing.shuffled(rows, rng), held
@@ -130,36 +165,54 @@ class ChatDataset:
 
     def samples_of(self, index: int) -> np.ndarray:
         """Sample numbers in the index-th row since the start of training."""
+        return self._pieces.sample[self._row(index)]
+
+    def _row(self, index: int) -> np.ndarray:
         epoch, row = self.locate(index)
         return self.epoch_rows(epoch).samples(row)
 
     def microbatch(self, rows: Sequence[int]) -> Microbatch:
         """The rows with these running numbers, as one microbatch."""
-        shape = (len(rows), self.seq_length)
+        shape = (len(rows), self._width(rows))
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         weights, roles = np.zeros(shape, np.float32), np.full(shape, PADDING, np.uint8)
         groups = np.full((len(BREAKDOWNS), *shape), -1, np.int64)
         segments: list[int] = []
         for i, row in enumerate(rows):
             at = 0
-            for sample in self.samples_of(row):
-                size = int(self._sizes[sample])
-                text, role = self._read(int(sample), size + 1)
+            for piece in self._row(row).tolist():
+                text, codes, weight_of, source = self._read(piece)
+                size = len(text) - 1
                 here = slice(at, at + size)
                 tokens[i, here], labels[i, here] = text[:-1], text[1:]
-                roles[i, here], weights[i, here] = role[1:], self.loss_weights[role[1:]]
-                groups[0, i, here], groups[1, i, here] = role[1:], self._source_of[sample]
+                roles[i, here], weights[i, here] = codes[1:] & ROLE_BITS, weight_of[codes[1:]]
+                groups[0, i, here], groups[1, i, here] = roles[i, here], source
                 groups[2, i, here] = np.searchsorted(STRETCHES, np.arange(size), side="right") - 1
                 segments.append(size)
                 at += size
-            if at < self.seq_length:
-                segments.append(self.seq_length - at)
+            if at < shape[1]:
+                segments.append(shape[1] - at)
         return Microbatch(tokens, labels, weights, roles, groups, np.array(segments, np.int32) if self.packed else None)
 
-    def _read(self, sample: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _width(self, rows: Sequence[int]) -> int:
+        """Positions in a row: seq_length, or with `variable` the longest of these rows, rounded up to 16."""
+        if self.packed or not self.choices.variable:
+            return self.seq_length
+        longest = max(int(self._sizes[self._row(row)].sum()) for row in rows)
+        return min(self.seq_length, -(-longest // 16) * 16)
+
+    def _read(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """A piece's tokens and role bytes, [size + 1] each, the weight of each role byte, and its source."""
+        sample = int(self._pieces.sample[piece])
         shard = int(np.searchsorted(self._first, sample, side="right")) - 1
-        local = sample - int(self._first[shard])
-        return self.shards[shard].tokens(local)[:count], self.shards[shard].roles(local)[:count]
+        here = slice(int(self._pieces.start[piece]), int(self._pieces.start[piece] + self._sizes[piece] + 1))
+        opened, local = self.shards[shard], sample - int(self._first[shard])
+        return (
+            opened.tokens(local)[here],
+            opened.codes(local)[here],
+            self._weight_of[shard],
+            int(self._source_of[sample]),
+        )
 
 
 def step_rows(

@@ -60,6 +60,8 @@ class BuildOptions:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     max_sequence_length: int | None = None
+    variable_seq_lengths: bool = False
+    """rows differ in length between microbatches: pipeline stages tell each other the shapes first"""
     padded_vocab_size: int | None = None
     """rows of the embedding; default: Megatron's rule for this tensor-parallel size"""
 
@@ -107,6 +109,8 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
+        variable_seq_lengths=options.variable_seq_lengths,
+        moe_token_dispatcher_type="alltoall",  # no experts here, but the engine's default refuses variable lengths
         batch_p2p_comm=device.has_gpu(),
     )
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from megatron_ft.config.checks import role_weights
 from megatron_ft.config.sections import Data
-from megatron_ft.data.loader import ChatDataset
-from megatron_ft.data.manifest import Manifest, check_tokenizer
+from megatron_ft.data.loader import ChatDataset, Choices
+from megatron_ft.data.manifest import check_tokenizer
+from megatron_ft.data.plain import PlainShards, is_plain
 from megatron_ft.data.roles import ROLE_NAMES, loss_weights
 from megatron_ft.data.shards import open_shards
 from megatron_ft.errors import ConfigError, DataError
@@ -26,29 +28,43 @@ def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset
     positions = checkpoint.architecture.max_position_embeddings
     if data.seq_length > positions:
         raise ConfigError(f"--seq_length {data.seq_length} is beyond the model's {positions} positions: lower it")
-    weights = loss_weights(data.scalar_loss_mask)
+    weights = loss_weights(data.scalar_loss_mask, role_weights(data))
     train = _dataset(data.data_path, data, checkpoint, weights, shuffle=True)
-    if train.truncated:
+    if train.over_long:
         log.warning(
-            f"{train.truncated} of {train.num_samples} samples are longer than --seq_length {data.seq_length} + 1 "
-            f"and lose their ends; raise --seq_length to keep them"
+            f"{train.over_long} of {train.num_samples} samples are longer than --seq_length {data.seq_length} + 1 and are "
+            f"{_FATE[data.over_long]}; raise --seq_length, or choose otherwise with --over_long"
         )
     valid_paths = data.valid_data_path or _siblings(data.data_path)
     return train, _dataset(valid_paths, data, checkpoint, weights, shuffle=False) if valid_paths else None
 
 
+_FATE = {"cut": "cut", "drop": "dropped", "split": "split over several rows"}
+
+
 def _dataset(prefixes: list[str], data: Data, checkpoint: CheckpointConfig, weights, shuffle: bool) -> ChatDataset:
-    shards = [open_shards(prefix) for prefix in prefixes]
-    supervised = 0.0
-    for shard in shards:
-        check_tokenizer(shard.manifest, checkpoint.tokenizer, checkpoint.architecture.vocab_size, where=shard.prefix)
-        supervised += loss_weight_of(shard.manifest, weights)
+    shards = [_open(prefix, checkpoint) for prefix in prefixes]
+    supervised = sum(loss_weight_of(shard, weights, data.marked_loss_weight) for shard in shards)
     if shuffle and supervised == 0:
         raise DataError(
             f"{', '.join(prefixes)}: no supervised token, every loss weight is 0 (there is no assistant turn): "
             f"check the chats, or train on all tokens with --scalar_loss_mask 1"
         )
-    return ChatDataset(shards, data.seq_length, weights, data.seed, packed=data.packing, shuffle=shuffle)
+    choices = Choices(
+        data.seq_length, data.seed, packed=data.packing, shuffle=shuffle, over_long=data.over_long,
+        variable=data.variable_seq_lengths, marked_loss_weight=data.marked_loss_weight,
+        shares=tuple(data.data_weights) if shuffle and data.data_weights else None, shares_by=data.data_weights_by,
+    )  # fmt: skip
+    return ChatDataset(shards, weights, choices)
+
+
+def _open(prefix: str, checkpoint: CheckpointConfig):
+    """Role-labelled shards that fit the checkpoint's tokenizer, or plain pretraining shards."""
+    if is_plain(prefix):
+        return PlainShards(prefix, checkpoint.architecture.vocab_size)
+    shard = open_shards(prefix)
+    check_tokenizer(shard.manifest, checkpoint.tokenizer, checkpoint.architecture.vocab_size, where=shard.prefix)
+    return shard
 
 
 def with_chat_format(checkpoint: CheckpointConfig, train_set: ChatDataset) -> CheckpointConfig:
@@ -61,10 +77,12 @@ def with_chat_format(checkpoint: CheckpointConfig, train_set: ChatDataset) -> Ch
     return dataclasses.replace(checkpoint, chat_format=names.pop())
 
 
-def loss_weight_of(manifest: Manifest, weights) -> float:
-    """Sum of the loss weights [4] of all tokens of some shards."""
-    counts = manifest.counts["tokens_by_role"]
-    return float(sum(weights[role] * counts.get(name, 0) for role, name in enumerate(ROLE_NAMES)))
+def loss_weight_of(shard, weights, marked_loss_weight: float) -> float:
+    """Sum of the loss weights of all tokens of some shards, by their manifest; marks count once at their weight."""
+    by_code = shard.loss_weights(weights, marked_loss_weight)
+    counts = shard.manifest.counts
+    by_role = sum(by_code[role] * counts["tokens_by_role"].get(name, 0) for role, name in enumerate(ROLE_NAMES))
+    return float(by_role + marked_loss_weight * counts.get("marked_tokens", 0))
 
 
 def _siblings(prefixes: list[str]) -> list[str]:

@@ -30,6 +30,7 @@ def make_model(
         recompute_num_layers=1 if numerics.recompute_granularity == "full" else None,
         max_sequence_length=data.seq_length,
         padded_vocab_size=rows,
+        variable_seq_lengths=data.variable_seq_lengths,
     )
     model = build_model(arch, layout, options)
     config = model.config

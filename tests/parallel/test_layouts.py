@@ -40,6 +40,23 @@ def test_the_reference_is_worth_comparing_with(reference):
     assert all(0 < s < t <= 8 * 64 for s, t in zip(supervised, tokens))
 
 
+@pytest.mark.parametrize("layout", [(1, 4), (2, 2)], ids=["PP4", "TP2xPP2"])
+def test_rows_of_variable_length_change_nothing(layout, four_ranks, checkpoint, shards, tmp_path):
+    """Rows as long as their longest sample, against rows of seq_length: the padding was never more than padding."""
+    for variable in (False, True):
+        four_ranks.run(variable_rows, layout, checkpoint, shards, variable, str(tmp_path / str(variable)))
+    for name in ("train/loss", "train/grad_norm"):
+        ours, padded = (read_metrics(tmp_path / str(variable), name) for variable in (True, False))
+        np.testing.assert_allclose(ours, padded, rtol=1e-4)
+
+
+def variable_rows(layout, checkpoint, shards, variable, folder):
+    finetune(
+        layout, load=checkpoint, data_path=[shards], packing=False, variable_seq_lengths=variable, train_iters=6,
+        micro_batch_size=1, run_dir=folder,
+    )  # fmt: skip
+
+
 def run_on(layout, checkpoint, shards, packing, distributed_optimizer, folder):
     finetune(
         layout, load=checkpoint, data_path=[shards], packing=packing, run_dir=folder,

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ft.data import packing
-from megatron_ft.data.loader import PADDING, ChatDataset, step_rows
+from megatron_ft.data.loader import PADDING, ChatDataset, Choices, step_rows
 from megatron_ft.data.manifest import Manifest
+from megatron_ft.data.roles import code_weights
 from megatron_ft.errors import DataError
 
 
@@ -29,12 +31,15 @@ class Memory:
     def tokens(self, i):
         return self.ids[i]
 
-    def roles(self, i):
+    def codes(self, i):
         return self.role[i]
 
+    def loss_weights(self, by_role, marked_loss_weight=1.0):
+        return code_weights(by_role, self.manifest.weights, marked_loss_weight)
 
-def dataset(lengths, seq_length=16, packed=True, weights=(0, 0, 1, 0), shuffle=True):
-    return ChatDataset([Memory(lengths)], seq_length, np.array(weights), 1, packed=packed, shuffle=shuffle)
+
+def dataset(lengths, seq_length=16, **choices):
+    return ChatDataset([Memory(lengths)], np.array([0, 0, 1, 0]), Choices(seq_length, 1, **choices))
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 20), st.integers(1, 8), st.integers(0, 9))
@@ -75,7 +80,7 @@ def test_a_microbatch_by_hand():
         [np.array([5, 6, 7, 8]), np.array([9, 10, 11])],
         [np.array([1, 1, 2, 2]), np.array([1, 2, 3])],
     )
-    batch = ChatDataset([shard], 8, np.array([0, 0.5, 1, 0]), 1, shuffle=False).microbatch([0])
+    batch = ChatDataset([shard], np.array([0, 0.5, 1, 0]), Choices(8, shuffle=False)).microbatch([0])
     assert batch.tokens.tolist() == [[5, 6, 7, 9, 10, 0, 0, 0]]
     assert batch.labels.tolist() == [[6, 7, 8, 10, 11, 0, 0, 0]]
     assert batch.weights.tolist() == [[0.5, 1, 1, 1, 0, 0, 0, 0]]
@@ -89,7 +94,7 @@ def test_groups_name_source_and_position():
     """Two sources in one shard; a sample's positions change stretch at 128."""
     shard = Memory([200, 10])
     shard.manifest = Manifest(sources=[{"name": "a", "documents": [0, 1]}, {"name": "b", "documents": [1, 2]}])
-    data = ChatDataset([shard], 256, np.ones(4), 1, shuffle=False)
+    data = ChatDataset([shard], np.ones(4), Choices(256, shuffle=False))
     groups = data.microbatch([0]).groups[:, 0]
     assert data.group_names["source"] == ("a", "b") and data.group_names["position"][1] == "128-511"
     assert groups[1, :208].tolist() == [0] * 199 + [1] * 9
@@ -100,15 +105,88 @@ def test_padding_is_known_from_lengths_not_from_a_token():
     """Token 0 is a real token here: it keeps its weight, and only positions beyond the sample are padding."""
     shard = Memory([5])
     shard.ids, shard.role = [np.array([0, 0, 0, 0, 0])], [np.array([2, 2, 2, 2, 2])]
-    batch = ChatDataset([shard], 6, np.array([0, 0, 1, 0]), 1, packed=False).microbatch([0])
+    batch = ChatDataset([shard], np.array([0, 0, 1, 0]), Choices(6, packed=False)).microbatch([0])
     assert batch.weights.tolist() == [[1, 1, 1, 1, 0, 0]] and batch.segments is None
 
 
-def test_long_samples_are_cut_and_counted():
-    data = dataset([40, 17, 18, 3], seq_length=16, shuffle=False)
-    assert data.truncated == 2  # 17 tokens are 16 positions: they fit
-    batch = data.microbatch(range(len(data.epoch_rows(0))))
-    assert batch.real_tokens == 16 + 16 + 16 + 2
+@pytest.mark.parametrize(
+    ("over_long", "tokens"), [("cut", 16 + 16 + 16 + 2), ("drop", 16 + 2), ("split", 39 + 16 + 17 + 2)]
+)
+def test_long_samples_meet_their_fate_and_are_counted(over_long, tokens):
+    data = dataset([40, 17, 18, 3], shuffle=False, over_long=over_long)
+    assert data.over_long == 2  # 17 tokens are 16 positions: they fit
+    assert data.microbatch(range(len(data.epoch_rows(0)))).real_tokens == tokens
+
+
+def test_a_split_sample_loses_no_label():
+    """Pieces of 4 positions read one token more than they take: token 4 is the label that ends one and begins the next."""
+    shard = Memory([10])
+    shard.ids = [np.arange(10)]
+    data = ChatDataset([shard], np.ones(4), Choices(4, packed=False, shuffle=False, over_long="split"))
+    batch = data.microbatch([0, 1, 2])
+    assert batch.tokens.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 0, 0, 0]]
+    assert batch.labels.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("by", ["samples", "supervised_tokens"])
+def test_shares_hold_over_an_epoch(by):
+    """A quarter and three quarters of an epoch, by samples or by supervised tokens, from sets of 100 and 60."""
+    small, large = Memory([6] * 100), Memory([11] * 60)
+    for shard in (small, large):
+        shard.role = [np.full(n, 2, np.uint8) for n in shard.lengths]
+        shard.manifest = Manifest(counts={"tokens_by_role": {"assistant": int(shard.lengths.sum())}})
+    choices = Choices(16, 1, packed=False, shares=(1.0, 3.0), shares_by=by)
+    data = ChatDataset([small, large], np.array([0, 0, 1, 0]), choices)
+    rows = len(data.epoch_rows(0))
+    samples = np.array([data.samples_of(row)[0] for row in range(rows)])
+    worth = np.where(samples < 100, 1, 1 if by == "samples" else 11 / 6)
+    assert rows == 160 and worth[samples < 100].sum() / worth.sum() == pytest.approx(0.25, abs=0.01)
+    seen = np.bincount(samples, minlength=160)
+    assert seen[:100].max() == 1 and set(seen[100:]) <= {1, 2}  # the larger share goes through its set more than once
+
+
+def test_a_share_of_nothing_is_left_out():
+    data = ChatDataset([Memory([5] * 4), Memory([5] * 4)], np.ones(4), Choices(16, packed=False, shares=(0.0, 1.0)))
+    assert {int(data.samples_of(row)[0]) for row in range(8)} == {4, 5, 6, 7}
+
+
+def test_marks_and_message_weights():
+    """Byte 9: a prompter's token marked for language modelling; byte 18: the assistant in a message of weight 0.25."""
+    shard = Memory([4])
+    shard.role, shard.manifest = [np.array([1, 9, 2, 18], np.uint8)], Manifest(weights=[1.0, 0.25])
+    for marked, expected in ((1.0, [1, 1, 0.25]), (0.0, [0, 1, 0.25])):
+        data = ChatDataset([shard], np.array([0, 0, 1, 0]), Choices(3, marked_loss_weight=marked))
+        batch = data.microbatch([0])
+        assert batch.weights.tolist() == [expected] and batch.roles.tolist() == [[1, 2, 2]]
+
+
+def test_variable_rows_are_as_long_as_they_must_be():
+    data = dataset([6, 18, 40], seq_length=64, packed=False, shuffle=False, variable=True)
+    assert [data.microbatch(rows).tokens.shape for rows in ([0], [1], [0, 1], [2])] == [
+        (1, 16),
+        (1, 32),
+        (2, 32),
+        (1, 48),
+    ]
+
+
+def test_plain_shards_are_trained_on_whole(tmp_path):
+    """As megatron-core writes them: no roles, every token a label, ids checked against the model."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from megatron_ft.data.plain import PlainShards, is_plain
+
+    prefix = str(tmp_path / "text_document")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    for tokens in ([1, 2, 3, 4, 5], [6, 7, 8]):
+        builder.add_item(torch.tensor(tokens))
+        builder.end_document()
+    builder.finalize(prefix + ".idx")
+    assert is_plain(prefix)
+    batch = ChatDataset([PlainShards(prefix, 10)], np.array([0, 0, 1, 0]), Choices(8, shuffle=False)).microbatch([0])
+    assert batch.labels[0, :6].tolist() == [2, 3, 4, 5, 7, 8] and batch.supervised_tokens == 6
+    with pytest.raises(DataError, match="vocabulary has 8"):
+        PlainShards(prefix, 8).tokens(1)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -161,6 +239,6 @@ def test_samples_too_short_to_train_on_are_refused_together():
 
 
 def test_several_shards_are_one_set():
-    data = ChatDataset([Memory([5, 6], 1), Memory([7], 2)], 16, np.ones(4), 1, packed=False, shuffle=False)
+    data = ChatDataset([Memory([5, 6], 1), Memory([7], 2)], np.ones(4), Choices(16, packed=False, shuffle=False))
     sizes = [data.microbatch([row]).real_tokens for row in range(3)]
     assert sizes == [4, 5, 6] and data.num_samples == 3

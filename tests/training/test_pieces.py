@@ -116,6 +116,10 @@ REFUSED = [
     ({"lima_dropout": True}, 1, "set --hidden_dropout"),
     ({"save_interval": 5}, 1, "--save"),
     ({"seq_length": 0}, 1, "at least 1"),
+    ({"data_weights": [0.5, 0.5]}, 1, "2 share"),
+    ({"data_weights": [-1.0]}, 1, "must not be negative"),
+    ({"role_loss_weights": ["user:1"]}, 1, "name=number"),
+    ({"variable_seq_lengths": True}, 1, "--no_packing"),
 ]
 
 

@@ -1,0 +1,53 @@
+"""Plain pretraining shards (PREFIX.bin, PREFIX.idx, no roles): every token is text, and every token is trained on.
+
+What Megatron's own preprocessing writes. Looks to the loader like role-labelled shards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ft.data.manifest import Manifest
+from megatron_ft.data.mmididx import Sequences
+from megatron_ft.data.roles import CONTEXT, ROLE_NAMES
+from megatron_ft.errors import DataError
+
+
+class PlainShards:
+    """Documents as samples. vocab_size: of the model; ids must be below it."""
+
+    def __init__(self, prefix: str, vocab_size: int):
+        self.prefix, self.vocab_size = prefix, vocab_size
+        self._text = Sequences(prefix)
+        self.lengths = self._text.lengths
+        tokens = int(self.lengths.sum(dtype=np.int64))
+        counts = {name: 0 for name in ROLE_NAMES} | {ROLE_NAMES[CONTEXT]: tokens}
+        self.manifest = Manifest(counts={"samples": len(self.lengths), "tokens": tokens, "tokens_by_role": counts})
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """The ids of a document. Raises DataError for an id that the model does not have."""
+        ids = self._text[index]
+        if len(ids) and (ids.max() >= self.vocab_size or ids.min() < 0):
+            raise DataError(
+                f"{self.prefix}.bin: document {index} holds id {ids.max()}, the model's vocabulary has {self.vocab_size}: "
+                f"tokenize with the model's tokenizer"
+            )
+        return ids
+
+    def codes(self, index: int) -> np.ndarray:
+        """Role bytes, all context."""
+        return np.full(int(self.lengths[index]), CONTEXT, np.uint8)
+
+    def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray:
+        """Language modelling: weight 1 whatever the roles are worth."""
+        return np.ones(256, np.float32)
+
+
+def is_plain(prefix: str) -> bool:
+    """Whether PREFIX names plain shards and no role-labelled ones."""
+    return Path(f"{prefix}.idx").is_file() and not Path(f"{prefix}-text.idx").is_file()
