@@ -159,7 +159,9 @@ class Model:
     """tokenizer the model should have: compared with the checkpoint's"""
     vocab_extra_ids_list: str | None = None
     """tokens added to it, with commas between"""
-    rope_scaling_type: str | None = None
+    rope_scaling_type: Literal["linear", "ntk", "ntk-margin", "ntk-yarn", "ntk-by-parts", "yarn", "dynamic"] | None = (
+        None
+    )
     """method that stretches the positions of a model that has none yet; default with a factor: linear"""
     rope_scaling_factor: float | None = None
     """how many times longer; 1.0 is no scaling"""

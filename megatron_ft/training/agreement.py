@@ -89,26 +89,25 @@ def _scaled(flags: Model, arch: Architecture) -> Architecture:
         return arch
     if factor is None or factor < 1:
         raise ConfigError(f"--rope_scaling_factor {factor}: give a number of 1 or more with --rope_scaling_type")
-    asked = None
-    if factor != 1:
-        asked = {"rope_type": flags.rope_scaling_type or "linear", "factor": factor}
+    method = flags.rope_scaling_type or "linear"
     if arch.rope_scaling is None:
-        return arch if asked is None else _stretched(arch, asked, factor)
-    known = {key: arch.rope_scaling.get(key) for key in ("rope_type", "factor")}
-    if asked != known and not flags.use_checkpoint_args:
+        return arch if factor == 1 else _extended(arch, method, factor)
+    known = (arch.rope_scaling.get("rope_type"), arch.rope_scaling.get("factor"))
+    if (method, factor) != known and not flags.use_checkpoint_args:
         raise ConfigError(
-            f"the checkpoint's rope is scaled already ({known['rope_type']}, factor {known['factor']}), the flags ask for "
-            f"{asked or 'none'}: drop --rope_scaling_type and --rope_scaling_factor"
+            f"the checkpoint's rope is scaled already ({known[0]}, factor {known[1]}), the flags ask for "
+            f"{'none' if factor == 1 else f'{method}, factor {factor}'}: drop --rope_scaling_type and --rope_scaling_factor"
         )
     return arch
 
 
-def _stretched(arch: Architecture, scaling: dict, factor: float) -> Architecture:
-    original = arch.max_position_embeddings
-    if scaling["rope_type"] != "linear":
-        scaling = {**scaling, "original_max_position_embeddings": original}
-    log.info(f"rope scaled by {factor} ({scaling['rope_type']}): {original} -> {int(original * factor)} positions")
-    return dataclasses.replace(arch, rope_scaling=scaling, max_position_embeddings=int(original * factor))
+def _extended(arch: Architecture, method: str, factor: float) -> Architecture:
+    from megatron_ft.models.rope import extend  # torch: only for those who ask
+
+    longer = extend(arch, method, factor)
+    positions = f"{arch.max_position_embeddings} -> {longer.max_position_embeddings} positions"
+    log.info(f"rope scaled by {factor:g} ({method}): {positions}")
+    return longer
 
 
 def report_unused_kernels(kernels: Kernels, has_gpu: bool) -> None:

@@ -9,6 +9,7 @@ from megatron_ft.config.sections import Kernels, Model
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.models.rope import extend
 from megatron_ft.training.agreement import check_model_flags, report_unused_kernels
 
 ARCH = Architecture(
@@ -57,13 +58,23 @@ def test_names_of_the_llama_family(name):
 def test_rope_is_scaled_once():
     """An unscaled checkpoint takes the flags' scaling and remembers it; told otherwise later, it refuses."""
     scaled = check_model_flags(Model(rope_scaling_factor=4.0), checkpoint())
-    assert scaled.architecture.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    assert scaled.architecture == extend(ARCH, "linear", 4.0)
     assert scaled.architecture.max_position_embeddings == 1024
     assert check_model_flags(Model(rope_scaling_factor=4.0), scaled) == scaled
     assert check_model_flags(Model(), scaled) == scaled
     for flags in (Model(rope_scaling_factor=2.0), Model(rope_scaling_factor=1.0)):
         with pytest.raises(ConfigError, match="scaled already"):
             check_model_flags(flags, scaled)
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk", "ntk-margin", "ntk-yarn", "ntk-by-parts", "yarn", "dynamic"])
+def test_every_method_can_be_asked_for(method):
+    flags = Model(rope_scaling_type=method, rope_scaling_factor=4.0)
+    scaled = check_model_flags(flags, checkpoint())
+    assert (
+        scaled.architecture.rope_scaling["rope_type"] == method and scaled.architecture.max_position_embeddings == 1024
+    )
+    assert check_model_flags(flags, scaled) == scaled
 
 
 def test_kernels_that_need_a_gpu_say_so(caplog):
