@@ -67,7 +67,7 @@ def dropped_share(hf):
     with process_groups() as here:
         model = build_model(arch, here, BuildOptions(hidden_dropout=0.3, lima_dropout=True)).train()
         last, seen = model.decoder.layers[-1], {}
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.1) if weight.ndim > 1 else None
         last.pre_mlp_layernorm.register_forward_pre_hook(lambda m, args: seen.update(before=args[0].detach().clone()))
         last.register_forward_hook(lambda m, args, out: seen.update(after=out[0].detach().clone()))
