@@ -332,6 +332,10 @@ def get_format(name: str, tokenizer: Tokenizer | None = None) -> Any:
 
         return own_template(tokenizer)
     name = ALIASES.get(name, name)
+    if name == OWN_TEMPLATE:
+        raise ConfigError(
+            f"chat format '{name}': the tokenizer's own template is used here where none is named; leave it out"
+        )
     if name not in FORMATS:
         raise ConfigError(f"unknown chat format '{name}': choose one of {', '.join((*FORMATS, OWN_TEMPLATE))}")
     return FORMATS[name]

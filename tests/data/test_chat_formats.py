@@ -13,6 +13,8 @@ from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.data.tokenizer_export import export_tokenizer
 from megatron_ft.errors import DataError, TokenizerError
 from tests.data.helpers import fast_file, real, sentencepiece_file
+from tools.pretokenizer.lines import records
+from tools.pretokenizer.oasst import OasstOptions, conversations
 
 
 def say(*turns):
@@ -158,6 +160,14 @@ def test_the_real_llama2_tokenizer_turn_by_turn():
         name = message["role"]
         expected += [32005, *model.encode(f"{name}\n{message['content']}"), 32006, *model.encode("\n")]
     assert ids.tolist() == expected
+    trees = records(real("oasst/en_100_tree.jsonl"))
+    chats = [chat for where, tree in trees for chat in conversations(tree, where, OasstOptions(), Counter())]
+    for chat, (ids, _) in zip(chats, get_format("chatml").encode_many(tokenizer, chats), strict=True):
+        expected = []
+        for message in chat:
+            name = {"prompter": "user"}.get(message["role"], message["role"])
+            expected += [32005, *model.encode(f"{name}\n{message['content']}"), 32006, *model.encode("\n")]
+        assert ids.tolist() == expected
     ids, roles = LLAMA2.encode(tokenizer, CHAT[1:3])
     question, answer = "[INST] hello fox [/INST]", " the dog "
     assert ids.tolist() == [1, *model.encode(question + answer), 2]

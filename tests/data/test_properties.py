@@ -1,11 +1,13 @@
 """What holds for any conversation whatever: it comes back from the shards, and no text of it becomes a control token."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ft.data.chat_format import CHATML
+from megatron_ft.data.chat_format import CHATML, FORMATS
 from megatron_ft.data.roles import ROLES
 from megatron_ft.data.shards import ShardWriter, open_shards
 from megatron_ft.data.tokenizer import load_tokenizer
@@ -46,3 +48,21 @@ def test_any_conversation_comes_back_from_the_shards(tokenizer, tmp_path_factory
         assert roles[starts].tolist() == [ROLES[message["role"]] for message in chat]
         controls = [i for name, i in tokenizer.special_tokens.items() if name not in CONTROLS]
         assert not np.isin(tokens, controls).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(chats=CHATS, name=st.sampled_from(sorted(FORMATS)), flags=st.sampled_from([0, 0b1000, 0b110000]))
+def test_any_conversation_in_any_format(tokenizer, chats, name, flags):
+    """Ids and roles agree in length, no text of a message becomes a control token, and a batch is its parts."""
+    chat_format = FORMATS[name]
+    known = load_tokenizer(tokenizer.source_files[0], [*CONTROLS, *chat_format.added_tokens])
+    chats = [[*chat, {"role": "assistant", "content": "x", "flags": flags}] for chat in chats]
+    controls = list(known.special_tokens.values())
+    for chat, (ids, codes) in zip(chats, chat_format.encode_many(known, chats), strict=True):
+        assert len(ids) == len(codes) > 0
+        assert int(codes[-1]) == ROLES["assistant"] | flags
+        alone, _ = chat_format.encode(known, chat)
+        assert alone.tolist() == ids.tolist()
+        silent, _ = chat_format.encode(known, [{**message, "content": "x"} for message in chat])
+        spoken = Counter(ids[np.isin(ids, controls)].tolist())
+        assert spoken == Counter(silent[np.isin(silent, controls)].tolist())

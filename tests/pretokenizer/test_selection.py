@@ -301,3 +301,25 @@ def test_half_a_character_is_named(place, capsys):  # noqa: F811
     assert "entry 1: half a character" in capsys.readouterr().err
     assert shortcut("--val_split", 0, "--on_bad_record", "skip", source="chats.json") == 0
     assert len(open_shards("out/mine-train")) == 1
+
+
+def test_a_tokenizer_s_own_template_gives_the_same_shards(place):  # noqa: F811
+    from megatron_ft.data.chat_format import CHATML
+    from megatron_ft.data.tokenizer import load_tokenizer
+    from megatron_ft.data.tokenizer_export import export_tokenizer
+
+    tokenizer = load_tokenizer("tokenizer.model", CHATML.added_tokens)
+    export_tokenizer(tokenizer, place / "exported", CHATML.jinja, CHATML.stop_token)
+    assert shortcut("--val_split", 0, "--output_prefix", "a/x") == 0
+    flags = ("--tokenizer", "exported", "--chat_format", "tokenizer", "--output_prefix", "b/x")
+    assert shortcut("--val_split", 0, *flags) == 0
+    assert shortcut("--val_split", 0, *flags, "--output_prefix", "c/x", "--workers", 2) == 0
+    for ending in ("-text.bin", "-role.bin", "-text.idx"):
+        contents = {(place / f"{folder}/x-train{ending}").read_bytes() for folder in "abc"}
+        assert len(contents) == 1
+    described = open_shards("b/x-train").manifest.chat_format
+    assert set(described) == {"template", "stop_token"} and described["stop_token"] == "<|im_end|>"
+    with pytest.raises(ConfigError, match="leave it out"):
+        from megatron_ft.data.chat_format import get_format
+
+        get_format("tokenizer")
