@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -48,14 +49,15 @@ def run(
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
     from megatron_ft.log import setup as log_to_file
-    from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe, find_checkpoint
+    from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
     from megatron_ft.parallel import process_groups, world_size
     from megatron_ft.training import agreement, datasets
 
     settings = Settings(checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels)
     check_training(checkpointing, data, batch, parallel, optimizer, numerics, logging, world_size=world_size())
     # Whatever can be told without torch is told before the processes wait for each other.
-    source = find_checkpoint(Path(checkpointing.load))
+    source, checkpointing = _source(checkpointing)
+    settings = settings._replace(checkpointing=checkpointing)
     described = agreement.check_model_flags(model, describe(source))
     check_sizes(source, described, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     if not _starts_anew(described, checkpointing):
@@ -71,8 +73,16 @@ def run(
         parallel.distributed_timeout_minutes,
         data.seed,
     ) as layout:
-        _train(layout, source, described, train_set, valid_set, settings)
-    return 0
+        return _train(layout, source, described, train_set, valid_set, settings)
+
+
+def _source(checkpointing: Checkpointing) -> tuple[Path, Checkpointing]:
+    """(the checkpoint to begin from, the section as it then stands): with --auto_resume the newest in --save, if there is one."""
+    from megatron_ft.models.checkpoint_layout import TRACKER, find_checkpoint
+
+    if checkpointing.auto_resume and (Path(checkpointing.save) / TRACKER).is_file():
+        return find_checkpoint(Path(checkpointing.save)), dataclasses.replace(checkpointing, finetune=False)
+    return find_checkpoint(Path(checkpointing.load)), checkpointing
 
 
 class Settings(NamedTuple):
@@ -89,7 +99,7 @@ class Settings(NamedTuple):
     kernels: Kernels
 
 
-def _train(layout, source, described, train_set, valid_set, settings: Settings) -> None:
+def _train(layout, source, described, train_set, valid_set, settings: Settings) -> int:
     from megatron_ft import device
     from megatron_ft.log import logger
     from megatron_ft.models.checkpoint_layout import vocab_rows
@@ -98,6 +108,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
+    from megatron_ft.training.stopping import EXIT_REQUEUE, StopRequest
 
     log = logger("finetune")
     checkpointing, data, batch, parallel, optimizer, numerics, logging, _, kernels = settings
@@ -126,18 +137,25 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
     resolved = write_sections(settings)
 
     def save(now: checkpoint.Progress) -> Path:
-        return checkpoint.save(
+        folder = checkpoint.save(
             save_to, source, described, setup.bare(model), adam, schedule, now, layout, {SETTINGS: resolved}
         )
+        if checkpointing.keep_last:
+            checkpoint.prune(save_to, checkpointing.keep_last, layout)
+        return folder
 
-    train(
-        Run(
-            stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, resolved),
-            save=save if save_to else None, train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
-            eval_interval=logging.eval_interval, eval_iters=logging.eval_iters,
-        ),
-        progress,
+    plan = Run(
+        stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, resolved),
+        save=save if save_to else None, train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
+        eval_interval=logging.eval_interval, eval_iters=logging.eval_iters, max_skipped=batch.max_skipped_iters,
     )  # fmt: skip
+    with StopRequest() as stop:
+        done = train(plan, progress, stop)
+    if done.iteration < batch.train_iters:
+        where = f"saved in {save_to}" if save_to else "not saved, there is no --save"
+        log.warning(f"stopped by a signal at iteration {done.iteration} of {batch.train_iters}, {where}")
+        return EXIT_REQUEUE
+    return 0
 
 
 def _starts_anew(described: CheckpointConfig, checkpointing: Checkpointing) -> bool:

@@ -113,8 +113,9 @@ def lima_has_dropout(numerics: Numerics) -> None:
 
 
 def saving_has_a_place(checkpointing: Checkpointing) -> None:
-    if checkpointing.save_interval is not None and checkpointing.save is None:
-        raise ConfigError(f"--save_interval {checkpointing.save_interval} without --save: say where checkpoints go")
+    for name in ("save_interval", "keep_last", "auto_resume"):
+        if getattr(checkpointing, name) and checkpointing.save is None:
+            raise ConfigError(f"--{name} without --save: say where checkpoints go")
 
 
 def check_training(
@@ -123,10 +124,10 @@ def check_training(
 ) -> None:  # fmt: skip
     """Every rule above, in the order in which a user would want to hear of them."""
     positive(parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
-    positive(batch, "micro_batch_size", "global_batch_size", "train_iters")
+    positive(batch, "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_iters")
     positive(data, "seq_length")
     positive(logging, "log_interval", "eval_interval", "eval_iters")
-    positive(checkpointing, "save_interval")
+    positive(checkpointing, "save_interval", "keep_last")
     share(numerics, "hidden_dropout", "attention_dropout")
     world_fits_layout(parallel, world_size)
     batch_fits(batch, data_parallel_size(parallel, world_size))

@@ -65,6 +65,8 @@ class Batch:
     """rows an optimizer step; default: micro_batch_size x data-parallel size"""
     train_iters: int = field(default=0, metadata={"required": True})
     """optimizer steps in the whole run"""
+    max_skipped_iters: int = 10
+    """steps in a row that may be skipped for gradients that are not finite, before the run gives up"""
 
 
 @dataclass
@@ -119,6 +121,10 @@ class Checkpointing:
     """where checkpoints go; default: nowhere"""
     save_interval: int | None = None
     """steps between checkpoints; default: only at the end"""
+    keep_last: int | None = None
+    """checkpoints to keep in --save, the newest; default: all"""
+    auto_resume: bool = False
+    """continue from the newest checkpoint in --save where there is one, else begin from --load"""
     finetune: bool = False
     """take the weights only: iteration, optimizer and schedule start anew"""
 
@@ -172,7 +178,7 @@ class Kernels:
     """Faster ways to compute the same (GPU)"""
 
     use_flash_attn: bool = False
-    """flash-attn's kernels where installed; otherwise torch's own"""
+    """accepted; attention is torch's scaled_dot_product_attention, which has a flash kernel of its own on a GPU"""
     no_bias_gelu_fusion: bool = False
     """accepted as written in Megatron command lines: nothing is fused with a bias here"""
     no_bias_dropout_fusion: bool = False

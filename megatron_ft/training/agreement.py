@@ -112,6 +112,6 @@ def _extended(arch: Architecture, method: str, factor: float) -> Architecture:
 
 def report_unused_kernels(kernels: Kernels, has_gpu: bool) -> None:
     """Say which kernel flags do nothing here. An option that is ignored in silence is a trap."""
-    for name in ("use_flash_attn", "overlap_grad_reduce", "overlap_param_gather"):
-        if getattr(kernels, name) and not has_gpu:
-            log.warning(f"--{name} needs a GPU: ignored on this machine")
+    if kernels.use_flash_attn:
+        where = "its flash kernel on a GPU" if has_gpu else "this machine has no GPU"
+        log.warning(f"--use_flash_attn: torch's scaled_dot_product_attention is used ({where})")

@@ -24,6 +24,7 @@ from megatron_ft.log import logger
 from megatron_ft.models.checkpoint_layout import (
     TOKENIZER_FOLDER,
     CheckpointConfig,
+    find_checkpoint,
     iteration_folder,
     no_training_state,
     write_config,
@@ -79,6 +80,17 @@ def save(
         write_tracker(root, progress.iteration)
     dist.barrier()
     return folder
+
+
+def prune(root: Path, keep: int, layout: Layout) -> None:
+    """Delete all but the newest `keep` training checkpoints under root, never the one the tracker names nor converted weights."""
+    if layout.is_main:
+        kept_for_tracker = find_checkpoint(root)
+        folders = sorted(path for path in root.glob("iter_*") if path.is_dir())
+        for folder in folders[:-keep]:
+            if folder != kept_for_tracker:
+                shutil.rmtree(folder)
+    dist.barrier()
 
 
 @contextlib.contextmanager

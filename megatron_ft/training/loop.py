@@ -13,6 +13,7 @@ from megatron_ft.data.loader import ChatDataset
 from megatron_ft.training.checkpoint import Progress
 from megatron_ft.training.hooks import Hook
 from megatron_ft.training.step import Stepper
+from megatron_ft.training.stopping import BrokenGradients, StopRequest
 
 
 @dataclass
@@ -30,24 +31,40 @@ class Run:
     save_interval: int | None
     eval_interval: int | None
     eval_iters: int
+    max_skipped: int = 10
 
 
-def train(run: Run, progress: Progress) -> Progress:
-    """Train from `progress` to run.train_iters. All ranks call it; hooks are given to the reporting rank only."""
-    while progress.iteration < run.train_iters:
-        metrics = _timed_step(run, progress)
-        progress = Progress(progress.iteration + 1, metrics["train/consumed_samples"])
-        for hook in run.hooks:
-            hook.on_step(progress.iteration, metrics)
-        last = progress.iteration == run.train_iters
-        if run.valid_set and (last or _due(progress.iteration, run.eval_interval)):
-            _evaluate(run, progress)
-        if run.save and (last or _due(progress.iteration, run.save_interval)):
-            folder = run.save(progress)
+def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
+    """Train from `progress` to run.train_iters, or until a signal asks to stop. All ranks call it together.
+
+    Hooks are given to the reporting rank only. Raises BrokenGradients after run.max_skipped steps in a row that had to be skipped.
+    """
+    skipped = 0
+    try:
+        while progress.iteration < run.train_iters:
+            metrics = _timed_step(run, progress)
+            progress = Progress(progress.iteration + 1, metrics["train/consumed_samples"])
             for hook in run.hooks:
-                hook.on_save(progress.iteration, folder)
-    for hook in run.hooks:
-        hook.on_end()
+                hook.on_step(progress.iteration, metrics)
+            skipped = skipped + 1 if metrics["train/skipped"] else 0
+            if skipped >= run.max_skipped:
+                raise BrokenGradients(
+                    f"{skipped} steps in a row had gradients that are not finite, up to iteration {progress.iteration}: "
+                    f"resume from an earlier checkpoint with a lower --lr or --clip_grad"
+                )
+            stopping = stop.agreed()
+            last = progress.iteration == run.train_iters
+            if run.valid_set and not stopping and (last or _due(progress.iteration, run.eval_interval)):
+                _evaluate(run, progress)
+            if run.save and (last or stopping or _due(progress.iteration, run.save_interval)):
+                folder = run.save(progress)
+                for hook in run.hooks:
+                    hook.on_save(progress.iteration, folder)
+            if stopping:
+                break
+    finally:
+        for hook in run.hooks:
+            hook.on_end()
     return progress
 
 

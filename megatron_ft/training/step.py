@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from functools import partial
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -72,8 +74,8 @@ class Stepper:
         with self.phases("forward_backward"):
             sums = self._run(dataset, consumed, forward_only=False)
         with self.phases("optimizer"):
-            updated, grad_norm, _ = optimizer.step()
-        return self._result(dataset, sums, grad_norm=float(grad_norm or 0.0), skipped=not updated)
+            updated, grad_norm = update(optimizer)
+        return self._result(dataset, sums, grad_norm=grad_norm, skipped=not updated)
 
     @torch.no_grad()
     def evaluate(self, dataset: ChatDataset, iters: int) -> StepResult:
@@ -122,6 +124,23 @@ class Stepper:
         tokens, supervised, loss, weight, *rest = sums.tolist()
         groups = breakdown(rest, dataset.group_names)
         return StepResult(loss / max(weight, 1e-12), int(tokens), int(supervised), breakdown=groups, **more)
+
+
+def update(optimizer) -> tuple[bool, float]:
+    """Clip and step, as the engine's ChainedOptimizer.step does, unless the gradient norm is not finite: then nothing changes.
+
+    Returns (updated, norm before clipping). The norm is reduced over all ranks, so that all decide alike.
+    """
+    if optimizer.prepare_grads():
+        return False, math.nan
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return False, norm
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    return optimizer.step_with_ready_grads(), norm
 
 
 def _forward(

@@ -51,7 +51,7 @@ def to_hf(root: str, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def finetune(layout: tuple[int, int], **settings) -> None:
+def finetune(layout: tuple[int, int], **settings) -> int:
     """`megatron-ft finetune` as a rank runs it; settings by field name, whatever their section."""
     from megatron_ft.commands.finetune import run
 
@@ -65,7 +65,7 @@ def finetune(layout: tuple[int, int], **settings) -> None:
         own = {name: values.pop(name) for name in list(values) if name in section.__dataclass_fields__}
         sections.append(section(**own))
     assert not values, f"unknown settings {sorted(values)}"
-    run(*sections)
+    return run(*sections)
 
 
 def read_metrics(folder: Path, name: str = "train/loss") -> list[float]:
