@@ -49,6 +49,8 @@ class HfToMegatron:
     """Type of the weights; default: as in the source."""
     tokenizer: str | None = None
     """tokenizer.model, tokenizer.json or a folder; default: the model folder's."""
+    plan: bool = False
+    """Only list the files and tensors that would be written, exact to the byte; needs config.json, no weights."""
     overwrite: bool = False
     """Replace an earlier conversion in output_dir."""
 
@@ -60,13 +62,29 @@ COMMAND = Command(
     examples=(
         "megatron-ft hf-to-megatron llama2-70b checkpoints/llama2-70b-tp8-pp4 "
         "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --chat_format chatml",
+        "megatron-ft hf-to-megatron mistral-7b checkpoints/mistral-7b-32k --ckpt_format torch_dist "
+        "--rope_scaling_type yarn --rope_scaling_factor 4",
     ),
     positional=("input_dir", "output_dir"),
 )
 
 
 def run(options: HfToMegatron) -> None:
-    print(convert(options))
+    print(planned(options) if options.plan else convert(options))
+
+
+def planned(options: HfToMegatron) -> str:
+    """What convert would write; every token asked for is taken to be new."""
+    from checkpoints_conversion.plan import describe, plan_units
+    from checkpoints_conversion.vocabulary import parse_token_list, union
+
+    tokens = union(parse_token_list(options.vocab_extra_ids_list), _format_tokens(options.chat_format))
+    target = Path(options.output_dir)
+    units = plan_units(
+        Path(options.input_dir), target, options.tensor_model_parallel_size, options.pipeline_model_parallel_size,
+        options.ckpt_format, options.params_dtype, options.make_vocab_size_divisible_by, len(tokens),
+    )  # fmt: skip
+    return describe(units, target)
 
 
 def convert(options: HfToMegatron) -> Report:

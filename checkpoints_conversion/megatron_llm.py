@@ -120,7 +120,7 @@ def _layout(folder: Path) -> tuple[int, int]:
 
 def _harmless(module: str, name: str) -> bool:
     """Types that training leaves in a checkpoint: its settings and random states. They become empty stand-ins."""
-    if (module, name) == ("argparse", "Namespace"):
+    if name == "Namespace":
         return True
     random = ("_reconstruct", "ndarray", "dtype", "scalar")
     return module.startswith("megatron.") or (

@@ -31,6 +31,8 @@ class MegatronToHf:
     """Most a safetensors file may hold."""
     params_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Type of the weights; default: as in the checkpoint."""
+    require_certificate: bool = False
+    """Refuse a checkpoint without a certificate.json of its files (see verify), instead of warning."""
     tokenizer: str | None = None
     """For Megatron-LLM's files, which hold none: tokenizer.model, tokenizer.json or a folder."""
     true_vocab_size: int | None = None
@@ -43,7 +45,10 @@ COMMAND = Command(
     name="megatron-to-hf",
     summary="a checkpoint to a Hugging Face model with tokenizer and chat template",
     sections=(MegatronToHf,),
-    examples=("megatron-ft megatron-to-hf checkpoints/llama2-70b-oasst exports/llama2-70b-oasst --params_dtype bf16",),
+    examples=(
+        "megatron-ft megatron-to-hf checkpoints/llama2-70b-oasst exports/llama2-70b-oasst --params_dtype bf16",
+        "megatron-ft megatron-to-hf checkpoints/falcon-7b exports/falcon-7b --iteration 500 --require_certificate",
+    ),
     positional=("input_dir", "output_dir"),
 )
 
@@ -72,6 +77,7 @@ def convert(options: MegatronToHf) -> Report:
     )
     folder, config, tokenizer, rules = source.folder, source.config, source.tokenizer, source.rules
     arch, family, dtype = config.architecture, family_of(config.architecture), options.params_dtype or config.dtype
+    _check_certificate(folder, options.require_certificate)
     kind = torch_dtype(options.params_dtype) if options.params_dtype else None
     key = {"options": asdict(options), "source": identity(source.files())}
     with resumable_folder(target, key, options.overwrite) as export:
@@ -88,6 +94,18 @@ def convert(options: MegatronToHf) -> Report:
         (export / "README.md").write_text(model_card(target.name, config, dtype), encoding="utf-8")
     parameters, tensors = count(arch, rules)
     return Report(target, parameters, tensors, len(units), time.monotonic() - started)
+
+
+def _check_certificate(folder: Path, required: bool) -> None:
+    """Only weights that a conversion made can have one: training's differ from any Hugging Face model."""
+    from checkpoints_conversion.certificate import problem_with
+    from megatron_ft.errors import CheckpointError
+    from megatron_ft.log import logger
+
+    if problem := problem_with(folder):
+        if required:
+            raise CheckpointError(f"--require_certificate: {problem}")
+        logger("conversion").warning("not certified: %s", problem)
 
 
 def _configs(hf_config: dict, config: CheckpointConfig, tokenizer: Tokenizer | None) -> tuple[dict, dict]:

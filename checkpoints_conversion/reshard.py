@@ -109,7 +109,8 @@ def _copy(opened: Opened, config, target: Path, key: dict, overwrite: bool) -> i
 
     with resumable_folder(target, key, overwrite) as root:
         folder = iteration_folder(root, config.iteration)
-        shutil.copytree(opened.folder, folder, dirs_exist_ok=True)
+        ignore = shutil.ignore_patterns("certificate.json")  # of other files
+        shutil.copytree(opened.folder, folder, dirs_exist_ok=True, ignore=ignore)
         # The padding is the file's own: a loading rank adds or drops rows itself.
         write_config(folder, replace(config, padded_vocab_size=opened.config.padded_vocab_size))
         write_tracker(root, config.iteration)

@@ -34,6 +34,9 @@ COMMANDS: dict[str, dict[str, Entry]] = {
             "checkpoints_conversion.hf_to_megatron", "a Hugging Face model to a checkpoint split over ranks"
         ),
         "reshard": Entry("checkpoints_conversion.reshard", "a checkpoint to another layout or format"),
+        "verify": Entry(
+            "checkpoints_conversion.verify", "prove that a checkpoint is the Hugging Face model it came from"
+        ),
     },
     "Train": {
         "preflight": Entry("megatron_ft.commands.preflight", "check shards against a finetune command line"),

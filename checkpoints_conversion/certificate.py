@@ -1,0 +1,129 @@
+"""certificate.json: what was compared, how, and of which files, so that a later export can tell whether it still holds."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints_conversion.dtypes import cast
+from checkpoints_conversion.hf_source import HfSource
+from checkpoints_conversion.megatron_source import Opened
+from checkpoints_conversion.stream import WORKERS, Progress
+from checkpoints_conversion.torch_zip import as_bytes
+from megatron_ft.errors import CheckpointError
+from megatron_ft.files import digest, read_json, write_json
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.rope import attention_factor, inverse_frequencies
+from megatron_ft.models.weights import Placed, placed_rules
+
+NAME = "certificate.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What compare_weights found equal."""
+
+    tensors: int
+    parameters: int
+    added_rows: int
+    """Rows of added tokens, which the Hugging Face model has not."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Where it lies and what it says."""
+
+    path: Path
+    content: dict[str, Any]
+
+    def __str__(self) -> str:
+        weights, answers = self.content["weights"], self.content["logits"]
+        said = "logits not compared"
+        if answers:
+            said = f"logits of {answers['prompts']} prompts differ by {answers['largest_difference']:.1e} at most"
+        return f"{weights['tensors']} tensors equal bit for bit, {said} -> {self.path}"
+
+
+def compare_weights(hf: Path, opened: Opened) -> Weights:
+    """Every tensor of the checkpoint against the model's, in the checkpoint's type. Raises CheckpointError naming the first unlike."""
+    source = HfSource(hf)
+    theirs, ours = source.arch, opened.config.architecture
+    sizes = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    for name in (*sizes, "head_dim", "tied_embeddings", "norm_epsilon", "activation", "sliding_window"):
+        if getattr(theirs, name) != getattr(ours, name):
+            raise CheckpointError(f"{name}: {getattr(theirs, name)} in {hf}, {getattr(ours, name)} in {opened.folder}")
+    _compare_rope(theirs, ours, hf, opened)
+    progress = Progress("comparing", sum(path.stat().st_size for path in set(source.files.values())))
+    pairs = list(zip(placed_rules(theirs, source.rules), placed_rules(ours, opened.rules), strict=True))
+
+    def compare(pair: tuple[Placed, Placed]) -> int:
+        one, other = pair
+        mine = opened.full(other)
+        full = cast(source.full(one), opened.config.dtype, one.key) if mine.dtype != source.dtype_of(one) else None
+        full = source.full(one) if full is None else full
+        rows = min(len(full), len(mine)) if one.rule.cut == "vocab_rows" else len(full)
+        if full.dtype != mine.dtype or as_bytes(full[:rows]) != as_bytes(mine[:rows]):
+            raise CheckpointError(f"{one.key} differs between {hf} and {opened.folder}")
+        progress.add(full.numel() * full.element_size())
+        return full.numel()
+
+    with ThreadPoolExecutor(WORKERS) as pool, progress:
+        parameters = sum(pool.map(compare, pairs))
+    return Weights(sum(len(one.hf_keys) for one, _ in pairs), parameters, ours.vocab_size - theirs.vocab_size)
+
+
+def _compare_rope(theirs: Architecture, ours: Architecture, hf: Path, opened: Opened) -> None:
+    """The same turns within the context and beyond, however they are said."""
+    for length in (1, 4 * ours.max_position_embeddings):
+        turns = []
+        for arch in (theirs, ours):
+            scaling, positions = arch.rope_scaling, arch.max_position_embeddings
+            angles = inverse_frequencies(arch.head_dim, arch.rope_theta, scaling, positions, length)
+            turns.append(angles * attention_factor(scaling, positions))
+        if not torch.allclose(turns[0], turns[1], rtol=1e-5, atol=0):
+            raise CheckpointError(f"the rope of {hf} and of {opened.folder} differ: base or scaling is not the same")
+
+
+def make_certificate(hf: Path, opened: Opened, weights: Weights, answers: dict[str, Any] | None) -> Certificate:
+    """Write it beside the checkpoint's config.json."""
+    config = opened.config
+    content = {
+        "checkpoint": hashes(opened.folder),
+        "hf": {**hashes(hf, ("*.safetensors", "*.bin", "config.json"))},
+        "layout": {
+            "ckpt_format": config.ckpt_format,
+            "tensor_model_parallel_size": config.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
+        },
+        "weights": {"equal": "bit for bit", **asdict(weights)},
+        "logits": answers,
+        "versions": {name: version(name) for name in ("megatron_ft", "torch", "transformers", "megatron-core")},
+    }
+    path = opened.folder / NAME
+    write_json(path, content)
+    return Certificate(path, content)
+
+
+def hashes(
+    folder: Path, patterns: tuple[str, ...] = ("config.json", "**/*.pt", "*.distcp", ".metadata")
+) -> dict[str, str]:
+    """Name -> hash of a checkpoint's files."""
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return dict(zip((str(path.relative_to(folder)) for path in found), pool.map(digest, found), strict=True))
+
+
+def problem_with(folder: Path) -> str | None:
+    """Why a checkpoint cannot be called certified; None if it is and its files are those that were compared."""
+    path = folder / NAME
+    if not path.is_file():
+        return f"{folder} has no {NAME}; make one: megatron-ft verify --hf MODEL --megatron {folder}"
+    said = read_json(path)
+    if not isinstance(said, dict) or said.get("checkpoint") != hashes(folder):
+        return f"{path} is of other files than those that lie there now; verify again"
+    return None

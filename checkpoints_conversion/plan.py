@@ -1,0 +1,72 @@
+"""What hf-to-megatron would write, exact to the byte, from a config.json alone: the model's weights need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from checkpoints_conversion import hf_target
+from checkpoints_conversion.dtypes import HF_NAMES, torch_dtype
+from checkpoints_conversion.megatron_target import plan
+from checkpoints_conversion.stream import Unit
+from megatron_ft.errors import CheckpointError
+from megatron_ft.files import read_json
+from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
+from megatron_ft.models.checkpoint_layout import CheckpointConfig, iteration_folder
+from megatron_ft.models.families import family_for
+from megatron_ft.models.weights import Rule, placed_rules
+
+
+def plan_units(
+    input_dir: Path, output_dir: Path, tp_size: int, pp_size: int, ckpt_format: str, dtype: str | None,
+    multiple: int = 128, added_tokens: int = 0,
+) -> list[Unit]:  # fmt: skip
+    """The weight files. dtype: None: as config.json says. added_tokens: rows beyond the source's.
+
+    Raises CheckpointError where an index beside config.json describes another model.
+    """
+    hf_config = read_json(input_dir / "config.json")
+    family = family_for(hf_config)
+    arch = family.from_hf(hf_config)
+    check_layout(arch, tp_size, pp_size)
+    rules = family.rules(arch)
+    said = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    check_index(input_dir, arch, rules, getattr(torch, said) if said in HF_NAMES.values() else torch.float32)
+    kind = dtype or next((name for name, hf_name in HF_NAMES.items() if hf_name == said), "fp32")
+    arch = replace(arch, vocab_size=arch.vocab_size + added_tokens)
+    rows = padded_vocab_size(arch.vocab_size, tp_size, multiple)
+    config = CheckpointConfig(arch, ckpt_format, tp_size, pp_size, rows, "release", kind)
+    return plan(iteration_folder(output_dir, "release"), config, rules, lambda placed: torch_dtype(kind))[0]
+
+
+def check_index(folder: Path, arch: Architecture, rules: Sequence[Rule], dtype: torch.dtype) -> None:
+    """An index lists every tensor and the sum of their bytes: both must be what the architecture has."""
+    path = folder / hf_target.INDEX
+    if not path.is_file():
+        return
+    index = read_json(path)
+    wanted = {}
+    for placed in placed_rules(arch, rules):
+        wanted.update(zip(placed.hf_keys, placed.rule.hf_shapes(arch), strict=True))
+    found = {key for key in index.get("weight_map", {}) if not key.endswith("inv_freq")}
+    if found != set(wanted):
+        odd = sorted(found ^ set(wanted))
+        raise CheckpointError(f"{path}: {odd[0]} ({len(odd)} such) is in only one of the index and config.json's model")
+    total = sum(prod(shape) for shape in wanted.values()) * dtype.itemsize
+    said = index.get("metadata", {}).get("total_size")
+    if said is not None and said != total and found == set(index["weight_map"]):
+        raise CheckpointError(f"{path}: total_size {said}, the model of config.json has {total} bytes")
+
+
+def describe(units: Sequence[Unit], root: Path) -> str:
+    """Every file with its size, and once for files alike the tensors in them."""
+    lines = []
+    for unit in units:
+        lines += [f"{path.relative_to(root)}  {size:,} bytes" for path, size in unit.files.items()]
+        lines += [f"    {key}  {list(shape)}  {size:,} bytes" for key, shape, size in unit.tensors]
+    files, total = sum(len(unit.files) for unit in units), sum(unit.nbytes for unit in units)
+    return "\n".join([*lines, f"{files} files, {total:,} bytes ({total / 1e9:.2f} GB); nothing was written"])

@@ -1,0 +1,68 @@
+"""Proof that a Hugging Face model and a Megatron checkpoint are the same model: every bit, then what both answer."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_ft.config.cli import Command, run_script
+
+if TYPE_CHECKING:
+    from checkpoints_conversion.certificate import Certificate
+
+
+@dataclass(frozen=True)
+class Verify:
+    """What to compare"""
+
+    hf: str = field(metadata={"required": True})
+    """Hugging Face model folder."""
+    megatron: str = field(metadata={"required": True})
+    """Checkpoint: its root, or one release or iter_ folder."""
+    iteration: str | None = None
+    """Iteration to take, or release; default: the one latest_checkpointed_iteration.txt names."""
+    logits: bool = True
+    """Compare what both models answer, too. --no_logits: only the weights, for a model larger than this machine."""
+    tolerance: float = 1e-4
+    """Largest difference of a logit, in fp32."""
+    prompts: str | None = None
+    """Chats to ask, one JSON line each with a list "messages" (or a "text"); default: three of ours."""
+    longest: int = 4096
+    """At most so many tokens in the prompt that reaches beyond the original context."""
+
+
+COMMAND = Command(
+    name="verify",
+    summary="prove that a Hugging Face model and a checkpoint are the same model, and certify it",
+    sections=(Verify,),
+    examples=(
+        "megatron-ft verify --hf llama2-7b --megatron checkpoints/llama2-7b-tp2-pp2",
+        "megatron-ft verify --hf llama2-70b --megatron checkpoints/llama2-70b-tp8-pp4 --no_logits",
+    ),
+)
+
+
+def run(options: Verify) -> None:
+    print(verify(options))
+
+
+def verify(options: Verify) -> Certificate:
+    """Compare, and write certificate.json into the checkpoint's folder. Raises CheckpointError at the first difference."""
+    # Here and not above: --help should not wait for torch.
+    from checkpoints_conversion.certificate import compare_weights, make_certificate
+    from checkpoints_conversion.megatron_source import open_megatron, parse_iteration
+
+    opened = open_megatron(Path(options.megatron), parse_iteration(options.iteration))
+    weights = compare_weights(Path(options.hf), opened)
+    answers = None
+    if options.logits:
+        from checkpoints_conversion.answers import compare_answers
+
+        answers = compare_answers(Path(options.hf), opened, options.prompts, options.longest, options.tolerance)
+    return make_certificate(Path(options.hf), opened, weights, answers)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))
