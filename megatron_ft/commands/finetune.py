@@ -48,7 +48,6 @@ def run(
     numerics: Numerics, logging: Logging, model: Model, kernels: Kernels,
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
-    from megatron_ft.log import setup as log_to_file
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
     from megatron_ft.parallel import process_groups, world_size
     from megatron_ft.training import agreement, datasets
@@ -64,8 +63,6 @@ def run(
         check_training_state(source, described)
     train_set, valid_set = datasets.make_datasets(data, described)
     described = datasets.with_chat_format(described, train_set)
-    if folder := _run_folder(checkpointing, logging):
-        log_to_file(file=folder / LOG)
     with process_groups(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -102,6 +99,7 @@ class Settings(NamedTuple):
 def _train(layout, source, described, train_set, valid_set, settings: Settings) -> int:
     from megatron_ft import device
     from megatron_ft.log import logger
+    from megatron_ft.log import setup as log_to_file
     from megatron_ft.models.checkpoint_layout import vocab_rows
     from megatron_ft.models.load import load_weights
     from megatron_ft.training import agreement, checkpoint, setup
@@ -125,6 +123,8 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
         progress = checkpoint.Progress()
     else:
         progress = checkpoint.resume(source, setup.bare(model), adam, schedule, layout, data.seed)
+    if folder := _run_folder(checkpointing, logging):  # not before: a run that cannot start leaves nothing behind
+        log_to_file(file=folder / LOG)
     log.info(f"{layout} on {device.describe()}; weights from {source}")
     if progress.iteration:
         log.info(f"resuming at iteration {progress.iteration}, {progress.consumed_samples} rows consumed")

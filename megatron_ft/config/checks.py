@@ -114,8 +114,10 @@ def lima_has_dropout(numerics: Numerics) -> None:
 
 def saving_has_a_place(checkpointing: Checkpointing) -> None:
     for name in ("save_interval", "keep_last", "auto_resume"):
-        if getattr(checkpointing, name) and checkpointing.save is None:
-            raise ConfigError(f"--{name} without --save: say where checkpoints go")
+        value = getattr(checkpointing, name)
+        if value and checkpointing.save is None:
+            said = f"--{name}" if value is True else f"--{name} {value}"
+            raise ConfigError(f"{said} without --save: say where checkpoints go")
 
 
 def check_training(
