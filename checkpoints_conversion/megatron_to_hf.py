@@ -66,6 +66,7 @@ def convert(options: MegatronToHf) -> Report:
     from checkpoints_conversion.model_card import model_card
     from checkpoints_conversion.report import Report, check_target, count
     from checkpoints_conversion.stream import identity, resumable_folder, write_units
+    from megatron_ft.log import logger
     from megatron_ft.models.families import family_of
     from megatron_ft.models.weights import placed_rules
 
@@ -77,7 +78,7 @@ def convert(options: MegatronToHf) -> Report:
     )
     folder, config, tokenizer, rules = source.folder, source.config, source.tokenizer, source.rules
     arch, family, dtype = config.architecture, family_of(config.architecture), options.params_dtype or config.dtype
-    _check_certificate(folder, options.require_certificate)
+    problem = _certificate_problem(folder, options.require_certificate)
     kind = torch_dtype(options.params_dtype) if options.params_dtype else None
     key = {"options": asdict(options), "source": identity(source.files())}
     with resumable_folder(target, key, options.overwrite) as export:
@@ -92,20 +93,21 @@ def convert(options: MegatronToHf) -> Report:
         if tokenizer is not None:
             _export_tokenizer(export, folder, config, tokenizer)
         (export / "README.md").write_text(model_card(target.name, config, dtype), encoding="utf-8")
+    if problem:
+        logger("conversion").warning("not certified: %s", problem)
     parameters, tensors = count(arch, rules)
     return Report(target, parameters, tensors, len(units), time.monotonic() - started)
 
 
-def _check_certificate(folder: Path, required: bool) -> None:
-    """Only weights that a conversion made can have one: training's differ from any Hugging Face model."""
+def _certificate_problem(folder: Path, required: bool) -> str | None:
+    """Why the weights are not certified, or None. Raises CheckpointError with that where a certificate is required."""
     from checkpoints_conversion.certificate import problem_with
     from megatron_ft.errors import CheckpointError
-    from megatron_ft.log import logger
 
-    if problem := problem_with(folder):
-        if required:
-            raise CheckpointError(f"--require_certificate: {problem}")
-        logger("conversion").warning("not certified: %s", problem)
+    problem = problem_with(folder)
+    if problem and required:
+        raise CheckpointError(f"--require_certificate: {problem}")
+    return problem
 
 
 def _configs(hf_config: dict, config: CheckpointConfig, tokenizer: Tokenizer | None) -> tuple[dict, dict]:
