@@ -171,16 +171,17 @@ class ChatDataset:
         epoch, row = self.locate(index)
         return self.epoch_rows(epoch).samples(row)
 
-    def microbatch(self, rows: Sequence[int]) -> Microbatch:
-        """The rows with these running numbers, as one microbatch."""
-        shape = (len(rows), self._width(rows))
+    def microbatch(self, rows: Sequence[int], end: int | None = None) -> Microbatch:
+        """The rows with these running numbers, as one microbatch; those from `end` on are left empty."""
+        pieces = [self._row(row) if end is None or row < end else _NOTHING for row in rows]
+        shape = (len(rows), self._width(pieces))
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         weights, roles = np.zeros(shape, np.float32), np.full(shape, PADDING, np.uint8)
         groups = np.full((len(BREAKDOWNS), *shape), -1, np.int64)
         segments: list[int] = []
-        for i, row in enumerate(rows):
+        for i, row in enumerate(pieces):
             at = 0
-            for piece in self._row(row).tolist():
+            for piece in row.tolist():
                 text, codes, weight_of, source = self._read(piece)
                 size = len(text) - 1
                 here = slice(at, at + size)
@@ -194,11 +195,11 @@ class ChatDataset:
                 segments.append(shape[1] - at)
         return Microbatch(tokens, labels, weights, roles, groups, np.array(segments, np.int32) if self.packed else None)
 
-    def _width(self, rows: Sequence[int]) -> int:
-        """Positions in a row: seq_length, or with `variable` the longest of these rows, rounded up to 16."""
+    def _width(self, rows: Sequence[np.ndarray]) -> int:
+        """Positions in a row: seq_length, or with `variable` the longest of these rows of pieces, rounded up to 16."""
         if self.packed or not self.choices.variable:
             return self.seq_length
-        longest = max(int(self._sizes[self._row(row)].sum()) for row in rows)
+        longest = max(1, *(int(self._sizes[row].sum()) for row in rows))
         return min(self.seq_length, -(-longest // 16) * 16)
 
     def _read(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

@@ -79,16 +79,20 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self, dataset: ChatDataset, iters: int) -> StepResult:
-        """Weighted mean loss over the first `iters` global batches of `dataset`, at most one epoch of it, dropout off."""
+        """Weighted mean loss over the first `iters` global batches of `dataset`, dropout off. No row counts twice: what the
+        last batch has beyond the first epoch is empty.
+        """
         self.model.eval()
         rows = len(dataset.epoch_rows(0))
-        batches = max(1, min(iters, rows // self.global_batch_size))
-        sums = sum(self._run(dataset, i * self.global_batch_size, forward_only=True) for i in range(batches))
+        batches = min(iters, -(-rows // self.global_batch_size))
+        sums = sum(self._run(dataset, i * self.global_batch_size, forward_only=True, end=rows) for i in range(batches))
         self.model.train()
         return self._result(dataset, sums)
 
-    def _run(self, dataset: ChatDataset, consumed: int, forward_only: bool) -> torch.Tensor:
-        """[tokens, supervised tokens, then what weighted_sum logs] of this rank's share of one global batch."""
+    def _run(self, dataset: ChatDataset, consumed: int, forward_only: bool, end: int | None = None) -> torch.Tensor:
+        """[tokens, supervised tokens, then what weighted_sum logs] of this rank's share of one global batch; rows from `end`
+        on are empty.
+        """
         mine = step_rows(
             consumed, self.global_batch_size, self.micro_batch_size, self.layout.dp_rank, self.layout.dp_size
         )
@@ -97,7 +101,7 @@ class Stepper:
         self.weight.start_step(self.device)
         logs = get_forward_backward_func()(
             forward_step_func=partial(_forward, weight=self.weight, counts=counts, sizes=sizes, device=self.device),
-            data_iterator=self._batches(dataset, mine),
+            data_iterator=self._batches(dataset, mine, end),
             model=[self.model],
             num_microbatches=len(mine),
             **self._shape(dataset),
@@ -106,10 +110,10 @@ class Stepper:
         losses = torch.stack(logs).sum(0).cpu() if logs else torch.zeros(2 + 2 * sum(sizes), dtype=torch.float64)
         return torch.cat([counts, losses])
 
-    def _batches(self, dataset: ChatDataset, rows_of: list[list[int]]) -> Iterator[Microbatch]:
+    def _batches(self, dataset: ChatDataset, rows_of: list[list[int]], end: int | None) -> Iterator[Microbatch]:
         for rows in rows_of:
             with self.phases("data"):
-                batch = dataset.microbatch(rows)
+                batch = dataset.microbatch(rows, end)
             yield batch
 
     def _shape(self, dataset: ChatDataset) -> dict:
