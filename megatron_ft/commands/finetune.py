@@ -128,6 +128,10 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
     log.info(f"{layout} on {device.describe()}; weights from {source}")
     if progress.iteration:
         log.info(f"resuming at iteration {progress.iteration}, {progress.consumed_samples} rows consumed")
+    if progress.iteration >= batch.train_iters:
+        log.warning(
+            f"nothing left to train: --train_iters {batch.train_iters} counts from the run's start; raise it to go on"
+        )
     log.info(
         f"{train_set.num_samples} samples in {len(train_set.epoch_rows(0))} rows of {data.seq_length}, "
         f"{train_set.fill():.1%} of positions filled"

@@ -114,7 +114,10 @@ def _rng_tensors(layout: Layout) -> dict[str, ShardedTensor]:
 
 
 def resume(folder: Path, model, optimizer, schedule, layout: Layout, seed: int) -> Progress:
-    """Continue exactly where `folder` was saved: weights, optimizer, schedule, position; on the same layout also the random streams."""
+    """Continue exactly where `folder` was saved: weights, optimizer, schedule, position; on the same layout also the random streams.
+
+    Learning rates, betas and epsilon are the flags' of this run, not those that were saved.
+    """
     common = guarded(lambda: dist_checkpointing.load_common_state_dict(str(folder)), folder)
     if "progress" not in common:
         raise no_training_state(folder)
@@ -128,7 +131,10 @@ def resume(folder: Path, model, optimizer, schedule, layout: Layout, seed: int) 
         state["rng"] = _rng_tensors(layout)
     state = engine_load(state, folder)
     fill(model, state["model"], folder)
+    flags = {name: optimizer.param_groups[0][name] for name in ("max_lr", "min_lr", "betas", "eps")}
     optimizer.load_state_dict(state["optimizer"])
+    for group in optimizer.param_groups:
+        group.update(flags)
     schedule.load_state_dict(state["schedule"])
     progress = Progress(**state["progress"])
     if same_layout:
