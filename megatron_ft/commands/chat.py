@@ -6,7 +6,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_ft.commands.generate import check_sampling
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.errors import ConfigError
 
 
 @dataclass
@@ -45,6 +47,7 @@ def run(chat: Chat) -> int:
     from megatron_ft.models.checkpoint_layout import check_folder
     from megatron_ft.parallel import process_groups
 
+    check_sampling(chat)
     check_folder(Path(chat.load))
     with process_groups() as layout:
         from megatron_ft.generation.loading import open_speaker
@@ -70,7 +73,12 @@ def _converse(chat: Chat, speaker) -> None:
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": text})
-        answer = speaker.answers([messages], chat.max_new_tokens, sampling, seed=turn)[0]
+        try:
+            answer = speaker.answers([messages], chat.max_new_tokens, sampling, seed=turn)[0]
+        except ConfigError:  # longer than the model's positions
+            print("this no longer fits the model's context: ask something shorter, or start over with /new")
+            messages.pop()
+            continue
         print(answer)
         messages.append({"role": "assistant", "content": answer})
 
@@ -81,6 +89,7 @@ def _lines():
         try:
             text = input("> ").strip()
         except EOFError:
+            print()
             return
         if text:
             yield text

@@ -72,7 +72,9 @@ COMMAND = Command(
 def run(generation: Generation, options: SamplingOptions, parallel: GenerationLayout) -> int:
     """Raises UserError for a missing checkpoint, malformed prompts or a layout that does not fit."""
     lines = read_prompts(generation)
-    _check(options)
+    check_sampling(options)
+    if options.batch_size < 1:
+        raise ConfigError("--batch_size must be at least 1")
     from megatron_ft.models.checkpoint_layout import check_folder
     from megatron_ft.parallel import process_groups
 
@@ -116,9 +118,10 @@ def _with_messages(entry: object, where: str) -> dict:
     raise DataError(f'{where}: needs {{"prompt": text}} or {{"messages": [...]}}')
 
 
-def _check(options: SamplingOptions) -> None:
-    if options.max_new_tokens < 1 or options.batch_size < 1:
-        raise ConfigError("--max_new_tokens and --batch_size must be at least 1")
+def check_sampling(options) -> None:
+    """For a section with SamplingOptions' fields. Raises ConfigError."""
+    if options.max_new_tokens < 1:
+        raise ConfigError("--max_new_tokens must be at least 1")
     if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
         raise ConfigError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")
 

@@ -5,6 +5,8 @@ Each raises ConfigError with both values and the remedy; `check_training` runs t
 
 from __future__ import annotations
 
+import math
+
 from megatron_ft.config.sections import Batch, Checkpointing, Data, Logging, Numerics, Optimizer, Parallelism
 from megatron_ft.errors import ConfigError
 
@@ -21,6 +23,13 @@ def share(section: object, *names: str) -> None:
         value = getattr(section, name)
         if not 0 <= value < 1:
             raise ConfigError(f"--{name} {value}: must be at least 0 and less than 1")
+
+
+def not_negative(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"--{name} {value}: must be 0 or more")
 
 
 def world_fits_layout(parallel: Parallelism, world_size: int) -> None:
@@ -90,7 +99,7 @@ def variable_rows_fit(data: Data, parallel: Parallelism) -> None:
 
 
 def rates_in_order(optimizer: Optimizer) -> None:
-    if optimizer.lr <= 0:
+    if not 0 < optimizer.lr < math.inf:
         raise ConfigError(f"--lr {optimizer.lr}: must be above 0")
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"--min_lr {optimizer.min_lr} is above --lr {optimizer.lr}: lower --min_lr")
@@ -130,6 +139,10 @@ def check_training(
     positive(data, "seq_length")
     positive(logging, "log_interval", "eval_interval", "eval_iters")
     positive(checkpointing, "save_interval", "keep_last")
+    positive(optimizer, "lr_decay_iters")
+    not_negative(data, "seed")
+    not_negative(optimizer, "min_lr", "lr_warmup_iters", "weight_decay", "adam_eps", "clip_grad")
+    share(optimizer, "adam_beta1", "adam_beta2")
     share(numerics, "hidden_dropout", "attention_dropout")
     world_fits_layout(parallel, world_size)
     batch_fits(batch, data_parallel_size(parallel, world_size))

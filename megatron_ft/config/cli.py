@@ -4,6 +4,7 @@ Settings come from flags, then from the file given with --config, then from the 
 nobody sees argv.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -18,6 +19,9 @@ from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.log import setup
 
 __all__ = ["Command", "parse", "run_script", "write_sections"]
+
+_OUTSIDE = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT ENOTDIR EISDIR EEXIST".split()}
+"""What the system refuses for reasons that are the user's to change: a folder that is read-only, a disk that is full."""
 
 
 def parse(command: Command, argv: Sequence[str]) -> list[Any]:
@@ -71,7 +75,13 @@ def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[
     except BrokenPipeError:  # who reads our output has seen enough: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports a program that a closed pipe ended
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OUTSIDE:
+            where = f"{error.filename}: " if error.filename else ""
+            _report(
+                command, UserError(f"{where}{error.strerror}; check the path, its rights and the disk"), parsed=True
+            )
+            return UserError.exit_code
         if not is_aftermath():
             traceback.print_exc()
         return 1

@@ -129,5 +129,7 @@ class _Tensors:
         self.open.clear()
 
     def __getitem__(self, key: str):
-        file = self.open[self.names[key] if self.names else self.files[0]]
+        file = self.open.get(self.names.get(key) if self.names else self.files[0])
+        if file is None or key not in file.keys():  # noqa: SIM118 - no mapping
+            raise CheckpointError(f"{self.folder}: tensor {key} is missing; copy the model again")
         return file.get_tensor(key)

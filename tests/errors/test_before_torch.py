@@ -107,6 +107,24 @@ class TestFlags:
     def test_spelling(self, refused, shop, words, message):
         refused(message, *finetune(shop), *words)
 
+    @pytest.mark.parametrize(
+        "words, message",
+        [
+            (["--lr", "nan"], "--lr nan: must be above 0"),
+            (["--min_lr", -1], "--min_lr -1.0: must be 0 or more"),
+            (["--weight_decay", -1], "--weight_decay -1.0: must be 0 or more"),
+            (["--adam_beta2", 1.5], "--adam_beta2 1.5: must be at least 0 and less than 1"),
+            (["--seed", -1], "--seed -1: must be 0 or more"),
+            (["--lr_decay_iters", 0], "--lr_decay_iters 0: must be at least 1"),
+        ],
+    )
+    def test_numbers_out_of_range(self, refused, shop, words, message):
+        refused(message, *finetune(shop), *words)
+
+    def test_place_that_cannot_be_written(self, refused, shop, tmp_path):
+        (tmp_path / "file").write_text("")
+        refused(r"file/run: Not a directory; check the path", *finetune(shop), "--save", tmp_path / "file" / "run")
+
     def test_needed_and_not_given(self, refused):
         refused(r"needed and not given: --load, --data_path, --train_iters", "finetune")
 
