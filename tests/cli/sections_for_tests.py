@@ -1,5 +1,6 @@
 """Sections of the tests' own with every kind of field, and a script: `python sections_for_tests.py --flag ...`."""
 
+import errno
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,8 @@ def run(optimizer: OptimizerConfig, model: Model) -> int | None:
             raise DataError("shards end early\nrun pretokenize again")
         case "bug":
             raise RuntimeError("a bug")
+        case "disk":
+            raise OSError(errno.ENOSPC, "No space left on device", "runs/tuned")
         case "stop":
             raise KeyboardInterrupt
         case "three":

@@ -97,6 +97,12 @@ def test_of_several_processes_one_reports_the_flags_and_each_what_it_met():
     assert script("--name", "user", RANK="5", LOCAL_RANK="1").stderr.endswith("pretokenize again (rank 5)\n")
 
 
+def test_what_the_system_refuses_is_one_line_and_exit_code_2():
+    done = script("--name", "disk")
+    line = "megatron-ft try: error: runs/tuned: No space left on device; check the path, its rights and the disk\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
 def test_our_bug_is_a_traceback_and_exit_code_1():
     done = script("--name", "bug")
     assert done.returncode == 1 and "Traceback" in done.stderr and "RuntimeError: a bug" in done.stderr

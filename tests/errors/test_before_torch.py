@@ -121,10 +121,6 @@ class TestFlags:
     def test_numbers_out_of_range(self, refused, shop, words, message):
         refused(message, *finetune(shop), *words)
 
-    def test_place_that_cannot_be_written(self, refused, shop, tmp_path):
-        (tmp_path / "file").write_text("")
-        refused(r"file/run: Not a directory; check the path", *finetune(shop), "--save", tmp_path / "file" / "run")
-
     def test_needed_and_not_given(self, refused):
         refused(r"needed and not given: --load, --data_path, --train_iters", "finetune")
 

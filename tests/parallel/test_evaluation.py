@@ -29,9 +29,8 @@ def test_every_row_once_in_every_layout(packing, few, one_rank, four_ranks, chec
     found = {}
     for name, pool, layout in (("one", one_rank, (1, 1)), ("DP4", four_ranks, (1, 1)), ("TP2xPP2", four_ranks, (2, 2))):
         pool.run(evaluate, layout, checkpoint, shards, few, str(tmp_path / name), packing)
-        found[name] = next(
-            entry for line in open(tmp_path / name / "metrics.jsonl") if "eval/loss" in (entry := json.loads(line))
-        )
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        found[name] = next(entry for entry in map(json.loads, lines) if "eval/loss" in entry)
     opened = open_shards(few)
     assert {entry["eval/tokens"] for entry in found.values()} == {int(opened.lengths.sum()) - len(opened)}
     losses = [entry["eval/loss"] for entry in found.values()]
