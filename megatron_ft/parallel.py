@@ -92,6 +92,7 @@ def process_groups(
     started_here = not dist.is_initialized()
     if started_here:
         _init_process_group(dist, timeout)
+    older = _groups(dist)
     parallel_state.initialize_model_parallel(
         tp, pp, distributed_timeout_minutes=max(1, round(distributed_timeout_minutes)), create_gloo_process_groups=True
     )
@@ -100,6 +101,9 @@ def process_groups(
     try:
         yield layout
     finally:
+        # The engine forgets its groups without ending them, and each holds threads and connections.
+        for group in _groups(dist) - older:
+            dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
         if started_here:
             dist.destroy_process_group()
@@ -110,6 +114,11 @@ def _init_process_group(dist, timeout) -> None:
         dist.init_process_group(device.backend(), timeout=timeout)
     else:  # one process without a launcher: no port to agree on
         dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _groups(dist) -> set:
+    """Every process group of this process, the default one included."""
+    return set(dist.distributed_c10d._world.pg_map)
 
 
 def _layout(parallel_state, sequence_parallel: bool) -> Layout:
