@@ -60,13 +60,15 @@ def save(
         dtype="bf16" if model.config.bf16 else "fp32",
     )  # fmt: skip
     weights = sharded_weights(model)
+    streams = _rng_tensors(layout)
     state = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, metadata=sharding_metadata()),
         "schedule": schedule.state_dict(),
         "progress": dataclasses.asdict(progress),
         "sizes": [layout.tp_size, layout.pp_size, layout.dp_size],
-        "rng": _rng_tensors(layout),
+        "streams": sorted(streams),
+        "rng": streams,
     }
     with _shared_folder(folder, layout) as temporary:
         dist_checkpointing.save(state, str(temporary))
@@ -126,9 +128,11 @@ def resume(folder: Path, model, optimizer, schedule, layout: Layout, seed: int) 
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata()),
     }
+    streams = _rng_tensors(layout)
     same_layout = common["sizes"] == [layout.tp_size, layout.pp_size, layout.dp_size]
-    if same_layout:
-        state["rng"] = _rng_tensors(layout)
+    same_device = common.get("streams", sorted(streams)) == sorted(streams)  # a GPU has a stream more than a CPU
+    if same_layout and same_device:
+        state["rng"] = streams
     state = engine_load(state, folder)
     fill(model, state["model"], folder)
     flags = {name: optimizer.param_groups[0][name] for name in ("max_lr", "min_lr", "betas", "eps")}
@@ -137,11 +141,12 @@ def resume(folder: Path, model, optimizer, schedule, layout: Layout, seed: int) 
         group.update(flags)
     schedule.load_state_dict(state["schedule"])
     progress = Progress(**state["progress"])
-    if same_layout:
+    if "rng" in state:
         _restore_rng(state["rng"])
     else:
         seed_everything(seed + progress.iteration, layout)
-        log.info(f"layout differs from the checkpoint's (TP, PP, DP = {common['sizes']}): random streams start anew")
+        before = "on another kind of device" if same_layout else f"with TP, PP, DP = {common['sizes']}"
+        log.info(f"the checkpoint was saved {before}: random streams start anew")
     return progress
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ft import device
 from tests.parallel.jobs import finetune, read_metrics, to_hf
 
 
@@ -63,6 +64,26 @@ def test_flags_of_the_resumed_run_hold(one_rank, checkpoint, shards, tmp_path):
     one_rank.run(steps, (1, 1), str(run), shards, str(run), 6, 0.0, False, False, 1e-5)
     rates = read_metrics(run, "train/lr")
     assert rates[5] < 1e-5 < rates[4]
+
+
+def test_saved_on_another_kind_of_device(one_rank, checkpoint, shards, tmp_path):
+    """A GPU has a random stream that a CPU has not: it starts anew, everything else goes on."""
+    run = tmp_path / "run"
+    one_rank.run(steps, (1, 1), checkpoint, shards, str(run), 3, 0.0)
+    one_rank.run(steps_with_a_stream_more, (1, 1), str(run), shards, str(run), 5, 0.0)
+    one_rank.run(steps, (1, 1), str(run), shards, str(run), 6, 0.0)
+    one_rank.run(steps, (1, 1), checkpoint, shards, str(tmp_path / "straight"), 6, 0.0)
+    assert read_metrics(run) == read_metrics(tmp_path / "straight")
+
+
+def steps_with_a_stream_more(*settings):
+    """`steps` as on a GPU, as far as random streams are concerned."""
+    state = device.rng_state
+    device.rng_state = lambda: {**state(), "device": torch.zeros(16, dtype=torch.uint8)}
+    try:
+        steps(*settings)
+    finally:
+        device.rng_state = state
 
 
 def steps(layout, load, shards, save, until, dropout, bf16=False, fresh=False, lr=1e-3):
