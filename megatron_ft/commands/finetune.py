@@ -61,6 +61,7 @@ def run(
     check_sizes(source, described, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     if not _starts_anew(described, checkpointing):
         check_training_state(source, described)
+        agreement.warn_of_other_rows(source / SETTINGS, data)
     train_set, valid_set = datasets.make_datasets(data, described)
     described = datasets.with_chat_format(described, train_set)
     with process_groups(
@@ -74,12 +75,23 @@ def run(
 
 
 def _source(checkpointing: Checkpointing) -> tuple[Path, Checkpointing]:
-    """(the checkpoint to begin from, the section as it then stands): with --auto_resume the newest in --save, if there is one."""
+    """(the checkpoint to begin from, the section as it then stands): with --auto_resume the newest in --save, if there is one.
+
+    Raises CheckpointError where --save already holds another run's checkpoints.
+    """
+    from megatron_ft.errors import CheckpointError
     from megatron_ft.models.checkpoint_layout import TRACKER, find_checkpoint
 
-    if checkpointing.auto_resume and (Path(checkpointing.save) / TRACKER).is_file():
+    used = checkpointing.save is not None and (Path(checkpointing.save) / TRACKER).is_file()
+    if checkpointing.auto_resume and used:
         return find_checkpoint(Path(checkpointing.save)), dataclasses.replace(checkpointing, finetune=False)
-    return find_checkpoint(Path(checkpointing.load)), checkpointing
+    source = find_checkpoint(Path(checkpointing.load))
+    if used and (checkpointing.finetune or Path(checkpointing.save).resolve() not in source.resolve().parents):
+        raise CheckpointError(
+            f"--save {checkpointing.save} holds the checkpoints of an earlier run: go on with that one (--auto_resume), "
+            f"or give this one a folder of its own"
+        )
+    return source, checkpointing
 
 
 class Settings(NamedTuple):

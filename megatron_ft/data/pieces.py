@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ft.errors import DataError
+
 OVER_LONG = ("cut", "drop", "split")
 
 
@@ -49,6 +51,8 @@ def pieces_per_epoch(sizes: np.ndarray, shares: np.ndarray, value: np.ndarray) -
     stays as long as all sets together.
     """
     wanted = np.divide(shares, value, out=np.zeros(len(shares)), where=value > 0)
+    if not wanted.any():
+        raise DataError("the sets that have a share have no supervised token: share by samples, or among other sets")
     exact = wanted / wanted.sum() * sizes.sum()
     floor = np.floor(exact).astype(np.int64)
     rest = int(sizes.sum() - floor.sum())

@@ -177,7 +177,7 @@ def check_sizes(folder: Path, config: CheckpointConfig, tp_size: int, pp_size: i
     if config.ckpt_format == "torch" and written != (tp_size, pp_size):
         raise CheckpointError(
             f"{folder} is in the classic format for TP{written[0]} x PP{written[1]}, this run is TP{tp_size} x PP{pp_size}: "
-            f"run with the checkpoint's sizes, or convert with --ckpt_format torch_dist, which loads into any layout"
+            f"run with the checkpoint's sizes, or make one for these with megatron-ft reshard (torch_dist loads into any layout)"
         )
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
-from megatron_ft.config.sections import Kernels, Model
+import yaml
+
+from megatron_ft.config.sections import Data, Kernels, Model
 from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
 from megatron_ft.errors import ConfigError
 from megatron_ft.log import logger
@@ -108,6 +111,23 @@ def _extended(arch: Architecture, method: str, factor: float) -> Architecture:
     positions = f"{arch.max_position_embeddings} -> {longer.max_position_embeddings} positions"
     log.info(f"rope scaled by {factor:g} ({method}): {positions}")
     return longer
+
+
+ROWS = ("data_path", "seq_length", "packing", "over_long", "data_weights", "data_weights_by", "seed")
+"""Settings of Data that decide which samples the rows of a run hold, and in which order."""
+
+
+def warn_of_other_rows(saved: Path, data: Data) -> None:
+    """Say where a resumed run will not see the rows that it would have seen without the stop. saved: its training.yaml."""
+    if not saved.is_file():
+        return
+    before = yaml.safe_load(saved.read_text(encoding="utf-8")).get("data", {})
+    for name in ROWS:
+        if name in before and before[name] != getattr(data, name):
+            log.warning(
+                f"resuming with --{name} {getattr(data, name)}, saved with {before[name]}: the rows that follow are other "
+                f"ones, and some samples may come twice or not at all"
+            )
 
 
 def report_unused_kernels(kernels: Kernels, has_gpu: bool) -> None:

@@ -45,6 +45,15 @@ def test_only_the_newest_are_kept(one_rank, checkpoint, shards, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").glob("iter_*")) == ["iter_0000004", "iter_0000005"]
 
 
+def test_another_runs_folder_is_not_written_into(one_rank, checkpoint, shards, tmp_path):
+    """Starting anew with a --save that is in use is refused; resuming there, and auto_resume, are not."""
+    run = str(tmp_path / "run")
+    one_rank.run(keep_two, checkpoint, shards, run)
+    ranks = Ranks(1)
+    with pytest.raises(RankFailed, match="holds the checkpoints of an earlier run: go on with that one"):
+        ranks.run(keep_two, checkpoint, shards, run)
+
+
 def steps(load, shards, save, until, stop_with=None):
     """Six steps on TP2 x DP2; with stop_with, rank 2 gets that signal while it computes step 3. Returns the exit code."""
     from megatron_ft.training import step

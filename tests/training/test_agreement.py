@@ -5,12 +5,12 @@ import logging
 
 import pytest
 
-from megatron_ft.config.sections import Kernels, Model
+from megatron_ft.config.sections import Data, Kernels, Model
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.models.rope import extend
-from megatron_ft.training.agreement import check_model_flags, report_unused_kernels
+from megatron_ft.training.agreement import check_model_flags, report_unused_kernels, warn_of_other_rows
 
 ARCH = Architecture(
     family="llama", num_layers=4, hidden_size=64, ffn_hidden_size=160, num_attention_heads=8, num_query_groups=4,
@@ -73,6 +73,20 @@ def test_every_method_can_be_asked_for(method):
     scaled = check_model_flags(flags, checkpoint())
     assert scaled.architecture == extend(ARCH, method, 4.0) != ARCH
     assert check_model_flags(flags, scaled) == scaled
+
+
+def test_resuming_with_other_rows_is_said(tmp_path, caplog):
+    from megatron_ft.config.cli import write_sections
+
+    saved = Data(data_path=["a"], seq_length=64)
+    (tmp_path / "training.yaml").write_text(write_sections([saved]))
+    with caplog.at_level(logging.WARNING):
+        warn_of_other_rows(tmp_path / "training.yaml", saved)
+        warn_of_other_rows(tmp_path / "nothing.yaml", saved)
+    assert not caplog.messages
+    with caplog.at_level(logging.WARNING):
+        warn_of_other_rows(tmp_path / "training.yaml", dataclasses.replace(saved, seq_length=32, seed=7))
+    assert len(caplog.messages) == 2 and "--seq_length 32, saved with 64" in caplog.text
 
 
 def test_kernels_that_are_not_used_are_named(caplog):
