@@ -183,7 +183,7 @@ class TestLayout:
         refused(message, *finetune(shop, shop.dist), *layout(tp, pp), env=launched(tp * pp))
 
     def test_classic_checkpoint_of_another_layout(self, refused, shop):
-        message = "classic format for TP2 x PP2, this run is TP1 x PP1: .*--ckpt_format torch_dist"
+        message = "classic format for TP2 x PP2, this run is TP1 x PP1: .*megatron-ft reshard"
         refused(message, *finetune(shop, shop.split))
 
     def test_sequence_parallel(self, refused, shop):
