@@ -17,3 +17,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """A pool of one rank, kept for the module; see tests/ranks.py."""
+    yield from _ranks(1)
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    """A pool of four ranks, kept for the module."""
+    yield from _ranks(4)
+
+
+def _ranks(size: int):
+    from tests.ranks import Ranks  # not above: it imports the engine, which most tests do without
+
+    ranks = Ranks(size)
+    yield ranks
+    ranks.close()

@@ -16,24 +16,9 @@ from megatron_ft.models.families import family_for, family_of
 from tests.conversion.builders import BASE, FAMILIES, logits, make_family, same_tensors
 from tests.models.jobs import lima, many, packed, train
 from tests.parallel.jobs import read_metrics
-from tests.ranks import Ranks
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
 LENGTH = 48  # beyond every window, and beyond the original context of the scaled ropes
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def one_rank():
-    ranks = Ranks(1)
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,6 @@ import pytest
 from megatron_ft.data.roles import ASSISTANT, PROMPTER
 from megatron_ft.data.shards import ShardWriter
 from tests.parallel.jobs import VOCAB, make_llama, to_checkpoint
-from tests.ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def one_rank():
-    ranks = Ranks(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(scope="session")

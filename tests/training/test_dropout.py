@@ -3,19 +3,11 @@
 import pytest
 
 from tests.parallel.jobs import make_llama
-from tests.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return make_llama(tmp_path_factory.mktemp("llama") / "hf")
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.parametrize("layout", [(4, 1), (1, 4), (2, 2), (1, 1)], ids=["TP4", "PP4", "TP2xPP2", "DP4"])
