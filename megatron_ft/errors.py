@@ -26,3 +26,7 @@ class TokenizerError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or exported model: missing, incomplete, or of another shape."""
+
+
+class DamagedError(CheckpointError):
+    """A file of a checkpoint or export that is not what was written: missing, cut short, or with other content."""

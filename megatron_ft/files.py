@@ -6,6 +6,7 @@ behind is easy to see and never mistaken for a result. Knows nothing of checkpoi
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -56,7 +57,7 @@ def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
     temporary.mkdir()
     try:
         yield temporary
-        _sync_tree(temporary)
+        sync_all(temporary)
         _take_place(temporary, target, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,7 +65,7 @@ def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
 
 def replace_folder(temporary: Path, target: Path, overwrite: bool = False) -> None:
     """Give a finished folder its name, once all of it is on the disk; as atomic_folder ends."""
-    _sync_tree(temporary)
+    sync_all(temporary)
     _take_place(temporary, target, overwrite)
 
 
@@ -138,20 +139,28 @@ def _take_place(temporary: Path, target: Path, overwrite: bool) -> None:
     _sync(target.parent)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_all(folder: Path) -> None:
+    """Wait until every file below a folder, and the folders themselves, are on the disk."""
     for where, _, names in os.walk(folder):
         for name in names:
             _sync(Path(where, name))
         _sync(Path(where))
 
 
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
+"""What a file system answers that cannot flush a folder (or a file of another owner); a disk that fails says EIO or ENOSPC."""
+
+
 def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk; skipped where the file system refuses it."""
+    """Wait until a file, or a folder's list of names, is on the disk; skipped where the file system has no such thing."""
     if path.is_symlink():
         return
-    with contextlib.suppress(OSError):
+    try:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise

@@ -24,6 +24,7 @@ FLOORS = {
     "megatron_ft.errors": 0,
     "megatron_ft.log": 0,
     "megatron_ft.files": 0,
+    "megatron_ft.digests": 0,
     "megatron_ft.parallel": 1,
     "megatron_ft.models": 2,
     "megatron_ft.data": 2,
@@ -46,6 +47,7 @@ GROUND = [
     "megatron_ft.errors",
     "megatron_ft.log",
     "megatron_ft.files",
+    "megatron_ft.digests",
     "megatron_ft.config",
     "megatron_ft.device",
 ]
