@@ -65,6 +65,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @contextlib.contextmanager
 def process_groups(
     tensor_model_parallel_size: int = 1,
@@ -87,7 +92,7 @@ def process_groups(
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    device.select(int(os.environ.get("LOCAL_RANK", "0")))
+    device.select(local_rank())
     timeout = datetime.timedelta(minutes=distributed_timeout_minutes)
     started_here = not dist.is_initialized()
     if started_here:

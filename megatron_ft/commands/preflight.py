@@ -153,13 +153,16 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
     from megatron_ft.data.manifest import check_tokenizer
     from megatron_ft.data.plain import PlainShards, is_plain
     from megatron_ft.data.shards import open_shards
+    from megatron_ft.data.verify import verify_shards
 
     try:
         if is_plain(prefix):
             plain = PlainShards(prefix, described.architecture.vocab_size if described is not None else 1 << 31)
             yield Finding("ok", f"{prefix}: {len(plain):,} documents without roles, trained on whole")
             return
-        shards = open_shards(prefix, verify=not quick)
+        shards = open_shards(prefix)
+        if not quick:
+            verify_shards([shards], "--quick")
         if described is not None:
             vocabulary = described.architecture.vocab_size
             check_tokenizer(shards.manifest, described.tokenizer, vocabulary, where=prefix)

@@ -45,6 +45,8 @@ class Data:
     """share of each data_path in an epoch; default: as many samples as each has"""
     data_weights_by: Literal["samples", "supervised_tokens"] = "samples"
     """what the shares are shares of"""
+    verify_data: bool = True
+    """compare all shards with their hashes before the run, once on each machine (gigabytes a second); --no_verify_data does not"""
     scalar_loss_mask: float = 0.0
     """loss weight of tokens that are not the assistant's (assistant tokens have 1)"""
     role_loss_weights: list[str] = field(default_factory=list)

@@ -11,11 +11,14 @@ error with a name. Knows nothing of tokens and roles.
 
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import numpy as np
 
+from megatron_ft.data.fingerprint import fingerprint, fingerprint_of_file
 from megatron_ft.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -24,6 +27,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 REMEDY = "it is damaged or cut short: run pretokenize again, or copy the whole file again"
+OTHER_BYTES = "its bytes are not those that were written; copy it again, or run pretokenize again"
 
 
 def write_index(file: IO[bytes], lengths: np.ndarray, dtype: np.dtype) -> None:
@@ -35,12 +39,15 @@ def write_index(file: IO[bytes], lengths: np.ndarray, dtype: np.dtype) -> None:
         file.write(np.asarray(array).astype(kind).tobytes())
 
 
-def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
+def read_index(path: Path, digest: str | None = None) -> tuple[np.dtype, np.ndarray]:
     """The dtype and the lengths (int32 [N]) of a .idx file.
 
-    Raises DataError naming the file where any number in it is not what write_index writes for these lengths.
+    digest: of the whole file, where it is known. Raises DataError naming the file where any number in it is not what write_index
+    writes for these lengths.
     """
     data = _read_all(path)
+    if digest is not None and fingerprint(data) != digest:
+        raise DataError(f"{path}: {OTHER_BYTES}")
     if len(data) < HEADER.size or data[:9] != MAGIC:
         raise DataError(f"{path}: not a Megatron index; {REMEDY}")
     _, version, code, count, documents = HEADER.unpack_from(data)
@@ -65,35 +72,48 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
 
 
 class Sequences:
-    """The sequences of PREFIX.bin and PREFIX.idx. Threads and forked processes may share it: reads keep no position."""
+    """The sequences of PREFIX.bin and PREFIX.idx. Threads and forked processes may share it: reads keep no position.
 
-    def __init__(self, prefix: str | os.PathLike):
-        self.path = Path(f"{prefix}.bin")
-        self.dtype, self.lengths = read_index(Path(f"{prefix}.idx"))
+    digests: ".bin" and ".idx" -> the files' fingerprints, where they are known. The index is compared with its own here, the
+    numbers by verify(), and again where the file is written to while it is read.
+    """
+
+    def __init__(self, prefix: str | os.PathLike, digests: Mapping[str, str] = MappingProxyType({})):
+        self.path, self.digest = Path(f"{prefix}.bin"), digests.get(".bin")
+        self.dtype, self.lengths = read_index(Path(f"{prefix}.idx"), digests.get(".idx"))
         self._offsets = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
         expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - open as long as this object lives
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror}); {REMEDY}") from error
-        size = os.fstat(self._file.fileno()).st_size
-        if size != expected:
-            raise DataError(f"{self.path}: {size} bytes, its index says {expected}; {REMEDY}")
+        status = os.fstat(self._file.fileno())
+        self.bytes, self._written = status.st_size, status.st_mtime_ns
+        if self.bytes != expected:
+            raise DataError(f"{self.path}: {self.bytes} bytes, its index says {expected}; {REMEDY}")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """One sequence, a copy. Raises DataError where the file has shrunk since it was opened."""
+        """One sequence, a copy. Raises DataError where the file has changed since it was opened."""
         return self.read(int(self._offsets[index]), int(self.lengths[index]))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` numbers from number `start` on, over the bounds of sequences."""
-        width = self.dtype.itemsize
-        data = os.pread(self._file.fileno(), count * width, start * width)
+        width, handle = self.dtype.itemsize, self._file.fileno()
+        data = os.pread(handle, count * width, start * width)
         if len(data) != count * width:
             raise DataError(f"{self.path}: has become shorter while it was read; {REMEDY}")
+        if (written := os.fstat(handle).st_mtime_ns) != self._written:
+            self.verify("has been written to while it was read, and ")
+            self._written = written  # only touched
         return np.frombuffer(data, self.dtype)
+
+    def verify(self, before: str = "") -> None:
+        """Read the whole .bin file and raise DataError where its bytes are not those of the digest, if that is known."""
+        if self.digest is not None and fingerprint_of_file(self._file.fileno()) != self.digest:
+            raise DataError(f"{self.path}: {before}{OTHER_BYTES}")
 
 
 def _read_all(path: Path) -> bytes:

@@ -145,16 +145,26 @@ class Shards:
         self.prefix = str(prefix)
         self.manifest = read_manifest(self.prefix)
         for ending in ENDINGS:
-            _check_file(self.prefix, ending, self.manifest)
-        self._text, self._role = Sequences(self.prefix + "-text"), Sequences(self.prefix + "-role")
+            _check_size(self.prefix, ending, self.manifest)
+        self._text, self._role = (self._open(kind) for kind in ("-text", "-role"))
         self.lengths: np.ndarray = self._text.lengths  # int32 [samples], in tokens
         self.vocab_size: int = self.manifest.tokenizer["vocab_size"]
         self._valid = _valid_codes(len(self.manifest.weights), extended=self.manifest.format_version > 1)
         if not np.array_equal(self.lengths, self._role.lengths) or self._role.dtype != np.uint8:
             raise DataError(f"{self.prefix}: text and role shards do not belong together; {AGAIN}")
 
+    def _open(self, kind: str) -> Sequences:
+        return Sequences(
+            self.prefix + kind, {end: self.manifest.files[kind + end]["digest"] for end in (".bin", ".idx")}
+        )
+
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def sequences(self) -> tuple[Sequences, Sequences]:
+        """Tokens and roles as they lie in the files."""
+        return self._text, self._role
 
     def tokens(self, index: int) -> np.ndarray:
         """The ids of a sample: uint16 or int32 [tokens]. Raises DataError for an id outside the vocabulary."""
@@ -188,13 +198,12 @@ class Shards:
 def open_shards(prefix: str | os.PathLike, verify: bool = False) -> Shards:
     """Open PREFIX's shards and check what is cheap: manifest, sizes, every number of the indexes, their hashes.
 
-    verify: read the .bin files too and compare their hashes (gigabytes a second).
+    verify: read the .bin files too and compare their hashes; verify.py does it for many shards at once.
     Raises DataError naming the file and the remedy.
     """
     shards = Shards(prefix)
-    if verify:
-        for ending in ENDINGS:
-            _check_digest(shards.prefix, ending, shards.manifest)
+    for sequences in shards.sequences if verify else ():
+        sequences.verify()
     return shards
 
 
@@ -222,17 +231,10 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "digest": files.digest(path)}
 
 
-def _check_file(prefix: str, ending: str, manifest: Manifest) -> None:
+def _check_size(prefix: str, ending: str, manifest: Manifest) -> None:
     path = Path(prefix + ending)
     if not path.is_file():
         raise DataError(f"{path}: no such file, though the manifest names it; {AGAIN}")
     if path.stat().st_size != manifest.files[ending]["bytes"]:
         written = manifest.files[ending]["bytes"]
         raise DataError(f"{path}: {path.stat().st_size} bytes, written with {written}; {COPY}")
-    if ending.endswith(".idx"):
-        _check_digest(prefix, ending, manifest)
-
-
-def _check_digest(prefix: str, ending: str, manifest: Manifest) -> None:
-    if files.digest(prefix + ending) != manifest.files[ending]["digest"]:
-        raise DataError(f"{prefix}{ending}: its bytes are not those that were written; {COPY}")

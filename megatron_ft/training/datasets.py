@@ -14,9 +14,11 @@ from megatron_ft.data.manifest import check_tokenizer
 from megatron_ft.data.plain import PlainShards, is_plain
 from megatron_ft.data.roles import ROLE_NAMES, loss_weights
 from megatron_ft.data.shards import open_shards
+from megatron_ft.data.verify import verify_shards
 from megatron_ft.errors import ConfigError, DataError
 from megatron_ft.log import logger
 from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.parallel import local_rank
 
 log = logger("training")
 
@@ -36,7 +38,11 @@ def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset
             f"{_FATE[data.over_long]}; raise --seq_length, or choose otherwise with --over_long"
         )
     valid_paths = data.valid_data_path or _siblings(data.data_path)
-    return train, _dataset(valid_paths, data, checkpoint, weights, shuffle=False) if valid_paths else None
+    valid = _dataset(valid_paths, data, checkpoint, weights, shuffle=False) if valid_paths else None
+    if data.verify_data and local_rank() == 0:
+        # One process a machine, before any waits for it: the file system may show each machine other bytes.
+        verify_shards([*train.shards, *(valid.shards if valid else [])], "--no_verify_data")
+    return train, valid
 
 
 _FATE = {"cut": "cut", "drop": "dropped", "split": "split over several rows"}

@@ -1,6 +1,7 @@
 """Shards: what is written comes back, by us and by megatron-core; anything damaged is refused with the file's name."""
 
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -135,6 +136,29 @@ def test_a_file_cut_short_while_open_is_an_error_not_a_crash(prefix):
         file.truncate(1)
     with pytest.raises(DataError, match="shorter"):
         shards.tokens(2)
+
+
+def test_a_file_replaced_while_open_goes_on_with_what_was_opened(prefix):
+    shards = open_shards(prefix)
+    write(prefix, [([1, 1, 1], [2, 2, 2])])
+    assert [shards.tokens(i).tolist() for i in range(3)] == [ids for ids, _ in SAMPLES]
+    assert open_shards(prefix).tokens(0).tolist() == [1, 1, 1]
+
+
+def test_a_file_overwritten_in_place_while_open_is_an_error(prefix):
+    """Even by bytes that could be tokens. A file whose time alone has changed is read on."""
+    shards, path = open_shards(prefix), Path(f"{prefix}-text.bin")
+    content = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    assert shards.tokens(0).tolist() == [5, 6, 7]
+    path.write_bytes(content[:6] + b"\x07" + content[7:])
+    os.utime(path, ns=(2, 2))  # not within one tick of the clock
+    with pytest.raises(
+        DataError, match=r"text\.bin: has been written to while it was read, and its bytes are not those"
+    ):
+        shards.tokens(0)
+    path.write_bytes(content)
+    assert shards.tokens(0).tolist() == [5, 6, 7]
 
 
 def test_every_flipped_bit_is_found(prefix):

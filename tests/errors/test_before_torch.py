@@ -243,6 +243,14 @@ class TestFinetune:
         cut(folder / f"c-train-{name}")
         refused(rf"shards/c-train-{name}: .*pretokenize", *finetune(shop, data=folder / "c-train"))
 
+    @pytest.mark.parametrize("name", ["train-text.bin", "train-role.bin", "val-text.bin"])
+    def test_flipped_bit_in_shards(self, refused, shop, tmp_path, name):
+        folder = copy(shop.root / "shards", tmp_path / "shards")
+        content = bytearray((folder / f"c-{name}").read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / f"c-{name}").write_bytes(content)
+        refused(rf"shards/c-{name}: its bytes are not those .*copy", *finetune(shop, data=folder / "c-train"))
+
     def test_damaged_validation_shards(self, refused, shop, tmp_path):
         folder = copy(shop.root / "shards", tmp_path / "shards")
         cut(folder / "c-val-text.bin")

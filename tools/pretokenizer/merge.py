@@ -14,6 +14,7 @@ from megatron_ft.config.cli import Command, run_script
 from megatron_ft.data.manifest import check_tokenizer, manifest_path
 from megatron_ft.data.roles import weight_table
 from megatron_ft.data.shards import Shards, ShardWriter, open_shards
+from megatron_ft.data.verify import verify_shards
 from megatron_ft.errors import ConfigError, DataError
 from megatron_ft.log import logger
 
@@ -30,6 +31,8 @@ class Merge:
     """replace finished shards that are there already"""
     allow_repeats: bool = False
     """merge although a source file occurs in several of the shards"""
+    verify: bool = True
+    """compare all parts with their hashes first; --no_verify does not"""
 
 
 COMMAND = Command(
@@ -47,11 +50,13 @@ def run(options: Merge) -> int:
         raise ConfigError(f"--output {options.output} is one of the prefixes; give another")
     if manifest_path(options.output).exists() and not options.overwrite:
         raise DataError(f"{manifest_path(options.output)}: exists already; add --overwrite, or choose another --output")
-    parts = [open_shards(prefix, verify=True) for prefix in options.prefixes]
+    parts = [open_shards(prefix) for prefix in options.prefixes]
     for other in parts[1:]:
         check_alike(parts[0], other)
     if not options.allow_repeats:
         check_repeats(parts)
+    if options.verify:
+        verify_shards(parts, "--no_verify")
     first = parts[0].manifest
     weights = weight_table(sorted({weight for part in parts for weight in part.manifest.weights}))
     with ShardWriter(options.output, parts[0].vocab_size, first.tokenizer, first.chat_format, weights) as writer:
