@@ -41,6 +41,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     "Train": {
         "preflight": Entry("megatron_ft.commands.preflight", "check shards against a finetune command line"),
         "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),
+        "report": Entry("megatron_ft.commands.report", "the page of a run: curves, where the loss is, layout"),
     },
     "Use": {
         "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint"),

@@ -110,11 +110,12 @@ class Settings(NamedTuple):
 
 def _train(layout, source, described, train_set, valid_set, settings: Settings) -> int:
     from megatron_ft import device
+    from megatron_ft.commands.report import write_at_end
     from megatron_ft.log import logger
     from megatron_ft.log import setup as log_to_file
     from megatron_ft.models.checkpoint_layout import vocab_rows
     from megatron_ft.models.load import load_weights
-    from megatron_ft.training import agreement, checkpoint, setup
+    from megatron_ft.training import agreement, checkpoint, facts, setup
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
@@ -160,13 +161,32 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
             checkpoint.prune(save_to, checkpointing.keep_last, layout)
         return folder
 
+    start = facts.start_of_run(
+        [setup.bare(model)],
+        layout,
+        described,
+        data,
+        train_set,
+        valid_set,
+        source,
+        progress.iteration,
+        batch.train_iters,
+    )
+    reports_to = folder if layout.is_reporter else None
+    if reports_to:
+        facts.record(reports_to, start)
+
     plan = Run(
         stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, resolved),
         save=save if save_to else None, train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
         eval_interval=logging.eval_interval, eval_iters=logging.eval_iters, max_skipped=batch.max_skipped_iters,
     )  # fmt: skip
-    with StopRequest() as stop:
-        done = train(plan, progress, stop)
+    try:
+        with StopRequest() as stop:
+            done = train(plan, progress, stop)
+    finally:
+        if reports_to and logging.report:
+            write_at_end(reports_to)
     if done.iteration < batch.train_iters:
         where = f"saved in {save_to}" if save_to else "not saved, there is no --save"
         log.warning(f"stopped by a signal at iteration {done.iteration} of {batch.train_iters}, {where}")

@@ -1,6 +1,9 @@
 """What a command says of itself: its name, the sections it takes, examples. Plain data; parsing is cli.py's."""
 
+import shlex
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -22,3 +25,10 @@ class Command:
     examples: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()
     open_flags: bool = False
+
+
+def command_line() -> str:
+    """This process's own command, as one would type it."""
+    first = Path(sys.argv[0]).name
+    words = ["megatron-ft"] if first == "__main__.py" else [first]
+    return shlex.join([*words, *sys.argv[1:]])

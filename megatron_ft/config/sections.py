@@ -203,6 +203,8 @@ class Logging:
     """global batches an evaluation takes, at most"""
     run_dir: str | None = None
     """where metrics.jsonl and training.yaml go; default: the --save folder"""
+    report: bool = True
+    """write report.html there when the run ends; at any other time: megatron-ft report"""
     tensorboard_dir: str | None = None
     """where TensorBoard's event files go"""
     log_timers_to_tensorboard: bool = False

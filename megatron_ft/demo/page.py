@@ -3,20 +3,17 @@
 from collections.abc import Sequence
 from html import escape
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_ft import files
-from megatron_ft.data.roles import ROLE_NAMES, SYSTEM
-from megatron_ft.data.shards import Shards, open_shards
-from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.data.roles import loss_weights
+from megatron_ft.data.shards import open_shards
+from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.demo.answers import Answer
 from megatron_ft.demo.screen import shortened, wrapped
 from megatron_ft.demo.verdict import Row, clock
-from megatron_ft.report import Page, read_metrics
+from megatron_ft.report import Page, read_metrics, samples
 from megatron_ft.report.curves import bars
 from megatron_ft.report.page import Html, badge, commands, curves, table
 
@@ -97,49 +94,17 @@ def _numbers(summary: dict[str, Any]) -> str:
 
 
 def _data(folder: Path, facts: int) -> list[str]:
-    shards, tokenizer = open_shards(str(folder / "data/chats-train")), load_tokenizer(
-        folder / "hf_base", ("<|im_start|>", "<|im_end|>")
-    )  # fmt: skip
+    shards = open_shards(str(folder / "data/chats-train"))
+    tokenizer = load_tokenizer(folder / "hf_base", ("<|im_start|>", "<|im_end|>"))
+    weights = shards.loss_weights(loss_weights())
     counts = shards.manifest.counts
-    by_role = {role: counts["tokens_by_role"].get(role, 0) for role in ROLE_NAMES}
-    roles = [
-        (role, count, f"{count:,} {'trained on' if role == 'assistant' else 'read only'}")
-        for role, count in by_role.items()
-        if count
-    ]
-    lengths = np.asarray(shards.lengths)
-    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, 7).astype(int))
-    histogram = [(f"{low} to {high - 1} tokens", *_chats(lengths, low, high)) for low, high in pairwise(edges)]
-    key = " ".join(f'<span class="role {role}">{role}</span>' for role in by_role if by_role[role])
     return [
         f"<p>{counts['samples']:,} chats about {facts} facts, {counts['tokens']:,} tokens.</p>",
-        f'<div class="grid2"><div><h3>tokens by role</h3>{bars(roles)}</div>',
-        f"<div><h3>length of a chat</h3>{bars(histogram)}</div></div>",
-        f"<h3>three chats, read back from the shards: {key}</h3>",
-        *(_sample(shards, tokenizer, index) for index in _samples(shards)),
+        f'<div class="grid2"><div><h3>tokens by role</h3>{samples.by_role([shards], [weights])}</div>',
+        f"<div><h3>length of a chat</h3>{samples.by_length([shards], 'chats')}</div></div>",
+        f'<h3>three chats, read back from the shards: {samples.key([shards])} <span class="on">trained on</span></h3>',
+        *(samples.sample(shards, index, tokenizer, weights) for index in samples.chosen(shards, _SAMPLES)),
     ]
-
-
-def _chats(lengths: np.ndarray, low: int, high: int) -> tuple[float, str]:
-    count = int(((lengths >= low) & (lengths < high)).sum())
-    return float(count), f"{count:,} chats"
-
-
-def _samples(shards: Shards) -> list[int]:
-    """A chat with a system message, where there is one, and some from all over the set."""
-    with_system = (i for i in range(len(shards)) if shards.roles(i)[0] == SYSTEM)
-    return [next(with_system, 0), *(len(shards) * i // _SAMPLES for i in range(1, _SAMPLES))]
-
-
-def _sample(shards: Shards, tokenizer: Tokenizer, index: int) -> str:
-    """One chat with each token in its role's colour, control tokens by name."""
-    ids, roles = shards.tokens(index), shards.roles(index)
-    starts = [0, *(np.flatnonzero(np.diff(roles)) + 1).tolist()]
-    spans = [
-        f'<span class="role {ROLE_NAMES[roles[start]]}">{escape(tokenizer.decode(ids[start:end]).strip())}</span>'
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)
-    ]
-    return f'<div class="chat">{"<br>".join(spans)}</div>'
 
 
 def _layout(folder: Path, summary: dict[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ def bars(rows: Sequence[tuple[str, float, str]]) -> str:
     """Horizontal bars: (name, length, text at its end)."""
     longest = max((length for _, length, _ in rows), default=0) or 1
     return "".join(
-        f'<div class="bar"><span>{escape(name)}</span><i style="width:{55 * length / longest:.1f}%"></i>'
+        f'<div class="bar"><span>{escape(name)}</span><em><i style="width:{100 * length / longest:.1f}%"></i></em>'
         f"<span>{escape(text)}</span></div>"
         for name, length, text in rows
     )

@@ -3,10 +3,10 @@
 STYLE = """
 :root { color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1d2126; --soft: #667079; --line: #e3e5e8;
   --a: #2563c9; --b: #d9730d; --good: #17803d; --bad: #c8281e; --you: #dbe8fb; --bot: #d9f2e0; --sys: #ecedef;
-  --ctx: #fdeacc; }
+  --ctx: #fdeacc; --c: #17803d; --d: #8e44ad; }
 @media (prefers-color-scheme: dark) { :root { --bg: #15181c; --card: #1d2126; --ink: #e6e8ea; --soft: #9aa4ae;
   --line: #343a41; --a: #6ea5ff; --b: #f2a154; --good: #56c77d; --bad: #ff7a70; --you: #223a5e; --bot: #1f4a2e;
-  --sys: #363b41; --ctx: #574018; } }
+  --sys: #363b41; --ctx: #574018; --c: #56c77d; --d: #c58fe0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
@@ -44,6 +44,8 @@ path.mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .line.a { stroke: var(--a); }
 .line.b { stroke: var(--b); }
+.line.c { stroke: var(--c); }
+.line.d { stroke: var(--d); }
 .dot.a { fill: var(--a); }
 .dot.b { fill: var(--b); }
 .hover { fill: transparent; }
@@ -53,11 +55,14 @@ path.mark { stroke: var(--soft); stroke-dasharray: 3 3; }
   vertical-align: middle; background: currentColor; }
 .key.a::before { background: var(--a); }
 .key.b::before { background: var(--b); }
+.key.c::before { background: var(--c); }
+.key.d::before { background: var(--d); }
 .key.mark::before { width: 1px; height: 12px; }
 .bar { display: flex; align-items: center; gap: 10px; margin: 4px 0; font-size: 13.5px; }
-.bar i { height: 12px; min-width: 2px; flex: none; border-radius: 3px; background: var(--a); }
-.bar span:first-child { flex: 0 0 190px; }
-.bar span:last-child { color: var(--soft); white-space: nowrap; font-variant-numeric: tabular-nums; }
+.bar em { flex: 1 1 40px; }
+.bar i { display: block; height: 12px; min-width: 2px; border-radius: 3px; background: var(--a); }
+.bar span:first-child { flex: 0 1 150px; overflow-wrap: anywhere; }
+.bar span:last-child { flex: 0 0 150px; color: var(--soft); font-variant-numeric: tabular-nums; }
 .chat { border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; margin: 8px 0; line-height: 1.9;
   white-space: pre-wrap; }
 .role { border-radius: 4px; padding: 2px 4px; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
@@ -65,6 +70,7 @@ path.mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 .role.prompter { background: var(--you); }
 .role.assistant { background: var(--bot); }
 .role.context { background: var(--ctx); }
+.on { border-bottom: 2px solid var(--good); }
 .grid2 { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); gap: 10px 40px; }
 details summary { cursor: pointer; color: var(--soft); margin-top: 10px; }
 """
