@@ -6,6 +6,7 @@ behind is easy to see and never mistaken for a result. Knows nothing of checkpoi
 """
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -29,7 +30,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(target)
+    temporary = temporary_name(target)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with open(temporary, mode.replace("w", "x"), **text) as file:
@@ -53,7 +54,7 @@ def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
     if not overwrite:
         refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(target)
+    temporary = temporary_name(target)
     temporary.mkdir()
     try:
         yield temporary
@@ -116,7 +117,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         file.write(text + "\n")
 
 
-def _temporary_name(target: Path) -> Path:
+def temporary_name(target: Path) -> Path:
+    """Where something is made before it gets its name; a new one each time, beside the target."""
     # Not tempfile: it makes files only their owner can read, and checkpoints are shared in a team.
     return target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
@@ -129,14 +131,34 @@ def _take_place(temporary: Path, target: Path, overwrite: bool) -> None:
     elif target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         os.replace(temporary, target)
     else:
-        old = _temporary_name(target)
-        os.rename(target, old)
-        os.rename(temporary, target)
+        old = temporary if _exchange(temporary, target) else _step_aside(temporary, target)
+        _sync(target.parent)  # before anything of the old is gone
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         else:
             old.unlink()
     _sync(target.parent)
+
+
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
+_HERE = -100  # AT_FDCWD: paths count from the working directory
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one stroke, so that a kill never finds neither in its place; False where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _step_aside(temporary: Path, target: Path) -> Path:
+    """The swap in two steps, where the system has none in one; returns where the old one is."""
+    old = temporary_name(target)
+    os.rename(target, old)
+    os.rename(temporary, target)
+    return old
 
 
 def sync_all(folder: Path) -> None:

@@ -151,3 +151,30 @@ def test_what_cannot_be_read_is_named(tmp_path):
         read_text(tmp_path / "latin")
     (tmp_path / "bom").write_bytes(b"\xef\xbb\xbf{}")
     assert read_json(tmp_path / "bom") == {}
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["exchanged", "in two steps"])
+def test_replacing_a_folder_with_and_without_the_system_s_exchange(tmp_path, monkeypatch, at_once):
+    from megatron_ft import files
+
+    if at_once:  # Linux has it; what is tested is that it was used
+        monkeypatch.setattr(files, "_step_aside", lambda *_: pytest.fail("the folder was without a name for a moment"))
+    else:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("o")
+    with atomic_folder(tmp_path / "a", overwrite=True) as folder:
+        (folder / "new").write_text("n")
+    assert names(tmp_path / "a") == ["new"] and names(tmp_path) == ["a"]
+
+
+def test_a_disk_that_fails_while_flushing_is_not_ignored(tmp_path, monkeypatch):
+    import errno
+
+    def fails(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Input/output error"), atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("x")
+    assert names(tmp_path) == []
