@@ -6,16 +6,18 @@ It carries a hash of itself: a changed digit in it is found too. Knows neither t
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_ft.data.fingerprint import fingerprint
-from megatron_ft.data.roles import ROLE_NAMES
+from megatron_ft.data.roles import MOST_WEIGHTS, ROLE_NAMES
 from megatron_ft.errors import DataError
 from megatron_ft.files import write_json
 
 FORMAT_VERSION = 2  # 1, without marks and weights, is still written where there are none, and read
+MOST_BYTES = 64 << 20  # of a manifest; one of a hundred thousand sources has a third of that
 AGAIN = "run pretokenize again"
 REMEDY = "pretokenize again with the model's tokenizer"
 
@@ -55,22 +57,82 @@ def read_manifest(prefix: str | Path) -> Manifest:
     """The manifest of shards. Raises DataError: missing, damaged, or of another version."""
     path = manifest_path(prefix)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, digest = content.pop("format_version"), content.pop("digest")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such file; give the prefix of finished shards (PREFIX-SPLIT), or {AGAIN}"
         ) from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: not a readable manifest ({error.strerror or error}); {AGAIN}") from error
+    if len(data) > MOST_BYTES:
+        raise DataError(f"{path}: larger than {MOST_BYTES >> 20} MiB, this is no manifest; {AGAIN}")
+    return parse_manifest(data, path)
+
+
+def parse_manifest(data: bytes, path: Path) -> Manifest:
+    """As read_manifest, of a file's content."""
+    try:
+        content = json.loads(data)
+        version, digest = content.pop("format_version"), content.pop("digest")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a readable manifest ({error}); {AGAIN}") from error
-    if version not in range(1, FORMAT_VERSION + 1):
+    if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
         raise DataError(f"{path}: format version {version}, this megatron_ft reads 1 to {FORMAT_VERSION}; {AGAIN}")
     expected = (
         {f.name for f in dataclasses.fields(Manifest)} - {"format_version"} - ({"weights"} if version == 1 else set())
     )
     if digest != fingerprint(content) or set(content) != expected:
         raise DataError(f"{path}: has been changed since it was written; {AGAIN}")
+    if (wrong := _wrong_kind(content)) is not None:
+        raise DataError(f"{path}: its entry {wrong} is not what a manifest holds; {AGAIN}")
     return Manifest(**content, format_version=version)
+
+
+def _wrong_kind(content: dict[str, Any]) -> str | None:
+    """The first entry that is of another kind than write_manifest's, whoever wrote it."""
+    tokenizer, counts, files, roles = (content[key] for key in ("tokenizer", "counts", "files", "roles"))
+    text = ("kind", "fingerprint", "model_fingerprint", "file")
+    sound = {
+        "tokenizer": _is_table(tokenizer) and _is_count(tokenizer.get("vocab_size"))
+        and all(isinstance(tokenizer.get(key, ""), str) for key in text)
+        and _is_table(tokenizer.get("added_tokens", {}), _is_count)
+        and len({"fingerprint", "model_fingerprint", "added_tokens", "kind"} & set(tokenizer)) in (0, 4),
+        "chat_format": _is_table(content["chat_format"], lambda value: isinstance(value, str)),
+        "sources": isinstance(content["sources"], list) and all(map(_is_source, content["sources"])),
+        "counts": _is_table(counts) and _is_table(counts.get("tokens_by_role"), _is_count)
+        and all(_is_count(counts.get(key)) for key in ("samples", "tokens"))
+        and _is_count(counts.get("marked_tokens", 0)),
+        "files": _is_table(files, lambda entry: _is_table(entry) and _is_count(entry.get("bytes"))
+                           and isinstance(entry.get("digest"), str))
+        and {"-text.bin", "-text.idx", "-role.bin", "-role.idx"} <= set(files),
+        "roles": roles == list(ROLE_NAMES),
+        "weights": _are_weights(content.get("weights", [1.0])),
+    }  # fmt: skip
+    return next((key for key, good in sound.items() if not good), None)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _is_table(value: Any, entry: Callable[[Any], bool] = lambda value: True) -> bool:
+    return isinstance(value, dict) and all(map(entry, value.values()))
+
+
+def _is_source(value: Any) -> bool:
+    documents = value.get("documents") if isinstance(value, dict) else None
+    return (
+        isinstance(documents, list) and len(documents) == 2 and all(map(_is_count, documents))
+        and documents[0] <= documents[1] and all(isinstance(value.get(key), str) for key in ("name", "file", "digest"))
+    )  # fmt: skip
+
+
+def _are_weights(value: Any) -> bool:
+    return (
+        isinstance(value, list) and 1 <= len(value) <= MOST_WEIGHTS
+        and all(isinstance(one, int | float) and 0 <= one < float("inf") for one in value)
+    )  # fmt: skip
 
 
 def check_tokenizer(

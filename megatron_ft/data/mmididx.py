@@ -48,6 +48,11 @@ def read_index(path: Path, digest: str | None = None) -> tuple[np.dtype, np.ndar
     data = _read_all(path)
     if digest is not None and fingerprint(data) != digest:
         raise DataError(f"{path}: {OTHER_BYTES}")
+    return parse_index(data, path)
+
+
+def parse_index(data: bytes, path: Path) -> tuple[np.dtype, np.ndarray]:
+    """As read_index, of a file's content. Nothing is allocated by what the file says before its length agrees."""
     if len(data) < HEADER.size or data[:9] != MAGIC:
         raise DataError(f"{path}: not a Megatron index; {REMEDY}")
     _, version, code, count, documents = HEADER.unpack_from(data)

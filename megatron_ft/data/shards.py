@@ -152,6 +152,16 @@ class Shards:
         self._valid = _valid_codes(len(self.manifest.weights), extended=self.manifest.format_version > 1)
         if not np.array_equal(self.lengths, self._role.lengths) or self._role.dtype != np.uint8:
             raise DataError(f"{self.prefix}: text and role shards do not belong together; {AGAIN}")
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        """What the manifest says of samples has to be true of the index: sources by it, loss and mixing by counts."""
+        counts, samples = self.manifest.counts, len(self.lengths)
+        ends = [end for source in self.manifest.sources for end in source["documents"]]
+        said = (counts["samples"], counts["tokens"], sum(counts["tokens_by_role"].values()))
+        tokens = int(self.lengths.sum(dtype=np.int64))
+        if said != (samples, tokens, tokens) or ends != sorted(ends) or (ends and ends[-1] > samples):
+            raise DataError(f"{manifest_path(self.prefix)}: counts other samples than there are in the shards; {AGAIN}")
 
     def _open(self, kind: str) -> Sequences:
         return Sequences(
