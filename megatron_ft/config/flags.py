@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from megatron_ft.config.argv import ready, switch_flags
+from megatron_ft.config.argv import OWN_FLAGS, ready, switch_flags
 from megatron_ft.config.command import Command
 from megatron_ft.config.fields import MISSING, Option, default_of, section_title
 from megatron_ft.errors import ConfigError
@@ -118,3 +118,9 @@ def _metavar(option: Option) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
     return _METAVAR.get(kind) or ("PATH" if getattr(kind, "__name__", "") == "Path" else "VALUE")
+
+
+def spellings(options: dict[str, Option]) -> list[str]:
+    """Every flag that a command knows, `--no_x` and its own ones included."""
+    named = (switch_flags(option, options) if option.is_switch else [option.name] for option in options.values())
+    return [f"--{flag}" for flags in (*named, OWN_FLAGS) for flag in flags]

@@ -28,7 +28,7 @@ def script(*argv: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
 def test_overview_names_every_command(argv):
-    from megatron_ft.__main__ import COMMANDS
+    from megatron_ft.commands.table import COMMANDS
 
     done = desk(*argv)
     assert done.returncode == 0 and not done.stderr
@@ -46,12 +46,12 @@ def test_overview_imports_nothing_heavy():
 
 
 def test_help_of_each_command_is_there_and_does_not_import_torch():
-    from megatron_ft.__main__ import _ENTRIES
+    from megatron_ft.commands.table import ENTRIES
 
     code = (
         "import sys, megatron_ft.__main__ as m; rc = m.main([sys.argv[1], '--help']); print(rc, 'torch' in sys.modules)"
     )
-    for name, entry in _ENTRIES.items():
+    for name, entry in ENTRIES.items():
         if not (ROOT / entry.module.replace(".", "/")).with_suffix(".py").exists():
             continue  # named, not written yet
         done = start("-c", code, name)

@@ -76,13 +76,13 @@ def test_chat_template_gives_the_ids_that_were_trained_on(made):
 
 def test_full_size_commands_are_understood():
     """Every megatron-ft command in the README, as its command line reads it; none of it runs."""
-    from megatron_ft.__main__ import _ENTRIES
+    from megatron_ft.commands.table import ENTRIES
     from megatron_ft.config.cli import parse
 
     commands = readme_commands()
     assert {name for name, _ in commands} >= {"pretokenize", "hf-to-megatron", "finetune", "megatron-to-hf"}
     for name, argv in commands:
-        parse(importlib.import_module(_ENTRIES[name].module).COMMAND, argv)
+        parse(importlib.import_module(ENTRIES[name].module).COMMAND, argv)
 
 
 def readme_commands() -> list[tuple[str, list[str]]]:

@@ -1,0 +1,71 @@
+"""megatron-ft completion: a script that completes commands and flags in bash or zsh.
+
+The script holds all names, so that completing starts no Python.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_ft.commands.table import ALIASES, ENTRIES, load
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.fields import options_of
+from megatron_ft.config.flags import spellings
+
+
+@dataclass
+class Completion:
+    """Which shell"""
+
+    shell: Literal["bash", "zsh"] = field(default="bash", metadata={"required": True})
+    """bash or zsh"""
+
+
+COMMAND = Command(
+    name="completion",
+    summary="a script that completes commands and flags in bash or zsh",
+    sections=(Completion,),
+    examples=('eval "$(megatron-ft completion bash)"', "megatron-ft completion zsh >> ~/.zshrc"),
+    positional=("shell",),
+)
+
+
+def run(options: Completion) -> int:
+    """Print the script."""
+    cases = []
+    for name in ENTRIES:
+        words = spellings(options_of(load(name)[0].sections))
+        cases.append(f"    {' | '.join(_names(name))}) words='{' '.join(words)}' ;;")
+    commands = " ".join([*ENTRIES, *ALIASES])
+    start = "autoload -U +X bashcompinit && bashcompinit\n" if options.shell == "zsh" else ""
+    print(start + _SCRIPT.format(commands=commands, cases="\n".join(cases)), end="")
+    return 0
+
+
+_SCRIPT = """_megatron_ft() {{
+  local words='{commands} --help --version'
+  if [ "$COMP_CWORD" -gt 1 ]; then
+    case "${{COMP_WORDS[1]}}" in
+{cases}
+    *) words='' ;;
+    esac
+  fi
+  local here="${{COMP_WORDS[COMP_CWORD]}}"
+  if [ "$COMP_CWORD" -gt 1 ] && [ "${{here#-}}" = "$here" ]; then
+    COMPREPLY=($(compgen -f -- "$here"))
+  else
+    COMPREPLY=($(compgen -W "$words" -- "$here"))
+  fi
+}}
+complete -o filenames -F _megatron_ft megatron-ft
+"""
+
+
+def _names(name: str) -> list[str]:
+    return [name, *(alias for alias, whole in ALIASES.items() if whole == name)]
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))
