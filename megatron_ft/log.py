@@ -21,7 +21,7 @@ def setup(level: str | int = "INFO", file: str | os.PathLike | None = None) -> N
 
     May be called again, for instance once the run's folder is known: the new setting replaces the old one. Where a
     launcher started several processes, only rank 0 speaks on the screen, except for errors; the file (appended to)
-    holds the lines of every rank that names it.
+    holds rank 0's lines, and from warnings up those of every rank that names it.
     """
     rank = int(os.environ.get("RANK", "0"))
     ours, everything = logging.getLogger(_ROOT), logging.getLogger()
@@ -41,6 +41,7 @@ def setup(level: str | int = "INFO", file: str | os.PathLike | None = None) -> N
         os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
         rest = logging.FileHandler(file, mode="a", encoding="utf-8", delay=True)
         rest.setFormatter(logging.Formatter(_FILE_FORMAT.format(rank=rank)))
+        rest.setLevel(logging.NOTSET if rank == 0 else logging.WARNING)  # what all do alike is said once
     _add(everything, rest)
     ours.setLevel(min(logging.INFO, screen.level))  # the file holds information even where the screen is quieter
 
