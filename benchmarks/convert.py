@@ -99,7 +99,7 @@ def check(hf: Path, back: Path) -> bool:
     """Bit for bit, tensor by tensor."""
     import torch
 
-    from checkpoints_conversion.hf_source import HfSource
+    from megatron_ft.models.hf_source import HfSource
 
     first, second = HfSource(hf), HfSource(back)
     return set(first.files) == set(second.files) and all(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.hf_source import HfSource
 from checkpoints_conversion.megatron_source import Opened
 from megatron_ft.errors import CheckpointError
+from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.weights import Placed, pad_rows, placed_rules
 
 _CHATS = (

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from checkpoints_conversion.dtypes import cast
-from checkpoints_conversion.hf_source import HfSource
 from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.stream import WORKERS, Progress
 from checkpoints_conversion.torch_zip import as_bytes
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import digest, read_json, write_json
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.dtypes import cast
+from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.rope import attention_factor, inverse_frequencies
 from megatron_ft.models.weights import Placed, placed_rules
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.stream import Unit
-from checkpoints_conversion.torch_file import TensorRef, TorchFile
 from checkpoints_conversion.torch_zip import Slot, TorchZip
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.checkpoint_layout import CheckpointConfig, rank_file
+from megatron_ft.models.torch_file import TensorRef, TorchFile
 from megatron_ft.models.weights import Placed, Rule, pad_rows, placed_rules
 
 VERSION = 3.0

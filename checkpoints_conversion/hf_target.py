@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.safetensors_file import header_of
 from checkpoints_conversion.stream import Unit
 from checkpoints_conversion.torch_zip import as_bytes, write_at
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import write_json
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.safetensors_file import header_of
 from megatron_ft.models.weights import Placed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

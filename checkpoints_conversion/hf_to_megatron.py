@@ -4,55 +4,53 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from checkpoints_conversion.options import CheckpointFormat, Folders, Written, believe, check_folders
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.model_parallel import ModelParallel
 from megatron_ft.errors import ConfigError
+from megatron_ft.models.checkpoint_layout import TRACKER
 
 if TYPE_CHECKING:
-    from checkpoints_conversion.hf_source import HfSource
     from checkpoints_conversion.report import Report
     from megatron_ft.data.tokenizer import Tokenizer
+    from megatron_ft.models.hf_source import HfSource
 
 
 @dataclass(frozen=True)
-class HfToMegatron:
+class HfToMegatron(Written, CheckpointFormat, ModelParallel, Folders):
     """What to convert, and into what"""
 
     input_dir: str = field(metadata={"required": True})
     """Hugging Face model folder: config.json, safetensors, tokenizer files."""
     output_dir: str = field(metadata={"required": True})
     """Checkpoint to make; finetune takes it as --load."""
-    tensor_model_parallel_size: int = 1
-    """Parts each matrix is cut into."""
-    pipeline_model_parallel_size: int = 1
-    """Groups of layers."""
-    ckpt_format: Literal["torch", "torch_dist"] = "torch"
-    """torch: one file a rank, for this layout. torch_dist: megatron-core's own, read by any layout."""
     tokenizer_type: str | None = None
     """As in pretokenize: SentencePieceTokenizer puts Megatron's own five tokens before the extra ones, so that ids equal
     those of shards made with it."""
     vocab_extra_ids_list: str | None = None
-    """Tokens to add, comma-separated, such as "<|im_start|>,<|im_end|>". New rows are the mean of the old ones."""
-    make_vocab_size_divisible_by: int = 128
-    """The embedding gets rows of zeros up to a multiple of this times the tensor parallel size."""
+    """Tokens to add, comma-separated, such as "<|im_start|>,<|im_end|>"."""
+    new_rows: Literal["mean", "noise"] = "mean"
+    """Rows of added tokens: the mean of the old ones, or that and seeded noise, which tells them apart from the start."""
+    new_rows_std: float | None = None
+    """Standard deviation of the noise; default: initializer_range of the model's config.json, else 0.02."""
+    new_rows_seed: int = 1234
+    """Seed of the noise: the same rows in every layout and format."""
     chat_format: str | None = None
     """Chat format to record (chatml), for generate, chat and the exported template; its tokens are added."""
     rope_scaling_type: Literal["linear", "ntk", "ntk-margin", "ntk-yarn", "ntk-by-parts", "yarn", "dynamic"] = "linear"
     """How --rope_scaling_factor stretches the context."""
     rope_scaling_factor: float = 1.0
     """Stretch the context this many times: recorded in the checkpoint, for training, generation and export. 1: not."""
-    params_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type of the weights; default: as in the source."""
     tokenizer: str | None = None
     """tokenizer.model, tokenizer.json or a folder; default: the model folder's."""
+    digests: bool = True
+    """Check the digests of the source's files, where it has them (our exports do). --no_digests: believe the files."""
     plan: bool = False
     """Only list the files and tensors that would be written, exact to the byte; needs config.json, no weights."""
-    overwrite: bool = False
-    """Replace an earlier conversion in output_dir."""
 
 
 COMMAND = Command(
@@ -76,47 +74,41 @@ def run(options: HfToMegatron) -> None:
 def planned(options: HfToMegatron) -> str:
     """What convert would write; every token asked for is taken to be new."""
     from checkpoints_conversion.plan import describe, plan_units
-    from checkpoints_conversion.vocabulary import parse_token_list, union
 
-    tokens = union(parse_token_list(options.vocab_extra_ids_list), _format_tokens(options.chat_format))
     target = Path(options.output_dir)
     units = plan_units(
         Path(options.input_dir), target, options.tensor_model_parallel_size, options.pipeline_model_parallel_size,
-        options.ckpt_format, options.params_dtype, options.make_vocab_size_divisible_by, len(tokens),
+        options.ckpt_format, options.params_dtype, options.make_vocab_size_divisible_by, len(_tokens(options)),
     )  # fmt: skip
     return describe(units, target)
 
 
 def convert(options: HfToMegatron) -> Report:
     """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
-    # Here and not above: --help should not wait for torch.
-    from checkpoints_conversion.dtypes import cast, torch_dtype
-    from checkpoints_conversion.hf_source import HfSource
+    started, target = time.monotonic(), Path(options.output_dir)
+    check_folders(options, options.overwrite, {TRACKER, "release"}, TRACKER)
+    # Here and not above: neither --help nor such a mistake should wait for torch.
     from checkpoints_conversion.megatron_target import write_checkpoint
-    from checkpoints_conversion.report import Report, check_target, count
+    from checkpoints_conversion.report import Report, count
     from checkpoints_conversion.stream import identity
     from checkpoints_conversion.tokenizer_copy import load_before_and_after
-    from checkpoints_conversion.vocabulary import parse_token_list, plan_growth, union
-    from megatron_ft.data.tokenizer import extra_tokens
+    from checkpoints_conversion.vocabulary import plan_growth
     from megatron_ft.models.architecture import check_layout
-    from megatron_ft.models.checkpoint_layout import TRACKER
+    from megatron_ft.models.dtypes import cast, torch_dtype
+    from megatron_ft.models.hf_source import HfSource
 
-    started = time.monotonic()
-    target = Path(options.output_dir)
-    check_target(Path(options.input_dir), target, options.overwrite, {TRACKER, "release"}, TRACKER)
+    believe(options.input_dir, options.digests)
     source = HfSource(options.input_dir)
     check_layout(source.arch, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
-    listed = extra_tokens(options.tokenizer_type, parse_token_list(options.vocab_extra_ids_list))
-    tokens = union(listed, _format_tokens(options.chat_format))
     path = Path(options.tokenizer) if options.tokenizer else None
-    before, tokenizer = load_before_and_after(path, source.folder, tokens)
-    growth = plan_growth(source.arch, before, tokenizer)
+    before, tokenizer = load_before_and_after(path, source.folder, _tokens(options))
+    growth = plan_growth(source.arch, before, tokenizer, _noise(options, source))
     config = _checkpoint_config(options, source, growth.vocab_size, tokenizer)
     dtype = torch_dtype(options.params_dtype) if options.params_dtype else None
 
     def full(placed):
         tensor = cast(source.full(placed), options.params_dtype, placed.hf_keys[0])
-        return growth.apply(tensor) if placed.rule.cut == "vocab_rows" else tensor
+        return growth.apply(tensor, placed.key) if placed.rule.cut == "vocab_rows" else tensor
 
     files = write_checkpoint(
         target, config, source.rules, full, lambda one: dtype or source.dtype_of(one), tokenizer,
@@ -126,10 +118,29 @@ def convert(options: HfToMegatron) -> Report:
     return Report(target, parameters, tensors, files, time.monotonic() - started)
 
 
-def _format_tokens(chat_format: str | None) -> Sequence[str]:
+def _tokens(options: HfToMegatron) -> tuple[str, ...]:
+    """Every token asked for, once, in the order of their ids."""
+    from checkpoints_conversion.vocabulary import parse_token_list, union
     from megatron_ft.data.chat_format import get_format
+    from megatron_ft.data.tokenizer import extra_tokens
 
-    return get_format(chat_format).added_tokens if chat_format else ()
+    of_format = get_format(options.chat_format).added_tokens if options.chat_format else ()
+    return union(extra_tokens(options.tokenizer_type, parse_token_list(options.vocab_extra_ids_list)), of_format)
+
+
+def _noise(options: HfToMegatron, source: HfSource):
+    """The noise asked for, or None. Raises ConfigError for a deviation that is none."""
+    from checkpoints_conversion.vocabulary import Noise
+    from megatron_ft.log import logger
+
+    std = options.new_rows_std
+    if std is not None and not 0 < std < float("inf"):
+        raise ConfigError(f"--new_rows_std {std}: must be above 0")
+    if options.new_rows == "mean":
+        if std is not None:
+            logger("conversion").warning("--new_rows_std is ignored: it belongs to --new_rows noise")
+        return None
+    return Noise(float(std or source.arch.hf.get("initializer_range") or 0.02), options.new_rows_seed)
 
 
 def _checkpoint_config(options: HfToMegatron, source: HfSource, vocab_size: int, tokenizer: Tokenizer | None):

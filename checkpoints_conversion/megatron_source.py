@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from checkpoints_conversion.options import CheckpointSource, believe
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.checkpoint_layout import CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.models.families import family_of
@@ -35,19 +36,18 @@ class Opened:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
 
-def open_megatron(
-    root: Path, iteration: int | str | None = None, tokenizer: str | None = None, true_vocab_size: int | None = None
-) -> Opened:
-    """iteration: None: the tracker's. tokenizer, true_vocab_size: for the dialect, which keeps neither.
+def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
+    """The checkpoint at root, or the one that root's tracker or `wanted` names.
 
-    Raises CheckpointError for what cannot be read.
+    Raises CheckpointError for what cannot be read, ConfigError for an iteration that is none.
     """
     from checkpoints_conversion.megatron_llm import is_dialect
 
-    root = Path(root)
+    root, iteration = Path(root), _parse_iteration(wanted.iteration)
     folder = root if iteration is None and root.is_dir() and is_dialect(root) else find_checkpoint(root, iteration)
+    believe(folder, wanted.digests)
     if is_dialect(folder):
-        return _open_dialect(folder, tokenizer, true_vocab_size)
+        return _open_dialect(folder, wanted.tokenizer, wanted.true_vocab_size)
     from checkpoints_conversion.tokenizer_copy import load_copy
 
     config = read_config(folder)
@@ -86,7 +86,7 @@ def _open_dialect(folder: Path, tokenizer: str | None, true_vocab_size: int | No
     return Opened(folder, config, source.rules, source.full, source.dtype, loaded)
 
 
-def parse_iteration(text: str | None) -> int | str | None:
+def _parse_iteration(text: str | None) -> int | str | None:
     """--iteration. Raises ConfigError."""
     if text is None or text == "release":
         return text

@@ -6,8 +6,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from checkpoints_conversion.options import CheckpointSource, Folders, Written, check_folders
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.files import write_json
 
@@ -18,27 +19,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MegatronToHf:
+class MegatronToHf(CheckpointSource, Written, Folders):
     """What to convert, and into what"""
 
     input_dir: str = field(metadata={"required": True})
-    """Checkpoint: its root, or one release or iter_ folder."""
+    """Checkpoint: its root, or one release or iter_ folder; ours or Megatron-LLM's."""
     output_dir: str = field(metadata={"required": True})
     """Hugging Face model folder to make."""
-    iteration: str | None = None
-    """Iteration to take, or release; default: the one latest_checkpointed_iteration.txt names."""
     max_shard_size: str = "5GB"
     """Most a safetensors file may hold."""
-    params_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type of the weights; default: as in the checkpoint."""
     require_certificate: bool = False
     """Refuse a checkpoint without a certificate.json of its files (see verify), instead of warning."""
-    tokenizer: str | None = None
-    """For Megatron-LLM's files, which hold none: tokenizer.model, tokenizer.json or a folder."""
-    true_vocab_size: int | None = None
-    """For Megatron-LLM's files without a tokenizer: rows of the embedding that stand for a token."""
-    overwrite: bool = False
-    """Replace an earlier export in output_dir."""
 
 
 COMMAND = Command(
@@ -59,23 +50,21 @@ def run(options: MegatronToHf) -> None:
 
 def convert(options: MegatronToHf) -> Report:
     """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
-    # Here and not above: --help should not wait for torch.
-    from checkpoints_conversion.dtypes import HF_NAMES, cast, torch_dtype
+    started, target = time.monotonic(), Path(options.output_dir)
+    check_folders(options, options.overwrite, set(), "config.json")
+    # Here and not above: neither --help nor such a mistake should wait for torch.
     from checkpoints_conversion.hf_target import parse_size, plan_safetensors, write_index
-    from checkpoints_conversion.megatron_source import open_megatron, parse_iteration
+    from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.model_card import model_card
-    from checkpoints_conversion.report import Report, check_target, count
+    from checkpoints_conversion.report import Report, count
     from checkpoints_conversion.stream import identity, resumable_folder, write_units
     from megatron_ft.log import logger
+    from megatron_ft.models.dtypes import HF_NAMES, cast, torch_dtype
     from megatron_ft.models.families import family_of
     from megatron_ft.models.weights import placed_rules
 
-    started = time.monotonic()
-    target, max_bytes = Path(options.output_dir), parse_size(options.max_shard_size)
-    check_target(Path(options.input_dir), target, options.overwrite, set(), "config.json")
-    source = open_megatron(
-        Path(options.input_dir), parse_iteration(options.iteration), options.tokenizer, options.true_vocab_size
-    )
+    max_bytes = parse_size(options.max_shard_size)
+    source = open_megatron(Path(options.input_dir), options)
     folder, config, tokenizer, rules = source.folder, source.config, source.tokenizer, source.rules
     arch, family, dtype = config.architecture, family_of(config.architecture), options.params_dtype or config.dtype
     problem = _certificate_problem(folder, options.require_certificate)

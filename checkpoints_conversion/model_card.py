@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from checkpoints_conversion.dtypes import HF_NAMES
 from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.models.dtypes import HF_NAMES
 
 _CHAT = """\
 messages = [{{"role": "user", "content": "What colour is a plum?"}}]

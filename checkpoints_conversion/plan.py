@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from checkpoints_conversion import hf_target
-from checkpoints_conversion.dtypes import HF_NAMES, torch_dtype
 from checkpoints_conversion.megatron_target import plan
 from checkpoints_conversion.stream import Unit
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.checkpoint_layout import CheckpointConfig, iteration_folder
+from megatron_ft.models.dtypes import HF_NAMES, torch_dtype
 from megatron_ft.models.families import family_for
 from megatron_ft.models.weights import Rule, placed_rules
 

@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from checkpoints_conversion.options import CheckpointFormat, CheckpointSource, Folders, Written, check_folders
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.model_parallel import ModelParallel
+from megatron_ft.models.checkpoint_layout import TRACKER
 
 if TYPE_CHECKING:
     from checkpoints_conversion.megatron_source import Opened
@@ -16,31 +19,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reshard:
+class Reshard(CheckpointSource, Written, CheckpointFormat, ModelParallel, Folders):
     """What to convert, and into what"""
 
     input_dir: str = field(metadata={"required": True})
     """Checkpoint: its root, or one release or iter_ folder; ours or Megatron-LLM's."""
     output_dir: str = field(metadata={"required": True})
     """Checkpoint to make."""
-    tensor_model_parallel_size: int = 1
-    """Parts each matrix is cut into."""
-    pipeline_model_parallel_size: int = 1
-    """Groups of layers."""
     ckpt_format: Literal["torch", "torch_dist"] = "torch"
     """torch: one file a rank, for this layout. torch_dist: read by any layout; from torch_dist, with the training state."""
-    iteration: str | None = None
-    """Iteration to take, or release; default: the one latest_checkpointed_iteration.txt names."""
-    make_vocab_size_divisible_by: int = 128
-    """The embedding gets rows of zeros up to a multiple of this times the tensor parallel size."""
-    params_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type of the weights; default: as they are."""
-    tokenizer: str | None = None
-    """For Megatron-LLM's files, which hold none: tokenizer.model, tokenizer.json or a folder."""
-    true_vocab_size: int | None = None
-    """For Megatron-LLM's files without a tokenizer: rows of the embedding that stand for a token."""
-    overwrite: bool = False
-    """Replace an earlier conversion in output_dir."""
 
 
 COMMAND = Command(
@@ -63,19 +50,17 @@ def run(options: Reshard) -> None:
 
 def convert(options: Reshard) -> Report:
     """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
-    # Here and not above: --help should not wait for torch.
-    from checkpoints_conversion.dtypes import cast, torch_dtype
-    from checkpoints_conversion.megatron_source import open_megatron, parse_iteration
+    started, source_root, target = time.monotonic(), Path(options.input_dir), Path(options.output_dir)
+    check_folders(options, options.overwrite, {TRACKER, "release"}, TRACKER)
+    # Here and not above: neither --help nor such a mistake should wait for torch.
+    from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.megatron_target import write_checkpoint
-    from checkpoints_conversion.report import Report, check_target, count
+    from checkpoints_conversion.report import Report, count
     from checkpoints_conversion.stream import identity
     from megatron_ft.models.architecture import check_layout, padded_vocab_size
-    from megatron_ft.models.checkpoint_layout import TRACKER
+    from megatron_ft.models.dtypes import cast, torch_dtype
 
-    started = time.monotonic()
-    source_root, target = Path(options.input_dir), Path(options.output_dir)
-    check_target(source_root, target, options.overwrite, {TRACKER, "release"}, TRACKER)
-    opened = open_megatron(source_root, parse_iteration(options.iteration), options.tokenizer, options.true_vocab_size)
+    opened = open_megatron(source_root, options)
     tp_size, arch = options.tensor_model_parallel_size, opened.config.architecture
     check_layout(arch, tp_size, options.pipeline_model_parallel_size)
     config = replace(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoints_conversion.options import CheckpointSource, believe
 from megatron_ft.config.cli import Command, run_script
 
 if TYPE_CHECKING:
@@ -14,15 +15,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Verify:
-    """What to compare"""
-
+class _Pair:
     hf: str = field(metadata={"required": True})
     """Hugging Face model folder."""
     megatron: str = field(metadata={"required": True})
     """Checkpoint: its root, or one release or iter_ folder."""
-    iteration: str | None = None
-    """Iteration to take, or release; default: the one latest_checkpointed_iteration.txt names."""
+
+
+@dataclass(frozen=True)
+class Verify(CheckpointSource, _Pair):
+    """What to compare"""
+
     logits: bool = True
     """Compare what both models answer, too. --no_logits: only the weights, for a model larger than this machine."""
     tolerance: float = 1e-4
@@ -52,9 +55,10 @@ def verify(options: Verify) -> Certificate:
     """Compare, and write certificate.json into the checkpoint's folder. Raises CheckpointError at the first difference."""
     # Here and not above: --help should not wait for torch.
     from checkpoints_conversion.certificate import compare_weights, make_certificate
-    from checkpoints_conversion.megatron_source import open_megatron, parse_iteration
+    from checkpoints_conversion.megatron_source import open_megatron
 
-    opened = open_megatron(Path(options.megatron), parse_iteration(options.iteration))
+    believe(options.hf, options.digests)
+    opened = open_megatron(Path(options.megatron), options)
     weights = compare_weights(Path(options.hf), opened)
     answers = None
     if options.logits:

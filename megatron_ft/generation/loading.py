@@ -10,9 +10,10 @@ from pathlib import Path
 
 from megatron_ft.data.chat_format import FORMATS, ChatFormat, get_format
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ft.errors import CheckpointError, TokenizerError
+from megatron_ft.errors import TokenizerError
 from megatron_ft.files import read_json, read_text
 from megatron_ft.generation.decoding import Decoder
+from megatron_ft.models.architecture import check_layout
 from megatron_ft.models.build import BuildOptions, build_model
 from megatron_ft.models.checkpoint_layout import (
     TOKENIZER_FOLDER,
@@ -22,9 +23,9 @@ from megatron_ft.models.checkpoint_layout import (
     find_checkpoint,
     vocab_rows,
 )
-from megatron_ft.models.families import family_for
+from megatron_ft.models.fill import fill_from
+from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.load import load_weights
-from megatron_ft.models.weights import placed_rules
 from megatron_ft.parallel import Layout
 
 
@@ -87,49 +88,13 @@ def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions):
 
 
 def _from_export(folder: Path, layout: Layout, options: BuildOptions):
-    config = _config(folder)
-    family = family_for(config)
-    arch = family.from_hf(config)
+    source = HfSource(folder)
+    arch = source.arch
+    check_layout(arch, layout.tp_size, layout.pp_size)
     model = build_model(arch, layout, options)
-    with _Tensors(folder) as tensors:
-        weights = {}
-        for placed in placed_rules(arch, family.rules(arch), layout.pp_size, layout.pp_rank):
-            full = placed.rule.to_megatron(arch, [tensors[key] for key in placed.hf_keys])
-            rows = model.vocab_size
-            weights[placed.local_key] = placed.rule.split(arch, full, layout.tp_size, rows)[layout.tp_rank]
-        model.load_state_dict(weights, strict=False)
+    fill_from(model, arch, source.rules, source.full, layout)
     template = folder / "chat_template.jinja"
     said = next(
         (f.name for f in FORMATS.values() if template.is_file() and f.jinja == read_text(template).rstrip("\n")), None
     )
     return model, arch, load_tokenizer(folder), said
-
-
-class _Tensors:
-    """The tensors of a safetensors folder by name, read when asked for."""
-
-    def __init__(self, folder: Path):
-        index = folder / "model.safetensors.index.json"
-        names = read_json(index)["weight_map"] if index.is_file() else None
-        self.files = sorted(set(names.values())) if names else ["model.safetensors"]
-        self.folder, self.names = folder, names
-
-    def __enter__(self):
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self.open = {name: safe_open(self.folder / name, "pt") for name in self.files}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.folder}: safetensors cannot be read ({error}); copy the model again"
-            ) from error
-        return self
-
-    def __exit__(self, *_):
-        self.open.clear()
-
-    def __getitem__(self, key: str):
-        file = self.open.get(self.names.get(key) if self.names else self.files[0])
-        if file is None or key not in file.keys():  # noqa: SIM118 - no mapping
-            raise CheckpointError(f"{self.folder}: tensor {key} is missing; copy the model again")
-        return file.get_tensor(key)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints_conversion.hf_source import HfSource
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
@@ -17,6 +16,7 @@ from megatron_ft.models.checkpoint_layout import (
     write_config,
     write_tracker,
 )
+from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.weights import pad_rows, placed_rules
 from tests.conversion.builders import make_llama, same_tensors
 from tests.ranks import Ranks

@@ -65,9 +65,9 @@ def test_many_files_on_both_sides(tmp_path):
 
 
 def test_torch_dist_over_several_files(tmp_path):
-    from checkpoints_conversion.hf_source import HfSource
     from checkpoints_conversion.stream import write_units
     from checkpoints_conversion.torch_dist import TorchDistSource, finish_torch_dist, plan_torch_dist
+    from megatron_ft.models.hf_source import HfSource
     from megatron_ft.models.weights import placed_rules
 
     make_llama(tmp_path / "hf")

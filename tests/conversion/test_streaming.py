@@ -18,11 +18,11 @@ from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
 from checkpoints_conversion.plan import plan_units
-from checkpoints_conversion.safetensors_file import SafetensorsFile
-from checkpoints_conversion.torch_file import TorchFile
 from megatron_ft.config.cli import run_script
 from megatron_ft.errors import CheckpointError, UserError
-from tests.conversion.builders import make_llama, same_tensors
+from megatron_ft.models.safetensors_file import SafetensorsFile
+from megatron_ft.models.torch_file import TorchFile
+from tests.conversion.builders import make_llama, make_sentencepiece, same_tensors
 
 LLAMA2_70B = {
     "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
@@ -60,6 +60,16 @@ def test_plans_are_what_is_written(tmp_path, tp, pp, ckpt_format):
     planned = {path: size for unit in units for path, size in unit.files.items()}
     assert {path: path.stat().st_size for path in planned} == planned
     assert set((tmp_path / "made" / "release").rglob("*model_optim_rng.pt")) <= set(planned)
+
+
+def test_a_plan_counts_the_tokens_that_come_with_a_tokenizer_type(tmp_path):
+    make_llama(tmp_path / "hf")
+    make_sentencepiece(tmp_path / "hf")
+    options = HfToMegatron(
+        str(tmp_path / "hf"), str(tmp_path / "made"), ckpt_format="torch_dist", chat_format="chatml",
+        tokenizer_type="SentencePieceTokenizer",
+    )  # fmt: skip
+    assert "embedding.word_embeddings.weight  [210, 32]" in hf_to_megatron.planned(options)
 
 
 def test_a_plan_against_an_index_of_another_model(tmp_path):

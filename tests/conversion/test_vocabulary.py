@@ -62,6 +62,51 @@ def test_new_rows_are_the_mean_and_padding_stays_inside(tmp_path, model, ckpt_fo
         assert torch.equal(new[203:], old.mean(dim=0).expand(2, -1))
 
 
+def embeddings(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return model.model.embed_tokens.weight, model.lm_head.weight
+
+
+def grown(tmp_path, name, tp=1, pp=1, **options):
+    """(embedding, output layer) of an export after adding chatml's tokens."""
+    made, back = tmp_path / name, tmp_path / f"{name}-hf"
+    convert(HfToMegatron(str(tmp_path / "hf"), str(made), tp, pp, vocab_extra_ids_list=CHATML, **options))
+    export(MegatronToHf(str(made), str(back)))
+    return embeddings(back)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_noise_for_new_rows_is_the_same_in_every_layout(tmp_path, tied):
+    """Around the mean, told apart, by seed; the old rows keep their bits, a tied model has one matrix."""
+    original = make_llama(tmp_path / "hf", tie_word_embeddings=tied)
+    make_sentencepiece(tmp_path / "hf")
+    noise = {"new_rows": "noise", "new_rows_std": 0.01}
+    first = grown(tmp_path, "one", **noise)
+    layouts = [(2, 2, "torch"), (4, 1, "torch"), (1, 1, "torch_dist")]
+    for number, (tp, pp, kind) in enumerate(layouts):
+        other = grown(tmp_path, f"other-{number}", tp, pp, ckpt_format=kind, **noise)
+        assert all(torch.equal(one, two) for one, two in zip(first, other))
+    for old, new in zip((original.model.embed_tokens.weight, original.lm_head.weight), first):
+        assert torch.equal(new[:203], old)
+        away = new[203:] - old.mean(dim=0)
+        assert 0.006 < away.std() < 0.014 and abs(away.mean()) < 0.005
+        assert not torch.equal(new[203], new[204])
+    assert torch.equal(*first) == tied
+    another = grown(tmp_path, "another", new_rows_seed=5, **noise)
+    assert torch.equal(another[0][:203], first[0][:203]) and not torch.equal(another[0][203:], first[0][203:])
+
+
+def test_noise_is_as_wide_as_the_config_says(tmp_path, caplog):
+    original = make_llama(tmp_path / "hf", initializer_range=0.5)
+    make_sentencepiece(tmp_path / "hf")
+    new = grown(tmp_path, "made", new_rows="noise")[0][203:]
+    assert 0.3 < (new - original.model.embed_tokens.weight.mean(dim=0)).std() < 0.7
+    grown(tmp_path, "mean", new_rows_std=0.1)
+    assert "--new_rows_std is ignored" in caplog.text
+    with pytest.raises(UserError, match="--new_rows_std -1: must be above 0"):
+        grown(tmp_path, "wrong", new_rows="noise", new_rows_std=-1)
+
+
 def test_classic_padding_rows_are_zeros(tmp_path, model):
     convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), tensor_model_parallel_size=2))
     path = tmp_path / "megatron" / "release" / "mp_rank_01" / "model_optim_rng.pt"

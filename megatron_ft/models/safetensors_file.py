@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.torch_file import read_at
 from megatron_ft.errors import CheckpointError
+from megatron_ft.models.torch_file import read_at
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 KINDS = {

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.dtypes import name_of
-from checkpoints_conversion.safetensors_file import SafetensorsFile
-from checkpoints_conversion.torch_file import TensorRef, TorchFile
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.dtypes import name_of
 from megatron_ft.models.families import family_for
+from megatron_ft.models.safetensors_file import SafetensorsFile
+from megatron_ft.models.torch_file import TensorRef, TorchFile
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
 _SAFE = ("model.safetensors", "model.safetensors.index.json")

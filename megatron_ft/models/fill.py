@@ -1,0 +1,26 @@
+"""A built model from whole tensors, wherever they come from: an export, a checkpoint of another layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.weights import Placed, Rule, pad_rows, placed_rules
+from megatron_ft.parallel import Layout
+
+
+@torch.no_grad()
+def fill_from(
+    model, arch: Architecture, rules: Sequence[Rule], full: Callable[[Placed], Tensor], layout: Layout
+) -> None:
+    """Fill a bare model, one whole tensor at a time, of which this rank keeps its part."""
+    slots = dict(model.named_parameters())
+    for placed in placed_rules(arch, rules, layout.pp_size, layout.pp_rank):
+        whole = full(placed)
+        if placed.rule.cut == "vocab_rows":
+            whole = pad_rows(whole, model.vocab_size)
+        slots.pop(placed.local_key).copy_(placed.rule.part(whole, layout.tp_size, layout.tp_rank))
+    assert not slots, f"not filled: {sorted(slots)}"
