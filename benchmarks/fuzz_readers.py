@@ -31,8 +31,10 @@ from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.data.manifest import parse_manifest
 from megatron_ft.data.mmididx import HEADER, parse_index, write_index
 from megatron_ft.errors import UserError
+from tools.pretokenizer.duplicates import fingerprints
 from tools.pretokenizer.lines import Chunk, parse
 from tools.pretokenizer.readers import READERS
+from tools.pretokenizer.selection import REFUSALS, in_order, language_fault, refuses
 
 WHERE = Path("fuzzed")
 TELLING = [struct.pack("<q", value) for value in (0, -1, 1, 1 << 31, 1 << 62, -(1 << 63), 1 << 40)]
@@ -157,7 +159,12 @@ def read_lines(data: tuple[str, bytes]) -> None:
     assert records and records[-1][1] == {}, "the sound record that follows was lost"
     reader = READERS[name]
     for where, record in records[:-1]:
-        reader.convert(record, where, reader.options(), Counter())
+        language_fault(record, frozenset(["en"]))
+        chats = reader.convert(record, where, reader.options(), Counter())
+        for chat in chats:
+            chat, _ = in_order(chat, "repair")
+            refuses(chat, REFUSALS)
+        fingerprints(chats)
     if bad:
         raise UserError(bad[0])
 
