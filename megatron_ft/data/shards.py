@@ -49,6 +49,7 @@ class ShardWriter:
             weights=list(weights),
         )
         self._lengths = array.array("i")
+        self._finished = False
         self._by_code = np.zeros(256, np.int64)
 
     def __enter__(self) -> "ShardWriter":
@@ -102,6 +103,15 @@ class ShardWriter:
                 ids, codes = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
                 self.add_many(ids, codes, np.array([len(ids) for ids, _ in pairs]))
 
+    def finish(self) -> np.ndarray:
+        """Write what is left to write, still under temporary names. Returns the samples' tokens: int32 [samples]."""
+        lengths = np.array(self._lengths, np.int32)
+        if not self._finished:
+            write_index(self._files["-text.idx"], lengths, self.dtype)
+            write_index(self._files["-role.idx"], lengths, np.dtype(np.uint8))
+            self._finished = True
+        return lengths
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -109,9 +119,7 @@ class ShardWriter:
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
-            lengths = np.array(self._lengths, np.int64)
-            write_index(self._files["-text.idx"], lengths, self.dtype)
-            write_index(self._files["-role.idx"], lengths, np.dtype(np.uint8))
+            self.finish()
             # Older shards under this prefix end here: their manifest must not stand beside new files.
             manifest_path(self.prefix).unlink(missing_ok=True)
         self._close_source()

@@ -33,8 +33,8 @@ def weight_of(message: dict[str, Any], where: str) -> dict[str, float]:
     weight = message.get("weight")
     if weight is None:
         return {}
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise DataError(f"{where}: weight {weight!r} of a message; give a number that is not negative")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1e30:
+        raise DataError(f"{where}: weight {weight!r} of a message; give a number from 0 on")
     return {"weight": round(float(weight), 4)}
 
 

@@ -55,7 +55,7 @@ def dolly15k(record: dict[str, Any], where: str, options: DollyOptions, left_out
     if language and language not in options.languages:
         left_out["other language"] += 1
         return []
-    context = CITATIONS.sub("", record.get("context") or "").strip()
+    context = CITATIONS.sub("", get_text(record, "context", where)).strip() if record.get("context") else ""
     turns = [{"role": "context", "content": context}] if context else []
     turns.append({"role": "user", "content": get_text(record, "instruction", where)})
     turns.append({"role": "assistant", "content": get_text(record, "response", where)})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ft.errors import DataError
+from tools.pretokenizer.fields import get_text
 
 Message = dict[str, Any]
 Thread = tuple[Message, ...]
@@ -39,6 +40,8 @@ def conversations(tree: dict[str, Any], where: str, options: OasstOptions, left_
     left_out: counts what is not taken, by reason. Raises DataError for a tree or a message that lacks something.
     """
     prompt = _field(tree, "prompt", where)
+    if not isinstance(prompt, dict):
+        raise DataError(f"{where}: the prompt is {type(prompt).__name__}, no message; is this an Open-Assistant export?")
     reason = _unwanted_tree(tree, prompt, options)
     if reason:
         left_out[reason] += 1
@@ -50,7 +53,7 @@ def conversations(tree: dict[str, Any], where: str, options: OasstOptions, left_
             left_out[reason] += 1
             continue
         kept = thread[:-1] if thread[-1]["role"] == "prompter" else thread
-        samples.append([{"role": message["role"], "content": _field(message, "text", where)} for message in kept])
+        samples.append([{"role": message["role"], "content": get_text(message, "text", where)} for message in kept])
     return samples
 
 
@@ -104,9 +107,9 @@ def _ranked(thread: Thread, index: int, top_k: int) -> bool:
 
 def _check_message(thread: Thread, where: str) -> None:
     """Roles alternate, from a prompter on; and what is compared is a number."""
+    role, expected = _field(thread[-1], "role", where), ("prompter", "assistant")[(len(thread) - 1) % 2]
     if not isinstance(thread[-1].get("rank"), int | None):
         raise DataError(f"{where}: rank {thread[-1]['rank']!r} is no number; is this an Open-Assistant export?")
-    role, expected = _field(thread[-1], "role", where), ("prompter", "assistant")[(len(thread) - 1) % 2]
     if role not in ("prompter", "assistant"):
         raise DataError(f"{where}: unknown role {role!r}; trees know prompter and assistant")
     if role != expected:

@@ -27,7 +27,7 @@ from tools.pretokenizer.settings import Settings, resolve
 from tools.pretokenizer.sources import Source, make_sources
 from tools.pretokenizer.statistics_files import write_stats
 from tools.pretokenizer.work import Orders, Worker
-from tools.pretokenizer.writing import clean, write
+from tools.pretokenizer.writing import Written, clean, write
 
 WORTH_WORKERS = 16 << 20  # bytes of data
 
@@ -68,15 +68,19 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
     ):
         weights = count(sources, settings, pool, progress)
         progress.begin(sum(int(np.count_nonzero(s.plan.split & 3)) for s in sources if s.plan is not None))
-        written = write(settings, tokenizer, chat_format, sources, weights, pool, progress, text)
-    write_json(settings.prefix.parent / "special_tokens.json", tokenizer.special_tokens)
+
+        def beside(written: dict[str, Written]) -> None:
+            write_json(settings.prefix.parent / "special_tokens.json", tokenizer.special_tokens)
+            for split in SPLITS:
+                prefix = Path(f"{settings.prefix}-{split}")
+                if split in written:
+                    write_stats(prefix, written[split], sources, settings.mix_by)
+                else:
+                    _remove_split(prefix)  # an earlier run's: it would not belong to what is there now
+
+        written = write(settings, tokenizer, chat_format, sources, weights, pool, progress, text, beside)
     for split in SPLITS:
-        prefix = Path(f"{settings.prefix}-{split}")
-        if split in written:
-            write_stats(prefix, written[split], sources, settings.mix_by)
-        else:
-            _remove_split(prefix)  # an earlier run's: it would not belong to what is there now
-        show_result(prefix, split, written.get(split), sources)
+        show_result(Path(f"{settings.prefix}-{split}"), split, written.get(split), sources)
     show_sample(settings.prefix, tokenizer)
 
 
@@ -94,12 +98,11 @@ def _workers(settings: Settings, sources: list[Source]) -> int:
 
 
 def _refuse_finished(prefix: Path) -> None:
-    for split in SPLITS:
-        path = manifest_path(f"{prefix}-{split}")
-        if path.exists():
-            raise DataError(
-                f"{path}: these shards exist already; add --overwrite to replace them, or choose another output"
-            )
+    path = manifest_path(f"{prefix}-train")  # written last: without it a run was interrupted
+    if path.exists():
+        raise DataError(
+            f"{path}: these shards exist already; add --overwrite to replace them, or choose another output"
+        )
 
 
 def _remove_split(prefix: Path) -> None:

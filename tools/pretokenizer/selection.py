@@ -78,7 +78,8 @@ def language_fault(record: dict[str, Any], languages: frozenset[str]) -> str | N
     if not languages:
         return None
     language = record.get("lang") or record.get("language")
-    return None if language in languages else "other language" if language else "language unknown"
+    known = isinstance(language, str) and language
+    return None if known in languages else "other language" if known else "language unknown"
 
 
 def in_order(chat: Conversation, role_order: str) -> tuple[Conversation, str | None]:

@@ -8,7 +8,6 @@ import numpy as np
 
 from megatron_ft.data import packing
 from megatron_ft.data.roles import ROLE_NAMES
-from megatron_ft.data.shards import open_shards
 from megatron_ft.files import atomic_file, write_json
 from tools.pretokenizer import mixing
 from tools.pretokenizer.sources import Source
@@ -25,7 +24,7 @@ def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: s
     rows = [tally.as_json() for tally in tallies]
     for row, source in zip(rows, sources, strict=True):
         row["left_out_by_reader"] = dict(sorted(source.left_out.items()))
-    packed = packing_table(open_shards(prefix).lengths)
+    packed = packing_table(written.lengths)
     mix = [
         {"name": p.name, "requested": p.requested, "realised": p.realised, "epochs": p.epochs, "samples": len(p.picks)}
         for p in written.mix

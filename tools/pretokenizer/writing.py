@@ -1,13 +1,14 @@
 """Tokenizes what was planned and writes the shards of both splits in one pass.
 
-Nothing appears under a final name before all samples of both splits are written.
+Nothing appears under a final name before all samples of both splits are written. The last of all files is the training split's
+manifest: a run is finished where it exists, and was interrupted where it does not.
 """
 
 import contextlib
 import gzip
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -15,7 +16,8 @@ from typing import IO, Any, cast
 import numpy as np
 
 from megatron_ft.data.chat_format import describe
-from megatron_ft.data.shards import ShardWriter, open_shards, remove_shards
+from megatron_ft.data.manifest import manifest_path
+from megatron_ft.data.shards import ENDINGS, ShardWriter, open_shards, remove_shards
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.errors import DataError
 from megatron_ft.files import atomic_file
@@ -34,9 +36,10 @@ log = logger("pretokenize")
 
 @dataclass
 class Written:
-    """A split that was written. tallies: one a source, before mixing."""
+    """A split that was written. tallies: one a source, before mixing. lengths: of the samples in the shards, in tokens."""
 
     tallies: list[Tally]
+    lengths: np.ndarray
     mix: list[mixing.Portion] = field(default_factory=list)
 
 
@@ -49,9 +52,11 @@ def write(
     pool: Pool,
     progress: Progress,
     text: str | None,
+    beside: Callable[[dict[str, Written]], None],
 ) -> dict[str, Written]:
     """Write shards; what became of every split that was written.
 
+    beside: writes what belongs beside the shards, before those get their names.
     weights: the table of the messages' weights. text: ending of a file with the chats' text beside each split's shards,
     None for no such file. A split of which nothing is left is not written. Raises DataError where that is the training
     split.
@@ -61,16 +66,20 @@ def write(
         file = {"file": str(settings.vocab_file)}
         return ShardWriter(prefix, tokenizer.vocab_size, {**tokenizer.info(), **file}, describe(chat_format), weights)
 
+    train_prefix = Path(f"{settings.prefix}-train")
     spool = settings.prefix.parent / f".{settings.prefix.name}-spool.tmp-{os.getpid()}" if settings.mix_by else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_writable(settings.prefix))
+        # What is entered first is renamed last: the training split.
+        mixed = None
         if spool is not None:
+            mixed = stack.enter_context(writer(train_prefix))
             stack.callback(remove_shards, spool)
         splits = {}
         for name, number in SPLITS.items():
             prefix = Path(f"{settings.prefix}-{name}")
-            mixed = spool is not None and name == "train"
-            splits[number] = stack.enter_context(_Split(writer(spool if mixed else prefix), prefix, text, mixed))
+            spooled = mixed is not None and name == "train"
+            splits[number] = stack.enter_context(_Split(writer(spool if spooled else prefix), prefix, text, spooled))
         for source in sources:
             assert source.plan is not None
             digest = source.digest()
@@ -85,14 +94,21 @@ def write(
         if not train.accepted:
             raise DataError(_nothing_left(sources, train.tallies))
         portions = []
-        if spool is not None:
+        if mixed is not None:
             train.close()
-            portions = _mix(settings, sources, train, spool, stack.enter_context(writer(f"{settings.prefix}-train")))
-    return {
-        name: Written(splits[number].tallies, portions if name == "train" else [])
-        for name, number in SPLITS.items()
-        if splits[number].accepted
-    }
+            portions = _mix(settings, sources, train, spool, mixed)
+        written = {
+            name: Written(
+                splits[number].tallies,
+                (mixed if mixed is not None and name == "train" else splits[number].writer).finish(),
+                portions if name == "train" else [],
+            )
+            for name, number in SPLITS.items()
+            if splits[number].accepted
+        }
+        manifest_path(train_prefix).unlink(missing_ok=True)  # an older run's ends here, its other files are replaced
+        beside(written)
+    return written
 
 
 @contextlib.contextmanager
@@ -107,13 +123,19 @@ def _writable(prefix: Path) -> Iterator[None]:
 
 
 def clean(prefix: Path) -> None:
-    """Remove what a killed run left behind, and say so."""
-    pattern = re.compile(rf"\.{re.escape(prefix.name)}-(?:train|val|spool).*\.tmp-(\d+)")
-    left = []
-    for path in prefix.parent.glob(f".{prefix.name}-*.tmp-*") if prefix.parent.is_dir() else ():
-        if (match := pattern.match(path.name)) and not _is_alive(int(match[1])):
-            left.append(path)
-            path.unlink(missing_ok=True)
+    """Remove what a killed run left behind, and say so: temporary files, and shards whose training split was not finished."""
+    ours = rf"{re.escape(prefix.name)}-(?:train|val|spool).*|special_tokens\.json"
+    pattern = re.compile(rf"\.+(?:{ours})\.tmp-(\d+)")  # two dots: of a temporary file of a spool
+    left = [
+        path
+        for path in (prefix.parent.glob(".*.tmp-*") if prefix.parent.is_dir() else ())
+        if (match := pattern.match(path.name)) and not _is_alive(int(match[1]))
+    ]
+    if not manifest_path(f"{prefix}-train").exists():
+        names = [f"{prefix}-{split}{ending}" for split in SPLITS for ending in ("-manifest.json", *ENDINGS)]
+        left += [path for name in names if (path := Path(name)).exists()]
+    for path in left:
+        path.unlink(missing_ok=True)
     if left:
         log.info("an earlier run was interrupted: its %d unfinished files are removed, this run starts anew", len(left))
 
@@ -150,7 +172,7 @@ class _Split:
     """
 
     def __init__(self, writer: ShardWriter, prefix: Path, text: str | None, keep: bool):
-        self._writer, self._keep = writer, keep
+        self.writer, self._keep = writer, keep
         self._text_path = None if text is None else Path(f"{prefix}{text}")
         self.tallies: list[Tally] = []
         self.sizes: list[list[tuple[np.ndarray, np.ndarray]]] = []
@@ -162,7 +184,7 @@ class _Split:
 
     def begin(self, source: Source, digest: str, available: int) -> None:
         """What is added from here on comes from this source."""
-        self._writer.source(source.name, str(source.path), digest)
+        self.writer.source(source.name, str(source.path), digest)
         self.tallies.append(Tally(source.name, available))
         self.sizes.append([])
         self.digests.append(digest)
@@ -173,7 +195,7 @@ class _Split:
         spoken = self.tallies[-1].accept(samples.codes, samples.lengths)
         if self._keep:
             self.sizes[-1].append((samples.lengths.astype(np.int32), spoken.astype(np.int32)))
-        self._writer.add_many(samples.ids, samples.codes, samples.lengths)
+        self.writer.add_many(samples.ids, samples.codes, samples.lengths)
         if self._text is not None:
             self._text.write(samples.text)
 
@@ -183,7 +205,7 @@ class _Split:
 
     def __enter__(self) -> "_Split":
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._writer)
+            stack.enter_context(self.writer)
             self._text = None if self._text_path is None else stack.enter_context(_text_file(self._text_path))
             self._stack = stack.pop_all()
         return self
