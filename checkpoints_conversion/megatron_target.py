@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.classic import plan_classic
-from checkpoints_conversion.stream import Unit, resumable_folder, write_units
+from checkpoints_conversion.stream import Unit, resumable_folder, seal, write_units
 from checkpoints_conversion.tokenizer_copy import copy_tokenizer
 from checkpoints_conversion.torch_dist import finish_torch_dist, plan_torch_dist
 from megatron_ft.models.checkpoint_layout import (
@@ -49,8 +49,9 @@ def write_checkpoint(
         if tokenizer is not None:
             _copy_afresh(tokenizer, folder)
         write_config(folder, config)
+        seal(folder, files)
         write_tracker(root, config.iteration)
-    return files
+    return len(files)
 
 
 def plan(

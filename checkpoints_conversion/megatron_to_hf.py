@@ -57,7 +57,7 @@ def convert(options: MegatronToHf) -> Report:
     from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.model_card import model_card
     from checkpoints_conversion.report import Report, count
-    from checkpoints_conversion.stream import identity, resumable_folder, write_units
+    from checkpoints_conversion.stream import identity, resumable_folder, seal, write_units
     from megatron_ft.log import logger
     from megatron_ft.models.dtypes import HF_NAMES, cast, torch_dtype
     from megatron_ft.models.families import family_of
@@ -74,7 +74,9 @@ def convert(options: MegatronToHf) -> Report:
         units = plan_safetensors(
             export, placed_rules(arch, rules), arch, lambda one: kind or source.dtype(one), max_bytes
         )
-        write_units(units, lambda one: cast(source.full(one), options.params_dtype, one.key), f"writing {target.name}:")
+        weights = write_units(
+            units, lambda one: cast(source.full(one), options.params_dtype, one.key), f"writing {target.name}:"
+        )
         write_index(export, units)
         hf_config, generation = _configs(family.to_hf(arch, HF_NAMES[dtype]), config, tokenizer)
         write_json(export / "config.json", hf_config)
@@ -82,6 +84,7 @@ def convert(options: MegatronToHf) -> Report:
         if tokenizer is not None:
             _export_tokenizer(export, folder, config, tokenizer)
         (export / "README.md").write_text(model_card(target.name, config, dtype), encoding="utf-8")
+        seal(export, weights)
     if problem:
         logger("conversion").warning("not certified: %s", problem)
     parameters, tensors = count(arch, rules)

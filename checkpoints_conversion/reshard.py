@@ -89,15 +89,19 @@ def _copy(opened: Opened, config, target: Path, key: dict, overwrite: bool) -> i
     """torch_dist loads into any layout as it is: every file copied, optimizer and random states with it."""
     import shutil
 
-    from checkpoints_conversion.stream import resumable_folder
-    from megatron_ft.models.checkpoint_layout import iteration_folder, write_config, write_tracker
+    from checkpoints_conversion.certificate import NAME
+    from checkpoints_conversion.stream import resumable_folder, seal
+    from megatron_ft.digests import MANIFEST, has_digests, read_digests
+    from megatron_ft.models.checkpoint_layout import CONFIG, iteration_folder, write_config, write_tracker
 
     with resumable_folder(target, key, overwrite) as root:
         folder = iteration_folder(root, config.iteration)
-        ignore = shutil.ignore_patterns("certificate.json")  # of other files
-        shutil.copytree(opened.folder, folder, dirs_exist_ok=True, ignore=ignore)
+        shutil.copytree(opened.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(NAME, MANIFEST))
         # The padding is the file's own: a loading rank adds or drops rows itself.
         write_config(folder, replace(config, padded_vocab_size=opened.config.padded_vocab_size))
+        # The source's own digests, where it has them: a copy that went wrong is then not believed either.
+        known = read_digests(opened.folder) if has_digests(opened.folder) else {}
+        seal(folder, {folder / name: entry for name, entry in known.items() if name != CONFIG})
         write_tracker(root, config.iteration)
     return len(list(opened.folder.glob("*.distcp")))
 

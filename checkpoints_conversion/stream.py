@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ft import files
+from megatron_ft.digests import Entry, digest_files, files_below, write_manifest
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.models.weights import Placed
 
@@ -51,19 +52,33 @@ class Unit:
 
 def write_units(
     units: Sequence[Unit], full: Callable[[Placed], Tensor], what: str = "converting", workers: int = WORKERS
-) -> int:
-    """Write all that is not there yet. Returns the number of files. Memory: a few tensors for each worker.
+) -> dict[Path, Entry]:
+    """Write all that is not there yet. Returns size and digest of every file. Memory: a few tensors for each worker.
 
-    Raises CheckpointError when the disk has or gets too little room.
+    A file is digested while it still lies in the system's memory. Raises CheckpointError when the disk has or gets too little room.
     """
     waiting = [unit for unit in units if not unit.is_done()]
     if waiting:
         _check_disk(next(iter(waiting[0].files)), sum(unit.nbytes for unit in waiting))
     progress = Progress(what, sum(unit.nbytes for unit in waiting))
     with ThreadPoolExecutor(workers) as pool, _disk_errors(), progress:
-        for unit in waiting:
-            _write(unit, full, pool, progress)
-    return sum(len(unit.files) for unit in units)
+        digests = {}
+        for unit in units:
+            if unit in waiting:
+                _write(unit, full, pool, progress)
+            digests.update({path: pool.submit(_entry, path) for path in unit.files})
+        return {path: digest.result() for path, digest in digests.items()}
+
+
+def _entry(path: Path) -> Entry:
+    return digest_files(path.parent, [path.name])[path.name]
+
+
+def seal(folder: Path, known: Mapping[Path, Entry]) -> None:
+    """Write digests.json of a finished folder; the entries of `known` are believed, the other files are read."""
+    entries = {path.relative_to(folder).as_posix(): entry for path, entry in known.items()}
+    others = [name for name in files_below(folder) if name not in entries and name != _PLAN]
+    write_manifest(folder, {**entries, **digest_files(folder, others)})
 
 
 def _write(unit: Unit, full: Callable[[Placed], Tensor], pool: ThreadPoolExecutor, progress: Progress) -> None:

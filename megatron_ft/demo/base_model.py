@@ -85,7 +85,7 @@ def _tokenizer_config(shape: Shape) -> dict[str, Any]:
 
 def _write_weights(path: Path, shape: Shape, vocab_size: int, seed: int) -> None:
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     hidden, ffn = shape.hidden_size, shape.intermediate_size
     keys = hidden // shape.num_attention_heads * shape.num_key_value_heads
@@ -98,9 +98,8 @@ def _write_weights(path: Path, shape: Shape, vocab_size: int, seed: int) -> None
     for n in range(shape.num_hidden_layers):
         shapes |= {f"model.layers.{n}.{name}": size for name, size in layer.items()}
     random = torch.Generator().manual_seed(seed)
-    save_file(
-        {f"{name}.weight": _initial(size, random) for name, size in shapes.items()}, path, metadata={"format": "pt"}
-    )
+    weights = {f"{name}.weight": _initial(size, random) for name, size in shapes.items()}
+    path.write_bytes(save(weights, metadata={"format": "pt"}))  # save_file's would be for their owner only
 
 
 def _initial(size: tuple[int, ...], random: Any) -> Any:

@@ -34,9 +34,12 @@ def place(tmp_path, llama):
     return tmp_path
 
 
-def refused(place, source, message, **options):
-    """Converting place/source, in the direction that it asks for, raises `message` and makes nothing."""
-    target = place / "target"
+def refused(place, source, message, digests=False, **options):
+    """Converting place/source, in the direction that it asks for, raises `message` and makes nothing.
+
+    Without digests, as files of others are: what is tested is the readers' own judgement.
+    """
+    target, options = place / "target", {**options, "digests": digests}
     with pytest.raises(UserError, match=message) as caught:
         if source in ("hf", "single"):
             hf_to_megatron.convert(HfToMegatron(str(place / source), str(target), **options))

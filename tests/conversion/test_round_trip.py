@@ -76,7 +76,7 @@ def test_torch_dist_over_several_files(tmp_path):
     source = HfSource(tmp_path / "hf")
     placed = list(placed_rules(source.arch, source.rules))
     units, metadata = plan_torch_dist(tmp_path, placed, source.arch, source.dtype_of, max_file_bytes=20_000)
-    assert write_units(units, source.full) > 3
+    assert len(write_units(units, source.full)) > 3
     finish_torch_dist(tmp_path, metadata)
     read = TorchDistSource(tmp_path, config, source.rules)
     assert all(torch.equal(read.full(one), source.full(one)) for one in placed)

@@ -228,5 +228,5 @@ def test_a_flipped_bit_in_a_rank_file_is_noticed(tmp_path):
     data[data.index(model["decoder.layers.2.mlp.linear_fc1.weight"].numpy().tobytes()) + 100] ^= 4
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"the numbers of archive/data/\d+ are not those that were written"):
-        export(MegatronToHf(str(tmp_path / "made"), str(tmp_path / "back")))
+        export(MegatronToHf(str(tmp_path / "made"), str(tmp_path / "back"), digests=False))
     assert not (tmp_path / "back").exists()

@@ -77,7 +77,7 @@ def test_one_other_bit_is_found(pair):
     state["model"]["decoder.layers.1.mlp.linear_fc2.weight"].view(torch.int32)[3, 5] ^= 1
     torch.save(state, path)
     with pytest.raises(UserError, match=r"decoder.layers.3.mlp.linear_fc2.weight differs"):
-        check(pair, logits=False)
+        check(pair, logits=False, digests=False)
     assert not (pair / "made" / "release" / "certificate.json").exists()
 
 
@@ -98,7 +98,7 @@ def test_logits_beyond_the_tolerance(pair, one_rank):
 
 def test_export_asks_for_a_certificate(pair):
     def back(name, **options):
-        export(MegatronToHf(str(pair / "made"), str(pair / name), **options))
+        export(MegatronToHf(str(pair / "made"), str(pair / name), digests=False, **options))
 
     with pytest.raises(
         UserError, match=r"--require_certificate: .* has no certificate.json; make one: megatron-ft verify"

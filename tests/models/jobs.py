@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tests.parallel.jobs import finetune
@@ -75,6 +76,7 @@ def lima(root: str) -> tuple[float, float, bool]:
     """(dropout of the first layer, of the last, whether the last layer's output is its input) when it may reach 1."""
     from megatron_ft.models.build import BuildOptions, build_model
     from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
+    from megatron_ft.models.dropout import RowParams, token_keys
     from megatron_ft.models.load import load_weights
     from megatron_ft.parallel import process_groups
 
@@ -90,7 +92,8 @@ def lima(root: str) -> tuple[float, float, bool]:
             with_kwargs=True,
         )
         ids = torch.arange(16)[None]
-        model(ids, ids, None)
+        keys = torch.from_numpy(token_keys(0, np.arange(1), 16)).transpose(1, 2)
+        model(ids, ids, None, packed_seq_params=RowParams("sbhd", max_seqlen_q=16, max_seqlen_kv=16, keys=keys))
         return first.hidden_dropout, last.hidden_dropout, seen[0]
 
 
