@@ -62,7 +62,7 @@ def train_once(dataset: ChatDataset, arch: Architecture, layout, variable: bool)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02) if weight.ndim > 1 else None
     section = Optimizer(lr=1e-4, lr_decay_style="constant")
-    optimizer = make_optimizer([model], section, Numerics(), distributed=False)
+    optimizer = make_optimizer(model, section, Numerics(), distributed=False)
     make_schedule(optimizer, section, Batch(train_iters=10**6)).step(increment=1)
     stepper = Stepper(model, layout, 1, 1)
     rows = len(dataset.epoch_rows(0))

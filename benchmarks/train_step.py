@@ -92,7 +92,7 @@ def our_loop(folder: Path, layout, dataset: ChatDataset):
     )
     load_weights(checkpoint, config, setup.bare(model), layout)
     section = Optimizer(lr=LR, lr_decay_style="constant")
-    optimizer = make_optimizer([model], section, Numerics(), distributed=False)
+    optimizer = make_optimizer(model, section, Numerics(), distributed=False)
     make_schedule(optimizer, section, Batch(train_iters=10**6)).step(increment=1)
     stepper = Stepper(model, layout, MICRO, BATCH)
     return lambda consumed: stepper.train(dataset, consumed, optimizer).loss

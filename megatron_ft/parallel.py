@@ -27,6 +27,8 @@ class Layout:
     dp_rank: int
     sequence_parallel: bool
     rank: int
+    vp_size: int = 1
+    """Chunks of layers a stage holds (interleaved pipeline)."""
 
     @property
     def world_size(self) -> int:
@@ -51,7 +53,8 @@ class Layout:
         return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0
 
     def __str__(self) -> str:
-        parts = [f"{name}{size}" for name, size in (("TP", self.tp_size), ("PP", self.pp_size), ("DP", self.dp_size))]
+        sizes = {"TP": self.tp_size, "PP": self.pp_size, "VPP": self.vp_size, "DP": self.dp_size}
+        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name != "VPP"]
         return " x ".join(parts) + (" + sequence parallel" if self.sequence_parallel else "")
 
 
@@ -77,6 +80,7 @@ def process_groups(
     sequence_parallel: bool = False,
     distributed_timeout_minutes: float = 30.0,
     seed: int = 1234,
+    virtual_pipeline_size: int = 1,
 ):
     """Make torch.distributed's and megatron-core's process groups, seed, yield the Layout, take them down again.
 
@@ -99,9 +103,10 @@ def process_groups(
         _init_process_group(dist, timeout)
     older = _groups(dist)
     parallel_state.initialize_model_parallel(
-        tp, pp, distributed_timeout_minutes=max(1, round(distributed_timeout_minutes)), create_gloo_process_groups=True
-    )
-    layout = _layout(parallel_state, sequence_parallel and tp > 1)
+        tp, pp, virtual_pipeline_size if virtual_pipeline_size > 1 else None,
+        distributed_timeout_minutes=max(1, round(distributed_timeout_minutes)), create_gloo_process_groups=True,
+    )  # fmt: skip
+    layout = _layout(parallel_state, sequence_parallel and tp > 1, virtual_pipeline_size)
     seed_everything(seed, layout)
     try:
         yield layout
@@ -126,7 +131,7 @@ def _groups(dist) -> set:
     return set(dist.distributed_c10d._world.pg_map)
 
 
-def _layout(parallel_state, sequence_parallel: bool) -> Layout:
+def _layout(parallel_state, sequence_parallel: bool, virtual_pipeline_size: int) -> Layout:
     return Layout(
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
@@ -136,6 +141,7 @@ def _layout(parallel_state, sequence_parallel: bool) -> Layout:
         dp_rank=parallel_state.get_data_parallel_rank(),
         sequence_parallel=sequence_parallel,
         rank=rank(),
+        vp_size=virtual_pipeline_size,
     )
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_ft.config.checks import check_training
+from megatron_ft.config.checks import check_training, data_parallel_size, microbatches_fit_chunks
 from megatron_ft.config.cli import Command, run_script, write_sections
 from megatron_ft.config.sections import (
     TRAINING,
@@ -49,6 +49,7 @@ def run(
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
+    from megatron_ft.models.pipeline import split_layers
     from megatron_ft.parallel import process_groups, world_size
     from megatron_ft.training import agreement, datasets
 
@@ -58,7 +59,10 @@ def run(
     source, checkpointing = _source(checkpointing)
     settings = settings._replace(checkpointing=checkpointing)
     described = agreement.check_model_flags(model, describe(source))
-    check_sizes(source, described, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    split = split_layers(described.architecture.num_layers, parallel)
+    check_sizes(source, described, parallel.tensor_model_parallel_size, split.stages, split)
+    dp_size = data_parallel_size(parallel, world_size())
+    microbatches_fit_chunks(parallel, batch, data, dp_size, split.virtual_size)
     if not _starts_anew(described, checkpointing):
         check_training_state(source, described)
         agreement.warn_of_other_rows(source / SETTINGS, data)
@@ -70,6 +74,7 @@ def run(
         parallel.sequence_parallel,
         parallel.distributed_timeout_minutes,
         data.seed,
+        split.virtual_size,
     ) as layout:
         return _train(layout, source, described, train_set, valid_set, settings)
 
@@ -125,10 +130,13 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
     checkpointing, data, batch, parallel, optimizer, numerics, logging, _, kernels = settings
     agreement.report_unused_kernels(kernels, device.has_gpu())
     model = setup.make_model(described.architecture, layout, data, parallel, numerics, kernels, vocab_rows(described))
-    adam = make_optimizer([model], optimizer, numerics, parallel.use_distributed_optimizer)
+    adam = make_optimizer(model, optimizer, numerics, parallel.use_distributed_optimizer)
     schedule = make_schedule(adam, optimizer, batch)
     rows = batch.global_batch_size or batch.micro_batch_size * layout.dp_size
-    stepper = Stepper(model, layout, batch.micro_batch_size, rows, exact_phases=logging.log_timers_to_tensorboard)
+    stepper = Stepper(
+        model, layout, batch.micro_batch_size, rows, exact_phases=logging.log_timers_to_tensorboard,
+        dropout_seed=data.seed if numerics.hidden_dropout else None,
+    )  # fmt: skip
 
     if _starts_anew(described, checkpointing):
         load_weights(source, described, setup.bare(model), layout)
@@ -162,7 +170,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
         return folder
 
     start = facts.start_of_run(
-        [setup.bare(model)],
+        setup.bare(model),
         layout,
         described,
         data,

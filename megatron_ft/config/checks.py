@@ -56,6 +56,37 @@ def batch_fits(batch: Batch, dp_size: int) -> None:
         )
 
 
+def one_way_to_split(parallel: Parallelism) -> None:
+    """The flags that say how layers are divided over stages exclude each other. What fits the model: models/pipeline.py."""
+    chunks = ("num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size")
+    ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    written = "pipeline_model_parallel_layout"
+    given = [name for name in (*chunks, *ends, written) if getattr(parallel, name)]
+    if given and parallel.pipeline_model_parallel_size == 1:
+        raise ConfigError(f"--{given[0]} without a pipeline: set --pipeline_model_parallel_size above 1, or drop it")
+    for clash in (chunks, *((written, name) for name in (*chunks, *ends))):
+        if set(clash) <= set(given):
+            raise ConfigError(f"--{clash[0]} and --{clash[1]} both say how layers are divided: give one of them")
+
+
+def microbatches_fit_chunks(
+    parallel: Parallelism, batch: Batch, data: Data, dp_size: int, virtual_size: int
+) -> None:  # fmt: skip
+    """The interleaved schedule passes microbatches on in groups of as many as there are stages, all of one shape."""
+    if virtual_size > 1 and data.variable_seq_lengths:
+        raise ConfigError(
+            "--variable_seq_lengths does not go with interleaved stages, which exchange rows of one length: drop one of the two"
+        )
+    rows = batch.global_batch_size or batch.micro_batch_size * dp_size
+    count, stages = rows // (batch.micro_batch_size * dp_size), parallel.pipeline_model_parallel_size
+    if virtual_size > 1 and count % stages:
+        unit = batch.micro_batch_size * dp_size * stages
+        raise ConfigError(
+            f"interleaved stages need a multiple of --pipeline_model_parallel_size {stages} microbatches a step; --global_batch_size "
+            f"{rows} makes {count}: use --global_batch_size {max(unit, round(rows / unit) * unit)}"
+        )
+
+
 def sequence_parallel_fits(parallel: Parallelism, batch: Batch, data: Data) -> None:
     tp = parallel.tensor_model_parallel_size
     if parallel.sequence_parallel and data.seq_length % tp:
@@ -134,7 +165,10 @@ def check_training(
     numerics: Numerics, logging: Logging, world_size: int,
 ) -> None:  # fmt: skip
     """Every rule above, in the order in which a user would want to hear of them."""
-    positive(parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    positive(
+        parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
+        "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+    )  # fmt: skip
     positive(batch, "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_iters")
     positive(data, "seq_length")
     positive(logging, "log_interval", "eval_interval", "eval_iters")
@@ -144,6 +178,7 @@ def check_training(
     not_negative(optimizer, "min_lr", "lr_warmup_iters", "weight_decay", "adam_eps", "clip_grad")
     share(optimizer, "adam_beta1", "adam_beta2")
     share(numerics, "hidden_dropout", "attention_dropout")
+    one_way_to_split(parallel)
     world_fits_layout(parallel, world_size)
     batch_fits(batch, data_parallel_size(parallel, world_size))
     sequence_parallel_fits(parallel, batch, data)

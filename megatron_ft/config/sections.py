@@ -17,6 +17,16 @@ class Parallelism:
     """processes that share each layer's matrices (TP)"""
     pipeline_model_parallel_size: int = 1
     """stages the layers are divided over (PP); the remaining processes are data parallel"""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """interleave: each stage holds several chunks of this many layers, which shortens the pipeline's idle time"""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """the same said the other way: chunks a stage"""
+    decoder_first_pipeline_num_layers: int | None = None
+    """layers of the first stage, where it is to hold fewer (it has the embedding too); default: as many as the others"""
+    decoder_last_pipeline_num_layers: int | None = None
+    """layers of the last stage, which has the output layer too"""
+    pipeline_model_parallel_layout: str | None = None
+    """every chunk written out: E embedding, t a layer, L loss, | between chunks, *n repeats: Et*3|(tt|)*2t*3L"""
     sequence_parallel: bool = False
     """split activations outside the matrix products along the sequence too (with TP > 1)"""
     use_distributed_optimizer: bool = False

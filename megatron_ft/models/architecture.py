@@ -87,8 +87,11 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, multiple
     return -(-vocab_size // unit) * unit
 
 
-def check_layout(arch: Architecture, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> None:
-    """Raises ConfigError, naming the sizes that would do, unless every tensor can be cut evenly into TP x PP parts."""
+def check_layout(arch: Architecture, tensor_model_parallel_size: int, pipeline_model_parallel_size: int = 1) -> None:
+    """Raises ConfigError, naming the sizes that would do, unless every tensor can be cut evenly into TP x PP parts.
+
+    Stages that may hold unequal numbers of layers are pipeline.py's business.
+    """
     tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
     rules = (
         ("tensor_model_parallel_size", tp, "num_attention_heads", arch.num_attention_heads),

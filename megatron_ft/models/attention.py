@@ -41,7 +41,7 @@ class SdpaAttention(MegatronModule):
         assert attention_bias is None and attention_mask is None, "SdpaAttention knows causal and packed masks only"
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         with self._dropout_stream():
-            if packed_seq_params is not None:
+            if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
                 return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
             context = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=causal)
             return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

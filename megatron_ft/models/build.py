@@ -20,8 +20,10 @@ from torch.nn import functional
 from megatron_ft import device
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.attention import SdpaAttention
+from megatron_ft.models.dropout import RowDropout, RowLayer
 from megatron_ft.models.norms import NORMS
 from megatron_ft.models.parallel_block import ParallelBlock
+from megatron_ft.models.pipeline import PipelineSplit, plain_split
 from megatron_ft.models.rope import LENGTH_METHODS, attention_factor, inverse_frequencies, method_of
 from megatron_ft.models.rotary import LengthRotary
 from megatron_ft.parallel import Layout
@@ -38,6 +40,11 @@ class ChatModel(GPTModel):
     """
 
     true_vocab_size: int
+
+    def forward(self, *args, packed_seq_params=None, **options):
+        if self.pre_process:
+            self.embedding.embedding_dropout.keys = getattr(packed_seq_params, "keys", None)
+        return super().forward(*args, packed_seq_params=packed_seq_params, **options)
 
     def compute_language_model_loss(self, labels, logits):
         """Labels [b, s], logits [s, b, v/tp] -> loss per token [b, s]."""
@@ -64,10 +71,13 @@ class BuildOptions:
     """rows differ in length between microbatches: pipeline stages tell each other the shapes first"""
     padded_vocab_size: int | None = None
     """rows of the embedding; default: Megatron's rule for this tensor-parallel size"""
+    split: PipelineSplit | None = None
+    """layers of each stage; default: evenly"""
 
 
 def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions) -> TransformerConfig:
     """The engine's own configuration for this model and layout."""
+    split = options.split
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -88,6 +98,8 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         attention_dropout=options.attention_dropout,
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vp_size if layout.vp_size > 1 else None,
+        pipeline_model_parallel_layout=split.for_engine() if split and not split.is_plain else None,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=options.dtype,
         pipeline_dtype=options.dtype,
@@ -134,23 +146,37 @@ def _leave(weight: torch.Tensor) -> None:
 
 
 def build_model(arch: Architecture, layout: Layout, options: BuildOptions = BuildOptions()) -> ChatModel:
-    """This rank's stage and slice, on its device, weights not yet filled.
+    """This rank's stage and slice, on its device, weights not yet filled; for layouts of one chunk a stage.
 
     Raises ConfigError when the layout does not divide the model.
     """
-    check_layout(arch, layout.tp_size, layout.pp_size)
+    (model,) = build_chunks(arch, layout, options)
+    return model
+
+
+def build_chunks(arch: Architecture, layout: Layout, options: BuildOptions) -> list[ChatModel]:
+    """This rank's slice of every chunk of its stage, in order; all share one config, as the engine's schedules expect."""
+    split = options.split or plain_split(arch.num_layers, layout.pp_size)
+    assert (split.stages, split.virtual_size) == (layout.pp_size, layout.vp_size), "the split is of another layout"
+    check_layout(arch, layout.tp_size)
     config = transformer_config(arch, layout, options)
+    return [_chunk(arch, layout, options, config, number) for number in range(layout.vp_size)]
+
+
+def _chunk(arch: Architecture, layout: Layout, options: BuildOptions, config, number: int) -> ChatModel:
+    first, last = number == 0, number == layout.vp_size - 1
     model = ChatModel(
         config=config,
-        transformer_layer_spec=_block_spec(arch, config),
+        transformer_layer_spec=_block_spec(arch, config, number if layout.vp_size > 1 else None),
         vocab_size=options.padded_vocab_size or padded_vocab_size(arch.vocab_size, layout.tp_size),
         max_sequence_length=options.max_sequence_length or arch.max_position_embeddings,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
+        pre_process=layout.is_first_stage and first,
+        post_process=layout.is_last_stage and last,
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
+        vp_stage=number if layout.vp_size > 1 else None,
     )
     model.true_vocab_size = arch.vocab_size
     model.rotary_pos_emb.inv_freq = inverse_frequencies(
@@ -158,6 +184,8 @@ def build_model(arch: Architecture, layout: Layout, options: BuildOptions = Buil
     ).to(device.current_device())
     if method_of(arch.rope_scaling) in LENGTH_METHODS:
         model.rotary_pos_emb = LengthRotary(model.rotary_pos_emb, arch)
+    if model.pre_process:
+        model.embedding.embedding_dropout = RowDropout(options.hidden_dropout)
     if options.lima_dropout:
         apply_lima_dropout(model, options.hidden_dropout, arch.num_layers)
     return model.to(device.current_device())
@@ -174,7 +202,7 @@ def apply_lima_dropout(model: ChatModel, hidden_dropout: float, num_layers: int)
         model.embedding.embedding_dropout.p = 0.0
 
 
-def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     name, norm = NORMS[arch.norm]
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization=name)
     layer.submodules.input_layernorm = norm
@@ -183,6 +211,5 @@ def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlo
     attention.core_attention = SdpaAttention
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
-    if arch.parallel_block:
-        layer.module = ParallelBlock
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    layer.module = ParallelBlock if arch.parallel_block else RowLayer
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

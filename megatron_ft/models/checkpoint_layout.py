@@ -170,9 +170,17 @@ def vocab_rows(config: CheckpointConfig) -> int | None:
     return config.padded_vocab_size if config.ckpt_format == "torch" else None
 
 
-def check_sizes(folder: Path, config: CheckpointConfig, tp_size: int, pp_size: int) -> None:
-    """Raises CheckpointError for a classic checkpoint cut for another layout, ConfigError for one the model does not allow."""
-    check_layout(config.architecture, tp_size, pp_size)
+def check_sizes(folder: Path, config: CheckpointConfig, tp_size: int, pp_size: int, split=None) -> None:
+    """Raises CheckpointError for a classic checkpoint cut for another layout, ConfigError for one the model does not allow.
+
+    split: a PipelineSplit, where stages may hold several chunks or unequal numbers of layers.
+    """
+    check_layout(config.architecture, tp_size, pp_size if split is None else 1)
+    if config.ckpt_format == "torch" and split is not None and not split.is_plain:
+        raise CheckpointError(
+            f"{folder} is in the classic format, which knows one equal part a stage; this run's stages hold layers {split}: "
+            f"make a torch_dist checkpoint with megatron-ft reshard, which loads into any layout"
+        )
     written = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     if config.ckpt_format == "torch" and written != (tp_size, pp_size):
         raise CheckpointError(

@@ -32,12 +32,13 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout) -> None:
-    """Fill a bare or wrapped model's weights from either format."""
+    """Fill weights from either format. model: bare or wrapped, or the list of a stage's chunks."""
     if config.ckpt_format == "torch":
-        _load_classic(folder, config, model, layout)
+        (only,) = chunks_of(model)  # check_sizes has refused other splits
+        _load_classic(folder, config, only, layout)
     else:
         state = engine_load({"model": sharded_weights(model)}, folder)
-        fill(model, state["model"], folder)
+        fill_chunks(model, state["model"], folder)
 
 
 def _load_classic(folder: Path, config: CheckpointConfig, model, layout: Layout) -> None:
@@ -52,8 +53,22 @@ def _load_classic(folder: Path, config: CheckpointConfig, model, layout: Layout)
 
 
 def sharded_weights(model) -> dict:
-    """The engine's description of this rank's weights within the whole model."""
-    return model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=sharding_metadata())
+    """The engine's description of this rank's weights within the whole model; of several chunks, a dictionary for each."""
+    chunks = chunks_of(model)
+    each = [chunk.sharded_state_dict(prefix=MODEL_PREFIX, metadata=sharding_metadata()) for chunk in chunks]
+    return each[0] if len(each) == 1 else {f"chunk{number}": weights for number, weights in enumerate(each)}
+
+
+def chunks_of(model) -> list:
+    """A model as the list of its stage's chunks, of which most stages have one."""
+    return model if isinstance(model, list) else [model]
+
+
+def fill_chunks(model, weights: dict, where: Path) -> None:
+    """`fill` for what `sharded_weights` describes."""
+    chunks = chunks_of(model)
+    for number, chunk in enumerate(chunks):
+        fill(chunk, weights if len(chunks) == 1 else weights[f"chunk{number}"], where)
 
 
 def fill(model, weights: dict, where: Path) -> None:

@@ -30,7 +30,7 @@ from megatron_ft.models.checkpoint_layout import (
     write_config,
     write_tracker,
 )
-from megatron_ft.models.load import engine_load, fill, guarded, sharded_weights, sharding_metadata
+from megatron_ft.models.load import chunks_of, engine_load, fill_chunks, guarded, sharded_weights, sharding_metadata
 from megatron_ft.parallel import Layout, seed_everything
 
 log = logger("checkpoint")
@@ -50,14 +50,15 @@ def save(
 ) -> Path:  # fmt: skip
     """Write ROOT/iter_NNNNNNN and point the tracker at it. All ranks call it; returns the folder.
 
-    source: the checkpoint the run began from, whose tokenizer files travel along. texts: more files, name -> content.
+    model: bare, or the list of a stage's chunks. source: the checkpoint the run began from, whose tokenizer files travel along.
+    texts: more files, name -> content.
     """
-    folder = iteration_folder(root, progress.iteration)
+    folder, engine = iteration_folder(root, progress.iteration), chunks_of(model)[0].config
     own = dataclasses.replace(
         config, ckpt_format="torch_dist", iteration=progress.iteration,
         tensor_model_parallel_size=layout.tp_size, pipeline_model_parallel_size=layout.pp_size,
-        padded_vocab_size=model.vocab_size,
-        dtype="bf16" if model.config.bf16 else "fp32",
+        padded_vocab_size=chunks_of(model)[0].vocab_size,
+        dtype="bf16" if engine.bf16 else "fp16" if engine.fp16 else "fp32",
     )  # fmt: skip
     weights = sharded_weights(model)
     streams = _rng_tensors(layout)
@@ -134,7 +135,7 @@ def resume(folder: Path, model, optimizer, schedule, layout: Layout, seed: int) 
     if same_layout and same_device:
         state["rng"] = streams
     state = engine_load(state, folder)
-    fill(model, state["model"], folder)
+    fill_chunks(model, state["model"], folder)
     flags = {name: optimizer.param_groups[0][name] for name in ("max_lr", "min_lr", "betas", "eps")}
     optimizer.load_state_dict(state["optimizer"])
     for group in optimizer.param_groups:

@@ -8,15 +8,17 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_ft.config.sections import Data, Kernels, Numerics, Parallelism
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.build import BuildOptions, build_model
+from megatron_ft.models.build import BuildOptions, build_chunks
+from megatron_ft.models.pipeline import split_layers
 from megatron_ft.parallel import Layout
 
 
 def make_model(
     arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics,
     kernels: Kernels | None = None, rows: int | None = None,
-):  # fmt: skip
-    """This rank's part of the model inside the engine's data-parallel wrapper (gradients in fp32 buffers).
+) -> list[DistributedDataParallel]:  # fmt: skip
+    """The chunks of this rank's stage (one, unless the pipeline is interleaved), each inside the engine's data-parallel wrapper
+    (gradients in fp32 buffers).
 
     rows: of the embedding, padding included, where a checkpoint prescribes them.
     """
@@ -31,10 +33,8 @@ def make_model(
         max_sequence_length=data.seq_length,
         padded_vocab_size=rows,
         variable_seq_lengths=data.variable_seq_lengths,
+        split=split_layers(arch.num_layers, parallel),
     )
-    model = build_model(arch, layout, options)
-    config = model.config
-    wrapped = Float16Module(config, model) if numerics.bf16 else model
     kernels = kernels or Kernels()
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -42,14 +42,27 @@ def make_model(
         overlap_grad_reduce=kernels.overlap_grad_reduce,
         overlap_param_gather=kernels.overlap_param_gather,
     )
-    model = DistributedDataParallel(config, ddp, wrapped)
-    if kernels.overlap_grad_reduce:
-        config.no_sync_func = model.no_sync  # gradients of a step's earlier microbatches stay here
-    return model
+    chunks = build_chunks(arch, layout, options)
+    config = chunks[0].config
+    wrapped = [
+        # Gradients of later chunks come first in the backward pass: only there are buckets worth having.
+        DistributedDataParallel(
+            config, ddp, Float16Module(config, chunk) if numerics.bf16 else chunk, disable_bucketing=number > 0
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    if kernels.overlap_grad_reduce:  # gradients of a step's earlier microbatches stay here
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
 
 
-def bare(model):
-    """The GPTModel inside its wrappers."""
+def bare(chunks: list) -> list:
+    """The GPTModels inside their wrappers."""
+    return [_inside(chunk) for chunk in chunks]
+
+
+def _inside(model):
     while hasattr(model, "module"):
         model = model.module
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ft import device
 from megatron_ft.data.loader import ChatDataset, Microbatch, step_rows
+from megatron_ft.models.dropout import RowParams, token_keys
 from megatron_ft.parallel import Layout
 from megatron_ft.training.loss import GlobalWeight, breakdown, weighted_sum
 
@@ -36,6 +37,10 @@ class StepResult:
     """Mean loss by role, source and position, all tokens counted alike: {"loss_by_role/assistant": 1.2, ...}."""
 
 
+_Batch = tuple[Microbatch, list[int]]
+"""A microbatch, and the running numbers of its rows."""
+
+
 class Phases(dict):
     """Seconds of each phase of a step, on the host's clock. `exact` waits for the device at the end of each."""
 
@@ -53,22 +58,27 @@ class Phases(dict):
 
 
 class Stepper:
-    """Runs steps of one model over one dataset. Keeps nothing between steps but the engine's own state."""
+    """Runs steps of one model over one dataset. Keeps nothing between steps but the engine's own state.
+
+    model: the chunks of this rank's stage (setup.make_model). dropout_seed: of the residual dropout's masks; None: no dropout.
+    """
 
     def __init__(
-        self, model, layout: Layout, micro_batch_size: int, global_batch_size: int, exact_phases: bool = False
-    ):
-        self.model, self.layout = model, layout
+        self, model: list, layout: Layout, micro_batch_size: int, global_batch_size: int, exact_phases: bool = False,
+        dropout_seed: int | None = None,
+    ):  # fmt: skip
+        self.model, self.layout, self.dropout_seed = model, layout, dropout_seed
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.weight = GlobalWeight()
         self.device = device.current_device()
         self.phases = Phases(exact_phases)
-        model.config.finalize_model_grads_func = self.weight.finalize
+        model[0].config.finalize_model_grads_func = self.weight.finalize
 
     def train(self, dataset: ChatDataset, consumed: int, optimizer) -> StepResult:
         """Forward, backward, update on the rows that follow `consumed`."""
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         self.phases.clear()
         with self.phases("forward_backward"):
@@ -82,11 +92,13 @@ class Stepper:
         """Weighted mean loss over the first `iters` global batches of `dataset`, dropout off. No row counts twice: what the
         last batch has beyond the first epoch is empty.
         """
-        self.model.eval()
+        for chunk in self.model:
+            chunk.eval()
         rows = len(dataset.epoch_rows(0))
         batches = min(iters, -(-rows // self.global_batch_size))
         sums = sum(self._run(dataset, i * self.global_batch_size, forward_only=True, end=rows) for i in range(batches))
-        self.model.train()
+        for chunk in self.model:
+            chunk.train()
         return self._result(dataset, sums)
 
     def _run(self, dataset: ChatDataset, consumed: int, forward_only: bool, end: int | None = None) -> torch.Tensor:
@@ -99,10 +111,11 @@ class Stepper:
         sizes = [len(names) for names in dataset.group_names.values()]
         counts = torch.zeros(2, dtype=torch.float64)
         self.weight.start_step(self.device)
+        batches = itertools.tee(self._batches(dataset, mine, end), len(self.model))  # every chunk sees every microbatch
         logs = get_forward_backward_func()(
-            forward_step_func=partial(_forward, weight=self.weight, counts=counts, sizes=sizes, device=self.device),
-            data_iterator=self._batches(dataset, mine, end),
-            model=[self.model],
+            forward_step_func=partial(self._forward, counts=counts, sizes=sizes),
+            data_iterator=list(batches) if len(self.model) > 1 else batches[0],
+            model=self.model,
             num_microbatches=len(mine),
             **self._shape(dataset),
             forward_only=forward_only,
@@ -110,11 +123,45 @@ class Stepper:
         losses = torch.stack(logs).sum(0).cpu() if logs else torch.zeros(2 + 2 * sum(sizes), dtype=torch.float64)
         return torch.cat([counts, losses])
 
-    def _batches(self, dataset: ChatDataset, rows_of: list[list[int]], end: int | None) -> Iterator[Microbatch]:
+    def _batches(self, dataset: ChatDataset, rows_of: list[list[int]], end: int | None) -> Iterator[_Batch]:
         for rows in rows_of:
             with self.phases("data"):
                 batch = dataset.microbatch(rows, end)
-            yield batch
+            yield batch, rows
+
+    def _forward(self, batches: Iterator[_Batch], model, counts: torch.Tensor, sizes: list[int]):
+        """The engine's forward step: one microbatch through one chunk of this rank's stage."""
+        batch, rows = next(batches)
+        weights, groups = (self._here(x) for x in (batch.weights, batch.groups))
+        tokens, labels = self._here(batch.tokens), self._here(batch.labels)
+        if model is self.model[0]:  # what is counted is counted by a stage's first chunk
+            counts += torch.tensor([batch.real_tokens, batch.supervised_tokens], dtype=torch.float64)
+            self.weight.add(weights)
+        if batch.segments is not None:  # the rows of a packed batch are one long row
+            tokens, labels, weights, groups = (x.flatten(-2).unsqueeze(-2) for x in (tokens, labels, weights, groups))
+        described = self._describe(batch, rows, dropping=model.training)
+        losses = model(tokens, _position_ids(tokens), None, labels=labels, packed_seq_params=described)
+        return losses, partial(weighted_sum, weights=weights, groups=groups, sizes=sizes)
+
+    def _describe(self, batch: Microbatch, rows: list[int], dropping: bool) -> RowParams | None:
+        """What layers need to know of a microbatch beside its activations; None: nothing."""
+        drops = dropping and self.dropout_seed is not None
+        keys = self._keys(batch, rows) if drops else None
+        if batch.segments is not None:
+            return packed_params(batch.segments, self.device, keys)
+        length = batch.tokens.shape[1]
+        return RowParams("sbhd", max_seqlen_q=length, max_seqlen_kv=length, keys=keys) if drops else None
+
+    def _keys(self, batch: Microbatch, rows: list[int]) -> torch.Tensor:
+        """The microbatch's dropout keys as the layers see its tokens: [2, s, b], this rank's stretch under sequence parallelism."""
+        keys = self._here(token_keys(self.dropout_seed, rows, batch.tokens.shape[1]))
+        keys = keys.transpose(1, 2) if batch.segments is None else keys.flatten(1)[..., None]
+        if self.layout.sequence_parallel:
+            keys = keys.chunk(self.layout.tp_size, dim=1)[self.layout.tp_rank]
+        return keys.contiguous()
+
+    def _here(self, array) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _shape(self, dataset: ChatDataset) -> dict:
         """What passes between pipeline stages: [s, b, h]; a packed batch is one row of b * s."""
@@ -147,40 +194,14 @@ def update(optimizer) -> tuple[bool, float]:
     return optimizer.step_with_ready_grads(), norm
 
 
-def _forward(
-    batches: Iterator[Microbatch],
-    model,
-    weight: GlobalWeight,
-    counts: torch.Tensor,
-    sizes: list[int],
-    device: torch.device,
-):
-    """The engine's forward step: one microbatch through this rank's stage."""
-    batch = next(batches)
-    counts += torch.tensor([batch.real_tokens, batch.supervised_tokens], dtype=torch.float64)
-    weights, groups = _to(device, batch.weights), _to(device, batch.groups)
-    weight.add(weights)
-    tokens, labels = _to(device, batch.tokens), _to(device, batch.labels)
-    packed = None
-    if batch.segments is not None:  # the rows of a packed batch are one long row
-        tokens, labels, weights, groups = (x.flatten(-2).unsqueeze(-2) for x in (tokens, labels, weights, groups))
-        packed = packed_params(batch.segments, device)
-    losses = model(tokens, _position_ids(tokens), None, labels=labels, packed_seq_params=packed)
-    return losses, partial(weighted_sum, weights=weights, groups=groups, sizes=sizes)
-
-
-def _to(device: torch.device, array) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
-
-
-def packed_params(segments, device: torch.device) -> PackedSeqParams:
+def packed_params(segments, device: torch.device, keys: torch.Tensor | None = None) -> RowParams:
     """Sample lengths [k] -> the engine's description of a packed row. The longest length bounds the rotary table."""
     lengths = torch.as_tensor(segments, dtype=torch.int32)
     boundaries = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
     longest = int(lengths.max())
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
+    return RowParams(
+        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest, keys=keys
+    )  # fmt: skip
 
 
 def _position_ids(tokens: torch.Tensor) -> torch.Tensor:

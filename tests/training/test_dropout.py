@@ -1,5 +1,6 @@
-"""LIMA dropout: the rate of each layer, counted over the whole model, whatever the split."""
+"""LIMA dropout: the rate of each layer, counted over the whole model, whatever the split. The masks: tests/parallel."""
 
+import numpy as np
 import pytest
 
 from tests.parallel.jobs import make_llama
@@ -53,6 +54,7 @@ def dropped_share(hf):
 
     from megatron_ft.models import llama as family
     from megatron_ft.models.build import BuildOptions, build_model
+    from megatron_ft.models.dropout import RowParams, token_keys
     from megatron_ft.parallel import process_groups
 
     arch = family.from_hf(json.loads((Path(hf) / "config.json").read_text()))
@@ -64,5 +66,7 @@ def dropped_share(hf):
         last.pre_mlp_layernorm.register_forward_pre_hook(lambda m, args: seen.update(before=args[0].detach().clone()))
         last.register_forward_hook(lambda m, args, out: seen.update(after=out[0].detach().clone()))
         ids = torch.randint(0, 203, (4, 64))
-        model(ids, torch.arange(64).expand_as(ids), None)
+        keys = torch.from_numpy(token_keys(0, np.arange(4), 64)).transpose(1, 2)
+        described = RowParams("sbhd", max_seqlen_q=64, max_seqlen_kv=64, keys=keys)
+        model(ids, torch.arange(64).expand_as(ids), None, packed_seq_params=described)
         return float((seen["after"] == seen["before"]).float().mean())

@@ -1,0 +1,138 @@
+"""Residual dropout that is the same in every layout: a mask is a function of (seed, row, position, layer, channel).
+
+The usual dropout draws from a stream that each rank has for itself, so that a run on TP2 x PP2 drops other entries than a run on one
+process. Here every entry's fate is a hash: of its token's key (row and position in the whole run, see `token_keys`), its layer and
+its channel. Tensor, sequence, pipeline and data parallelism, the size of a microbatch, a stop and a resume, and recomputing layers in
+the backward pass all meet the same masks, and no random state has to be kept. Dropout on attention weights is not ours: it is drawn
+inside the attention kernels, from the ranks' own streams.
+
+The mixing constants are those of lowbias32 (Wellons 2018) and splitmix64 (Steele, Lea & Flood 2014).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_ft import device
+
+_WRAP = 1 << 32
+
+
+@dataclass
+class RowParams(PackedSeqParams):
+    """What the engine hands to every layer about a microbatch, also when it recomputes a layer; with our token keys."""
+
+    keys: Tensor | None = None
+    """[2, s, b] int32: a token's key in two halves, for the positions of this rank; None: nothing is dropped."""
+
+
+def token_keys(seed: int, rows: np.ndarray, length: int) -> np.ndarray:
+    """A key for each position of some rows, [2, b, length] int32. rows: their running numbers since the start of training, [b]."""
+    row = _mix64(np.asarray(rows, np.uint64) ^ _mix64(np.asarray([seed], np.uint64)))
+    keys = _mix64(row[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return np.stack([keys >> np.uint64(32), keys & np.uint64(_WRAP - 1)]).astype(np.uint32).view(np.int32)
+
+
+def _mix64(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser; unsigned, wrapping."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def kept(keys: Tensor, channels: int, place: int, p: float) -> Tensor:
+    """Which entries stay, [s, b, channels] bool. keys [2, s, b]; place: a number for the layer and its residual add."""
+    first, second = (int(half) for half in token_keys(place, np.zeros(1), 1).ravel())
+    token = _mix32(keys[0] ^ first)[..., None]
+    bits = token ^ _channel_bits(channels, keys.device)
+    bits *= _signed(0x7FEB352D)
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits += _mix32(keys[1] ^ second)[..., None]
+    bits *= _signed(0x846CA68B)
+    return bits >= round(p * _WRAP) - _WRAP // 2  # the high bits are the best mixed ones, and decide
+
+
+@functools.cache
+def _channel_bits(channels: int, where: torch.device) -> Tensor:
+    return _mix32(torch.arange(1, channels + 1, dtype=torch.int32, device=where))
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """lowbias32 on int32, whose multiplication wraps; `& mask` makes the arithmetic shift a logical one."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _signed(word: int) -> int:
+    return word - _WRAP if word >= _WRAP // 2 else word
+
+
+def dropped(x: Tensor, keys: Tensor, place: int, p: float) -> Tensor:
+    """x [s, b, h] with entries dropped at rate p and the others scaled by 1 / (1 - p)."""
+    if p >= 1:
+        return x * 0
+    return torch.where(kept(keys, x.shape[-1], place, p), x, x.new_zeros(())) * (1 / (1 - p))
+
+
+def _dropped_add(x: Tensor, residual: Tensor, keys: Tensor, place: int, p: float) -> Tensor:
+    return residual + dropped(x, keys, place, p)
+
+
+@functools.cache
+def _joined() -> Callable[..., Tensor]:
+    """On a GPU one fused kernel, on a CPU the operations one by one."""
+    return torch.compile(_dropped_add, dynamic=True) if device.has_gpu() else _dropped_add
+
+
+class RowDropout(nn.Module):
+    """nn.Dropout for the embedding's output [s, b, h]; whoever calls the model sets `keys`."""
+
+    keys: Tensor | None = None
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.p):
+            return x
+        assert self.keys is not None, "dropout needs the microbatch's token keys (RowParams)"
+        return dropped(x, self.keys, 0, self.p)
+
+
+class RowLayer(TransformerLayer):
+    """The engine's layer with residual dropout by token keys. `hidden_dropout` is read at every call, as in the engine."""
+
+    keys: Tensor | None = None
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.self_attn_bda = functools.partial(self._join, 0)
+        self.mlp_bda = functools.partial(self._join, 1)
+
+    def forward(self, *args, packed_seq_params=None, **options):
+        self.keys = getattr(packed_seq_params, "keys", None)
+        return super().forward(*args, packed_seq_params=packed_seq_params, **options)
+
+    def _join(self, number: int, training: bool, fused: bool):
+        """The engine's bias_dropout_add: ((x, bias), residual, p) -> residual + dropout(x + bias)."""
+
+        def join(x_with_bias, residual, p):
+            x, bias = x_with_bias
+            x = x if bias is None else x + bias
+            if not (training and p):
+                return residual + x
+            assert self.keys is not None, "dropout needs the microbatch's token keys (RowParams)"
+            return _joined()(x, residual, self.keys, 2 * self.layer_number + number, p)
+
+        return join
