@@ -7,6 +7,7 @@ is read. Campaigns over shards, checkpoints and exports bring their own files an
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,12 +54,13 @@ def flip_bits(
     seed: int = 0,
     by_size: bool = False,
     names: Callable[[Path], Sequence[str]] = lambda path: (path.name,),
+    seconds: float = 1e9,
 ) -> Flips:
     """Flip `flips` bits in place, one at a time, each put right again before the next.
 
     read: reads everything as a user's command would, raising UserError where it refuses; it must succeed on the whole files.
     by_size: large files are hit more often, as by cosmic rays; without it every file as often as any other.
-    names: what a message about a file has to hold, one of them; its name unless said.
+    names: what a message about a file has to hold, one of them; its name unless said. seconds: fewer flips where that time is up.
     """
     read()
     rng = np.random.default_rng(seed)
@@ -66,7 +68,10 @@ def flip_bits(
     sizes = np.array([path.stat().st_size for path in paths], float)
     shares = sizes / sizes.sum() if by_size else np.full(len(paths), 1 / len(paths))
     result = Flips()
+    until = time.monotonic() + seconds
     for number in rng.choice(len(paths), flips, p=shares):
+        if time.monotonic() > until:
+            break
         path = paths[number]
         bit = int(rng.integers(8 * int(sizes[number])))
         _flip(path, bit)

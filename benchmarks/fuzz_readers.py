@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ft.data.chat_format import CHATML
 from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.data.manifest import parse_manifest
 from megatron_ft.data.mmididx import HEADER, parse_index, write_index
@@ -162,8 +163,10 @@ def read_lines(data: tuple[str, bytes]) -> None:
         language_fault(record, frozenset(["en"]))
         chats = reader.convert(record, where, reader.options(), Counter())
         for chat in chats:
-            chat, _ = in_order(chat, "repair")
-            refuses(chat, REFUSALS)
+            mended, _ = in_order(chat, "repair")
+            refuses(mended, REFUSALS)
+            if name != "text":
+                CHATML.text(chat)
         fingerprints(chats)
     if bad:
         raise UserError(bad[0])

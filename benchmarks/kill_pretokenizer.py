@@ -39,19 +39,23 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--chats", type=int, default=3000)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        print(campaign(Path(folder), arguments.kills, arguments.workers, arguments.chats))
+        found = campaign(Path(folder), arguments.kills, arguments.workers, arguments.chats, seconds=arguments.seconds)
+    print(", ".join(f"{what}: {count:,}" for what, count in found.items()))
 
 
-def campaign(folder: Path, kills: int, workers: int = 1, chats: int = 3000, seed: int = 0) -> Counter[str]:
+def campaign(
+    folder: Path, kills: int, workers: int = 1, chats: int = 3000, seed: int = 0, seconds: float = 1e9
+) -> Counter[str]:
     """Counts of what the kills met. Raises AssertionError where something half-done was taken for finished."""
     rng, found = random.Random(seed), Counter[str]()
     make_input(folder, chats)
     clean = {kind: finished(folder, kind, workers) for kind in KINDS}
-    kinds = list(KINDS)
-    while found["killed"] + found["too late"] < kills:
-        kind = kinds[found["rounds"] % len(kinds)]
+    until = time.monotonic() + seconds
+    while found["killed"] < kills and time.monotonic() < until:
+        kind = KINDS[found["rounds"] % len(KINDS)]
         found["rounds"] += 1
         out = folder / "out"
         if kind == "overwrite":

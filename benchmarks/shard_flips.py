@@ -29,16 +29,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flips", type=int, default=30_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        result = campaign(Path(folder), arguments.flips, arguments.seed)
+        result = campaign(Path(folder), arguments.flips, arguments.seed, arguments.seconds)
     print(result)
     for line in [*result.accepted, *result.unnamed, *result.crashed][:20]:
         print(f"  {line}")
-    sys.exit(result.refused != arguments.flips)
+    sys.exit(result.refused != result.total)
 
 
-def campaign(folder: Path, flips: int, seed: int = 0) -> Flips:
+def campaign(folder: Path, flips: int, seed: int = 0, seconds: float = 1e9) -> Flips:
     """Half of the flips hit every file as often, half hit files by their size."""
     architecture = Architecture(
         family="llama", num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, num_query_groups=1,
@@ -52,8 +53,8 @@ def campaign(folder: Path, flips: int, seed: int = 0) -> Flips:
     def read() -> None:
         make_datasets(Data([str(folder / "x-train")], seq_length=128), checkpoint)
 
-    evenly = flip_bits(files, read, flips // 2, seed)
-    return evenly + flip_bits(files, read, flips - flips // 2, seed + 1, by_size=True)
+    evenly = flip_bits(files, read, flips // 2, seed, seconds=seconds / 2)
+    return evenly + flip_bits(files, read, flips - flips // 2, seed + 1, by_size=True, seconds=seconds / 2)
 
 
 def write(prefix: Path, rng: np.random.Generator) -> None:

@@ -7,7 +7,6 @@ template for transformers is made from the same object, so it cannot disagree. T
 are chat_template.py's.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,15 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode_parts, join, split
+from megatron_ft.data.chat_jinja import template
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, PROMPTER, ROLES, SYSTEM
 from megatron_ft.data.tokenizer import Tokenizer
+from megatron_ft.data.tool_text import as_text, has_tools
 from megatron_ft.errors import ConfigError, DataError
 
 Messages = Sequence[Mapping[str, Any]]
-"""{"role": ..., "content": ...}, and "flags" where the role byte is to carry a mark or a weight (roles.py)."""
+"""{"role": ..., "content": ...}; "flags" where the role byte is to carry a mark or a weight (roles.py), "tools" and "tool_calls" where
+there are such (tool_text.py)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class ChatFormat:
     @property
     def jinja(self) -> str:
         """The chat template for transformers' apply_chat_template."""
-        return _template(self)
+        return template(self)
 
     @cached_property
     def _closed(self) -> bool:
@@ -159,17 +161,23 @@ class ChatFormat:
         return role, content.strip() if self.strip else content
 
     def _folded(self, messages: Messages) -> Messages:
-        """The messages with context turns put into the next message's text, where the format has no such turns."""
+        """The messages with tools written out, and context turns put into the question that follows where the format has no
+        turns for them; into a question of their own where none follows."""
+        if has_tools(messages):
+            messages = as_text(messages, self.default_system, self.strip)
         if self.context is None or not any(ROLES.get(str(message.get("role"))) == CONTEXT for message in messages):
             return messages
         result: list[Mapping[str, Any]] = []
-        waiting: list[str] = []
+        waiting: list[Mapping[str, Any]] = []
         for message in messages:
             if ROLES.get(str(message.get("role"))) == CONTEXT:
-                waiting.append(self._text_of(message))
+                waiting.append(message)
                 continue
+            if waiting and ROLES.get(str(message.get("role"))) != PROMPTER:
+                result += [{**one, "role": "user"} for one in waiting]
+                waiting = []
             if waiting:
-                text = self.context.replace("{context}", "\n".join(waiting)).split("{text}")
+                text = self.context.replace("{context}", "\n".join(map(self._text_of, waiting))).split("{text}")
                 message = {**message, "content": self._text_of(message).join(text)}
                 waiting = []
             result.append(message)
@@ -206,43 +214,6 @@ class _Splits(dict):
 
 
 _SPLITS = _Splits()
-
-
-def _template(chat: ChatFormat) -> str:
-    """Jinja for a format."""
-    content = "message['content'] | trim" if chat.strip else "message['content']"
-
-    def said(turn: str, value: str) -> str:
-        before, after = map(_jinja_string, turn.split("{text}"))
-        return f"{{{{ {before} + {f'({value})' if '|' in value else value} + {after} }}}}"
-
-    def names(role: int) -> list[str]:
-        return [name for name, number in ROLES.items() if number == role]
-
-    start, turns = "", ""
-    if chat.begin:
-        start += f"{{{{ {_jinja_string(chat.begin)} }}}}"
-    if chat.default_system is not None:
-        missing = "{% if not messages or messages[0]['role'] != 'system' %}"
-        start += missing + said(chat.turns[SYSTEM], _jinja_string(chat.default_system)) + "{% endif %}"
-    for role, turn in chat.turns.items():
-        turns += f"{{% {'elif' if turns else 'if'} message['role'] in {names(role)} %}}"
-        for (later, earlier), variant in chat.after.items():
-            if later == role:
-                before = f"loop.index0 > 0 and messages[loop.index0 - 1]['role'] in {names(earlier)}"
-                turns += f"{{% if {before} %}}{said(variant, content)}{{% else %}}{said(turn, content)}{{% endif %}}"
-                break
-        else:
-            turns += said(turn, content)
-    return (
-        f"{start}{{% for message in messages %}}{turns}"
-        "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {_jinja_string(chat.generation_prompt)} }}}}{{% endif %}}"
-    )
-
-
-def _jinja_string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _turns(pattern: str, **names: str) -> dict[int, str]:

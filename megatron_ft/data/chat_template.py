@@ -4,7 +4,8 @@ Each message is rendered as a stand-in that occurs nowhere else, for every begin
 longer beginning adds belongs to its last message; what surrounds the stand-ins is the template's own text, in which
 alone control tokens are looked for. So a message that spells a control token stays text here too. The real messages
 are rendered as well: where that is not the same text, the template changes messages in a way that roles cannot follow,
-and the chat is refused. So is a template that writes earlier turns differently once later ones are there.
+and the chat is refused. So is a template that writes earlier turns differently once later ones are there. Tools are rendered as the
+template does; what it writes of a call belongs to the message that calls.
 """
 
 import json
@@ -25,6 +26,7 @@ REMEDY = "choose another --chat_format"
 STAND_IN = "\ue000{}\ue001"  # characters for private use
 FOUND = re.compile("\ue000(\\d+)\ue001")
 NAMES = {"prompter": "user"}  # what templates call our speakers
+_PASSED = ("content", "tool_calls", "tool_call_id", "name")
 
 
 @dataclass
@@ -63,7 +65,7 @@ class OwnTemplate:
     @cached_property
     def stop_token(self) -> str:
         """The control token that ends the assistant's turn."""
-        turn = self._skeleton(("user", "assistant"))[-1]
+        turn = self._skeleton([{"role": "user"}, {"role": "assistant"}])[-1]
         behind = "".join(text for _, text in turn).split(FOUND.search(turn_text(turn))[0])[-1]  # type: ignore[index]
         found = self._control.search(behind)
         if not found:
@@ -76,9 +78,13 @@ class OwnTemplate:
             raise DataError(
                 f"unknown role {messages[roles.index(None)].get('role')!r}; the roles are {', '.join(ROLES)}"
             )
-        said = [{"role": _name(message), "content": message["content"]} for message in messages]
-        turns = self._skeleton(tuple(message["role"] for message in said))
-        contents = self._contents(said, "".join(turn_text(turn) for turn in turns))
+        said = [
+            {"role": _name(message), **{key: message[key] for key in _PASSED if key in message}} for message in messages
+        ]
+        tools = next((message["tools"] for message in messages if message.get("tools")), None)
+        self._check_tools(tools, said)
+        turns = self._skeleton(said, tools)
+        contents = self._contents(said, tools, "".join(turn_text(turn) for turn in turns))
         parts: list[Part] = []
         for turn in turns:
             for number, text in turn:
@@ -88,53 +94,65 @@ class OwnTemplate:
                 else:
                     parts += self._split(text, code)
         if add_generation_prompt:
-            whole = self._render(_stand_ins([message["role"] for message in said]), True)
+            whole = self._render(_stand_ins(said), True, tools)
             start = "".join(turn_text(turn) for turn in turns)
             if not whole.startswith(start):
                 raise TokenizerError(f"the tokenizer's chat template changes earlier turns for an answer; {REMEDY}")
             parts += self._split(whole[len(start) :], ASSISTANT)
         return parts
 
-    def _contents(self, said: list[dict[str, str]], skeleton: str) -> list[str]:
+    def _check_tools(self, tools: Any, said: list[dict[str, Any]]) -> None:
+        """Definitions and calls are written by the template among its own text: a control token spelt in them would become one."""
+        calls = [message["tool_calls"] for message in said if message.get("tool_calls")]
+        if (tools or calls) and (found := self._control.search(json.dumps([tools, calls], ensure_ascii=False))):
+            raise DataError(f"a tool's definition or call holds the special token '{found[0]}'; leave the chat out")
+
+    def _contents(self, said: list[dict[str, Any]], tools: Any, skeleton: str) -> list[str]:
         """The messages as the template writes them: as they are, or stripped."""
-        real = self._render(said, False)
+        real = self._render(said, False, tools)
         for change in (str, str.strip):
             contents = [change(message["content"]) for message in said]
             if FOUND.sub(lambda match, known=contents: known[int(match[1])], skeleton) == real:
                 return contents
         raise DataError(f"the tokenizer's chat template changes this chat's messages; leave it out, or {REMEDY}")
 
-    def _skeleton(self, roles: tuple[str, ...]) -> list[list[tuple[int, str]]]:
-        """The template's text for these speakers, turn by turn, each as [(message, text)]; a stand-in is a text of its
-        own."""
-        if roles not in self._skeletons:
-            turns, before, waiting = [], "", []
-            for end in range(1, len(roles) + 1):
-                waiting.append(end - 1)
-                system = roles[end - 1] == "system"
-                try:
-                    now = self._render(_stand_ins(roles[:end]), False)
-                except DataError:
-                    if not system or end == len(roles):
-                        raise
-                    continue  # some templates write the system message with the question that follows
-                if not now.startswith(before):
-                    raise TokenizerError(
-                        "the tokenizer's chat template writes earlier turns differently once later ones are there, so "
-                        f"that roles cannot be told; {REMEDY}"
-                    )
-                if system and end < len(roles) and not FOUND.search(now[len(before) :]):
-                    continue
-                turns.append(_owned(now[len(before) :], waiting))
-                before, waiting = now, []
+    def _skeleton(self, said: Sequence[Mapping[str, Any]], tools: Any = None) -> list[list[tuple[int, str]]]:
+        """The template's text for these messages, turn by turn, each as [(message, text)]; a stand-in is a text of its own."""
+        roles = tuple(message["role"] for message in said)
+        plain = not tools and not any(message.keys() - {"role", "content"} for message in said)
+        if plain and roles in self._skeletons:
+            return self._skeletons[roles]
+        turns, before, waiting = [], "", []
+        messages = _stand_ins(said)
+        for end in range(1, len(roles) + 1):
+            waiting.append(end - 1)
+            system = roles[end - 1] == "system"
+            try:
+                now = self._render(messages[:end], False, tools)
+            except DataError:
+                if not system or end == len(roles):
+                    raise
+                continue  # some templates write the system message with the question that follows
+            if not now.startswith(before):
+                raise TokenizerError(
+                    "the tokenizer's chat template writes earlier turns differently once later ones are there, so "
+                    f"that roles cannot be told; {REMEDY}"
+                )
+            if system and end < len(roles) and not FOUND.search(now[len(before) :]):
+                continue
+            turns.append(_owned(now[len(before) :], waiting))
+            before, waiting = now, []
+        if plain:
             self._skeletons[roles] = turns
-        return self._skeletons[roles]
+        return turns
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Any = None) -> str:
         import jinja2
 
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **self.tokens)
+            return self._compiled.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **self.tokens
+            )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"the tokenizer's chat template refuses this chat ({error}); see --role_order") from error
 
@@ -225,8 +243,12 @@ def _name(message: Mapping[str, Any]) -> str:
     return NAMES.get(message["role"], message["role"])
 
 
-def _stand_ins(roles: Sequence[str]) -> list[dict[str, str]]:
-    return [{"role": role, "content": STAND_IN.format(number)} for number, role in enumerate(roles)]
+def _stand_ins(said: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with stand-ins for their texts. Beside calls of tools no text stays none: templates ask whether there is any."""
+    return [
+        {**message, "content": "" if message.get("tool_calls") and not message["content"] else STAND_IN.format(number)}
+        for number, message in enumerate(said)
+    ]
 
 
 def _owned(text: str, messages: list[int]) -> list[tuple[int, str]]:

@@ -73,8 +73,21 @@ def test_messages_as_openai_writes_them():
     ((chat,), _) = convert("messages", {"messages": messages})
     assert [turn["role"] for turn in chat] == ["system", "user", "assistant", "tool", "assistant"]
     assert chat[0]["content"] == "be brief"
-    assert chat[2]["content"] == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     assert chat[4]["weight"] == 0.5
+    assert chat[2]["content"] == ""
+    assert chat[2]["tool_calls"] == [{**call, "function": {"name": "add", "arguments": {"a": 1}}}]
+    assert chat[3]["tool_call_id"] == "1"
+    tool = {"type": "function", "function": {"name": "add"}}
+    for given in ({"tools": [tool]}, {"tools": json.dumps([tool])}, {"functions": [{"name": "add"}]}):
+        ((chat,), _) = convert("messages", {"messages": messages, **given})
+        assert chat[0]["tools"] == [tool]
+    said = [{"from": "human", "value": "1+1?"}, {"from": "function_call", "value": '{"name": "add", "arguments": {}}'}]
+    ((chat,), _) = convert("sharegpt", {"conversations": said, "tools": json.dumps([tool])})
+    assert chat[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    assert (chat[0]["tools"], chat[1]["role"], chat[1]["content"]) == ([tool], "assistant", "")
+    for wrong in ({"tools": "no JSON"}, {"tools": [{"type": "function"}]}, {"tools": 3}):
+        with pytest.raises(DataError, match="here: 'tools' is no list"):
+            convert("messages", {"messages": messages, **wrong})
     for wrong in ({"weight": -1}, {"weight": True}, {"content": [{"type": "image_url"}]}, {"tool_calls": [{}]}):
         with pytest.raises(DataError, match="here: "):
             convert("messages", {"messages": [{"role": "assistant", "content": "x", **wrong}]})

@@ -303,6 +303,20 @@ def test_half_a_character_is_named(place, capsys):  # noqa: F811
     assert len(open_shards("out/mine-train")) == 1
 
 
+def test_chats_that_the_format_cannot_say_are_named_or_counted(place, capsys):  # noqa: F811
+    write_chats(place, 8)
+    with (place / "chats.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "context", "content": "y"}]}) + "\n"
+        )
+    flags = ("--val_split", 0, "--chat_format", "alfred")
+    assert shortcut(*flags) == 2
+    assert "chats.jsonl, line 9: a chat ends with context" in capsys.readouterr().err
+    assert shortcut(*flags, "--on_bad_record", "skip") == 0
+    assert "skipped: not sayable in the chat format: 1" in capsys.readouterr().out
+    assert len(open_shards("out/mine-train")) == 8
+
+
 def test_a_tokenizer_s_own_template_gives_the_same_shards(place):  # noqa: F811
     from megatron_ft.data.chat_format import CHATML
     from megatron_ft.data.tokenizer import load_tokenizer

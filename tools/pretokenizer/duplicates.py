@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ft.data.tool_text import as_text, has_tools
 from megatron_ft.errors import ConfigError
 from tools.pretokenizer.fields import Conversation
 
@@ -22,7 +23,7 @@ def fingerprints(chats: Sequence[Conversation]) -> np.ndarray:
 
     hashes = np.empty(len(chats), np.uint64)
     for i, chat in enumerate(chats):
-        said = "\0".join(part for message in chat for part in (message["role"], message["content"]))
+        said = "\0".join(part for message in _written(chat) for part in (message["role"], message["content"]))
         hashes[i] = xxhash.xxh3_64_intdigest(said.encode("utf-8", "surrogatepass"))
     return hashes
 
@@ -30,10 +31,15 @@ def fingerprints(chats: Sequence[Conversation]) -> np.ndarray:
 def signatures(chats: Sequence[Conversation]) -> np.ndarray:
     """MinHash of each conversation's texts: uint32 [chats, PERMUTATIONS]. Raises ConfigError without `rensa`."""
     rensa = minhash_library()
-    sets = [_runs(" ".join(message["content"] for message in chat)) for chat in chats]
+    sets = [_runs(" ".join(message["content"] for message in _written(chat))) for chat in chats]
     if not sets:
         return np.empty((0, PERMUTATIONS), np.uint32)
     return np.array(rensa.RMinHash.digests_from_token_sets(sets, PERMUTATIONS, 1), np.uint32)
+
+
+def _written(chat: Conversation) -> Conversation:
+    """The chat with its tools as text: two that differ in a call are not the same."""
+    return list(as_text(chat, None, False)) if has_tools(chat) else chat
 
 
 def minhash_library() -> Any:

@@ -41,7 +41,9 @@ def conversations(tree: dict[str, Any], where: str, options: OasstOptions, left_
     """
     prompt = _field(tree, "prompt", where)
     if not isinstance(prompt, dict):
-        raise DataError(f"{where}: the prompt is {type(prompt).__name__}, no message; is this an Open-Assistant export?")
+        raise DataError(
+            f"{where}: the prompt is {type(prompt).__name__}, no message; is this an Open-Assistant export?"
+        )
     reason = _unwanted_tree(tree, prompt, options)
     if reason:
         left_out[reason] += 1

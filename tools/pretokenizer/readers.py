@@ -3,8 +3,6 @@
 A new shape is a function and a row in READERS. Where a file lies and how it is packed is lines.py's business.
 """
 
-import contextlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from typing import Any
 
 from megatron_ft.data.roles import ROLES
 from megatron_ft.errors import ConfigError, DataError
-from tools.pretokenizer import named
+from tools.pretokenizer import named, toolcalls
 from tools.pretokenizer.fields import Conversation, get_list, get_text, keep, pair, weight_of
 from tools.pretokenizer.lines import records
 from tools.pretokenizer.oasst import OasstOptions, conversations
@@ -63,10 +61,11 @@ def get_reader(name: str) -> Reader:
 
 
 def _messages(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """{"messages": [{"role", "content"}]}, as OpenAI's chats; a message's "context" becomes a turn of its own before
-    it, its "weight" is carried, its "tool_calls" are written out behind its text."""
+    """{"messages": [{"role", "content"}], "tools"}, as OpenAI's chats; a message's "context" becomes a turn of its own before it,
+    its "weight" and its "tool_calls" are carried."""
     messages = get_list(record, "messages", where)
-    return keep([turn for message in messages for turn in _message_turns(message, where)], left_out)
+    turns = [turn for message in messages for turn in _message_turns(message, where)]
+    return keep(toolcalls.with_tools(turns, record, where), left_out)
 
 
 def _message_turns(message: Any, where: str) -> Conversation:
@@ -75,7 +74,9 @@ def _message_turns(message: Any, where: str) -> Conversation:
     role = _OTHER_NAMES.get(name := get_text(message, "role", where), name)
     if role not in ROLES:
         raise DataError(f"{where}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
-    turn = {"role": role, "content": _content(message, where), **weight_of(message, where)}
+    calls = toolcalls.carried(message, where)
+    content = _content(message, where, bool(calls))
+    turn = {"role": role, "content": content, **weight_of(message, where), **calls}
     if not message.get("context"):
         return [turn]
     return [{"role": "context", "content": get_text(message, "context", where)}, turn]
@@ -84,31 +85,16 @@ def _message_turns(message: Any, where: str) -> Conversation:
 _OTHER_NAMES = {"developer": "system", "function": "tool"}  # of OpenAI's interfaces, later and earlier
 
 
-def _content(message: dict[str, Any], where: str) -> str:
+def _content(message: dict[str, Any], where: str, may_be_empty: bool) -> str:
     """A message's text: a string, OpenAI's list of parts, or nothing beside the calls of tools."""
-    content, calls = message.get("content"), message.get("tool_calls")
+    content = message.get("content")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text":
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise DataError(f"{where}: a message has a part of type {kind}; only text can be tokenized")
-        content = "".join(get_text(part, "text", where) for part in content)
-    if not calls:
-        return content if isinstance(content, str) and "content" in message else get_text(message, "content", where)
-    return "\n".join([*([content] if content else []), *(_call(call, where) for call in calls)])
-
-
-def _call(call: Any, where: str) -> str:
-    """One call of a tool as text, as the Hermes models write it."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{where}: a tool call without a function's name; see docs/pretokenizer.md")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # a model's own mistake is what it said
-            arguments = json.loads(arguments)
-    said = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
-    return f"<tool_call>\n{said}\n</tool_call>"
+        return "".join(get_text(part, "text", where) for part in content)
+    return "" if content is None and may_be_empty else get_text(message, "content", where)
 
 
 _SHAREGPT_ROLES = {
@@ -126,15 +112,16 @@ _SHAREGPT_ROLES = {
 
 
 def _sharegpt(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """{"conversations": [{"from": "human"|"gpt"|"system"|"tool", "value"}]}"""
+    """{"conversations": [{"from": "human"|"gpt"|"system"|"tool"|"function_call", "value"}], "tools"}"""
     turns = []
     for message in get_list(record, "conversations", where):
         speaker = get_text(message, "from", where)
         if speaker not in _SHAREGPT_ROLES:
             raise DataError(f"{where}: unknown speaker {speaker!r}; the speakers are {', '.join(_SHAREGPT_ROLES)}")
         content = get_text(message, "value", where)
-        turns.append({"role": _SHAREGPT_ROLES[speaker], "content": content, **weight_of(message, where)})
-    return keep(turns, left_out)
+        turn = {"role": _SHAREGPT_ROLES[speaker], "content": content, **weight_of(message, where)}
+        turns.append(toolcalls.said_as_json(turn, where) if speaker == "function_call" else turn)
+    return keep(toolcalls.with_tools(turns, record, where), left_out)
 
 
 def _alpaca(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:

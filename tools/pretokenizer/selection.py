@@ -122,7 +122,9 @@ def _mend(chat: Conversation) -> Conversation:
     for message in chat:
         side = _SIDES.get(message["role"])
         if result and side in ("user", "assistant") and _SIDES.get(result[-1]["role"]) == side:
-            result[-1] = {**result[-1], "content": f"{result[-1]['content']}\n\n{message['content']}"}
+            texts = [text for one in (result[-1], message) if (text := one["content"])]
+            calls = [call for one in (result[-1], message) for call in one.get("tool_calls", [])]
+            result[-1] = {**result[-1], "content": "\n\n".join(texts), **({"tool_calls": calls} if calls else {})}
         elif side != "assistant" or any(_SIDES.get(earlier["role"]) == "user" for earlier in result):
             result.append(message)
     while result and _SIDES.get(result[-1]["role"]) != "assistant":

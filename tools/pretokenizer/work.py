@@ -160,7 +160,11 @@ class Worker:
 
     def _tokenize(self, job: Job, samples: list[tuple[str, Conversation]]) -> Tokenized:
         samples, bad = self._sound(samples)
-        ids, codes, lengths = self._encode([chat for _, chat in samples])
+        try:
+            ids, codes, lengths = self._encode([chat for _, chat in samples])
+        except DataError:
+            samples, bad = self._sayable(samples, bad)
+            ids, codes, lengths = self._encode([chat for _, chat in samples])
         faults, reasons = token_faults(codes, lengths, job.selection)
         kept = faults == 0
         skipped = Counter({reasons[i]: int(n) for i, n in enumerate(np.bincount(faults)) if i and n})
@@ -195,6 +199,20 @@ class Worker:
                 if not self.orders.skip_bad:
                     raise DataError(f"{where}: half a character (a lone surrogate); repair or remove it") from None
         return kept, Counter({"half a character": len(samples) - len(kept)})
+
+    def _sayable(
+        self, samples: list[tuple[str, Conversation]], bad: Counter[str]
+    ) -> tuple[list[tuple[str, Conversation]], Counter[str]]:
+        """Without samples that the chat format cannot say, where those are to be skipped; else an error that names the first."""
+        kept = []
+        for where, chat in samples:
+            try:
+                self._encode([chat])
+                kept.append((where, chat))
+            except DataError as error:
+                if not self.orders.skip_bad:
+                    raise DataError(f"{where}: {error}; --on_bad_record skip leaves such chats out") from error
+        return kept, bad + Counter({"not sayable in the chat format": len(samples) - len(kept)})
 
     def _encode(self, chats: list[Conversation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if chats and chats[0][0]["role"] == "text":

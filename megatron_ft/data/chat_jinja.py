@@ -1,0 +1,90 @@
+"""The chat template for transformers (Jinja) that says what a chat format says, tools included.
+
+Plain enough for the other readers of such templates: namespace, loops, conditions, `trim` and `tojson`. Knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from megatron_ft.data.roles import ROLES, SYSTEM
+from megatron_ft.data.tool_text import APART, CALLED, DEFINED
+
+if TYPE_CHECKING:
+    from megatron_ft.data.chat_format import ChatFormat
+
+
+def template(chat: ChatFormat) -> str:
+    """Jinja for a format."""
+    return (
+        "{% set ns = namespace(text='', tools='', inserted=false) %}" + _tools() + _start(chat)
+        + "{% for message in messages %}" + _text(chat) + _turns(chat) + "{% endfor %}"
+        + f"{{% if add_generation_prompt %}}{{{{ {_quoted(chat.generation_prompt)} }}}}{{% endif %}}"
+    )  # fmt: skip
+
+
+def _tools() -> str:
+    """ns.tools: the definitions, as tool_text.definitions."""
+    first, last = map(_quoted, DEFINED)
+    each = "{% for tool in tools %}{% set ns.tools = ns.tools + " + _quoted("\n") + " + (tool | tojson) %}{% endfor %}"
+    return f"{{% if tools %}}{{% set ns.tools = {first} %}}{each}{{% set ns.tools = ns.tools + {last} %}}{{% endif %}}"
+
+
+def _start(chat: ChatFormat) -> str:
+    """What stands before the first message."""
+    begin = f"{{{{ {_quoted(chat.begin)} }}}}" if chat.begin else ""
+    if SYSTEM not in chat.turns:
+        return begin
+    missing = "not messages or messages[0]['role'] != 'system'"
+    if chat.default_system is None:
+        condition, text = f"ns.tools and ({missing})", "ns.tools"
+    else:
+        text = f"({_quoted(chat.default_system)} + ({_quoted(APART)} + ns.tools if ns.tools else ''))"
+        condition = missing
+    said = _said(chat.turns[SYSTEM], text)
+    return f"{begin}{{% if {condition} %}}{{% set ns.inserted = true %}}{said}{{% endif %}}"
+
+
+def _text(chat: ChatFormat) -> str:
+    """ns.text: what a message says, as tool_text.as_text."""
+    own = "message['content'] or ''"
+    said = [_quoted(CALLED[0]), "(f['name'] | tojson)", _quoted(CALLED[1])]
+    said += ["(a if a is string else (a | tojson))", _quoted(CALLED[2])]
+    call = f"ns.text + ({_quoted(chr(10))} if ns.text else '') + {' + '.join(said)}"
+    return (
+        f"{{% set ns.text = {f'({own}) | trim' if chat.strip else own} %}}"
+        "{% for call in message['tool_calls'] or [] %}{% set f = call['function'] or call %}"
+        f"{{% set a = f['arguments'] or {{}} %}}{{% set ns.text = {call} %}}{{% endfor %}}"
+        "{% if loop.first and ns.tools and message['role'] == 'system' %}"
+        f"{{% set ns.text = ns.text + ({_quoted(APART)} if ns.text else '') + ns.tools %}}{{% endif %}}"
+    )
+
+
+def _turns(chat: ChatFormat) -> str:
+    """The turn of ns.text by the message's role."""
+    turns = ""
+    for role, turn in chat.turns.items():
+        turns += f"{{% {'elif' if turns else 'if'} message['role'] in {_names(role)} %}}"
+        for (later, earlier), variant in chat.after.items():
+            if later == role:
+                before = f"(loop.index0 > 0 and messages[loop.index0 - 1]['role'] in {_names(earlier)})"
+                before += " or (loop.first and ns.inserted)" if earlier == SYSTEM else ""
+                turns += f"{{% if {before} %}}{_said(variant)}{{% else %}}{_said(turn)}{{% endif %}}"
+                break
+        else:
+            turns += _said(turn)
+    return turns + "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
+
+
+def _said(turn: str, value: str = "ns.text") -> str:
+    before, after = map(_quoted, turn.split("{text}"))
+    return f"{{{{ {before} + {value} + {after} }}}}"
+
+
+def _names(role: int) -> list[str]:
+    return [name for name, number in ROLES.items() if number == role]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,62 @@
+"""Tools in a chat format of ours: the definitions as part of the system message, calls behind the assistant's text.
+
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [{"type": "function", "function": {"name", "arguments"}}]}
+
+A chat's definitions are the first message's "tools", in OpenAI's form. Everything becomes ordinary text of the messages, so that it
+needs no token of its own; the template for transformers says the same (chat_jinja.py). What a tool answers is a message as any
+other. Knows no chat format.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_ft.data.roles import MARKED, ROLES, SYSTEM
+
+DEFINED = (
+    "You can call these functions:\n<tools>",
+    "\n</tools>\nTo call one, say its name and arguments:\n"
+    + ('<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>'),
+)
+CALLED = '<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>"
+APART = "\n\n"  # between a system message and the definitions
+
+
+def has_tools(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return any("tool_calls" in message or "tools" in message for message in messages)
+
+
+def as_text(messages: Sequence[Mapping[str, Any]], default_system: str | None, strip: bool) -> list[Mapping[str, Any]]:
+    """The messages without "tools" and "tool_calls", which have become text; a system message is put before them where there is
+    none and one is needed. strip: white space around the messages' own text is dropped."""
+    result: list[Mapping[str, Any]] = []
+    tools = next((message["tools"] for message in messages if message.get("tools")), None)
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            own = content.strip() if strip else content
+            content = "\n".join([*([own] if own else []), *map(_call, message.get("tool_calls") or [])])
+        result.append({k: v for k, v in message.items() if k not in ("tools", "tool_calls")} | {"content": content})
+    if tools:
+        if not result or ROLES.get(str(result[0].get("role"))) != SYSTEM:
+            marked = result[0].get("flags", 0) & MARKED if result else 0
+            result.insert(0, {"role": "system", "content": default_system or "", "flags": marked})
+        system = result[0].get("content")
+        if isinstance(system, str):
+            result[0] = {**result[0], "content": APART.join([*([system] if system else []), definitions(tools)])}
+    return result
+
+
+def definitions(tools: Sequence[Any]) -> str:
+    return DEFINED[0] + "".join(f"\n{_json(tool)}" for tool in tools) + DEFINED[1]
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    function = call.get("function") or call
+    arguments = function.get("arguments") or {}
+    said = arguments if isinstance(arguments, str) else _json(arguments)  # a string: the model's own mistake
+    return f"{CALLED[0]}{_json(function['name'])}{CALLED[1]}{said}{CALLED[2]}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # as transformers' tojson
