@@ -130,6 +130,7 @@ def prepare_engine() -> None:
             f"pip install 'megatron-core>=0.16,<0.17'"
         )
     _keep_write_results_here()
+    _read_objects_without_running_them()
     if not has_gpu():
         _answer_for_cpu()
 
@@ -143,6 +144,25 @@ def _keep_write_results_here() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = queue.SimpleQueue()
+
+
+def _read_objects_without_running_them() -> None:
+    """The few objects that lie among a checkpoint's tensors are read as tensors are: what names anything else is refused.
+
+    torch's own reader unpickles them freely, so that a checkpoint from elsewhere could run what it likes.
+    """
+    import torch
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+
+    free = MCoreLoadPlanner.load_bytes
+
+    def load_bytes(self, read_item, value) -> None:
+        start = value.tell()
+        torch.load(value, weights_only=True)  # refuses what names more than tensors and plain containers
+        value.seek(start)
+        free(self, read_item, value)
+
+    MCoreLoadPlanner.load_bytes = load_bytes
 
 
 def _answer_for_cpu() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -21,12 +22,10 @@ from megatron_ft.config.sections import (
     Optimizer,
     Parallelism,
 )
+from megatron_ft.models.checkpoint_layout import SETTINGS
 
 if TYPE_CHECKING:
     from megatron_ft.models.checkpoint_layout import CheckpointConfig
-
-SETTINGS = "training.yaml"
-"""The resolved settings, in the run's folder and in every checkpoint; goes back in with --config."""
 
 LOG = "finetune.log"
 """What all ranks log, libraries' warnings included; in the run's folder."""
@@ -51,14 +50,19 @@ def run(
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.parallel import process_groups, world_size
-    from megatron_ft.training import agreement, datasets
+    from megatron_ft.training import agreement, choosing, datasets
+    from megatron_ft.training.stopping import StopRequest
+
+    def read(folder: Path) -> CheckpointConfig:
+        return agreement.check_model_flags(model, describe(folder))
 
     settings = Settings(checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels)
     check_training(checkpointing, data, batch, parallel, optimizer, numerics, logging, world_size=world_size())
     # Whatever can be told without torch is told before the processes wait for each other.
-    source, checkpointing = _source(checkpointing)
+    folders, checkpointing = choosing.sources(checkpointing)
     settings = settings._replace(checkpointing=checkpointing)
-    described = agreement.check_model_flags(model, describe(source))
+    number, described = choosing.first_whole(folders, read)
+    source = folders[number]
     split = split_layers(described.architecture.num_layers, parallel)
     check_sizes(source, described, parallel.tensor_model_parallel_size, split.stages, split)
     dp_size = data_parallel_size(parallel, world_size())
@@ -68,35 +72,19 @@ def run(
         agreement.warn_of_other_rows(source / SETTINGS, data)
     train_set, valid_set = datasets.make_datasets(data, described)
     described = datasets.with_chat_format(described, train_set)
-    with process_groups(
+    groups = process_groups(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.sequence_parallel,
         parallel.distributed_timeout_minutes,
         data.seed,
         split.virtual_size,
-    ) as layout:
-        return _train(layout, source, described, train_set, valid_set, settings)
-
-
-def _source(checkpointing: Checkpointing) -> tuple[Path, Checkpointing]:
-    """(the checkpoint to begin from, the section as it then stands): with --auto_resume the newest in --save, if there is one.
-
-    Raises CheckpointError where --save already holds another run's checkpoints.
-    """
-    from megatron_ft.errors import CheckpointError
-    from megatron_ft.models.checkpoint_layout import TRACKER, find_checkpoint
-
-    used = checkpointing.save is not None and (Path(checkpointing.save) / TRACKER).is_file()
-    if checkpointing.auto_resume and used:
-        return find_checkpoint(Path(checkpointing.save)), dataclasses.replace(checkpointing, finetune=False)
-    source = find_checkpoint(Path(checkpointing.load))
-    if used and (checkpointing.finetune or Path(checkpointing.save).resolve() not in source.resolve().parents):
-        raise CheckpointError(
-            f"--save {checkpointing.save} holds the checkpoints of an earlier run: go on with that one (--auto_resume), "
-            f"or give this one a folder of its own"
+    )
+    with StopRequest() as stop, groups as layout, contextlib.ExitStack() as held:
+        source, described = choosing.first_trusted(
+            folders[number:], described, read, layout, checkpointing.verify_checkpoint
         )
-    return source, checkpointing
+        return _train(layout, source, described, train_set, valid_set, settings, stop, held)
 
 
 class Settings(NamedTuple):
@@ -113,18 +101,20 @@ class Settings(NamedTuple):
     kernels: Kernels
 
 
-def _train(layout, source, described, train_set, valid_set, settings: Settings) -> int:
+def _train(layout, source, described, train_set, valid_set, settings: Settings, stop, held) -> int:
+    """held: an ExitStack; what the run holds until it ends."""
     from megatron_ft import device
     from megatron_ft.commands.report import write_at_end
     from megatron_ft.log import logger
     from megatron_ft.log import setup as log_to_file
     from megatron_ft.models.checkpoint_layout import vocab_rows
     from megatron_ft.models.load import load_weights
-    from megatron_ft.training import agreement, checkpoint, facts, setup
+    from megatron_ft.training import agreement, checkpoint, consumed, facts, setup
+    from megatron_ft.training.lock import FolderLock
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
-    from megatron_ft.training.stopping import EXIT_REQUEUE, StopRequest
+    from megatron_ft.training.stopping import EXIT_REQUEUE
 
     log = logger("finetune")
     checkpointing, data, batch, parallel, optimizer, numerics, logging, _, kernels = settings
@@ -141,9 +131,13 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
     if _starts_anew(described, checkpointing):
         load_weights(source, described, setup.bare(model), layout)
         adam.reload_model_params()
-        progress = checkpoint.Progress()
+        progress = checkpoint.Progress(samples_hash=consumed.beginning(train_set))
     else:
-        progress = checkpoint.resume(source, setup.bare(model), adam, schedule, layout, data.seed)
+        progress = checkpoint.resume(source, described, setup.bare(model), adam, schedule, layout, data.seed)
+        kept = consumed.check_resumed(progress.samples_hash, train_set, progress.consumed_samples)
+        progress = dataclasses.replace(progress, samples_hash=kept)
+    if checkpointing.save:
+        held.enter_context(FolderLock(Path(checkpointing.save), layout))
     if folder := _run_folder(checkpointing, logging):  # not before: a run that cannot start leaves nothing behind
         log_to_file(file=folder / LOG)
     log.info(f"{layout} on {device.describe()}; weights from {source}")
@@ -161,14 +155,8 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
     save_to = Path(checkpointing.save) if checkpointing.save else None
     resolved = write_sections(settings)
 
-    def save(now: checkpoint.Progress) -> Path:
-        folder = checkpoint.save(
-            save_to, source, described, setup.bare(model), adam, schedule, now, layout, {SETTINGS: resolved}
-        )
-        if checkpointing.keep_last:
-            checkpoint.prune(save_to, checkpointing.keep_last, layout)
-        return folder
-
+    contents = checkpoint.Contents(described, setup.bare(model), adam, schedule, layout, source, {SETTINGS: resolved})
+    saver = held.enter_context(checkpoint.make_saver(contents, checkpointing))
     start = facts.start_of_run(
         setup.bare(model),
         layout,
@@ -186,12 +174,11 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings) 
 
     plan = Run(
         stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, resolved),
-        save=save if save_to else None, train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
+        saver=saver, train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
         eval_interval=logging.eval_interval, eval_iters=logging.eval_iters, max_skipped=batch.max_skipped_iters,
     )  # fmt: skip
     try:
-        with StopRequest() as stop:
-            done = train(plan, progress, stop)
+        done = train(plan, progress, stop)
     finally:
         if reports_to and logging.report:
             write_at_end(reports_to)

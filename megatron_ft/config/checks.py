@@ -153,7 +153,7 @@ def lima_has_dropout(numerics: Numerics) -> None:
 
 
 def saving_has_a_place(checkpointing: Checkpointing) -> None:
-    for name in ("save_interval", "keep_last", "auto_resume"):
+    for name in ("save_interval", "keep_last", "save_retain_interval", "async_save", "auto_resume"):
         value = getattr(checkpointing, name)
         if value and checkpointing.save is None:
             said = f"--{name}" if value is True else f"--{name} {value}"
@@ -172,7 +172,7 @@ def check_training(
     positive(batch, "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_iters")
     positive(data, "seq_length")
     positive(logging, "log_interval", "eval_interval", "eval_iters")
-    positive(checkpointing, "save_interval", "keep_last")
+    positive(checkpointing, "save_interval", "keep_last", "save_retain_interval")
     positive(optimizer, "lr_decay_iters")
     not_negative(data, "seed")
     not_negative(optimizer, "min_lr", "lr_warmup_iters", "weight_decay", "adam_eps", "clip_grad")

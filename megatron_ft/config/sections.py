@@ -135,6 +135,14 @@ class Checkpointing:
     """steps between checkpoints; default: only at the end"""
     keep_last: int | None = None
     """checkpoints to keep in --save, the newest; default: all"""
+    save_retain_interval: int | None = None
+    """with --keep_last: checkpoints at multiples of this iteration stay for good"""
+    async_save: bool = False
+    """write checkpoints in the background while training goes on"""
+    ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
+    """torch_dist: loads into any layout; torch: classic mp_rank folders, for the layout they were saved in"""
+    verify_checkpoint: bool = True
+    """compare every file of a checkpoint with its digest before loading it; --no_verify_checkpoint believes the files"""
     auto_resume: bool = False
     """continue from the newest checkpoint in --save where there is one, else begin from --load"""
     finetune: bool = False

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.digests import MANIFEST
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import atomic_file, read_json, write_json
 from megatron_ft.models.architecture import Architecture, check_layout
@@ -22,6 +23,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "config.json"
 RANK_FILE = "model_optim_rng.pt"
 TOKENIZER_FOLDER = "tokenizer"
+SETTINGS = "training.yaml"
+"""The resolved settings of the run that saved it: what a run writes into its checkpoints, and converters do not."""
 MODEL_PREFIX = "model."
 """Before every model key of a torch_dist checkpoint, so that "optimizer." and others can lie beside them."""
 FORMAT_VERSION = 1
@@ -45,6 +48,8 @@ class CheckpointConfig:
     chat_format: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    digested: bool = False
+    """Whether digests.json belongs to it: then a checkpoint without it was never finished."""
 
 
 def write_config(folder: Path, config: CheckpointConfig) -> None:
@@ -63,7 +68,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version}, this version reads {FORMAT_VERSION}")
     try:
-        known = {f.name: data[f.name] for f in fields(CheckpointConfig)}
+        known = {f.name: data[f.name] for f in fields(CheckpointConfig) if f.name != "digested"}
+        known["digested"] = bool(data.get("digested", False))  # checkpoints of earlier versions do not say
         return CheckpointConfig(**{**known, "architecture": Architecture.from_dict(data["architecture"])})
     except KeyError as error:
         raise CheckpointError(f"{path}: entry {error} is missing; restore the file or convert again") from error
@@ -117,6 +123,12 @@ def _read_tracker(root: Path) -> int | str:
     return text if text == "release" else int(text)
 
 
+def iterations_in(root: Path) -> dict[int, str]:
+    """Iteration -> name of every iter_ folder of a root."""
+    found = {name: name.removeprefix("iter_") for name in (path.name for path in Path(root).glob("iter_*") if path.is_dir())}
+    return {int(digits): name for name, digits in found.items() if digits.isdigit()}
+
+
 def _checkpoints(root: Path) -> str:
     names = sorted(p.name for p in root.iterdir() if p.name == "release" or p.name.startswith("iter_"))
     return ", ".join(names) or "no checkpoint"
@@ -144,6 +156,8 @@ def missing_files(folder: Path) -> list[Path]:
     else:
         tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
         wanted = [rank_file(folder, t, p, tp, pp) for p in range(pp) for t in range(tp)]
+    if config.digested:
+        wanted.append(Path(folder) / MANIFEST)
     return [path for path in wanted if not path.is_file()]
 
 
@@ -190,8 +204,8 @@ def check_sizes(folder: Path, config: CheckpointConfig, tp_size: int, pp_size: i
 
 
 def check_training_state(folder: Path, config: CheckpointConfig) -> None:
-    """Raises CheckpointError for a format that never holds optimizer state; whether a torch_dist one does, its reader tells."""
-    if config.ckpt_format == "torch":
+    """Raises CheckpointError for converted weights in the classic format; whether others hold training state, their reader tells."""
+    if config.ckpt_format == "torch" and not (Path(folder) / SETTINGS).is_file():
         raise no_training_state(folder)
 
 

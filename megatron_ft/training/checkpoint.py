@@ -1,8 +1,7 @@
-"""Training state to and from disk: weights, optimizer, schedule, random streams, data position.
+"""What a checkpoint of a run holds and how it comes back: weights, optimizer, schedule, random streams, data position.
 
-A checkpoint is written under a temporary name by all ranks together and renamed by one; only then does the tracker name it. So a
-run killed while it saves leaves the previous checkpoint as it was. Format: megatron-core's torch_dist with per-layer keys, which
-loads into any layout. Weights alone are models/load.py's business.
+Format: megatron-core's torch_dist with per-layer keys, which loads into any layout; the classic one is classic.py's. When a save counts
+is saver.py's business, weights alone models/load.py's.
 """
 
 from __future__ import annotations
@@ -10,28 +9,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_ft import device
-from megatron_ft.files import atomic_folder
+from megatron_ft.config.sections import Checkpointing
+from megatron_ft.digests import digest_files, files_below
 from megatron_ft.log import logger
 from megatron_ft.models.checkpoint_layout import (
+    CONFIG,
     TOKENIZER_FOLDER,
     CheckpointConfig,
-    find_checkpoint,
-    iteration_folder,
     no_training_state,
     write_config,
-    write_tracker,
 )
-from megatron_ft.models.load import chunks_of, engine_load, fill_chunks, guarded, sharded_weights, sharding_metadata
+from megatron_ft.models.load import chunks_of, engine_load, fill_chunks, sharded_weights, sharding_metadata
+from megatron_ft.models.verified import check_tensors, read_common, vet
 from megatron_ft.parallel import Layout, seed_everything
+from megatron_ft.training import classic
+from megatron_ft.training.saver import Keep, Plan, Saver
+from megatron_ft.training.writing import Part
 
 log = logger("checkpoint")
 
@@ -42,117 +49,169 @@ class Progress:
 
     iteration: int = 0
     consumed_samples: int = 0
+    samples_hash: str = ""
+    """Of the rows consumed, in order; see consumed.py."""
 
 
-def save(
-    root: Path, source: Path, config: CheckpointConfig, model, optimizer, schedule, progress: Progress, layout: Layout,
-    texts: dict[str, str] | None = None,
-) -> Path:  # fmt: skip
-    """Write ROOT/iter_NNNNNNN and point the tracker at it. All ranks call it; returns the folder.
+@dataclass(frozen=True)
+class Contents:
+    """What is saved. model: the bare chunks of this rank's stage."""
 
-    model: bare, or the list of a stage's chunks. source: the checkpoint the run began from, whose tokenizer files travel along.
-    texts: more files, name -> content.
-    """
-    folder, engine = iteration_folder(root, progress.iteration), chunks_of(model)[0].config
-    own = dataclasses.replace(
-        config, ckpt_format="torch_dist", iteration=progress.iteration,
-        tensor_model_parallel_size=layout.tp_size, pipeline_model_parallel_size=layout.pp_size,
-        padded_vocab_size=chunks_of(model)[0].vocab_size,
-        dtype="bf16" if engine.bf16 else "fp16" if engine.fp16 else "fp32",
-    )  # fmt: skip
-    weights = sharded_weights(model)
-    streams = _rng_tensors(layout)
+    config: CheckpointConfig
+    model: Any
+    optimizer: Any
+    schedule: Any
+    layout: Layout
+    source: Path
+    """The checkpoint the run began from, whose tokenizer files travel along."""
+    texts: dict[str, str]
+    """More files, name -> content."""
+
+
+def make_saver(contents: Contents, section: Checkpointing) -> contextlib.AbstractContextManager[Saver | None]:
+    """What saves a run as the flags say; None where they name no place."""
+    if not section.save:
+        return contextlib.nullcontext()
+    keep = Keep(section.keep_last, section.save_retain_interval)
+    return Saver(
+        Path(section.save), contents.layout, partial(plan_save, contents, section.ckpt_format), section.async_save, keep
+    )
+
+
+class _Planner(TorchDistSaveShardedStrategy):
+    """The engine's plan of who writes what, without its way of writing."""
+
+    def _get_save_and_finalize_callbacks(self, writer, planned):
+        return writer, planned[1]
+
+
+def plan_save(contents: Contents, ckpt_format: str, folder: Path, progress: Progress) -> Plan:
+    """What this rank writes into `folder`. All ranks call it."""
+    own, layout = contents, contents.layout
     state = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, metadata=sharding_metadata()),
-        "schedule": schedule.state_dict(),
+        "schedule": own.schedule.state_dict(),
         "progress": dataclasses.asdict(progress),
         "sizes": [layout.tp_size, layout.pp_size, layout.dp_size],
+    }
+    put = small_files(own, progress, ckpt_format) if layout.is_main else {}
+    if ckpt_format == "torch":
+        return classic.plan_save(state | {"rng": _streams()}, put, own.model, own.optimizer, folder, layout)
+    weights, streams = sharded_weights(own.model), _rng_tensors(layout)
+    state |= {
+        "model": weights,
+        "optimizer": own.optimizer.sharded_state_dict(weights, metadata=sharding_metadata()),
         "streams": sorted(streams),
         "rng": streams,
     }
-    with _shared_folder(folder, layout) as temporary:
-        dist_checkpointing.save(state, str(temporary))
-        if layout.is_main:
-            write_config(temporary, own)
-            for name, text in (texts or {}).items():
-                (temporary / name).write_text(text, encoding="utf-8")
-            if (source / TOKENIZER_FOLDER).is_dir():
-                shutil.copytree(source / TOKENIZER_FOLDER, temporary / TOKENIZER_FOLDER)
+    tensors, common = save_preprocess(state)
+    writer, metadata = _Planner("torch_dist", 1).async_save(tensors, folder)
     if layout.is_main:
-        write_tracker(root, progress.iteration)
-    dist.barrier()
-    return folder
+        put["common.pt"] = partial(torch.save, common)
+    buckets = writer.preload_tensors(writer.write_buckets) if writer.write_buckets else []
+
+    def finish(places: list[list]) -> dict:
+        del metadata.all_local_plans  # the engine's cache of who wrote what, for a next save; as large as all the rest
+        writer.finish(metadata, places)
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        return digest_files(folder, [".metadata", "metadata.json"])
+
+    return Plan(Part(folder, put, buckets, [writer.transforms]), finish)
 
 
-def prune(root: Path, keep: int, layout: Layout) -> None:
-    """Delete all but the newest `keep` training checkpoints under root, never the one the tracker names nor converted weights."""
-    if layout.is_main:
-        kept_for_tracker = find_checkpoint(root)
-        folders = sorted(path for path in root.glob("iter_*") if path.is_dir())
-        for folder in folders[:-keep]:
-            if folder != kept_for_tracker:
-                shutil.rmtree(folder)
-    dist.barrier()
+def _dtype_name(engine) -> str:
+    """What the weights are kept in, by the engine's config of the model."""
+    return "bf16" if engine.bf16 else "fp16" if engine.fp16 else "fp32"
 
 
-@contextlib.contextmanager
-def _shared_folder(target: Path, layout: Layout):
-    """atomic_folder for all ranks: made and renamed by the main rank, its temporary name known to every one."""
-    with contextlib.ExitStack() as stack:
-        name = [str(stack.enter_context(atomic_folder(target, overwrite=True))) if layout.is_main else None]
-        dist.broadcast_object_list(name, src=0)
-        yield Path(name[0])
-        dist.barrier()
-
-
-def _rng_tensors(layout: Layout) -> dict[str, ShardedTensor]:
-    """Every random stream of this rank as bytes: one row of a [world size, bytes] tensor a stream."""
-    streams = {**device.rng_state(), **tensor_parallel.get_cuda_rng_tracker().get_states()}
-    rows = ((0, layout.rank, layout.world_size),)
+def small_files(contents: Contents, progress: Progress, ckpt_format: str) -> dict[str, Callable[[Path], Any]]:
+    """What lies beside the tensors in either format: relative name -> how it is written. The main rank's."""
+    layout, model = contents.layout, chunks_of(contents.model)[0]
+    config = dataclasses.replace(
+        contents.config, ckpt_format=ckpt_format, iteration=progress.iteration,
+        tensor_model_parallel_size=layout.tp_size, pipeline_model_parallel_size=layout.pp_size,
+        padded_vocab_size=model.vocab_size, dtype=_dtype_name(model.config), digested=True,
+    )  # fmt: skip
+    tokenizer = contents.source / TOKENIZER_FOLDER
     return {
-        name: ShardedTensor.from_rank_offsets(f"rng.{name}", state.cpu()[None].clone(), *rows, replica_id=0)
-        for name, state in streams.items()
+        CONFIG: lambda path: write_config(path.parent, config),
+        **{name: partial(_write_text, text) for name, text in contents.texts.items()},
+        **{f"{TOKENIZER_FOLDER}/{name}": partial(_copy, tokenizer / name) for name in files_below(tokenizer)},
     }
 
 
-def resume(folder: Path, model, optimizer, schedule, layout: Layout, seed: int) -> Progress:
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _copy(source: Path, path: Path) -> None:
+    shutil.copyfile(source, path)
+
+
+def resume(
+    folder: Path, config: CheckpointConfig, model, optimizer, schedule, layout: Layout, seed: int
+) -> Progress:  # fmt: skip
     """Continue exactly where `folder` was saved: weights, optimizer, schedule, position; on the same layout also the random streams.
 
-    Learning rates, betas and epsilon are the flags' of this run, not those that were saved.
+    model: the bare chunks. Learning rates, betas and epsilon are the flags' of this run, not those that were saved.
     """
-    common = guarded(lambda: dist_checkpointing.load_common_state_dict(str(folder)), folder)
-    if "progress" not in common:
-        raise no_training_state(folder)
-    weights = sharded_weights(model)
-    state = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata()),
-    }
-    streams = _rng_tensors(layout)
-    same_layout = common["sizes"] == [layout.tp_size, layout.pp_size, layout.dp_size]
-    same_device = common.get("streams", sorted(streams)) == sorted(streams)  # a GPU has a stream more than a CPU
-    if same_layout and same_device:
-        state["rng"] = streams
-    state = engine_load(state, folder)
-    fill_chunks(model, state["model"], folder)
     flags = {name: optimizer.param_groups[0][name] for name in ("max_lr", "min_lr", "betas", "eps")}
-    optimizer.load_state_dict(state["optimizer"])
+    if config.ckpt_format == "torch":
+        state = classic.read(folder, layout)
+        fill_chunks(model, state["model"], folder)
+        classic.load_optimizer(folder, state, optimizer, layout)
+    else:
+        state = _read_sharded(folder, model, optimizer, layout)
+        fill_chunks(model, state["model"], folder)
+        optimizer.load_state_dict(state["optimizer"])
     for group in optimizer.param_groups:
         group.update(flags)
     schedule.load_state_dict(state["schedule"])
     progress = Progress(**state["progress"])
-    if "rng" in state:
+    if sorted(state.get("rng", ())) == sorted(_streams()):
         _restore_rng(state["rng"])
     else:
         seed_everything(seed + progress.iteration, layout)
-        before = "on another kind of device" if same_layout else f"with TP, PP, DP = {common['sizes']}"
+        same_layout = state["sizes"] == [layout.tp_size, layout.pp_size, layout.dp_size]
+        before = "on another kind of device" if same_layout else f"with TP, PP, DP = {state['sizes']}"
         log.info(f"the checkpoint was saved {before}: random streams start anew")
     return progress
 
 
-def _restore_rng(streams: dict[str, torch.Tensor]) -> None:
-    states = {name: row[0] for name, row in streams.items()}
+def _read_sharded(folder: Path, model, optimizer, layout: Layout) -> dict[str, Any]:
+    """This rank's part of a torch_dist checkpoint; "rng" only where layout and kind of device are the same."""
+    metadata, common = vet(folder), read_common(folder)
+    if "progress" not in common:
+        raise no_training_state(folder)
+    weights, streams = sharded_weights(model), _rng_tensors(layout)
+    state = {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata()),
+    }
+    same_layout = common["sizes"] == [layout.tp_size, layout.pp_size, layout.dp_size]
+    same_device = common.get("streams", sorted(streams)) == sorted(streams)  # a GPU has a stream more than a CPU
+    if same_layout and same_device:
+        state["rng"] = streams
+    check_tensors(metadata, state, folder, cast_weights=False)
+    state = engine_load(state, folder)
+    return state | {"rng": {name: row[0] for name, row in state.get("rng", {}).items()}}
+
+
+def _streams() -> dict[str, torch.Tensor]:
+    """Every random stream of this rank, as bytes."""
+    streams = {**device.rng_state(), **tensor_parallel.get_cuda_rng_tracker().get_states()}
+    return {name: state.cpu().clone() for name, state in streams.items()}
+
+
+def _rng_tensors(layout: Layout) -> dict[str, ShardedTensor]:
+    """This rank's random streams: one row of a [world size, bytes] tensor a stream."""
+    rows = ((0, layout.rank, layout.world_size),)
+    return {
+        name: ShardedTensor.from_rank_offsets(f"rng.{name}", state[None], *rows, replica_id=0)
+        for name, state in _streams().items()
+    }
+
+
+def _restore_rng(states: dict[str, torch.Tensor]) -> None:
     device.set_rng_state(states)
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.set_states({name: states[name] for name in tracker.get_states()})

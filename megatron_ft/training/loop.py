@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_ft import device
 from megatron_ft.data.loader import ChatDataset
+from megatron_ft.training import consumed
 from megatron_ft.training.checkpoint import Progress
 from megatron_ft.training.hooks import Hook
+from megatron_ft.training.saver import Saver
 from megatron_ft.training.step import Stepper
 from megatron_ft.training.stopping import BrokenGradients, StopRequest
 
 
 @dataclass
 class Run:
-    """Everything the loop needs, already built. `save` writes a checkpoint for a Progress and returns its folder."""
+    """Everything the loop needs, already built."""
 
     stepper: Stepper
     train_set: ChatDataset
@@ -26,7 +28,7 @@ class Run:
     optimizer: Any
     schedule: Any
     hooks: Sequence[Hook]
-    save: Callable[[Progress], Any] | None
+    saver: Saver | None
     train_iters: int
     save_interval: int | None
     eval_interval: int | None
@@ -41,9 +43,12 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     """
     skipped = 0
     try:
-        while progress.iteration < run.train_iters:
+        stopping = stop.agreed()  # asked while loading: nothing is new, nothing has to be saved
+        while progress.iteration < run.train_iters and not stopping:
             metrics = _timed_step(run, progress)
-            progress = Progress(progress.iteration + 1, metrics["train/consumed_samples"])
+            progress = Progress(
+                progress.iteration + 1, metrics["train/consumed_samples"], metrics["train/samples_hash"]
+            )
             for hook in run.hooks:
                 hook.on_step(progress.iteration, metrics)
             skipped = skipped + 1 if metrics["train/skipped"] else 0
@@ -56,16 +61,20 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             last = progress.iteration == run.train_iters
             if run.valid_set and not stopping and (last or _due(progress.iteration, run.eval_interval)):
                 _evaluate(run, progress)
-            if run.save and (last or stopping or _due(progress.iteration, run.save_interval)):
-                folder = run.save(progress)
-                for hook in run.hooks:
-                    hook.on_save(progress.iteration, folder)
-            if stopping:
-                break
+            if run.saver:
+                _save(run, progress, due=_due(progress.iteration, run.save_interval), leaving=last or stopping)
     finally:
         for hook in run.hooks:
             hook.on_end()
     return progress
+
+
+def _save(run: Run, progress: Progress, due: bool, leaving: bool) -> None:
+    """Save if it is time to, and say what has been committed meanwhile; before the run is left, nothing stays in the background."""
+    done = run.saver.save(progress) if due or leaving else []
+    for saved in done + run.saver.committed(wait=leaving):
+        for hook in run.hooks:
+            hook.on_save(saved.iteration, saved.folder)
 
 
 def _due(iteration: int, interval: int | None) -> bool:
@@ -89,6 +98,7 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
         "train/supervised_tokens": result.supervised_tokens,
         "train/global_batch_size": batch,
         "train/consumed_samples": progress.consumed_samples + batch,
+        "train/samples_hash": consumed.extend(progress.samples_hash, run.train_set, progress.consumed_samples, batch),
         "train/skipped": int(result.skipped),
         "train/memory_gb": device.peak_memory_bytes() / 1e9,
         **{f"train/seconds_{phase}": seconds for phase, seconds in run.stepper.phases.items()},

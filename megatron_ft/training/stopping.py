@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import signal
 
-import torch
-import torch.distributed as dist
-
 from megatron_ft import device
 from megatron_ft.errors import UserError
 
@@ -43,6 +40,9 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; all ranks call it and get the same answer."""
+        import torch  # not above: signals are heeded from the start, before it is there
+        import torch.distributed as dist
+
         asked = torch.tensor([int(self.received is not None)], device=device.current_device())
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())

@@ -61,7 +61,7 @@ def test_weights(refused, shop, tmp_path, command, kind, name, keep):
 def test_training_state(refused, shop, tmp_path, name):
     broken = copy(shop.trained, tmp_path / "broken")
     cut(broken / "iter_0000002" / name)
-    refused(r"broken/iter_0000002.*(cut short|damaged).*earlier checkpoint", *finetune(shop, broken, iters=4))
+    refused(r"broken/iter_0000002.*cut short; restore it, or use an earlier one", *finetune(shop, broken, iters=4))
 
 
 def test_weights_alone_cannot_be_resumed(refused, shop, tmp_path):

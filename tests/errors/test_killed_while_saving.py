@@ -15,8 +15,9 @@ MOMENTS = {
         9,
     ),
     "tensors are written, nothing else": ("megatron_ft.training.checkpoint", "write_config", 1),
+    "all files are there, their digests not": ("megatron_ft.training.saver", "write_manifest", 1),
     "the folder is to get its name": ("megatron_ft.files", "_take_place", 1),
-    "the folder has its name, the tracker the old one": ("megatron_ft.training.checkpoint", "write_tracker", 1),
+    "the folder has its name, the tracker the old one": ("megatron_ft.training.saver", "write_tracker", 1),
     "the tracker is being replaced": ("os", "replace", -1),
 }
 
@@ -40,6 +41,7 @@ def test_the_checkpoint_before_is_resumed(moment, straight, shop, engine, tmp_pa
     resumed = engine(*finetune(shop, run, None, run, "--save_interval", 1, iters=3))
     assert resumed.code == 0, resumed.err
     assert "resuming at iteration 1," in resumed.err
+    assert not list(run.glob(".iter_*")), "what the killed save left is still there"
     assert content(run / "iter_0000001") == before
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "3\n"
     assert losses(run) == straight

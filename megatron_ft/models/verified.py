@@ -1,0 +1,122 @@
+"""Whether a checkpoint may be believed, asked before anything of it is loaded: all ranks together, a share of the files each.
+
+Digests find what was damaged or cut; the restricted reader refuses a pickle that names foreign objects before the engine, which
+unpickles freely, sees it; and the tensors must be those that this model has. What one rank finds, all raise, in the same words.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_ft.digests import check_digests, has_digests, unlisted
+from megatron_ft.errors import CheckpointError, DamagedError
+from megatron_ft.log import logger
+from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.models.restricted import read_metadata
+from megatron_ft.parallel import Layout
+from megatron_ft.together import raise_together
+
+log = logger("checkpoint")
+
+MAX_METADATA_BYTES = 1 << 30
+"""A .metadata is far below: it has a few hundred bytes a tensor."""
+
+
+def verify(folder: Path, config: CheckpointConfig, layout: Layout, digests: bool = True) -> None:
+    """Raises CheckpointError, on every rank the same, unless the files are what was written and name no foreign object.
+
+    digests: compare the content of every file; without it only what could run something is looked at.
+    """
+    problem = None
+    try:
+        if digests:
+            _check_share(folder, layout)
+        if config.ckpt_format == "torch_dist":
+            vet(folder)
+    except CheckpointError as error:
+        problem = error
+    raise_together(problem)
+
+
+def _check_share(folder: Path, layout: Layout) -> None:
+    if not has_digests(folder):
+        if layout.is_main:
+            log.warning(
+                f"{folder} has no digests (an older version or another tool wrote it): its content is not verified"
+            )
+        return
+    check_digests(folder, (layout.rank, layout.world_size))
+    if layout.is_main and (others := unlisted(folder)):
+        log.warning(f"{folder} holds {others[0]} ({len(others)} such), which its save did not write: not read")
+
+
+def vet(folder: Path) -> Metadata:
+    """The metadata of a torch_dist checkpoint, once neither it nor common.pt names anything but tensors and plain containers."""
+    if (Path(folder) / ".metadata").stat().st_size > MAX_METADATA_BYTES:
+        raise DamagedError(f"{folder}/.metadata has more than {MAX_METADATA_BYTES} bytes: not a checkpoint's")
+    metadata = read_metadata(Path(folder) / ".metadata")
+    read_common(folder)
+    return metadata
+
+
+def read_common(folder: Path) -> dict:
+    """common.pt: what is no tensor of the model. Raises CheckpointError where it is damaged or names foreign objects."""
+    return read_tensors(Path(folder) / "common.pt")
+
+
+def read_tensors(path: Path, kind: type = dict) -> Any:
+    """What torch.save wrote of tensors and plain containers. Raises CheckpointError where it is damaged or names foreign objects."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        foreign = "Unsupported global" in str(error) or "GLOBAL" in str(error)
+        what = "names objects that no checkpoint needs; do not trust it" if foreign else "is damaged or cut short"
+        raise DamagedError(f"{path} {what}; use an earlier checkpoint") from error
+    except Exception as error:  # a damaged file raises nearly anything
+        raise DamagedError(
+            f"{path} is damaged or cut short ({type(error).__name__}); use an earlier checkpoint"
+        ) from error
+    if not isinstance(found, kind):
+        raise DamagedError(f"{path} is not a checkpoint's; use an earlier checkpoint")
+    return found
+
+
+def check_tensors(metadata: Metadata, wanted: dict, folder: Path, cast_weights: bool) -> None:
+    """Raises CheckpointError unless the checkpoint has every tensor this rank asks for, in its shape and type.
+
+    wanted: a sharded state dict. cast_weights: floating-point weights may be of another type, because the run asks for one.
+    """
+    for tensor in _tensors(wanted):
+        stored = metadata.state_dict_metadata.get(tensor.key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise CheckpointError(
+                f"{folder} has no tensor {tensor.key}: it is of another model or optimizer than this run's; "
+                f"use a checkpoint of this one, or take the weights only with --finetune"
+            )
+        if not tensor.allow_shape_mismatch and tuple(stored.size) != tuple(tensor.global_shape):
+            raise CheckpointError(
+                f"{folder}: {tensor.key} is {list(stored.size)}, this run's is {list(tensor.global_shape)}: "
+                f"it is of another model; use a checkpoint of this one"
+            )
+        castable = cast_weights and stored.properties.dtype.is_floating_point and tensor.dtype.is_floating_point
+        if stored.properties.dtype != tensor.dtype and not castable:
+            raise CheckpointError(
+                f"{folder}: {tensor.key} is stored in {_name(stored.properties.dtype)}, this run computes in {_name(tensor.dtype)}: "
+                f"resume with the precision it was saved with (--bf16 or not), or take the weights only with --finetune"
+            )
+
+
+def _tensors(state: dict) -> Iterable[ShardedTensor]:
+    return (value for value in nested_values(state) if isinstance(value, ShardedTensor))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,117 @@
+"""Which checkpoint a run begins from: the newest that can be believed, and loudly the one before where it cannot.
+
+The first choice is made without torch, before the processes wait for each other; the content of files is verified later, by all ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_ft.config.sections import Checkpointing
+from megatron_ft.errors import CheckpointError
+from megatron_ft.log import logger
+from megatron_ft.models.checkpoint_layout import (
+    CONFIG,
+    TRACKER,
+    CheckpointConfig,
+    describe,
+    find_checkpoint,
+    iterations_in,
+)
+from megatron_ft.parallel import Layout
+
+log = logger("checkpoint")
+
+
+def sources(checkpointing: Checkpointing) -> tuple[list[Path], Checkpointing]:
+    """(the checkpoints to try, newest first, the section as it then stands): with --auto_resume those in --save, if there are any.
+
+    Raises CheckpointError where --save already holds another run's checkpoints.
+    """
+    save = Path(checkpointing.save) if checkpointing.save else None
+    used = save is not None and _in_use(save)
+    if checkpointing.auto_resume and used:
+        return candidates(save), dataclasses.replace(checkpointing, finetune=False)
+    found = candidates(Path(checkpointing.load))
+    if used and (checkpointing.finetune or save.resolve() not in found[0].resolve().parents):
+        raise CheckpointError(
+            f"--save {checkpointing.save} holds the checkpoints of an earlier run: go on with that one (--auto_resume), "
+            f"or give this one a folder of its own"
+        )
+    return found, checkpointing
+
+
+def _in_use(root: Path) -> bool:
+    return (root / TRACKER).is_file() or bool(iterations_in(root))
+
+
+def candidates(root: Path) -> list[Path]:
+    """The checkpoints of a root that may be loaded: the tracker's, then older ones. A tracker that says nothing is made up for.
+
+    root may be a single checkpoint, which is then the only one. Raises CheckpointError where there is none.
+    """
+    if (root / CONFIG).is_file() and not (root / TRACKER).exists():
+        return [root]
+    numbers = iterations_in(root) if root.is_dir() else []
+    try:
+        tracked = find_checkpoint(root)
+    except CheckpointError as error:
+        if not numbers:
+            raise
+        log.warning(f"{error}; the newest that is whole is taken")
+        return [root / numbers[n] for n in sorted(numbers, reverse=True)]
+    if tracked.name not in numbers.values():
+        return [tracked]
+    newest = next(n for n, name in numbers.items() if name == tracked.name)
+    return [root / numbers[n] for n in sorted(numbers, reverse=True) if n <= newest]
+
+
+def first_whole(folders: Sequence[Path], read: Callable[[Path], CheckpointConfig]) -> tuple[int, CheckpointConfig]:
+    """(index, description) of the first checkpoint with all its files. Raises the first one's CheckpointError if none has.
+
+    read: what describes a checkpoint, with the rules that the run has about it.
+    """
+    refusals: list[CheckpointError] = []
+    for index, folder in enumerate(folders):
+        try:
+            describe(folder)
+        except CheckpointError as error:
+            refuse(error, folders[index + 1 :])
+            refusals.append(error)
+            continue
+        return index, read(folder)
+    raise refusals[0]
+
+
+def first_trusted(
+    folders: Sequence[Path], described: CheckpointConfig, read: Callable[[Path], CheckpointConfig],
+    layout: Layout, digests: bool,
+) -> tuple[Path, CheckpointConfig]:  # fmt: skip
+    """(folder, description) of the first checkpoint whose files are what was written; all ranks call it. described: the first's.
+
+    Raises the first one's CheckpointError if there is none; a checkpoint of another model is none.
+    """
+    from megatron_ft.models.verified import verify
+
+    refusals: list[CheckpointError] = []
+    for index, folder in enumerate(folders):
+        try:
+            own = described if index == 0 else read(folder)
+            if own.architecture != described.architecture:
+                raise CheckpointError(f"{folder} is a checkpoint of another model than the others beside it; remove it")
+            verify(folder, own, layout, digests)
+        except CheckpointError as error:
+            refuse(error, folders[index + 1 :])
+            refusals.append(error)
+            continue
+        return folder, dataclasses.replace(own, chat_format=described.chat_format)
+    raise refusals[0]
+
+
+def refuse(error: CheckpointError, older: Sequence[Path]) -> None:
+    """Say loudly why a checkpoint is not used, and which one is tried instead; where there is none the error itself speaks."""
+    if older:
+        log.warning(f"CHECKPOINT NOT USED: {error}")
+        log.warning(f"falling back to the checkpoint before: {older[0]}")

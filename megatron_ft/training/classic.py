@@ -1,0 +1,103 @@
+"""The training state in classic mp_rank folders: one file of weights a model-parallel rank, for the layout it was saved in.
+
+    mp_rank_TT[_PPP]/model_optim_rng.pt     weights, schedule, position, random streams of all data-parallel ranks; and the optimizer
+                                            where it is not distributed
+    mp_rank_TT[_PPP]/distrib_optim.pt       the distributed optimizer's tensors, put together from all data-parallel ranks
+
+Names as in Megatron-LM. Only tensors and plain containers: read with torch's weights_only reader.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ft.errors import CheckpointError
+from megatron_ft.models.checkpoint_layout import no_training_state, rank_file
+from megatron_ft.models.load import chunks_of
+from megatron_ft.models.verified import read_tensors
+from megatron_ft.parallel import Layout
+from megatron_ft.training.saver import Plan
+from megatron_ft.training.writing import Part
+
+OPTIMIZER_FILE = "distrib_optim.pt"
+
+
+def plan_save(state: dict[str, Any], put: dict, model, optimizer, folder: Path, layout: Layout) -> Plan:
+    """What this rank writes. All ranks call it. state: schedule, progress, sizes and this rank's random streams ("rng")."""
+    (chunk,) = _one_chunk(model)
+    streams: list = [None] * layout.dp_size
+    dist.all_gather_object(streams, state["rng"], group=parallel_state.get_data_parallel_group())
+    distributed = [part.get_parameter_state_dp_zero() for part in _distributed(optimizer)]
+    if layout.dp_rank == 0:
+        whole = state | {"model": _own(chunk.state_dict()), "optimizer": _own(optimizer.state_dict()), "rng": streams}
+        path = _path(Path(), layout)
+        put = put | {str(path): partial(torch.save, whole)}
+        if distributed:
+            put[str(path.with_name(OPTIMIZER_FILE))] = partial(torch.save, distributed)
+    return Plan(Part(folder, put), lambda _: {})
+
+
+def read(folder: Path, layout: Layout) -> dict[str, Any]:
+    """What plan_save was given, with "model" and "optimizer". Raises CheckpointError for another layout's."""
+    path = _path(folder, layout)
+    state = read_tensors(path)
+    if "progress" not in state or "sizes" not in state:
+        raise no_training_state(folder)
+    here = [layout.tp_size, layout.pp_size, layout.dp_size]
+    if state["sizes"] != here:
+        raise CheckpointError(
+            f"{folder} is in the classic format, saved with TP, PP, DP = {state['sizes']}; this run has {here}: resume with the same "
+            f"sizes, or take the weights into any others: megatron-ft reshard, then --finetune (--ckpt_format torch_dist resumes in all)"
+        )
+    return state | {"rng": state["rng"][layout.dp_rank]}
+
+
+def load_optimizer(folder: Path, state: dict[str, Any], optimizer, layout: Layout) -> None:
+    """Put back what `read` found, and the distributed tensors beside it. All ranks call it."""
+    distributed = _distributed(optimizer)
+    path = _path(folder, layout).with_name(OPTIMIZER_FILE)
+    if (distributed and not path.is_file()) or (not distributed and path.is_file()):
+        raise CheckpointError(
+            f"{folder} was saved {'without' if distributed else 'with'} --use_distributed_optimizer, and in the classic format both "
+            f"must agree: resume as it was saved"
+        )
+    optimizer.load_state_dict(state["optimizer"])
+    tensors = read_tensors(path, list) if distributed and layout.dp_rank == 0 else [None] * len(distributed)
+    for part, own in zip(distributed, tensors, strict=True):
+        part.load_parameter_state_from_dp_zero(own)
+
+
+def _one_chunk(model) -> list:
+    chunks = chunks_of(model)
+    if len(chunks) > 1:
+        raise CheckpointError(
+            "--ckpt_format torch knows one part of the model a stage, this run's stages have "
+            f"{len(chunks)}: save with --ckpt_format torch_dist"
+        )
+    return chunks
+
+
+def _distributed(optimizer) -> list:
+    return [part for part in optimizer.chained_optimizers if hasattr(part, "get_parameter_state_dp_zero")]
+
+
+def _path(folder: Path, layout: Layout) -> Path:
+    return rank_file(folder, layout.tp_rank, layout.pp_rank, layout.tp_size, layout.pp_size)
+
+
+def _own(value: Any) -> Any:
+    """The same with every tensor in host memory and with a storage of its own: a view would be stored with all that it views."""
+    if isinstance(value, torch.Tensor):
+        here = value.detach().cpu()
+        return here.clone() if here.untyped_storage().nbytes() != here.nbytes else here
+    if isinstance(value, dict):
+        return {key: _own(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_own(entry) for entry in value)
+    return value

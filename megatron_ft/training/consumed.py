@@ -1,0 +1,56 @@
+"""Which samples a run has consumed, in order, as one rolling hash: two runs with the same hash saw the same samples in the same order.
+
+Chained row by row, so that neither layout nor batch size matters; begun from the content of the shards, not their names. All ranks
+compute it, from the plan of rows alone.
+"""
+
+from __future__ import annotations
+
+from megatron_ft.data.loader import ChatDataset
+from megatron_ft.log import logger
+
+log = logger("training")
+
+MOST_ROWS = 2_000_000
+"""Rows that are hashed again when a run resumes: seconds."""
+
+
+def beginning(dataset: ChatDataset) -> str:
+    """The hash before the first row: of the shards' own digests, where their manifests have them, and the length of rows."""
+    import xxhash
+
+    state = xxhash.xxh3_128(str(dataset.seq_length).encode())
+    for shard in dataset.shards:
+        for ending, entry in sorted(shard.manifest.files.items()):
+            state.update(f"{ending} {entry['bytes']} {entry['digest']}".encode())
+    return state.hexdigest()
+
+
+def extend(before: str, dataset: ChatDataset, first: int, rows: int) -> str:
+    """The hash after `rows` more rows, from row number `first` since the start of training."""
+    import xxhash
+
+    state = bytes.fromhex(before)
+    for row in range(first, first + rows):
+        state = xxhash.xxh3_128_digest(state + dataset.samples_of(row).astype("<i8").tobytes())
+    return state.hex()
+
+
+def check_resumed(saved: str, dataset: ChatDataset, consumed: int) -> str:
+    """The hash to go on with. Says loudly where this run would not have consumed what the saved one did, as other shards do.
+
+    saved: "" in checkpoints of earlier versions, which do not know theirs.
+    """
+    if consumed > MOST_ROWS:
+        log.info(f"{consumed} rows were consumed, too many to prove again which: the hash goes on from the saved one")
+        return saved or beginning(dataset)
+    ours = extend(beginning(dataset), dataset, 0, consumed)
+    if saved and ours != saved:
+        log.warning(
+            f"the {consumed} rows consumed so far are not those that this run's shards and settings give (hash {saved[:8]}, now "
+            f"{ours[:8]}): the data or its settings changed, some samples may come twice or not at all"
+        )
+        return saved
+    if saved:
+        log.info(f"the {consumed} rows consumed so far are this run's own, in the same order (hash {saved[:8]})")
+    return ours

@@ -1,0 +1,184 @@
+"""When a checkpoint counts: all ranks write their part, then one commits it, and what was before stays until then.
+
+    .iter_0000500.tmp-PID-RANDOM/      made by the main rank; every rank writes its files there, flushed, and digests them
+    .../.metadata, metadata.json       by the main rank, once every rank is done
+    .../digests.json                   written under a temporary name and renamed: now the folder is complete
+    iter_0000500/                      the folder renamed
+    latest_checkpointed_iteration.txt  replaced
+
+A rank that cannot write says so to all, and all raise; a kill at any moment leaves a folder that nobody believes. With background
+writers the same happens at the first step after the last of them is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_ft import device
+from megatron_ft.digests import Entry, write_manifest
+from megatron_ft.files import replace_folder, temporary_name
+from megatron_ft.log import logger
+from megatron_ft.models.checkpoint_layout import find_checkpoint, iteration_folder, iterations_in, write_tracker
+from megatron_ft.parallel import Layout
+from megatron_ft.together import raise_together
+from megatron_ft.training.writing import Forked, Here, Part, Written
+
+log = logger("checkpoint")
+
+
+class Plan(NamedTuple):
+    """A save as one rank sees it. finish: given all ranks' places, the main rank writes the rest and returns its digests."""
+
+    part: Part
+    finish: Callable[[list[list]], dict[str, Entry]]
+
+
+class Keep(NamedTuple):
+    """Which checkpoints stay: the newest `last` (None: all), and for good those at multiples of `every`."""
+
+    last: int | None = None
+    every: int | None = None
+
+
+class Saved(NamedTuple):
+    """A checkpoint that counts."""
+
+    iteration: int
+    folder: Path
+
+
+class Saver:
+    """Saves into one root. All ranks make one and call each method together.
+
+    prepare: (temporary folder, progress) -> what this rank writes. A context manager: leaving it drops a save that is not committed.
+    """
+
+    def __init__(self, root: Path, layout: Layout, prepare: Callable[..., Plan], asynchronous: bool, keep: Keep):
+        self.root, self.layout, self.prepare, self.keep = Path(root), layout, prepare, keep
+        self._writer = Forked if asynchronous else Here
+        self._pending: _Pending | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._pending:
+            self._pending.writer.abandon()
+            self._drop(self._pending.folder)
+            self._pending = None
+
+    def save(self, progress) -> list[Saved]:
+        """Begin to save; returns what was committed meanwhile. Without background writers, this one too."""
+        done = self.committed(wait=True)
+        folder = self._new_folder(iteration_folder(self.root, progress.iteration))
+        plan, problem = None, None
+        try:
+            plan = self.prepare(folder, progress)
+        except OSError as error:
+            problem = error
+        raise_together(problem)
+        device.synchronize()
+        self._pending = _Pending(progress.iteration, folder, self._writer(plan.part), plan)
+        return done + self.committed(wait=self._writer is Here)
+
+    def committed(self, wait: bool = False) -> list[Saved]:
+        """The save under way, if it is finished and thereby committed; with `wait` it is.
+
+        Raises CheckpointError on all ranks where one could not write, or its writer died.
+        """
+        if self._pending is None:
+            return []
+        if wait:
+            self._pending.writer.wait()
+        if self._still_running():
+            return []
+        pending, self._pending = self._pending, None
+        try:
+            raise_together(pending.writer.problem)
+            saved = Saved(pending.iteration, self._commit(pending))
+        except BaseException:
+            self._drop(pending.folder)
+            raise
+        self._prune(pending.iteration)
+        return [saved]
+
+    def _still_running(self) -> bool:
+        """Whether any rank's writer is at work and none has failed."""
+        writer = self._pending.writer
+        running = writer.running()
+        state = torch.tensor([int(running), int(writer.problem is not None)], device=device.current_device())
+        dist.all_reduce(state, op=dist.ReduceOp.MAX)
+        anyone_runs, anyone_failed = state.tolist()
+        if anyone_failed and running:
+            writer.abandon()
+        return bool(anyone_runs) and not anyone_failed
+
+    def _commit(self, pending: _Pending) -> Path:
+        everyone: list[Written] | None = [None] * self.layout.world_size if self.layout.is_main else None
+        dist.gather_object(pending.writer.written, everyone)
+        target, problem = iteration_folder(self.root, pending.iteration), None
+        if self.layout.is_main:
+            try:
+                digests = pending.plan.finish([rank.places for rank in everyone])
+                for rank in everyone:
+                    digests |= rank.digests
+                write_manifest(pending.folder, digests)
+                replace_folder(pending.folder, target, overwrite=True)
+                write_tracker(self.root, pending.iteration)
+            except Exception as error:
+                problem = error
+        raise_together(problem)
+        return target
+
+    def _new_folder(self, target: Path) -> Path:
+        folder, problem = [None], None
+        if self.layout.is_main:
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                folder = [temporary_name(target)]
+                folder[0].mkdir()
+            except OSError as error:
+                problem = error
+        raise_together(problem)
+        dist.broadcast_object_list(folder, src=0)
+        return folder[0]
+
+    def _drop(self, folder: Path) -> None:
+        if self.layout.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _prune(self, newest: int) -> None:
+        """Delete what is not to be kept. Folders above `newest` are of a time before the run went back: not touched, nor counted."""
+        if self.keep.last is None:
+            return
+        if self.layout.is_main:
+            tracked = find_checkpoint(self.root)
+            names = iterations_in(self.root)
+            old = sorted(number for number in names if number <= newest)[: -self.keep.last]
+            for number in old:
+                if names[number] != tracked.name and not (self.keep.every and number % self.keep.every == 0):
+                    _remove(self.root / names[number])
+        dist.barrier()
+
+
+class _Pending(NamedTuple):
+    iteration: int
+    folder: Path
+    writer: Here | Forked
+    plan: Plan
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint: first its name, so that a kill leaves no half of one under it. A refusal is said, and no more."""
+    try:
+        aside = temporary_name(folder)
+        folder.rename(aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        log.warning(f"{folder} could not be deleted ({(error.strerror or str(error)).lower()}); delete it by hand")

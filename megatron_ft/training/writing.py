@@ -1,0 +1,155 @@
+"""One rank's files of a checkpoint onto the disk: here and now, or by a forked process while training goes on.
+
+A forked writer sees the memory as it was when it was forked, whatever the optimizer does meanwhile. It never outlives its trainer.
+Knows files and processes; what they hold and when a checkpoint counts is saver.py's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.digests import Entry, digest_files
+from megatron_ft.errors import CheckpointError
+from megatron_ft.together import refusal
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Part:
+    """What one rank writes into the folder of a checkpoint. put: relative name -> function that writes that path."""
+
+    folder: Path
+    put: dict[str, Callable[[Path], Any]] = field(default_factory=dict)
+    buckets: list = field(default_factory=list)
+    """The engine's: (path, name, (objects, tensors)) for each file of tensors, in host memory."""
+    transforms: list = field(default_factory=list)
+    """The engine's: what is done to a stream of tensors; nothing, unless its configuration says so."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank has put on the disk: digests by file, and where each tensor went, for the engine's metadata."""
+
+    digests: dict[str, Entry]
+    places: list
+
+
+def write(part: Part) -> Written:
+    """Write all files of a part, flushed to the disk. Raises OSError where the disk refuses."""
+    for name, put in part.put.items():
+        path = part.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        put(path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    places = _write_buckets(part)
+    return Written(digest_files(part.folder, [*part.put, *(name for _, name, _ in part.buckets)]), places)
+
+
+def _write_buckets(part: Part) -> list:
+    """The engine's own writing of tensors, in this process: its worker processes make a killed one a hang."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    places = []
+    for number, bucket in enumerate(part.buckets):
+        answers, pending = queue.SimpleQueue(), queue.Queue()
+        pending.put(number)
+        FileSystemWriterAsync.write_preloaded_data(part.transforms, number, bucket, answers, pending, use_fsync=True)
+        _, found = answers.get()
+        if isinstance(found, Exception):
+            raise found
+        places += found
+    return places
+
+
+class Here:
+    """The part is written before the constructor returns."""
+
+    def __init__(self, part: Part):
+        self.problem: Exception | None = None
+        self.written: Written | None = None
+        try:
+            self.written = write(part)
+        except Exception as error:
+            self.problem = error
+
+    def running(self) -> bool:
+        return False
+
+    def wait(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class Forked:
+    """The part is written by a process of its own; `problem` or `written` is set once it is not running any more."""
+
+    def __init__(self, part: Part):
+        self.problem: Exception | None = None
+        self.written: Written | None = None
+        context = multiprocessing.get_context("fork")
+        self._answer, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_serve, args=(part, theirs), name="checkpoint writer", daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def running(self) -> bool:
+        if self.problem is None and self.written is None and self._answer.poll():
+            self._receive()
+        return self.problem is None and self.written is None
+
+    def wait(self) -> None:
+        if self.running():
+            self._receive()
+
+    def abandon(self) -> None:
+        """Kill the writer; what it wrote is not believed by anyone."""
+        if self._process.is_alive():
+            os.kill(self._process.pid, signal.SIGKILL)
+        self._process.join()
+
+    def _receive(self) -> None:
+        try:
+            found = self._answer.recv()
+        except EOFError:
+            self._process.join()
+            found = CheckpointError(
+                f"the process that wrote a checkpoint in the background ended with {_ending(self._process.exitcode)}: "
+                f"earlier checkpoints are intact; run again with --auto_resume (without --async_save if it was short of memory)"
+            )
+        else:
+            self._process.join()
+        if isinstance(found, Written):
+            self.written = found
+        else:
+            self.problem = found
+
+
+def _serve(part: Part, answer) -> None:
+    """The writer process: ends with its parent, and not by the signals that ask a trainer to save."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        found: Any = write(part)
+    except OSError as error:
+        found = refusal(error)
+    except Exception as error:
+        found = RuntimeError(f"{type(error).__name__}: {error}")
+    with contextlib.suppress(BrokenPipeError):
+        answer.send(found)
+    answer.close()
+    os._exit(0)  # nothing that the trainer registered for its own end is run here
+
+
+def _ending(code: int | None) -> str:
+    return f"signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"exit code {code}"
