@@ -1,18 +1,26 @@
-"""The same prompts to transformers and to our model in this process; their logits, position by position, in fp32."""
+"""The same prompts to transformers and to our model in the checkpoint's own layout; their logits, position by position, in fp32."""
 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from checkpoints_conversion.layout_logits import Request, ask_in_layout
 from checkpoints_conversion.megatron_source import Opened
+from checkpoints_conversion.report import count
 from megatron_ft.errors import CheckpointError
+from megatron_ft.models.architecture import check_layout
+from megatron_ft.models.dtypes import torch_dtype
 from megatron_ft.models.hf_source import HfSource
-from megatron_ft.models.weights import Placed, pad_rows, placed_rules
+
+_RANKS_A_CORE = 16  # forward passes of short prompts, one after another: slow, but no slower than one process by much
+_PROCESS = 250 * 10**6  # bytes a forked rank needs beside its weights
 
 _CHATS = (
     [{"role": "user", "content": "What colour is a plum?"}],
@@ -26,34 +34,86 @@ _CHATS = (
 )
 
 
-def compare_answers(hf: Path, opened: Opened, prompts: str | None, longest: int, tolerance: float) -> dict[str, Any]:
-    """What the certificate says of the logits. Raises CheckpointError where one differs by more than `tolerance`."""
-    arch = opened.config.architecture
-    rows = min(HfSource(hf).arch.vocab_size, arch.vocab_size)
-    # Tokens that were added for training are strange to the other model.
-    texts = [[index for index in ids if index < rows] for ids in _prompts(opened, prompts)]
-    short = [ids[: arch.max_position_embeddings] for ids in texts]
-    scaling = arch.rope_scaling or {}
-    original = scaling.get("original_max_position_embeddings") or arch.max_position_embeddings
-    long = _stretched(texts, min(longest, original + original // 4))
-    ask = [*short, long]
-    theirs = _of_transformers(hf, ask)
-    ours = _of_ours(opened, ask)
-    worst = [(a[..., :rows] - b[..., :rows]).abs().max().item() for a, b in zip(theirs, ours, strict=True)]
-    if not max(worst) <= tolerance:
+@dataclass(frozen=True)
+class Asked:
+    """How to ask."""
+
+    prompts: str | None = None
+    longest: int = 4096
+    tolerance: float = 1e-4
+    tensor_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: int | None = None
+
+
+def compare_answers(hf: Path, opened: Opened, asked: Asked) -> dict[str, Any]:
+    """What the certificate says of the logits. Raises CheckpointError where one differs by more than the tolerance."""
+    config = opened.config
+    tp = asked.tensor_model_parallel_size or config.tensor_model_parallel_size
+    pp = asked.pipeline_model_parallel_size or config.pipeline_model_parallel_size
+    check_layout(config.architecture, tp, pp)
+    reason = why_not(tp * pp, count(config.architecture, opened.rules)[0])
+    used = (1, 1) if reason else (tp, pp)
+    ask, original = _questions(hf, opened, asked)
+    with tempfile.TemporaryDirectory() as folder:
+        _transformers_answer(hf, config.dtype, ask, min(_rows(hf), config.architecture.vocab_size), Path(folder))
+        request = Request(str(opened.folder.resolve()), *used, ask, folder, config.architecture.vocab_size)
+        worst = ask_in_layout(request, Path(folder))
+    if not max(worst) <= asked.tolerance:
         raise CheckpointError(
-            f"the logits of {hf} and {opened.folder} differ by {max(worst):.2e}, more than --tolerance {tolerance}"
+            f"the logits of {hf} and {opened.folder} differ by {max(worst):.2e}, more than --tolerance {asked.tolerance}"
         )
     return {
         "prompts": len(ask),
         "tokens": [len(ids) for ids in ask],
-        "beyond_original_context": len(long) > original,
+        "beyond_original_context": len(ask[-1]) > original,
         "original_context": original,
         "largest_difference": max(worst),
         "largest_difference_short": max(worst[:-1]),
-        "tolerance": tolerance,
+        "tolerance": asked.tolerance,
         "type": "fp32",
+        "tensor_model_parallel_size": used[0],
+        "pipeline_model_parallel_size": used[1],
+        "in_one_process_because": reason,
     }
+
+
+def why_not(processes: int, parameters: int) -> str | None:
+    """Why so many processes are not sensible here; None where they are. Raises CheckpointError where not even one is."""
+    free = available_memory()
+    if free < 4 * parameters + _PROCESS:
+        raise CheckpointError(
+            f"{4 * parameters / 1e9:.1f} GB of weights in fp32 do not fit into {free / 1e9:.1f} GB of free memory: "
+            "compare the weights alone with --no_logits, or verify on a larger machine"
+        )
+    cores = os.cpu_count() or 1
+    if processes > _RANKS_A_CORE * cores:
+        return f"{processes} processes are too many for {cores} cores"
+    if free < 4 * parameters + processes * _PROCESS:
+        return f"{processes} processes do not fit into {free / 1e9:.1f} GB of free memory"
+    return None
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping."""
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _rows(hf: Path) -> int:
+    return HfSource(hf).arch.vocab_size
+
+
+def _questions(hf: Path, opened: Opened, asked: Asked) -> tuple[list[list[int]], int]:
+    """(ids of every prompt, the long one last; the original context's length)."""
+    arch = opened.config.architecture
+    rows = min(_rows(hf), arch.vocab_size)
+    # Tokens that were added for training are strange to the other model.
+    texts = [[index for index in ids if index < rows] for ids in _prompts(opened, asked.prompts)]
+    short = [ids[: arch.max_position_embeddings] for ids in texts]
+    scaling = arch.rope_scaling or {}
+    original = scaling.get("original_max_position_embeddings") or arch.max_position_embeddings
+    return [*short, _stretched(texts, min(asked.longest, original + original // 4))], original
 
 
 def _prompts(opened: Opened, path: str | None) -> list[list[int]]:
@@ -85,36 +145,12 @@ def _stretched(texts: list[list[int]], length: int) -> list[int]:
     return (one * (length // len(one) + 1))[:length]
 
 
-def _of_transformers(hf: Path, prompts: list[list[int]]) -> list[Tensor]:
+def _transformers_answer(hf: Path, dtype: str, prompts: list[list[int]], rows: int, folder: Path) -> None:
+    """folder/N.npy: logits [tokens, rows] of prompt N in fp32, the weights rounded to the checkpoint's type first."""
+    import numpy as np
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch_dtype(dtype)).float().eval()
     with torch.no_grad():
-        return [model(torch.tensor([ids])).logits[0] for ids in prompts]
-
-
-def _of_ours(opened: Opened, prompts: list[list[int]]) -> list[Tensor]:
-    """Our engine in one process, with the weights as the checkpoint's own files give them."""
-    from megatron_ft.parallel import process_groups
-
-    arch = opened.config.architecture
-    with process_groups(1, 1) as layout, torch.no_grad():
-        from megatron_ft.models.build import BuildOptions, build_model
-
-        rows = opened.config.padded_vocab_size
-        model = build_model(arch, layout, BuildOptions(padded_vocab_size=rows)).eval()
-        slots = dict(model.named_parameters())
-
-        def fill(placed: Placed) -> None:
-            full = opened.full(placed).float()
-            slots.pop(placed.local_key).copy_(pad_rows(full, rows) if placed.rule.cut == "vocab_rows" else full)
-
-        for placed in placed_rules(arch, opened.rules):
-            fill(placed)
-        assert not slots, f"not filled: {sorted(slots)}"
-        answers = []
-        for ids in prompts:
-            tokens = torch.tensor([ids])
-            logits = model(tokens, torch.arange(len(ids))[None], None)
-            answers.append(logits[0, :, : arch.vocab_size].float().cpu())
-        return answers
+        for number, ids in enumerate(prompts):
+            np.save(folder / f"{number}.npy", model(torch.tensor([ids])).logits[0, :, :rows].numpy())

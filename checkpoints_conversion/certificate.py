@@ -45,7 +45,10 @@ class Certificate:
         weights, answers = self.content["weights"], self.content["logits"]
         said = "logits not compared"
         if answers:
-            said = f"logits of {answers['prompts']} prompts differ by {answers['largest_difference']:.1e} at most"
+            sizes = f"TP{answers['tensor_model_parallel_size']} x PP{answers['pipeline_model_parallel_size']}"
+            reason = answers["in_one_process_because"]
+            where = f"one process, because {reason}" if reason else sizes
+            said = f"logits of {answers['prompts']} prompts in {where}, differ by {answers['largest_difference']:.1e} at most"
         return f"{weights['tensors']} tensors equal bit for bit, {said} -> {self.path}"
 
 

@@ -1,9 +1,12 @@
-"""Proof that a Hugging Face model and a Megatron checkpoint are the same model: every bit, then what both answer."""
+"""Proof that a Hugging Face model and a Megatron checkpoint are the same model: every bit, then what both answer.
+
+Our answers are computed in the checkpoint's own layout, by that many processes on this machine's CPU.
+"""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +31,10 @@ class Verify(CheckpointSource, _Pair):
 
     logits: bool = True
     """Compare what both models answer, too. --no_logits: only the weights, for a model larger than this machine."""
+    tensor_model_parallel_size: int | None = None
+    """TP of the processes that compute our logits, on CPU; default: the checkpoint's."""
+    pipeline_model_parallel_size: int | None = None
+    """PP of those processes; default: the checkpoint's."""
     tolerance: float = 1e-4
     """Largest difference of a logit, in fp32."""
     prompts: str | None = None
@@ -62,9 +69,10 @@ def verify(options: Verify) -> Certificate:
     weights = compare_weights(Path(options.hf), opened)
     answers = None
     if options.logits:
-        from checkpoints_conversion.answers import compare_answers
+        from checkpoints_conversion.answers import Asked, compare_answers
 
-        answers = compare_answers(Path(options.hf), opened, options.prompts, options.longest, options.tolerance)
+        asked = Asked(**{each.name: getattr(options, each.name) for each in fields(Asked)})
+        answers = compare_answers(Path(options.hf), opened, asked)
     return make_certificate(Path(options.hf), opened, weights, answers)
 
 

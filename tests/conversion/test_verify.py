@@ -1,20 +1,23 @@
 """verify: a certificate for what is the same, a reason for what is not, and exports that ask for one."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
 
+from checkpoints_conversion import answers
 from checkpoints_conversion import verify as command
 from checkpoints_conversion.certificate import problem_with
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
+from checkpoints_conversion.layout_logits import differences
 from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
 from checkpoints_conversion.verify import Verify, verify
 from megatron_ft.config.cli import run_script
-from megatron_ft.errors import UserError
+from megatron_ft.errors import CheckpointError, UserError
 from tests.conversion.builders import make_family, make_llama, make_sentencepiece
-from tests.ranks import Ranks
+from tests.conversion.dialect import write_dialect
 
 
 @pytest.fixture
@@ -25,20 +28,22 @@ def pair(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def one_rank():
-    """The engine runs in a process of its own: what it leaves in this one would follow other tests' ranks."""
-    ranks = Ranks(1)
-    yield ranks
-    ranks.close()
+@pytest.fixture
+def pool(monkeypatch, four_ranks):
+    """verify asks four waiting ranks, in any layout they allow, instead of starting processes each time."""
+    monkeypatch.setattr(
+        answers, "ask_in_layout", lambda request, _: next(filter(None, four_ranks.run(differences, request)))
+    )
 
 
 def check(folder, **options):
     return verify(Verify(str(folder / "hf"), str(folder / "made"), **options))
 
 
-def test_a_certificate(pair, one_rank):
-    content = one_rank.run(check, pair)[0].content
+def test_a_certificate(pair):
+    """The logits are computed by four processes, as TP2 x PP2, and none of them is left."""
+    content = check(pair).content
+    assert not multiprocessing.active_children()
     assert json.loads((pair / "made" / "release" / "certificate.json").read_text()) == content
     assert content["weights"]["tensors"] == 39 and content["weights"]["added_rows"] == 2
     logits = content["logits"]
@@ -47,6 +52,8 @@ def test_a_certificate(pair, one_rank):
         value.startswith("xxh3:") for value in content["checkpoint"].values()
     )
     assert content["layout"]["tensor_model_parallel_size"] == 2
+    assert (logits["tensor_model_parallel_size"], logits["pipeline_model_parallel_size"]) == (2, 2)
+    assert logits["in_one_process_because"] is None
     assert problem_with(pair / "made" / "release") is None
 
 
@@ -54,18 +61,73 @@ def test_a_certificate(pair, one_rank):
     "family", ["mistral", "qwen2, tied, multi-head, yarn", "qwen3", "falcon 7b", "falcon 40b, relu, untied, yarn"]
 )
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
-def test_every_family(tmp_path, one_rank, family, ckpt_format):
+def test_every_family_in_its_own_layout(tmp_path, pool, family, ckpt_format):
     make_family(tmp_path / "hf", family)
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), ckpt_format=ckpt_format))
-    assert one_rank.run(check, tmp_path)[0].content["logits"]["largest_difference"] < 1e-4
+    layout = (1, 4) if family == "falcon 7b" else (2, 2)
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), *layout, ckpt_format=ckpt_format))
+    logits = check(tmp_path).content["logits"]
+    assert (logits["tensor_model_parallel_size"], logits["pipeline_model_parallel_size"]) == layout
+    assert logits["largest_difference"] < 1e-4
 
 
-def test_a_stretched_export_is_the_stretched_checkpoint(tmp_path, one_rank):
+@pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
+def test_in_another_layout(pair, pool, ckpt_format):
+    """torch_dist by the engine's own loading; classic files put together and cut anew. Rounded weights are compared rounded."""
+    made = str(pair / "rounded")
+    convert(HfToMegatron(str(pair / "hf"), made, 2, 1, ckpt_format=ckpt_format, params_dtype="bf16"))
+    asked = Verify(str(pair / "hf"), made, tensor_model_parallel_size=1, pipeline_model_parallel_size=4)
+    content = verify(asked).content
+    assert content["layout"]["tensor_model_parallel_size"] == 2
+    assert (content["logits"]["pipeline_model_parallel_size"], content["logits"]["tensor_model_parallel_size"]) == (
+        4,
+        1,
+    )
+    with pytest.raises(UserError, match="pipeline_model_parallel_size 3 does not divide"):
+        check(pair, pipeline_model_parallel_size=3)
+
+
+def test_megatron_llm(tmp_path, pool):
+    write_dialect(make_llama(tmp_path / "hf"), tmp_path / "made", 2, 2, False, True, padded=256)
+    content = check(tmp_path, true_vocab_size=203).content
+    assert content["weights"]["tensors"] == 39 and content["logits"]["tensor_model_parallel_size"] == 2
+
+
+def test_more_processes_than_sensible(pair, monkeypatch, capsys):
+    """One process then, and report and certificate say so in words."""
+    monkeypatch.setattr(answers, "_RANKS_A_CORE", 0)
+    arguments = ["--hf", str(pair / "hf"), "--megatron", str(pair / "made")]
+    assert run_script(command.COMMAND, command.run, arguments) == 0
+    assert "in one process, because 4 processes are too many for" in capsys.readouterr().out
+    logits = json.loads((pair / "made" / "release" / "certificate.json").read_text())["logits"]
+    assert logits["tensor_model_parallel_size"] == 1 and logits["largest_difference"] < 1e-4
+    assert "4 processes are too many" in logits["in_one_process_because"]
+
+
+def test_memory_for_some_processes_or_none(monkeypatch):
+    monkeypatch.setattr(answers, "available_memory", lambda: 5 * 10**9)
+    assert answers.why_not(8, 10**9) == "8 processes do not fit into 5.0 GB of free memory"
+    assert answers.why_not(4, 10**9) is None
+    with pytest.raises(UserError, match=r"28.0 GB of weights in fp32 do not fit into 5.0 GB .*--no_logits"):
+        answers.why_not(1, 7 * 10**9)
+
+
+def test_a_rank_that_cannot_read_its_file(pair):
+    """What a rank finds wrong is the command's one line; a rank that dies is a bug with its traceback, not a hang."""
+    path = pair / "made" / "release" / "mp_rank_01_001" / "model_optim_rng.pt"
+    request = answers.Request(str(pair / "made" / "release"), 2, 2, [[1, 2, 3]], str(pair), 205)
+    with pytest.raises(RuntimeError, match=r"(?s)rank 2 of 4 raised.*0.npy"):
+        answers.ask_in_layout(request, pair)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_001/model_optim_rng.pt is cut short"):
+        answers.ask_in_layout(request, pair)
+
+
+def test_a_stretched_export_is_the_stretched_checkpoint(tmp_path, pool):
     make_llama(tmp_path / "source", hidden_size=64)
     scaled = {"rope_scaling_type": "ntk-by-parts", "rope_scaling_factor": 4.0}
     convert(HfToMegatron(str(tmp_path / "source"), str(tmp_path / "made"), **scaled))
     export(MegatronToHf(str(tmp_path / "made"), str(tmp_path / "hf")))
-    logits = one_rank.run(check, tmp_path)[0].content["logits"]
+    logits = check(tmp_path).content["logits"]
     assert logits["original_context"] == 128 and logits["beyond_original_context"]
     with pytest.raises(UserError, match=r"the rope of .*source and of .* differ"):
         verify(Verify(str(tmp_path / "source"), str(tmp_path / "made"), logits=False))
@@ -87,13 +149,10 @@ def test_another_model(pair):
         verify(Verify(str(pair / "other"), str(pair / "made"), logits=False))
 
 
-def strict(pair):
+def test_logits_beyond_the_tolerance(pair, pool):
     with pytest.raises(UserError, match=r"more than --tolerance 1e-12"):
         check(pair, tolerance=1e-12)
-
-
-def test_logits_beyond_the_tolerance(pair, one_rank):
-    one_rank.run(strict, pair)
+    assert not (pair / "made" / "release" / "certificate.json").exists()
 
 
 def test_export_asks_for_a_certificate(pair):

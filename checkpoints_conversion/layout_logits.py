@@ -1,0 +1,130 @@
+"""Our logits in a layout of several ranks, beside transformers' that lie in files: the process that verify starts for it.
+
+    python -m checkpoints_conversion.layout_logits FOLDER
+
+FOLDER/request.json says what to load and ask; FOLDER/N.npy holds transformers' logits for prompt N; FOLDER/answer.json is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.errors import CheckpointError, UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every rank is told."""
+
+    checkpoint: str
+    """The release or iter_ folder."""
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    prompts: list[list[int]]
+    theirs: str
+    """Folder of transformers' logits: N.npy, [tokens, rows]."""
+    true_vocab_size: int
+    """For Megatron-LLM's files; ours say it themselves."""
+
+
+def differences(request: Request) -> list[float]:
+    """Largest difference of a logit for each prompt, on the rank that holds the answers; elsewhere []. All ranks call it."""
+    import numpy as np
+    import torch
+
+    from megatron_ft.parallel import process_groups
+
+    sizes = request.tensor_model_parallel_size, request.pipeline_model_parallel_size
+    with process_groups(*sizes) as layout, torch.no_grad():
+        model = _load(request, layout)
+        worst = []
+        for number, ids in enumerate(request.prompts):
+            logits = _logits(model, layout, torch.tensor([ids]))
+            if layout.is_reporter:
+                theirs = torch.from_numpy(np.load(Path(request.theirs) / f"{number}.npy"))
+                worst.append((logits[0, :, : theirs.shape[1]].float() - theirs).abs().max().item())
+        return worst
+
+
+def _load(request: Request, layout):
+    """The model as training or generate would load it; where the files are of another layout, put together by our readers."""
+    from checkpoints_conversion.megatron_llm import is_dialect
+    from checkpoints_conversion.megatron_source import open_megatron
+    from checkpoints_conversion.options import CheckpointSource
+    from megatron_ft.models.build import BuildOptions, build_model
+    from megatron_ft.models.checkpoint_layout import vocab_rows
+    from megatron_ft.models.fill import fill_from
+    from megatron_ft.models.load import load_weights
+
+    folder = Path(request.checkpoint)
+    opened = open_megatron(folder, CheckpointSource(true_vocab_size=request.true_vocab_size, digests=False))
+    config = opened.config
+    own = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (layout.tp_size, layout.pp_size)
+    if not is_dialect(folder) and (own or config.ckpt_format == "torch_dist"):
+        model = build_model(config.architecture, layout, BuildOptions(padded_vocab_size=vocab_rows(config))).eval()
+        load_weights(folder, config, model, layout)
+    else:
+        model = build_model(config.architecture, layout).eval()
+        fill_from(model, config.architecture, opened.rules, opened.full, layout)
+    return model
+
+
+def _logits(model, layout, ids):
+    """[1, s, rows] on the reporter; None on stages without an output layer."""
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    positions = torch.arange(ids.shape[1])[None]
+    output = get_forward_backward_func()(
+        forward_step_func=lambda _, model: (model(ids, positions, None), lambda output, non_loss_data=False: output),
+        data_iterator=iter(()),
+        model=[model],
+        num_microbatches=1,
+        seq_length=ids.shape[1],
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return gather_from_tensor_model_parallel_region(output[0]) if layout.is_last_stage else None
+
+
+def ask_in_layout(request: Request, folder: Path) -> list[float]:
+    """`differences` on as many ranks as the request's layout has, in processes of their own. Raises CheckpointError."""
+    (folder / "request.json").write_text(json.dumps(asdict(request)))
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "WORLD_SIZE", "RANK")}
+    command = [sys.executable, "-m", "checkpoints_conversion.layout_logits", str(folder)]
+    ended = subprocess.run(command, env={**environment, **settings}, capture_output=True, text=True)
+    path = folder / "answer.json"
+    if ended.returncode or not path.is_file():
+        raise RuntimeError(f"the ranks ended with {ended.returncode}:\n{ended.stderr[-4000:]}")
+    answer: Any = json.loads(path.read_text())
+    if "mistake" in answer:
+        raise CheckpointError(answer["mistake"])
+    return answer["differences"]
+
+
+def main(folder: Path) -> None:
+    from checkpoints_conversion.forked import die_with_parent, run_forked
+
+    die_with_parent()
+    request = Request(**json.loads((folder / "request.json").read_text()))
+    size = request.tensor_model_parallel_size * request.pipeline_model_parallel_size
+    try:
+        answer = {"differences": next(filter(None, run_forked(size, differences, request)))}
+    except UserError as error:
+        answer = {"mistake": str(error)}
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
