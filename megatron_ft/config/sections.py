@@ -57,6 +57,8 @@ class Data:
     """what the shares are shares of"""
     verify_data: bool = True
     """compare all shards with their hashes before the run, once on each machine (gigabytes a second); --no_verify_data does not"""
+    data_cache_path: str | None = None
+    """folder for the packing plans of large sets, which processes share; default: .plans beside the first data_path; "none": no files"""
     scalar_loss_mask: float = 0.0
     """loss weight of tokens that are not the assistant's (assistant tokens have 1)"""
     role_loss_weights: list[str] = field(default_factory=list)

@@ -6,6 +6,7 @@ data-parallel ranks draws the same rows in the same order. numpy only; knows not
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ft.data import packing
+from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.data.pieces import draw, pieces_of, pieces_per_epoch
+from megatron_ft.data.plan_cache import cached
 from megatron_ft.data.roles import ROLE_BITS, ROLE_NAMES
 from megatron_ft.data.shards import Shards
 from megatron_ft.errors import DataError
@@ -33,16 +36,19 @@ class Microbatch:
     """[b, s] int64: the token that follows."""
     weights: np.ndarray
     """[b, s] float32: the loss weight of the label."""
-    roles: np.ndarray
-    """[b, s] uint8: the role of the label; 255 on padding."""
     groups: np.ndarray
     """[breakdowns, b, s] int64: which role, source and stretch of positions each label belongs to (see BREAKDOWNS); -1 on padding."""
     segments: np.ndarray | None
     """[k] int32, summing to b * s; None when every row is one sample."""
 
     @property
+    def roles(self) -> np.ndarray:
+        """[b, s] uint8: the role of the label; 255 on padding."""
+        return self.groups[0].astype(np.uint8)  # -1 becomes 255
+
+    @property
     def real_tokens(self) -> int:
-        return int((self.roles != PADDING).sum())
+        return int((self.groups[0] >= 0).sum())
 
     @property
     def supervised_tokens(self) -> int:
@@ -54,6 +60,10 @@ BREAKDOWNS = ("role", "source", "position")
 """What the loss can be taken apart by."""
 STRETCHES = (0, 128, 512, 2048, 8192, 32768, 131072)
 """Where each stretch of positions begins, counted from the start of a sample."""
+PLANS = 1
+"""Version of the way plans are made: one more wherever the same choices give other rows."""
+WORTH_KEEPING = 100_000
+"""Pieces; fewer are planned faster than a file is found."""
 _NOTHING = np.zeros(0, np.int64)
 
 
@@ -70,6 +80,8 @@ class Choices:
     marked_loss_weight: float = 1.0
     shares: tuple[float, ...] | None = None
     shares_by: str = "samples"
+    cache: str | None = None
+    """Folder for plans of many samples, see plan_cache.py; None: in memory."""
 
 
 class ChatDataset:
@@ -139,6 +151,19 @@ class ChatDataset:
         return self._plans[epoch][0]
 
     def _plan(self, epoch: int, held: np.ndarray) -> tuple[packing.Rows, np.ndarray]:
+        if self.choices.cache is None or len(self._pieces) < WORTH_KEEPING:
+            return self._new_plan(epoch, held)
+        choices = dataclasses.asdict(self.choices) | {"cache": None}
+        sizes = [fingerprint(array.tobytes()) for array in (self._sizes, self._first, self._counts, held)]
+
+        def build() -> list[np.ndarray]:
+            rows, left = self._new_plan(epoch, held)
+            return [rows.order, rows.starts, left]
+
+        order, starts, left = cached(Path(self.choices.cache), [PLANS, packing.WINDOW, epoch, choices, sizes], build)
+        return packing.Rows(order, starts), left
+
+    def _new_plan(self, epoch: int, held: np.ndarray) -> tuple[packing.Rows, np.ndarray]:
         rng = np.random.default_rng([self.choices.seed, epoch])
         order = draw(self._sets, self._counts, rng)
         if self.choices.shuffle:
@@ -176,7 +201,7 @@ class ChatDataset:
         pieces = [self._row(row) if end is None or row < end else _NOTHING for row in rows]
         shape = (len(rows), self._width(pieces))
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        weights, roles = np.zeros(shape, np.float32), np.full(shape, PADDING, np.uint8)
+        weights = np.zeros(shape, np.float32)
         groups = np.full((len(BREAKDOWNS), *shape), -1, np.int64)
         segments: list[int] = []
         for i, row in enumerate(pieces):
@@ -186,14 +211,14 @@ class ChatDataset:
                 size = len(text) - 1
                 here = slice(at, at + size)
                 tokens[i, here], labels[i, here] = text[:-1], text[1:]
-                roles[i, here], weights[i, here] = codes[1:] & ROLE_BITS, weight_of[codes[1:]]
-                groups[0, i, here], groups[1, i, here] = roles[i, here], source
+                weights[i, here] = weight_of[codes[1:]]
+                groups[0, i, here], groups[1, i, here] = codes[1:] & ROLE_BITS, source
                 groups[2, i, here] = np.searchsorted(STRETCHES, np.arange(size), side="right") - 1
                 segments.append(size)
                 at += size
             if at < shape[1]:
                 segments.append(shape[1] - at)
-        return Microbatch(tokens, labels, weights, roles, groups, np.array(segments, np.int32) if self.packed else None)
+        return Microbatch(tokens, labels, weights, groups, np.array(segments, np.int32) if self.packed else None)
 
     def _width(self, rows: Sequence[np.ndarray]) -> int:
         """Positions in a row: seq_length, or with `variable` the longest of these rows of pieces, rounded up to 16."""

@@ -73,7 +73,7 @@ def parse_index(data: bytes, path: Path) -> tuple[np.dtype, np.ndarray]:
         if (got != expected).any():
             where = int(np.argmax(got != expected))
             raise DataError(f"{path}: {what} {where} is {got[where]}, expected {expected[where]}; {REMEDY}")
-    return dtype, lengths
+    return dtype, lengths.copy()  # a view would keep the five times as large file in memory
 
 
 class Sequences:

@@ -46,18 +46,20 @@ def best_fit(order: np.ndarray, sizes: np.ndarray, seq_length: int, window: int 
     """
     order = np.asarray(order, dtype=np.int64)
     order = order[sizes[order] > 0]
-    rank = np.concatenate(
-        [
-            start + np.argsort(-sizes[order[start : start + window]], kind="stable")
-            for start in range(0, len(order), window)
-        ]
-        or [np.zeros(0, np.int64)]
-    )
+    rank = _largest_first(sizes[order], seq_length, window)
     row_of = np.empty(len(order), dtype=np.int64)
     row_of[rank] = _rows_of(sizes[order[rank]].tolist(), seq_length)
     by_row = np.argsort(row_of, kind="stable")
     count = int(row_of.max()) + 1 if len(row_of) else 0
     return Rows(order[by_row], np.searchsorted(row_of[by_row], np.arange(count + 1)))
+
+
+def _largest_first(sizes: np.ndarray, seq_length: int, window: int) -> np.ndarray:
+    """The places of `sizes`, each window's by falling size, equal ones in their order."""
+    # Numbers of 16 bits are sorted by their digits, twenty times as fast as longer ones.
+    keys = (-sizes).astype(np.int16 if seq_length < 1 << 15 else np.int64)
+    ranks = [start + np.argsort(keys[start : start + window], kind="stable") for start in range(0, len(keys), window)]
+    return np.concatenate(ranks) if ranks else np.zeros(0, np.int64)
 
 
 def _rows_of(sizes: list[int], seq_length: int) -> list[int]:

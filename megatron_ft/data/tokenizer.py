@@ -91,13 +91,18 @@ class Tokenizer:
         return np.array([self.token_id(token)], np.int32) if ids is None else ids
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
-        """The text of ids. Control tokens are written by their names, or left out with skip_special."""
+        """The text of ids. Control tokens are written by their names, or left out with skip_special.
+
+        Left out, they are as if they had not been there, as transformers does it: "a" and " b" around one keep the space.
+        """
+        if skip_special:
+            return self.backend.decode([index for index in map(int, ids) if index not in self._names])
         parts, run = [], []
         for index in map(int, ids):
             if index not in self._names:
                 run.append(index)
                 continue
-            parts += [self.backend.decode(run), "" if skip_special else self._names[index]]
+            parts += [self.backend.decode(run), self._names[index]]
             run = []
         return "".join([*parts, self.backend.decode(run)])
 

@@ -60,8 +60,16 @@ def _dataset(prefixes: list[str], data: Data, checkpoint: CheckpointConfig, weig
         data.seq_length, data.seed, packed=data.packing, shuffle=shuffle, over_long=data.over_long,
         variable=data.variable_seq_lengths, marked_loss_weight=data.marked_loss_weight,
         shares=tuple(data.data_weights) if shuffle and data.data_weights else None, shares_by=data.data_weights_by,
+        cache=_plans(data),
     )  # fmt: skip
     return ChatDataset(shards, weights, choices)
+
+
+def _plans(data: Data) -> str | None:
+    """Where plans of epochs are kept."""
+    if data.data_cache_path is not None:
+        return None if data.data_cache_path == "none" else data.data_cache_path
+    return str(Path(data.data_path[0]).parent / ".plans")
 
 
 def _open(prefix: str, checkpoint: CheckpointConfig):

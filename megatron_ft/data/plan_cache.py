@@ -1,0 +1,99 @@
+"""Plans of epochs kept in files that all processes of a machine map, and that the next start of the run finds.
+
+A plan is a few arrays of numbers; its file holds them one after another behind their lengths and a hash, written whole or not at all
+and never changed. One process builds while the others wait for it. Where nothing can be written the plan stays in memory. Knows
+nothing of what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ft.data.fingerprint import fingerprint
+from megatron_ft.files import atomic_file
+from megatron_ft.log import logger
+
+KEPT = 16  # files in a folder; the oldest go first
+_HEAD = 3  # numbers before the lengths of the arrays: hash (two), how many arrays
+log = logger("data")
+
+Arrays = Sequence[np.ndarray]
+"""int64, one dimension each."""
+
+
+def cached(folder: Path, key: Any, build: Callable[[], Arrays]) -> Arrays:
+    """What build() gives for this key, which has to say all that it depends on; read-only and mapped where it was kept."""
+    path = folder / f"{fingerprint(key).removeprefix('xxh3:')}.npy"
+    if (found := _read(path)) is not None:
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if (found := _read(path)) is None:
+                arrays = build()
+                _write(path, arrays)
+                _prune(folder, path)
+                found = _read(path)
+            return found if found is not None else arrays
+    except OSError as error:
+        log.debug("%s: plans stay in memory (%s)", folder, error)
+        return build()
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    lengths = [len(array) for array in arrays]
+    content = np.concatenate([[0, 0, len(arrays), *lengths], *arrays]).astype(np.int64, copy=False)
+    content[:2] = _hash(content)
+    with atomic_file(path) as file:
+        np.save(file, content)
+
+
+def _read(path: Path) -> Arrays | None:
+    """The arrays in a file, or None where there is none or it is not whole; then it is made anew."""
+    try:
+        content = np.load(path, mmap_mode="r")
+        if content.dtype == np.int64 and content.ndim == 1 and (content[:2] == _hash(content)).all():
+            ends = np.cumsum(content[_HEAD : _HEAD + int(content[2])])
+            return np.split(content[_HEAD + int(content[2]) :], ends[:-1])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, IndexError, EOFError):
+        pass
+    log.warning("%s: a damaged plan, made anew", path)
+    with contextlib.suppress(OSError):
+        path.unlink()
+    return None
+
+
+def _hash(content: np.ndarray) -> np.ndarray:
+    """Of all but the hash itself: int64 [2]."""
+    import xxhash
+
+    return np.frombuffer(xxhash.xxh3_128_digest(memoryview(content[2:])), np.int64)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time, as far as the file system can tell; a process that dies lets go."""
+    import fcntl
+
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _prune(folder: Path, newest: Path) -> None:
+    """Others may have a file mapped that goes: they keep it until they end."""
+    files = sorted((path for path in folder.glob("*.npy") if path != newest), key=lambda path: path.stat().st_mtime)
+    for path in files[: -(KEPT - 1)]:
+        path.unlink(missing_ok=True)
