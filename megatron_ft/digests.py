@@ -86,13 +86,15 @@ def read_digests(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def check_digests(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
+def check_digests(folder: Path, share: tuple[int, int] = (0, 1), only: Iterable[str] | None = None) -> None:
     """Read every file again. Raises DamagedError naming the first that is missing, of another size, or of other content.
 
-    share: (which, of how many): only that part of the files, about equal in bytes, for ranks that check together.
+    share: (which, of how many): only that part of the files, about equal in bytes, for ranks that check together. only: of these
+    files, those the manifest knows.
     """
     folder, entries = Path(folder), read_digests(folder)
-    faults = _threaded(partial(_fault, folder, entries), _dealt(entries, *share))
+    names = _dealt(entries, *share) if only is None else [name for name in only if name in entries]
+    faults = _threaded(partial(_fault, folder, entries), names)
     found = [fault for fault in faults.values() if fault]
     if found:
         more = f" ({len(found)} files in all)" if len(found) > 1 else ""

@@ -61,7 +61,7 @@ def run(
     # Whatever can be told without torch is told before the processes wait for each other.
     folders, checkpointing = choosing.sources(checkpointing)
     settings = settings._replace(checkpointing=checkpointing)
-    number, described = choosing.first_whole(folders, read)
+    number, described = choosing.first_whole(folders, read, checkpointing)
     source = folders[number]
     split = split_layers(described.architecture.num_layers, parallel)
     check_sizes(source, described, parallel.tensor_model_parallel_size, split.stages, split)
@@ -129,7 +129,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     )  # fmt: skip
 
     if _starts_anew(described, checkpointing):
-        load_weights(source, described, setup.bare(model), layout)
+        load_weights(source, described, setup.bare(model), layout, verified=True)
         adam.reload_model_params()
         progress = checkpoint.Progress(samples_hash=consumed.beginning(train_set))
     else:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig, check_sizes, rank_file
+from megatron_ft.models.verified import check_tensors, verify, vet
 from megatron_ft.parallel import Layout
 
 Result = TypeVar("Result")
@@ -31,13 +32,20 @@ def sharding_metadata() -> dict[str, Any]:
     }
 
 
-def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout) -> None:
-    """Fill weights from either format. model: bare or wrapped, or the list of a stage's chunks."""
+def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout, verified: bool = False) -> None:
+    """Fill weights from either format. model: bare or wrapped, or the list of a stage's chunks.
+
+    verified: the caller has asked verified.verify; else all ranks do so here. Raises CheckpointError for what is not to be believed.
+    """
+    if not verified:
+        verify(folder, config, layout)
     if config.ckpt_format == "torch":
         (only,) = chunks_of(model)  # check_sizes has refused other splits
         _load_classic(folder, config, only, layout)
     else:
-        state = engine_load({"model": sharded_weights(model)}, folder)
+        wanted = {"model": sharded_weights(model)}
+        check_tensors(vet(folder), wanted, folder, cast_weights=True)
+        state = engine_load(wanted, folder)
         fill_chunks(model, state["model"], folder)
 
 

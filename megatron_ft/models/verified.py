@@ -19,8 +19,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_ft.digests import check_digests, has_digests, unlisted
 from megatron_ft.errors import CheckpointError, DamagedError
 from megatron_ft.log import logger
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig
+from megatron_ft.models.families import family_of
 from megatron_ft.models.restricted import read_metadata
+from megatron_ft.models.weights import placed_rules
 from megatron_ft.parallel import Layout
 from megatron_ft.together import raise_together
 
@@ -40,7 +42,7 @@ def verify(folder: Path, config: CheckpointConfig, layout: Layout, digests: bool
         if digests:
             _check_share(folder, layout)
         if config.ckpt_format == "torch_dist":
-            vet(folder)
+            _check_weights(vet(folder), config, folder)
     except CheckpointError as error:
         problem = error
     raise_together(problem)
@@ -87,6 +89,21 @@ def read_tensors(path: Path, kind: type = dict) -> Any:
     if not isinstance(found, kind):
         raise DamagedError(f"{path} is not a checkpoint's; use an earlier checkpoint")
     return found
+
+
+def _check_weights(metadata: Metadata, config: CheckpointConfig, folder: Path) -> None:
+    """Raises CheckpointError unless the weights are those of the model that config.json describes."""
+    arch, stored = config.architecture, metadata.state_dict_metadata
+    prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in stored) else ""
+    for placed in placed_rules(arch, family_of(arch).rules(arch)):
+        entry, shape = stored.get(prefix + placed.dist_key), tuple(placed.rule.full_shape(arch))
+        size = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        padded = placed.rule.cut == "vocab_rows" and size and size[1:] == shape[1:] and size[0] >= shape[0]
+        if size != shape and not padded:
+            found = f"is {list(size)}, its config.json says {list(shape)}" if size else "is missing"
+            raise CheckpointError(
+                f"{folder}: {placed.dist_key} {found}: it is of another model than it says; use another checkpoint"
+            )
 
 
 def check_tensors(metadata: Metadata, wanted: dict, folder: Path, cast_weights: bool) -> None:

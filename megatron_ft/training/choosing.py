@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_ft.config.sections import Checkpointing
-from megatron_ft.errors import CheckpointError
+from megatron_ft.digests import check_digests, has_digests
+from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.log import logger
+from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.checkpoint_layout import (
     CONFIG,
     TRACKER,
@@ -68,21 +70,45 @@ def candidates(root: Path) -> list[Path]:
     return [root / numbers[n] for n in sorted(numbers, reverse=True) if n <= newest]
 
 
-def first_whole(folders: Sequence[Path], read: Callable[[Path], CheckpointConfig]) -> tuple[int, CheckpointConfig]:
+def first_whole(
+    folders: Sequence[Path], read: Callable[[Path], CheckpointConfig], checkpointing: Checkpointing
+) -> tuple[int, CheckpointConfig]:
     """(index, description) of the first checkpoint with all its files. Raises the first one's CheckpointError if none has.
 
     read: what describes a checkpoint, with the rules that the run has about it.
     """
-    refusals: list[CheckpointError] = []
+    refusals: list[UserError] = []
+    origin = _origin(checkpointing, folders)
     for index, folder in enumerate(folders):
         try:
-            describe(folder)
-        except CheckpointError as error:
+            if checkpointing.verify_checkpoint and has_digests(folder):
+                check_digests(folder, only=(CONFIG,))  # before it is read: a damaged one may say anything
+            own = describe(folder).architecture
+            if origin and _sizes(own) != _sizes(origin):
+                raise CheckpointError(
+                    f"{folder} is a checkpoint of another model than --load {checkpointing.load}; remove it"
+                )
+        except UserError as error:
             refuse(error, folders[index + 1 :])
             refusals.append(error)
             continue
         return index, read(folder)
     raise refusals[0]
+
+
+def _origin(checkpointing: Checkpointing, folders: Sequence[Path]) -> Architecture | None:
+    """The model of --load, where a run goes on from --save and --load is still there to compare with."""
+    try:
+        source = find_checkpoint(Path(checkpointing.load))
+        return describe(source).architecture if source.resolve().parent != folders[0].resolve().parent else None
+    except UserError:
+        return None
+
+
+def _sizes(arch: Architecture) -> dict:
+    """What cannot differ between a model and itself trained further; positions and rope can, by flags."""
+    changing = ("hf", "rope_scaling", "rope_theta", "max_position_embeddings")
+    return {name: value for name, value in arch.to_dict().items() if name not in changing}
 
 
 def first_trusted(
@@ -95,14 +121,14 @@ def first_trusted(
     """
     from megatron_ft.models.verified import verify
 
-    refusals: list[CheckpointError] = []
+    refusals: list[UserError] = []
     for index, folder in enumerate(folders):
         try:
             own = described if index == 0 else read(folder)
-            if own.architecture != described.architecture:
+            if _sizes(own.architecture) != _sizes(described.architecture):
                 raise CheckpointError(f"{folder} is a checkpoint of another model than the others beside it; remove it")
             verify(folder, own, layout, digests)
-        except CheckpointError as error:
+        except UserError as error:
             refuse(error, folders[index + 1 :])
             refusals.append(error)
             continue
@@ -110,7 +136,7 @@ def first_trusted(
     raise refusals[0]
 
 
-def refuse(error: CheckpointError, older: Sequence[Path]) -> None:
+def refuse(error: UserError, older: Sequence[Path]) -> None:
     """Say loudly why a checkpoint is not used, and which one is tried instead; where there is none the error itself speaks."""
     if older:
         log.warning(f"CHECKPOINT NOT USED: {error}")
