@@ -169,13 +169,17 @@ class OwnTemplate:
         return [Part(code, part, CONTROL if i % 2 else FIXED) for i, part in enumerate(cut) if part]
 
 
+class NoTemplate(TokenizerError):
+    """A tokenizer that brings no chat template."""
+
+
 def own_template(tokenizer: Tokenizer) -> OwnTemplate:
     """The template among a tokenizer's files. Raises TokenizerError where there is none, or one that does not do."""
     folder = Path(tokenizer.source_files[0]).parent
     config = _read(folder / "tokenizer_config.json")
     source = _source(folder, config)
     if source is None:
-        raise TokenizerError(f"{folder}: no chat template among the tokenizer's files; {REMEDY}")
+        raise NoTemplate(f"{folder}: no chat template among the tokenizer's files; {REMEDY}")
     names = {key: value for key in config if key.endswith("_token") and (value := _token_name(config[key])) is not None}
     specials = list(tokenizer.special_tokens)
     for token in getattr(tokenizer.backend, "description", {}).get("added_tokens", []):

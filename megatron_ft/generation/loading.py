@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ft.data.chat_format import FORMATS, ChatFormat, get_format
+from megatron_ft.data.chat_template import NoTemplate, OwnTemplate, own_template
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.errors import TokenizerError
 from megatron_ft.files import read_json, read_text
 from megatron_ft.generation.decoding import Decoder
 from megatron_ft.models.architecture import check_layout
+from megatron_ft.log import logger
 from megatron_ft.models.build import BuildOptions, build_model
 from megatron_ft.models.checkpoint_layout import (
     TOKENIZER_FOLDER,
@@ -35,7 +37,7 @@ class Speaker:
 
     decoder: Decoder
     tokenizer: Tokenizer
-    chat_format: ChatFormat | None
+    chat_format: ChatFormat | OwnTemplate | None
 
     def prompt_ids(self, messages: list[dict[str, str]]):
         """Ids of a conversation that the assistant is to continue; without a chat format, of its last message's plain text."""
@@ -57,9 +59,9 @@ def open_speaker(folder: Path, layout: Layout, chat_format: str | None = None, b
     check_folder(folder)
     options = _options(bf16)
     is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
-    model, arch, tokenizer, said = (_from_export if is_export else _from_checkpoint)(folder, layout, options)
-    name = chat_format or said
-    chat = get_format(name) if name else None
+    read = _from_export if is_export else _from_checkpoint
+    model, arch, tokenizer, said = read(folder, layout, options, digests)
+    chat = _spoken(chat_format or said, tokenizer)
     stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     if chat:
         stops.add(tokenizer.token_id(chat.stop_token))
@@ -74,6 +76,19 @@ def _options(bf16: bool) -> BuildOptions:
 
 def _config(folder: Path) -> dict:
     return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
+def _spoken(name: str | None, tokenizer: Tokenizer) -> ChatFormat | OwnTemplate | None:
+    """The chat format of that name; without one the template that the tokenizer brings; without either plain text."""
+    if name:
+        return get_format(name, tokenizer)
+    try:
+        return own_template(tokenizer)
+    except NoTemplate:
+        return None
+    except TokenizerError as error:
+        log.warning(f"the model is spoken to in plain text: {error}")
+        return None
 
 
 def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions):
