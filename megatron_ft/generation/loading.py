@@ -14,8 +14,8 @@ from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.errors import TokenizerError
 from megatron_ft.files import read_json, read_text
 from megatron_ft.generation.decoding import Decoder
-from megatron_ft.models.architecture import check_layout
 from megatron_ft.log import logger
+from megatron_ft.models.architecture import check_layout
 from megatron_ft.models.build import BuildOptions, build_model
 from megatron_ft.models.checkpoint_layout import (
     TOKENIZER_FOLDER,
@@ -29,6 +29,9 @@ from megatron_ft.models.fill import fill_from
 from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.load import load_weights
 from megatron_ft.parallel import Layout
+
+
+log = logger("generation")
 
 
 @dataclass(frozen=True)
@@ -59,23 +62,12 @@ def open_speaker(folder: Path, layout: Layout, chat_format: str | None = None, b
     check_folder(folder)
     options = _options(bf16)
     is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
-    read = _from_export if is_export else _from_checkpoint
-    model, arch, tokenizer, said = read(folder, layout, options, digests)
+    model, arch, tokenizer, said = (_from_export if is_export else _from_checkpoint)(folder, layout, options)
     chat = _spoken(chat_format or said, tokenizer)
     stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     if chat:
         stops.add(tokenizer.token_id(chat.stop_token))
     return Speaker(Decoder(model, layout, stops, arch.max_position_embeddings), tokenizer, chat)
-
-
-def _options(bf16: bool) -> BuildOptions:
-    import torch
-
-    return BuildOptions(dtype=torch.bfloat16 if bf16 else torch.float32)
-
-
-def _config(folder: Path) -> dict:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 def _spoken(name: str | None, tokenizer: Tokenizer) -> ChatFormat | OwnTemplate | None:
@@ -89,6 +81,16 @@ def _spoken(name: str | None, tokenizer: Tokenizer) -> ChatFormat | OwnTemplate 
     except TokenizerError as error:
         log.warning(f"the model is spoken to in plain text: {error}")
         return None
+
+
+def _options(bf16: bool) -> BuildOptions:
+    import torch
+
+    return BuildOptions(dtype=torch.bfloat16 if bf16 else torch.float32)
+
+
+def _config(folder: Path) -> dict:
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions):
