@@ -114,7 +114,7 @@ def ask_in_layout(request: Request, folder: Path) -> list[float]:
 
 
 def main(folder: Path) -> None:
-    from checkpoints_conversion.forked import die_with_parent, run_forked
+    from megatron_ft.forked import die_with_parent, run_forked
 
     die_with_parent()
     request = Request(**json.loads((folder / "request.json").read_text()))

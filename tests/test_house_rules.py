@@ -26,6 +26,7 @@ FLOORS = {
     "megatron_ft.files": 0,
     "megatron_ft.digests": 0,
     "megatron_ft.parallel": 1,
+    "megatron_ft.forked": 1,
     "megatron_ft.together": 1,
     "megatron_ft.models": 2,
     "megatron_ft.data": 2,

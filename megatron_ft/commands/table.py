@@ -36,6 +36,9 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     "Train": {
         "preflight": Entry("megatron_ft.commands.preflight", "check shards against a finetune command line"),
         "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),
+        "verify-invariance": Entry(
+            "megatron_ft.commands.verify_invariance", "prove that every layout computes the same loss and gradients"
+        ),
         "report": Entry("megatron_ft.commands.report", "the page of a run: curves, where the loss is, layout"),
     },
     "Use": {

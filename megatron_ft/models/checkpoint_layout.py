@@ -125,7 +125,9 @@ def _read_tracker(root: Path) -> int | str:
 
 def iterations_in(root: Path) -> dict[int, str]:
     """Iteration -> name of every iter_ folder of a root."""
-    found = {name: name.removeprefix("iter_") for name in (path.name for path in Path(root).glob("iter_*") if path.is_dir())}
+    found = {
+        name: name.removeprefix("iter_") for name in (path.name for path in Path(root).glob("iter_*") if path.is_dir())
+    }
     return {int(digits): name for name, digits in found.items() if digits.isdigit()}
 
 

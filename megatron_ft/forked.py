@@ -1,6 +1,6 @@
 """Ranks on this machine's CPU: the engine is imported once, the ranks are forked from it and joined over a file.
 
-For a process that does nothing else: what was imported before, threads above all, does not survive a fork well.
+For a process that does nothing else: what was started before, threads above all, does not survive a fork well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_ft import device
-from megatron_ft.errors import CheckpointError, UserError
+from megatron_ft.errors import UserError
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -24,7 +24,7 @@ _FORK = multiprocessing.get_context("fork")
 def run_forked(size: int, function: Callable[[Any], Any], argument: Any) -> list[Any]:
     """What function(argument) returns on each of `size` ranks, by rank.
 
-    Raises CheckpointError with the first rank's user error; RuntimeError, with its traceback or end, for any other. None is left behind.
+    Raises the first rank's user error as it is; RuntimeError, with the rank's traceback or end, for any other. No process is left.
     """
     import torch
 
@@ -59,7 +59,7 @@ def _gather(pipes: list) -> list[Any]:
             except EOFError:
                 raise RuntimeError(f"rank {rank} of {len(pipes)} died") from None
             if kind == "mistake":
-                raise CheckpointError(value)
+                raise value
             if kind == "bug":
                 raise RuntimeError(f"rank {rank} of {len(pipes)} raised\n{value}")
             results[rank] = value
@@ -75,7 +75,7 @@ def _rank(rank: int, size: int, store: str, pipe, function: Callable[[Any], Any]
         dist.init_process_group(device.backend(), store=dist.FileStore(store, size), rank=rank, world_size=size)
         answer = "result", function(argument)
     except UserError as error:
-        answer = "mistake", str(error)
+        answer = "mistake", error
     except BaseException:
         answer = "bug", traceback.format_exc()
     pipe.send(answer)

@@ -1,0 +1,241 @@
+"""Does a layout compute what one process computes? One step in each, every gradient compared by name.
+
+`measure` runs on the ranks of one layout: made-up rows whose loss masks differ wildly, weights that are a function of their names (or a
+checkpoint's), one optimizer step through the very Stepper that trains, and then all gradients, gathered into whole tensors by the
+engine's own description of who holds what. `compare` sets two measurements side by side. Knows nothing of commands or processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+
+from megatron_ft.config.sections import Batch, Data, Numerics, Optimizer, Parallelism
+from megatron_ft.data.loader import ChatDataset, Choices
+from megatron_ft.data.manifest import Manifest
+from megatron_ft.data.roles import ASSISTANT, PROMPTER, code_weights, loss_weights
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.checkpoint_layout import describe
+from megatron_ft.models.load import load_weights, sharded_weights
+from megatron_ft.models.pipeline import split_layers
+from megatron_ft.parallel import process_groups
+from megatron_ft.training import setup
+from megatron_ft.training.optimizer import make_optimizer, make_schedule
+from megatron_ft.training.step import Stepper
+
+ROWS = 8
+"""Rows of the one global batch: enough for four data-parallel ranks with two rows at once."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout to try."""
+
+    name: str
+    processes: int
+    parallel: Parallelism = field(default_factory=Parallelism)
+    micro_batch_size: int = 1
+    packing: bool = True
+    broken: bool = False
+    """Norms under sequence parallelism whose gradients nobody sums: a comparison that does not notice is worth nothing."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all layouts compute."""
+
+    architecture: Architecture
+    seq_length: int = 64
+    numerics: Numerics = field(default_factory=Numerics)
+    checkpoint: str | None = None
+    """folder of the weights; None: made up"""
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Meaningful on rank 0: None of it elsewhere."""
+
+    loss: float
+    later_loss: float
+    """On the same rows, after one update."""
+    grad_norm: float
+    gradients: dict[str, np.ndarray]
+    """Key in a checkpoint -> whole gradient, fp32, of the summed loss divided by the summed weights, without vocabulary padding."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a layout is from the reference, relative to the size of what is compared."""
+
+    loss: float
+    later_loss: float
+    grad_norm: float
+    gradient: float
+    """The largest over all tensors of max |g - g_reference| / max |g_reference|."""
+    where: str
+    """Which tensor that is."""
+
+    @property
+    def largest(self) -> float:
+        found = (self.loss, self.later_loss, self.grad_norm, self.gradient)
+        return math.inf if any(map(math.isnan, found)) else max(found)
+
+
+class MadeUpChats:
+    """Shards in memory whose rows differ in how much of them is supervised, from nothing to nearly all."""
+
+    prefix = "made-up"
+
+    def __init__(self, vocab: int, seq_length: int, seed: int):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(4, seq_length + 2, 6 * ROWS)
+        self.ids = [rng.integers(0, vocab, size) for size in sizes]
+        shares = [(number % 5) / 5 for number in range(len(sizes))]
+        self.roles = [
+            np.where(rng.random(size) < share, ASSISTANT, PROMPTER).astype(np.uint8)
+            for size, share in zip(sizes, shares, strict=True)
+        ]
+        self.lengths = np.asarray(sizes, np.int32)
+        self.manifest = Manifest()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tokens(self, i: int) -> np.ndarray:
+        return self.ids[i]
+
+    def codes(self, i: int) -> np.ndarray:
+        return self.roles[i]
+
+    def loss_weights(self, by_role, marked_loss_weight: float = 1.0) -> np.ndarray:
+        return code_weights(by_role)
+
+
+def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None = None) -> Measured | None:
+    """On every rank of the case. prepare: what a test does to the chunks before the step. Returns None but on rank 0."""
+    arch, parallel, numerics = problem.architecture, case.parallel, problem.numerics
+    split = split_layers(arch.num_layers, parallel)
+    data = Data(seq_length=problem.seq_length, packing=case.packing, seed=problem.seed)
+    with process_groups(
+        parallel.tensor_model_parallel_size, split.stages, parallel.sequence_parallel, seed=problem.seed,
+        virtual_pipeline_size=split.virtual_size,
+    ) as layout:  # fmt: skip
+        chunks = setup.make_model(arch, layout, data, parallel, numerics)
+        bare = setup.bare(chunks)
+        section = Optimizer(
+            lr=1e-3, lr_decay_style="constant", clip_grad=0.0
+        )  # clipping would change the gradients in place
+        optimizer = make_optimizer(chunks, section, numerics, parallel.use_distributed_optimizer)
+        make_schedule(optimizer, section, Batch(train_iters=10)).step(increment=1)
+        if problem.checkpoint:
+            folder = Path(problem.checkpoint)
+            load_weights(folder, describe(folder), bare, layout)
+        else:
+            _make_up_weights(bare, arch)
+        optimizer.reload_model_params()
+        if case.broken:
+            _forget_norms(bare)
+        if prepare:
+            prepare(bare)
+        rows = MadeUpChats(arch.vocab_size, problem.seq_length, problem.seed)
+        dataset = ChatDataset([rows], loss_weights(), Choices(problem.seq_length, problem.seed, packed=case.packing))
+        drops = problem.seed if numerics.hidden_dropout else None
+        stepper = Stepper(chunks, layout, case.micro_batch_size, ROWS, dropout_seed=drops)
+        first = stepper.train(dataset, 0, optimizer)
+        gradients = _gathered(bare, arch)
+        second = stepper.train(dataset, 0, optimizer)
+        losses = _from_reporter(layout, [first.loss, second.loss])
+    return Measured(*losses, first.grad_norm, gradients) if gradients is not None else None
+
+
+def compare(one: Measured, other: Measured) -> Difference:
+    """`one` is the reference. A tensor that only one of the two has differs infinitely."""
+    apart = {name: math.inf for name in one.gradients.keys() ^ other.gradients.keys()}
+    for name in one.gradients.keys() & other.gradients.keys():
+        reference, found = one.gradients[name].astype(np.float64), other.gradients[name].astype(np.float64)
+        if reference.shape != found.shape or not np.isfinite(found).all():
+            apart[name] = math.inf
+        else:
+            apart[name] = float(abs(reference - found).max() / max(abs(reference).max(), 1e-12))
+    where = max(apart, key=lambda name: apart[name])
+    scalars = [
+        abs(getattr(one, name) - getattr(other, name)) / max(abs(getattr(one, name)), 1e-12)
+        for name in ("loss", "later_loss", "grad_norm")
+    ]
+    return Difference(*scalars, apart[where], where)
+
+
+def _parts(chunks: list, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Iterator[ShardedTensor]:
+    """The engine's description of every parameter's place in the whole model, around of(parameter) instead of the parameter."""
+    by_id = {id(parameter): parameter for chunk in chunks for parameter in chunk.parameters()}
+    for entry in nested_values(sharded_weights(chunks if len(chunks) > 1 else chunks[0])):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in by_id:
+            placed = dataclasses.replace(entry, data=of(by_id[id(entry.data)]).detach())
+            yield from nested_values(placed.build()) if isinstance(placed, ShardedTensorFactory) else [placed]
+
+
+def _box(part: ShardedTensor) -> tuple[slice, ...]:
+    """Where a part lies in the whole tensor."""
+    offset = part.global_offset[part.prepend_axis_num :]
+    return tuple(slice(start, start + size) for start, size in zip(offset, part.local_shape, strict=True))
+
+
+def _make_up_weights(chunks: list, arch: Architecture) -> None:
+    """Weights as a function of their names: the same in every layout. Larger than a usual start, so that differences show."""
+    for part in _parts(chunks, lambda parameter: parameter.data):
+        shape = part.global_shape[part.prepend_axis_num :]
+        stream = torch.Generator().manual_seed(zlib.crc32(part.key.encode()))
+        rows = arch.vocab_size if "embedding" in part.key or "output_layer" in part.key else shape[0]
+        whole = torch.zeros(shape)
+        whole[:rows] = torch.randn((rows, *shape[1:]), generator=stream) * (1 / math.sqrt(shape[-1]))
+        if len(shape) == 1 and part.key.endswith("weight"):  # a norm's
+            whole = 1 + 0.1 * whole
+        part.data.copy_(whole[_box(part)].reshape(part.data.shape))
+
+
+def _gathered(chunks: list, arch: Architecture) -> dict[str, np.ndarray] | None:
+    """Every gradient as a whole tensor, on rank 0; None on the others. Copies of a part must agree to the last bits, or it is NaN."""
+    mine = [
+        (part.key, part.global_shape[part.prepend_axis_num :], _box(part), is_main_replica(part.replica_id), part.data)
+        for part in _parts(chunks, lambda parameter: parameter.main_grad)
+    ]
+    mine = [(*where, value.float().cpu().clone()) for *where, value in mine]
+    held: list = [None] * dist.get_world_size()
+    dist.gather_object(mine, held if dist.get_rank() == 0 else None, dst=0)
+    if dist.get_rank():
+        return None
+    whole: dict[str, torch.Tensor] = {}
+    everything = sorted((part for of_rank in held for part in of_rank), key=lambda part: not part[3])
+    for key, shape, box, is_main, value in everything:  # main copies first
+        there = whole.setdefault(key, torch.full(shape, math.nan))[box]
+        value = value.reshape(there.shape)
+        apart = 0.0 if is_main else float((there - value).abs().max() / there.abs().max().clamp(min=1e-12))
+        there.copy_(value if apart < 1e-3 else value * math.nan)
+    # Only the embedding and the output layer are padded, in rows.
+    tables = ("embedding.word_embeddings.weight", "output_layer.weight")
+    return {key: (value[: arch.vocab_size] if key.endswith(tables) else value).numpy() for key, value in whole.items()}
+
+
+def _forget_norms(chunks: list) -> None:
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if getattr(parameter, "sequence_parallel", False):
+                parameter.sequence_parallel = False
+
+
+def _from_reporter(layout, values: list[float]) -> list[float]:
+    """What the rank that knows the loss says, on all ranks."""
+    said: list = [None] * dist.get_world_size()
+    dist.all_gather_object(said, values if layout.is_reporter else None)
+    return next(found for found in said if found is not None)
