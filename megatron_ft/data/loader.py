@@ -84,6 +84,10 @@ class Choices:
     """Folder for plans of many samples, see plan_cache.py; None: in memory."""
 
 
+class NothingFits(DataError):
+    """A set without a single row."""
+
+
 class ChatDataset:
     """Rows of chat samples from one or more shards, shuffled anew each epoch. loss_weights: float32 [4], by role."""
 
@@ -99,7 +103,7 @@ class ChatDataset:
         self._sizes = self._pieces.size
         if not len(self._pieces):
             names = ", ".join(str(shard.prefix) for shard in self.shards)
-            raise DataError(
+            raise NothingFits(
                 f"{names}: no sample of two tokens or more that fits, nothing to train on; "
                 f"pretokenize again, or keep long samples with --over_long cut"
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_ft.config.checks import role_weights
 from megatron_ft.config.sections import Data
-from megatron_ft.data.loader import ChatDataset, Choices
+from megatron_ft.data.loader import ChatDataset, Choices, NothingFits
 from megatron_ft.data.manifest import check_tokenizer
 from megatron_ft.data.plain import PlainShards, is_plain
 from megatron_ft.data.roles import ROLE_NAMES, loss_weights
@@ -37,12 +37,29 @@ def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset
             f"{train.over_long} of {train.num_samples} samples are longer than --seq_length {data.seq_length} + 1 and are "
             f"{_FATE[data.over_long]}; raise --seq_length, or choose otherwise with --over_long"
         )
-    valid_paths = data.valid_data_path or _siblings(data.data_path)
-    valid = _dataset(valid_paths, data, checkpoint, weights, shuffle=False) if valid_paths else None
+    valid = _validation(data, checkpoint, weights)
     if data.verify_data and local_rank() == 0:
         # One process a machine, before any waits for it: the file system may show each machine other bytes.
         verify_shards([*train.shards, *(valid.shards if valid else [])], "--no_verify_data")
     return train, valid
+
+
+def _validation(data: Data, checkpoint: CheckpointConfig, weights) -> ChatDataset | None:
+    """The validation set, where there is one. One that was merely found beside the training set is no reason not to train."""
+    paths = data.valid_data_path or _siblings(data.data_path)
+    try:
+        return _dataset(paths, data, checkpoint, weights, shuffle=False) if paths else None
+    except NothingFits as error:
+        if data.valid_data_path:
+            raise DataError(
+                f"--valid_data_path {' '.join(paths)}: no sample fits --seq_length {data.seq_length} with --over_long {data.over_long}; "
+                f"raise it, choose --over_long cut, or leave the flag out to train without evaluation"
+            ) from error
+        log.warning(
+            f"{', '.join(paths)}: no sample fits --seq_length {data.seq_length} with --over_long {data.over_long}, so there is no "
+            f"evaluation; raise it, or choose --over_long cut"
+        )
+        return None
 
 
 _FATE = {"cut": "cut", "drop": "dropped", "split": "split over several rows"}

@@ -45,3 +45,23 @@ def test_a_flipped_bit_is_refused_by_the_files_name_unless_asked_not_to_look(tmp
     make_datasets(Data([prefix], seq_length=16, verify_data=False), CHECKPOINT)
     monkeypatch.setenv("LOCAL_RANK", "1")  # the machine's first process looks, for all of them
     make_datasets(Data([prefix], seq_length=16), CHECKPOINT)
+
+
+def test_a_validation_set_of_which_nothing_fits(tmp_path, caplog):
+    """Found beside the training set, it is left out aloud; asked for, it is refused with the way out."""
+    prefix = write(tmp_path / "x-train", [9, 5])
+    valid = write(tmp_path / "x-val", [60, 50])
+    data = Data([prefix], seq_length=16, over_long="drop")
+    train, none = make_datasets(data, CHECKPOINT)
+    assert train.num_samples == 2 and none is None
+    assert "x-val: no sample fits --seq_length 16 with --over_long drop, so there is no evaluation" in caplog.text
+    data.valid_data_path = [valid]
+    with pytest.raises(
+        DataError, match=r"--valid_data_path .*x-val: no sample fits .*leave the flag out to train without"
+    ):
+        make_datasets(data, CHECKPOINT)
+    data.over_long = "cut"
+    assert make_datasets(data, CHECKPOINT)[1].num_samples == 2
+    data.over_long, data.data_path = "drop", [valid]
+    with pytest.raises(DataError, match=r"x-val: no sample of two tokens or more that fits, nothing to train on"):
+        make_datasets(data, CHECKPOINT)
