@@ -88,14 +88,17 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
     device.synchronize()
     if not result.skipped:
         run.schedule.step(increment=1)
-    batch = run.stepper.global_batch_size
+    batch, seconds = run.stepper.global_batch_size, time.perf_counter() - start
     return {
         "train/loss": result.loss,
+        "train/perplexity": perplexity(result.loss),
         "train/lr": rate,
         "train/grad_norm": result.grad_norm,
-        "train/seconds": time.perf_counter() - start,
+        "train/seconds": seconds,
         "train/tokens": result.tokens,
         "train/supervised_tokens": result.supervised_tokens,
+        "train/tokens_per_second": result.tokens / seconds,
+        "train/supervised_tokens_per_second": result.supervised_tokens / seconds,
         "train/global_batch_size": batch,
         "train/consumed_samples": progress.consumed_samples + batch,
         "train/samples_hash": consumed.extend(progress.samples_hash, run.train_set, progress.consumed_samples, batch),
@@ -106,11 +109,16 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
     }
 
 
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats a token; what no float can hold is cut to the largest that can be logged."""
+    return math.exp(min(loss, 700))
+
+
 def _evaluate(run: Run, progress: Progress) -> None:
     result = run.stepper.evaluate(run.valid_set, run.eval_iters)
     metrics = {
         "eval/loss": result.loss,
-        "eval/perplexity": math.exp(min(result.loss, 700)),
+        "eval/perplexity": perplexity(result.loss),
         "eval/tokens": result.tokens,
         "eval/supervised_tokens": result.supervised_tokens,
         **{f"eval/{name}": value for name, value in result.breakdown.items()},
