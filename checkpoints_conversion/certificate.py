@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import torch
 from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.stream import WORKERS, Progress
 from checkpoints_conversion.torch_zip import as_bytes
-from megatron_ft.errors import CheckpointError
+from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import digest, read_json, write_json
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.dtypes import cast
@@ -107,6 +108,7 @@ def make_certificate(hf: Path, opened: Opened, weights: Weights, answers: dict[s
         "logits": answers,
         "versions": {name: version(name) for name in ("megatron_ft", "torch", "transformers", "megatron-core")},
     }
+    content["digest"] = _own(content)
     path = opened.folder / NAME
     write_json(path, content)
     return Certificate(path, content)
@@ -121,12 +123,25 @@ def hashes(
         return dict(zip((str(path.relative_to(folder)) for path in found), pool.map(digest, found), strict=True))
 
 
+def _own(content: dict[str, Any]) -> str:
+    """A hash of all but itself: a certificate in which a bit flipped says nothing."""
+    import xxhash
+
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())}"
+
+
 def problem_with(folder: Path) -> str | None:
     """Why a checkpoint cannot be called certified; None if it is and its files are those that were compared."""
     path = folder / NAME
     if not path.is_file():
         return f"{folder} has no {NAME}; make one: megatron-ft verify --hf MODEL --megatron {folder}"
-    said = read_json(path)
-    if not isinstance(said, dict) or said.get("checkpoint") != hashes(folder):
+    try:
+        said = read_json(path)
+    except UserError as error:
+        return str(error)
+    if not isinstance(said, dict) or said.get("digest") != _own(said):
+        return f"{path} is damaged, or of an older version; verify again"
+    if said.get("checkpoint") != hashes(folder):
         return f"{path} is of other files than those that lie there now; verify again"
     return None

@@ -61,6 +61,7 @@ def _load(request: Request, layout):
     from megatron_ft.models.checkpoint_layout import vocab_rows
     from megatron_ft.models.fill import fill_from
     from megatron_ft.models.load import load_weights
+    from megatron_ft.models.verified import verify
 
     folder = Path(request.checkpoint)
     opened = open_megatron(folder, CheckpointSource(true_vocab_size=request.true_vocab_size, digests=False))
@@ -68,7 +69,8 @@ def _load(request: Request, layout):
     own = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (layout.tp_size, layout.pp_size)
     if not is_dialect(folder) and (own or config.ckpt_format == "torch_dist"):
         model = build_model(config.architecture, layout, BuildOptions(padded_vocab_size=vocab_rows(config))).eval()
-        load_weights(folder, config, model, layout)
+        verify(folder, config, layout, digests=False)  # the command has compared them, or was told not to
+        load_weights(folder, config, model, layout, verified=True)
     else:
         model = build_model(config.architecture, layout).eval()
         fill_from(model, config.architecture, opened.rules, opened.full, layout)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.model_parallel import ModelParallel
 from megatron_ft.errors import ConfigError, DataError
 
 
@@ -25,6 +26,8 @@ class Generation:
     """where to write each prompt's object with its "answer"; default: print"""
     chat_format: str | None = None
     """chat format to speak; default: what the checkpoint says"""
+    digests: bool = True
+    """compare the folder's files with its digests, where it has them; --no_digests believes the files"""
 
 
 @dataclass
@@ -47,14 +50,9 @@ class SamplingOptions:
     """compute in bfloat16"""
 
 
-@dataclass
-class GenerationLayout:
-    """How the model is spread over processes"""
-
-    tensor_model_parallel_size: int = 1
-    """processes that share each layer's matrices (TP)"""
-    pipeline_model_parallel_size: int = 1
-    """stages the layers are divided over (PP); the remaining processes share the prompts"""
+@dataclass(frozen=True)
+class GenerationLayout(ModelParallel):
+    """How the model is spread over processes; those that remain share the prompts"""
 
 
 COMMAND = Command(
@@ -134,7 +132,7 @@ def _answer(generation: Generation, options: SamplingOptions, layout, conversati
     from megatron_ft.generation.loading import open_speaker
     from megatron_ft.generation.sampling import Sampling
 
-    speaker = open_speaker(Path(generation.load), layout, generation.chat_format, options.bf16)
+    speaker = open_speaker(Path(generation.load), layout, generation.chat_format, options.bf16, generation.digests)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     mine = conversations[layout.dp_rank :: layout.dp_size]
     answers = speaker.answers(mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank)

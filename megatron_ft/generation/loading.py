@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron_ft.data.chat_format import FORMATS, ChatFormat, get_format
 from megatron_ft.data.chat_template import NoTemplate, OwnTemplate, own_template
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ft.errors import TokenizerError
+from megatron_ft.digests import check_digests, has_digests
+from megatron_ft.errors import DamagedError, TokenizerError
 from megatron_ft.files import read_json, read_text
 from megatron_ft.generation.decoding import Decoder
 from megatron_ft.log import logger
@@ -28,8 +29,9 @@ from megatron_ft.models.checkpoint_layout import (
 from megatron_ft.models.fill import fill_from
 from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.load import load_weights
+from megatron_ft.models.verified import verify
 from megatron_ft.parallel import Layout
-
+from megatron_ft.together import raise_together
 
 log = logger("generation")
 
@@ -57,12 +59,18 @@ class Speaker:
         return [self.tokenizer.decode(answer, skip_special=True).strip() for answer in ids]
 
 
-def open_speaker(folder: Path, layout: Layout, chat_format: str | None = None, bf16: bool = False) -> Speaker:
-    """Load what lies at `folder`. chat_format overrules what the folder says. Raises CheckpointError when it is neither kind."""
+def open_speaker(
+    folder: Path, layout: Layout, chat_format: str | None = None, bf16: bool = False, digests: bool = True
+) -> Speaker:
+    """Load what lies at `folder`. chat_format overrules what the folder says. Raises CheckpointError when it is neither kind.
+
+    digests: compare its files with its digests.json first, where there is one. All ranks call it.
+    """
     check_folder(folder)
     options = _options(bf16)
     is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
-    model, arch, tokenizer, said = (_from_export if is_export else _from_checkpoint)(folder, layout, options)
+    read = _from_export if is_export else _from_checkpoint
+    model, arch, tokenizer, said = read(folder, layout, options, digests)
     chat = _spoken(chat_format or said, tokenizer)
     stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     if chat:
@@ -93,18 +101,26 @@ def _config(folder: Path) -> dict:
     return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
-def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions):
+def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests: bool):
     folder = find_checkpoint(root)
     config = describe(folder)
+    verify(folder, config, layout, digests)
     model = build_model(config.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config)))
-    load_weights(folder, config, model, layout)
+    load_weights(folder, config, model, layout, verified=True)
     if not config.tokenizer:
         raise TokenizerError(f"{folder} was converted without a tokenizer: convert it again with --tokenizer")
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER, list(config.tokenizer["added_tokens"]))
     return model, config.architecture, tokenizer, config.chat_format
 
 
-def _from_export(folder: Path, layout: Layout, options: BuildOptions):
+def _from_export(folder: Path, layout: Layout, options: BuildOptions, digests: bool):
+    problem = None
+    try:
+        if digests and has_digests(folder):
+            check_digests(folder, (layout.rank, layout.world_size))
+    except DamagedError as error:
+        problem = error
+    raise_together(problem)
     source = HfSource(folder)
     arch = source.arch
     check_layout(arch, layout.tp_size, layout.pp_size)

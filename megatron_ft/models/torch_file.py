@@ -161,6 +161,12 @@ class _Kind:
         self.name = name
 
 
+class _Dict(dict):
+    """A module's state_dict carries versions of its parts as an attribute: not wanted."""
+
+    def __setstate__(self, state): ...
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: TorchFile, data: io.BytesIO, harmless: Callable[[str, str], bool]):
         super().__init__(data)
@@ -177,7 +183,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _KINDS:
             return _Kind(name)
         if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
-            return dict
+            return _Dict
         if (module, name) == ("torch", "Size"):
             return tuple
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

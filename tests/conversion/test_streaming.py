@@ -106,7 +106,9 @@ def test_pytorch_model_bin(tmp_path):
     names = sorted(state)
     parts = {"pytorch_model-1.bin": names[:20], "pytorch_model-2.bin": names[20:]}
     for name, keys in parts.items():
-        torch.save({key: state[key] for key in keys}, tmp_path / "hf" / name)
+        some = type(state)({key: state[key] for key in keys})
+        some._metadata = state._metadata  # as every model's state_dict has it
+        torch.save(some, tmp_path / "hf" / name)
     (tmp_path / "hf" / "model.safetensors").unlink()
     weight_map = {key: name for name, keys in parts.items() for key in keys}
     (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -166,6 +166,12 @@ def test_export_asks_for_a_certificate(pair):
     assert not (pair / "refused").exists()
     check(pair, logits=False)
     back("certified", require_certificate=True)
+    certificate = pair / "made" / "release" / "certificate.json"
+    whole = certificate.read_text()
+    certificate.write_text(whole.replace('"tensors": 39', '"tensors": 38'))
+    with pytest.raises(UserError, match=r"certificate.json is damaged, or of an older version; verify again"):
+        back("forged", require_certificate=True)
+    certificate.write_text(whole)
     config = pair / "made" / "release" / "config.json"
     config.write_text(config.read_text() + "\n")
     with pytest.raises(UserError, match="is of other files"):
