@@ -17,9 +17,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, dict[str, Entry]] = {
     "Try it": {
         "demo": Entry("megatron_ft.commands.demo", "all of it with a tiny model on this machine, in minutes"),
-        "doctor": Entry(
-            "megatron_ft.commands.doctor", "what is installed, what will be used, what is missing for what"
-        ),
+        "doctor": Entry("megatron_ft.commands.doctor", "what is installed, what will be used, what is missing"),
     },
     "Prepare": {
         "pretokenize": Entry("tools.pretokenizer.pretokenize", "chat files to shards of tokens and their roles"),
@@ -29,15 +27,13 @@ COMMANDS: dict[str, dict[str, Entry]] = {
             "checkpoints_conversion.hf_to_megatron", "a Hugging Face model to a checkpoint split over ranks"
         ),
         "reshard": Entry("checkpoints_conversion.reshard", "a checkpoint to another layout or format"),
-        "verify": Entry(
-            "checkpoints_conversion.verify", "prove that a checkpoint is the Hugging Face model it came from"
-        ),
+        "verify": Entry("checkpoints_conversion.verify", "prove that a checkpoint is the model it came from"),
     },
     "Train": {
         "preflight": Entry("megatron_ft.commands.preflight", "check shards against a finetune command line"),
         "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),
         "verify-invariance": Entry(
-            "megatron_ft.commands.verify_invariance", "prove that every layout computes the same loss and gradients"
+            "megatron_ft.commands.verify_invariance", "prove that every layout computes the same gradients"
         ),
         "report": Entry("megatron_ft.commands.report", "the page of a run: curves, where the loss is, layout"),
     },
@@ -45,7 +41,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint"),
         "chat": Entry("megatron_ft.commands.chat", "talk with a checkpoint in the terminal"),
         "megatron-to-hf": Entry(
-            "checkpoints_conversion.megatron_to_hf", "a checkpoint to a Hugging Face model, chat template included"
+            "checkpoints_conversion.megatron_to_hf", "a checkpoint to a Hugging Face model, chat template too"
         ),
     },
     "Help": {
