@@ -69,8 +69,9 @@ def load_optimizer(folder: Path, state: dict[str, Any], optimizer, layout: Layou
         )
     optimizer.load_state_dict(state["optimizer"])
     tensors = read_tensors(path, list) if distributed and layout.dp_rank == 0 else [None] * len(distributed)
-    for part, own in zip(distributed, tensors, strict=True):
-        part.load_parameter_state_from_dp_zero(own)
+    with torch.no_grad():  # in fp32 the engine copies into views of the parameters themselves
+        for part, own in zip(distributed, tensors, strict=True):
+            part.load_parameter_state_from_dp_zero(own)
 
 
 def _one_chunk(model) -> list:

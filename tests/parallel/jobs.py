@@ -1,12 +1,17 @@
 """What ranks are asked to do in the parallel tests. Module-level functions, so that they travel to forked ranks by name."""
 
 import json
+import logging
+import os
+import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_ft.config.sections import TRAINING
+from megatron_ft.errors import UserError
 
 VOCAB, SEQ_LENGTH = 203, 64
 
@@ -121,3 +126,53 @@ def generate(root: str, layout: tuple[int, int], prompts: list[np.ndarray], **op
         stop_ids = options.pop("stop_ids", ())
         decoder = Decoder(model, here, stop_ids, config.architecture.max_position_embeddings)
         return decoder.generate(prompts, **options)
+
+
+def attempt(load, shards, save, until, settings, layout=(1, 1)):
+    """A run as a rank does it: {"error": the user's error or None, "log": our lines, "steps": steps done}.
+
+    Of the settings, `refuse` (save, errno) lets that save's first flush fail, `kill_writer` (rank, iteration) kills the background
+    writer of that save, and `patience` is how long a lock is waited for.
+    """
+    from megatron_ft.training import lock, step, writing
+
+    settings = dict(settings)
+    lines, originals = [], (os.fsync, writing.write, lock._PATIENCE, step.update)
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("megatron_ft").addHandler(handler)
+    logging.getLogger("megatron_ft").setLevel(logging.INFO)
+    steps = []
+    step.update = lambda optimizer: (steps.append(1), originals[3](optimizer))[1]
+    lock._PATIENCE = settings.pop("patience", lock._PATIENCE)
+    if refusal := settings.pop("refuse", None):
+        writing.write = partial(_refusing, originals, refusal, [0])
+    if victim := settings.pop("kill_writer", None):
+        writing.write = partial(_deadly, originals[1], victim)
+    try:
+        finetune(layout, load=load, data_path=[shards], save=save, train_iters=until, hidden_dropout=0.1, **settings)
+        error = None
+    except (UserError, OSError) as caught:
+        error = str(caught)
+    finally:
+        os.fsync, writing.write, lock._PATIENCE, step.update = originals
+        logging.getLogger("megatron_ft").removeHandler(handler)
+    return {"error": error, "log": "\n".join(lines), "steps": len(steps)}
+
+
+def _refusing(originals, refusal, saves, part):
+    """writing.write with a disk that is full (or broken) from the refusal[0]-th checkpoint on."""
+
+    def fails(handle):
+        raise OSError(refusal[1], os.strerror(refusal[1]))
+
+    if int(part.folder.name.split("_")[1].split(".")[0]) >= 2 * refusal[0]:
+        os.fsync = fails
+    return originals[1](part)
+
+
+def _deadly(write, victim, part):
+    rank, iteration = victim
+    if os.environ["RANK"] == str(rank) and f"{iteration:07d}." in part.folder.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(part)

@@ -1,52 +1,124 @@
 """Ten steps are five, a checkpoint and five: to the bit on the same layout, in data and to 1e-5 in loss on another."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_ft import device
-from tests.parallel.jobs import finetune, read_metrics, to_hf
+from tests.parallel.jobs import attempt, finetune, read_metrics, to_hf
+
+CASES = {
+    "TP2xDP2, distributed": ((2, 1), {"use_distributed_optimizer": True}, {}),
+    "TP2xDP2, distributed, bf16, in the background": (
+        (2, 1),
+        {"use_distributed_optimizer": True, "bf16": True},
+        {"async_save": True},
+    ),
+    "TP2xDP2, distributed, classic": ((2, 1), {"use_distributed_optimizer": True}, {"ckpt_format": "torch"}),
+    "TP2xPP2, plain, in the background": ((2, 2), {}, {"async_save": True}),
+    "TP2xPP2, plain, bf16, classic, in the background": (
+        (2, 2),
+        {"bf16": True},
+        {"ckpt_format": "torch", "async_save": True},
+    ),
+    "DP4, distributed, bf16, classic": (
+        (1, 1),
+        {"use_distributed_optimizer": True, "bf16": True},
+        {"ckpt_format": "torch"},
+    ),
+}
+"""What is resumed: layout, settings of the run, settings of its saves. Dropout is on in all."""
+BOTH_DROPOUTS = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
 def straight(four_ranks, checkpoint, shards, tmp_path_factory):
-    """Ten steps on TP2 x DP2 and TP2 x PP2 without a stop, dropout on; (losses, weights) by layout."""
+    """(layout, settings) -> (losses, weights, hashes of the samples) of ten steps without a stop; made when first asked for."""
     done = {}
-    for layout in ((2, 1), (2, 2)):
-        folder = tmp_path_factory.mktemp("straight")
-        four_ranks.run(steps, layout, checkpoint, shards, str(folder / "run"), 10, 0.1)
-        done[layout] = read_metrics(folder / "run"), to_hf(str(folder / "run"), folder / "hf")
-    return done
+
+    def run(layout, **settings):
+        key = (layout, *sorted(settings.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("straight")
+            four_ranks.run(train, layout, checkpoint, shards, str(folder / "run"), 10, settings)
+            hashes = read_metrics(folder / "run", "train/samples_hash")
+            done[key] = read_metrics(folder / "run"), to_hf(str(folder / "run"), folder / "hf"), hashes
+        return done[key]
+
+    return run
 
 
-@pytest.mark.parametrize("layout", [(2, 1), (2, 2)], ids=["TP2xDP2", "TP2xPP2"])
-def test_same_layout_to_the_bit(layout, straight, four_ranks, checkpoint, shards, tmp_path):
-    losses, weights = straight[layout]
+@pytest.mark.parametrize("case", CASES)
+def test_same_layout_to_the_bit(case, straight, four_ranks, checkpoint, shards, tmp_path):
+    """Losses, weights and samples of ten steps equal those of five, a save every second step, a new start and five more."""
+    layout, settings, saves = CASES[case]
+    losses, weights, hashes = straight(layout, **settings, **BOTH_DROPOUTS)
     run = tmp_path / "run"
-    four_ranks.run(steps, layout, checkpoint, shards, str(run), 5, 0.1)
-    four_ranks.run(steps, layout, str(run), shards, str(run), 10, 0.1)
+    settings = settings | saves | BOTH_DROPOUTS
+    four_ranks.run(train, layout, checkpoint, shards, str(run), 5, settings | {"save_interval": 2})
+    four_ranks.run(train, layout, str(run), shards, str(run), 10, settings)
     assert read_metrics(run) == losses
+    assert read_metrics(run, "train/samples_hash") == hashes and len(set(hashes)) == 10
     resumed = to_hf(str(run), tmp_path / "hf")
     assert resumed.keys() == weights.keys()
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("layout", [(1, 4), (4, 1), (1, 1), (2, 1)], ids=["PP4", "TP4", "DP4", "TP2xDP2"])
-def test_other_layout_continues(layout, four_ranks, checkpoint, shards, tmp_path):
-    """From TP2 x PP2 to every other layout: the same rows and losses as the run that never stopped."""
-    four_ranks.run(steps, (2, 2), checkpoint, shards, str(tmp_path / "straight"), 10, 0.0)
-    four_ranks.run(steps, (2, 2), checkpoint, shards, str(tmp_path / "run"), 5, 0.0)
-    four_ranks.run(steps, layout, str(tmp_path / "run"), shards, str(tmp_path / "run"), 10, 0.0)
-    np.testing.assert_allclose(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "straight"), rtol=1e-5)
-    for name in ("train/tokens", "train/supervised_tokens", "train/consumed_samples"):
-        assert read_metrics(tmp_path / "run", name) == read_metrics(tmp_path / "straight", name)
+@pytest.fixture(scope="module")
+def five_steps(four_ranks, checkpoint, shards, tmp_path_factory):
+    """Precision, optimizer -> a run of five steps on TP2 x PP2."""
+    done = {}
+
+    def run(**settings):
+        key = tuple(sorted(settings.items()))
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("five") / "run"
+            four_ranks.run(train, (2, 2), checkpoint, shards, str(done[key]), 5, settings)
+        return done[key]
+
+    return run
 
 
-def test_bf16_resumes_to_the_bit(four_ranks, checkpoint, shards, tmp_path):
-    four_ranks.run(steps, (2, 1), checkpoint, shards, str(tmp_path / "straight"), 10, 0.1, True)
-    four_ranks.run(steps, (2, 1), checkpoint, shards, str(tmp_path / "run"), 5, 0.1, True)
-    four_ranks.run(steps, (2, 1), str(tmp_path / "run"), shards, str(tmp_path / "run"), 10, 0.1, True)
-    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "straight")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_distributed_optimizer": True}, {"use_distributed_optimizer": True, "bf16": True}],
+    ids=["plain", "distributed", "distributed, bf16"],
+)
+@pytest.mark.parametrize("layout", [(1, 4), (4, 1), (1, 1)], ids=["PP4", "TP4", "DP4"])
+def test_other_layout_continues(layout, settings, straight, five_steps, four_ranks, shards, tmp_path):
+    """From TP2 x PP2 to every other layout, dropout on: the same samples in the same order, and the losses of the run that never
+    stopped.
+    """
+    settings = settings | {"hidden_dropout": 0.1}
+    losses, _, hashes = straight((2, 2), **settings)
+    shutil.copytree(five_steps(**settings), tmp_path / "run")
+    four_ranks.run(train, layout, str(tmp_path / "run"), shards, str(tmp_path / "run"), 10, settings)
+    assert read_metrics(tmp_path / "run", "train/samples_hash") == hashes
+    apart = np.abs(np.array(read_metrics(tmp_path / "run")) - losses).max()
+    assert apart < (1e-4 if "bf16" not in settings else 2e-2), apart
+
+
+def test_classic_into_another_layout_is_refused(four_ranks, checkpoint, shards, tmp_path):
+    classic = {"ckpt_format": "torch", "use_distributed_optimizer": True}
+    four_ranks.run(train, (2, 2), checkpoint, shards, str(tmp_path / "run"), 2, classic)
+    said = four_ranks.run(attempt, str(tmp_path / "run"), shards, str(tmp_path / "run"), 4, classic, (2, 1))
+    refusals = [one["error"] for one in said]
+    assert all("is in the classic format for TP2 x PP2, this run is TP2 x PP1" in text for text in refusals), refusals
+    said = four_ranks.run(
+        attempt, str(tmp_path / "run"), shards, str(tmp_path / "run"), 4, {"ckpt_format": "torch"}, (2, 2)
+    )
+    assert all("was saved with --use_distributed_optimizer" in one["error"] for one in said), said
+
+
+def test_other_data_is_noticed(one_rank, checkpoint, shards, tmp_path):
+    """The rows consumed are hashed again when a run resumes: another order of the same shards does not pass for the same."""
+    one_rank.run(train, (1, 1), checkpoint, shards, str(tmp_path / "run"), 3, {})
+    said = one_rank.run(attempt, str(tmp_path / "run"), shards, str(tmp_path / "run"), 4, {})[0]
+    assert "rows consumed so far are this run's own, in the same order" in said["log"]
+    said = one_rank.run(attempt, str(tmp_path / "run"), shards, str(tmp_path / "run"), 5, {"seed": 7})[0]
+    assert "rows consumed so far are not those that this run's shards and settings give" in said["log"]
 
 
 def test_finetune_flag_starts_anew(one_rank, checkpoint, shards, tmp_path):
@@ -92,3 +164,8 @@ def steps(layout, load, shards, save, until, dropout, bf16=False, fresh=False, l
         layout, load=load, data_path=[shards], save=save, train_iters=until, lr_decay_iters=10, finetune=fresh,
         use_distributed_optimizer=True, hidden_dropout=dropout, attention_dropout=dropout, bf16=bf16, lr=lr,
     )  # fmt: skip
+
+
+def train(layout, load, shards, save, until, settings):
+    """Train until iteration `until` of a ten-step schedule, saving at the end."""
+    finetune(layout, load=load, data_path=[shards], save=save, train_iters=until, lr_decay_iters=10, **settings)
