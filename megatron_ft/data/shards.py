@@ -9,7 +9,7 @@ that opens. Knows nothing of chat formats; packing and mixing are the loader's.
 import array
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,14 +94,24 @@ class ShardWriter:
         self._lengths.frombytes(np.asarray(lengths).astype(np.intc).tobytes())
         self._by_code += counts
 
-    def copy(self, shards: "Shards", samples: np.ndarray) -> None:
-        """Samples of other shards, in the given order, with the same tokenizer. Their weights must be in our table."""
+    def copy(
+        self,
+        shards: "Shards",
+        samples: np.ndarray,
+        count: Callable[[np.ndarray, np.ndarray], Any] = lambda codes, lengths: None,
+    ) -> None:
+        """Samples of other shards, in the given order, with the same tokenizer. Their weights must be in our table.
+
+        count: called with the role bytes and the lengths of every part that is written.
+        """
         table = _translation(shards.manifest.weights, self.manifest.weights)
         for some in np.array_split(samples, max(1, len(samples) // 256)):
             pairs = [(shards.tokens(int(i)), table[shards.codes(int(i))]) for i in some]
             if pairs:
+                lengths = np.array([len(ids) for ids, _ in pairs])
                 ids, codes = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-                self.add_many(ids, codes, np.array([len(ids) for ids, _ in pairs]))
+                self.add_many(ids, codes, lengths)
+                count(codes, lengths)
 
     def finish(self) -> np.ndarray:
         """Write what is left to write, still under temporary names. Returns the samples' tokens: int32 [samples]."""

@@ -56,3 +56,21 @@ def test_what_does_not_belong_together_is_refused(parts, capsys):
     assert run("--prefixes", "parts/a-train", "parts/a-train", "--output", "all/x", "--allow_repeats") == 0
     assert run("--prefixes", "parts/a-train", "--output", "all/x") == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_samples_of_several_tasks_once_and_none_of_the_validation_set(parts, capsys):
+    """The two files hold the same chats, with other weights; three of them validate."""
+    write_chats(parts, 3, "v.jsonl")
+    flags = ("--input", "v.jsonl", "--tokenizer", "tokenizer.model", "--val_split", 0)
+    assert pretokenize(*flags, "--output_prefix", "parts/v") == 0
+    capsys.readouterr()
+    flags = ("--prefixes", "parts/a-train", "parts/b-train", "--duplicates", "exact")
+    assert run(*flags, "--output", "all/once") == 0
+    assert "7 samples" in (said := capsys.readouterr().out) and "dropped: 7 duplicates, 0 in --without" in said
+    first, merged = open_shards("parts/a-train"), open_shards("all/once", verify=True)
+    assert [merged.tokens(i).tolist() for i in range(7)] == [first.tokens(i).tolist() for i in range(7)]
+    assert [s["documents"] for s in merged.manifest.sources] == [[0, 7], [7, 7]]
+    assert run(*flags, "--output", "all/x", "--without", "parts/v-train") == 0
+    assert "dropped: 4 duplicates, 6 in --without" in capsys.readouterr().out
+    merged = open_shards("all/x", verify=True)
+    assert [merged.tokens(i).tolist() for i in range(4)] == [first.tokens(i).tolist() for i in range(3, 7)]

@@ -1,12 +1,13 @@
 """megatron-ft merge: several shards into one, for instance those of the tasks of a SLURM array.
 
 Samples keep their order: all of the first shards, then all of the second. What does not belong together (another
-tokenizer, another chat format, the same file twice) is refused before anything is written.
+tokenizer, another chat format, the same file twice) is refused before anything is written. Samples with the same tokens and roles
+may be dropped over all parts, since the tasks could not know of each other's.
 """
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from megatron_ft.data.shards import Shards, ShardWriter, open_shards
 from megatron_ft.data.verify import verify_shards
 from megatron_ft.errors import ConfigError, DataError
 from megatron_ft.log import logger
+from tools.pretokenizer.duplicates import first_of_each
 
 
 @dataclass
@@ -31,6 +33,10 @@ class Merge:
     """replace finished shards that are there already"""
     allow_repeats: bool = False
     """merge although a source file occurs in several of the shards"""
+    duplicates: Literal["keep", "exact"] = "keep"
+    """exact: of samples with the same tokens and roles keep the first"""
+    without: list[str] = field(default_factory=list)
+    """prefixes of shards whose samples are left out, by tokens and roles: the validation set, that it stays unseen"""
     verify: bool = True
     """compare all parts with their hashes first; --no_verify does not"""
 
@@ -55,18 +61,24 @@ def run(options: Merge) -> int:
         check_alike(parts[0], other)
     if not options.allow_repeats:
         check_repeats(parts)
+    others = [open_shards(prefix) for prefix in options.without]
+    for other in others:
+        check_alike(parts[0], other)
     if options.verify:
-        verify_shards(parts, "--no_verify")
+        verify_shards([*parts, *others], "--no_verify")
+    kept, dropped = chosen(parts, others, options.duplicates == "exact")
     first = parts[0].manifest
     weights = weight_table(sorted({weight for part in parts for weight in part.manifest.weights}))
     with ShardWriter(options.output, parts[0].vocab_size, first.tokenizer, first.chat_format, weights) as writer:
-        for part in parts:
+        for part, keep in zip(parts, kept, strict=True):
             for source in part.manifest.sources or [{"name": "unknown", "file": part.prefix, "digest": ""}]:
                 writer.source(source["name"], source["file"], source["digest"])
                 start, end = source.get("documents", (0, len(part)))
-                _copy(writer, part, start, end)
+                _copy(writer, part, start, end, keep)
     counts = writer.manifest.counts
     print(f"{len(parts)} shards, {counts['samples']:,} samples, {counts['tokens']:,} tokens -> {options.output}")
+    if options.without or options.duplicates != "keep":
+        print("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
     return 0
 
 
@@ -94,9 +106,36 @@ def check_repeats(parts: list[Shards]) -> None:
             seen[key] = part.prefix
 
 
-def _copy(writer: ShardWriter, part: Shards, start: int, end: int) -> None:
+def chosen(parts: list[Shards], others: list[Shards], once: bool) -> tuple[list[np.ndarray], dict[str, int]]:
+    """Which samples of each part are kept, bool [samples] each, and how many are not, by reason. Takes 8 bytes a sample, and reads every
+    sample where there is something to compare."""
+    whole = sum(map(len, parts))
+    keep, dropped = np.ones(whole, bool), {"duplicates": 0, "in --without": 0}
+    if once or others:
+        hashes = np.concatenate([_hashes(part) for part in parts])
+        if others:
+            keep = ~np.isin(hashes, np.concatenate([_hashes(other) for other in others]))
+            dropped["in --without"] = int((~keep).sum())
+        if once:
+            again = keep & ~first_of_each(hashes)
+            dropped["duplicates"], keep = int(again.sum()), keep & ~again
+    return np.split(keep, np.cumsum([len(part) for part in parts])[:-1]), dropped
+
+
+def _hashes(shards: Shards) -> np.ndarray:
+    """A hash of each sample's tokens and roles, marks and weights aside: uint64 [samples]."""
+    import xxhash
+
+    result = np.empty(len(shards), np.uint64)
+    for sample in range(len(shards)):
+        result[sample] = xxhash.xxh3_64_intdigest(shards.tokens(sample).tobytes() + shards.roles(sample).tobytes())
+    return result
+
+
+def _copy(writer: ShardWriter, part: Shards, start: int, end: int, keep: np.ndarray) -> None:
     for first in range(start, end, 100_000):
-        writer.copy(part, np.arange(first, min(first + 100_000, end)))
+        last = min(first + 100_000, end)
+        writer.copy(part, first + np.flatnonzero(keep[first:last]))
 
 
 def _name(chat_format: dict[str, Any]) -> str:

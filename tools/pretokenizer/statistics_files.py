@@ -19,23 +19,33 @@ ENOUGH = 20_000  # samples that tell how well the others pack
 
 
 def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: str | None) -> None:
-    """Three files beside the shards of a split."""
-    tallies = written.tallies
-    rows = [tally.as_json() for tally in tallies]
+    """Three files beside the shards of a split. With a mix, of the datasets as they are and of what was taken from them."""
+    rows = [tally.as_json() for tally in written.tallies]
     for row, source in zip(rows, sources, strict=True):
         row["left_out_by_reader"] = dict(sorted(source.left_out.items()))
     packed = packing_table(written.lengths)
-    mix = [
-        {"name": p.name, "requested": p.requested, "realised": p.realised, "epochs": p.epochs, "samples": len(p.picks)}
-        for p in written.mix
-    ]
-    content: dict[str, Any] = {"datasets": rows, "total": total(tallies).as_json(), "packing": packed}
-    write_json(Path(f"{prefix}_stats.json"), content | ({"mix": mix} if mix else {}))
-    mixed = f"\nmix by {mix_by}:\n\n{mixing.report(written.mix, mix_by)}" if mix and mix_by else ""
+    content: dict[str, Any] = {"datasets": rows, "total": total(written.tallies).as_json(), "packing": packed}
+    text, mixed = report(written.tallies), ""
+    if written.mix and mix_by:
+        mixed = mixing.report(written.mix, mix_by)
+        text = f"before mixing:\n\n{text}\nmix by {mix_by}:\n\n{mixed}\nin the shards:\n\n{report(written.mixed)}"
+        content["mix"] = [
+            {
+                "name": p.name,
+                "requested": p.requested,
+                "realised": p.realised,
+                "epochs": p.epochs,
+                "samples": len(p.picks),
+            }
+            for p in written.mix
+        ]
+        content["mixed"] = [tally.as_json() for tally in written.mixed]
+        content["mixed_total"] = total(written.mixed).as_json()
+    write_json(Path(f"{prefix}_stats.json"), content)
     with atomic_file(Path(f"{prefix}_stats.txt"), "w") as file:
-        file.write(report(tallies) + mixed + "\npacking, samples whole, one row's positions filled:\n" + _lines(packed))
+        file.write(text + "\npacking, samples whole, one row's positions filled:\n" + _lines(packed))
     with atomic_file(Path(f"{prefix}_stats.html"), "w") as file:
-        file.write(page(prefix.name, tallies, packed, mixed))
+        file.write(page(prefix.name, written, packed, mixed))
 
 
 def packing_table(lengths: np.ndarray) -> list[dict[str, Any]]:
@@ -77,13 +87,15 @@ padding:.1rem .3rem}pre{overflow:auto}"""
 COLOURS = ("#8a6d3b", "#2b6cb0", "#2f855a", "#718096")
 
 
-def page(name: str, tallies: list[Tally], packed: list[dict[str, Any]], mixed: str) -> str:
-    """One HTML page without anything from elsewhere."""
-    whole = total(tallies)
-    rows = [tally.row() for tally in tallies] + [["total", *whole.row()[1:]]]
+def page(name: str, written: Written, packed: list[dict[str, Any]], mixed: str) -> str:
+    """One HTML page without anything from elsewhere. Roles and lengths are those of the shards."""
+    tallies = written.mixed or written.tallies
+    whole = total(written.tallies)
     parts = [
         f"<h1>{html.escape(name)}</h1>",
-        _table(HEADINGS, rows),
+        *(["<h2>Before mixing</h2>"] if mixed else []),
+        _overview(written.tallies),
+        *([f"<h2>Mix</h2><pre>{html.escape(mixed)}</pre><h2>In the shards</h2>", _overview(tallies)] if mixed else []),
         "<h2>Who speaks</h2><p>Share of the tokens; the assistant's are trained on unless training says otherwise.</p>",
         *(_roles(tally) for tally in tallies if tally.tokens),
         "<h2>Lengths of samples, in tokens</h2>",
@@ -102,13 +114,16 @@ def page(name: str, tallies: list[Tally], packed: list[dict[str, Any]], mixed: s
                 for r in packed
             ],
         ),
-        f"<pre>{html.escape(mixed)}</pre>" if mixed else "",
     ]
     skipped = [[reason, str(count)] for reason, count in sorted(whole.skipped.items())]
     if skipped:
         parts += ["<h2>Skipped</h2>", _table(("reason", "samples"), skipped)]
     title = f"<title>{html.escape(name)}</title>"
     return f"<!doctype html><meta charset=utf-8>{title}<style>{STYLE}</style>\n" + "\n".join(parts) + "\n"
+
+
+def _overview(tallies: list[Tally]) -> str:
+    return _table(HEADINGS, [tally.row() for tally in tallies] + [["total", *total(tallies).row()[1:]]])
 
 
 def _table(head: Any, rows: Any) -> str:

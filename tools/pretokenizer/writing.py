@@ -36,11 +36,13 @@ log = logger("pretokenize")
 
 @dataclass
 class Written:
-    """A split that was written. tallies: one a source, before mixing. lengths: of the samples in the shards, in tokens."""
+    """A split that was written. tallies: one a source, before mixing; mixed: of what was taken, where there is a mix. lengths: of the
+    samples in the shards, in tokens."""
 
     tallies: list[Tally]
     lengths: np.ndarray
     mix: list[mixing.Portion] = field(default_factory=list)
+    mixed: list[Tally] = field(default_factory=list)
 
 
 def write(
@@ -93,15 +95,15 @@ def write(
         train = splits[SPLITS["train"]]
         if not train.accepted:
             raise DataError(_nothing_left(sources, train.tallies))
-        portions = []
+        portions, tallies = [], []
         if mixed is not None:
             train.close()
-            portions = _mix(settings, sources, train, spool, mixed)
+            portions, tallies = _mix(settings, sources, train, spool, mixed)
         written = {
             name: Written(
                 splits[number].tallies,
                 (mixed if mixed is not None and name == "train" else splits[number].writer).finish(),
-                portions if name == "train" else [],
+                *((portions, tallies) if name == "train" else ()),
             )
             for name, number in SPLITS.items()
             if splits[number].accepted
@@ -222,8 +224,8 @@ class _Nothing(Exception):
 
 def _mix(
     settings: Settings, sources: list[Source], train: _Split, spool: Path, writer: ShardWriter
-) -> list[mixing.Portion]:
-    """Copy the samples of the mix from the spooled training split."""
+) -> tuple[list[mixing.Portion], list[Tally]]:
+    """Copy the samples of the mix from the spooled training split, and count them."""
     assert settings.mix_by is not None
     units = []
     for parts in train.sizes:
@@ -239,12 +241,13 @@ def _mix(
         settings.mix_max_epochs,
         [source.random(settings.rng_seed, "mix") for source in sources],
     )
-    shards, first = open_shards(spool), 0
+    shards, first, tallies = open_shards(spool), 0, []
     for source, digest, portion, own in zip(sources, train.digests, portions, units, strict=True):
         writer.source(source.name, str(source.path), digest)
-        writer.copy(shards, portion.picks + first)
+        tallies.append(Tally(source.name, len(own)))
+        writer.copy(shards, portion.picks + first, tallies[-1].accept)
         first += len(own)
-    return portions
+    return portions, tallies
 
 
 @contextlib.contextmanager
