@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass
 
 from megatron_ft import device
+from megatron_ft.config import launched
 from megatron_ft.errors import ConfigError
 
 
@@ -104,12 +105,15 @@ def process_groups(
     older = _groups(dist)
     parallel_state.initialize_model_parallel(
         tp, pp, virtual_pipeline_size if virtual_pipeline_size > 1 else None,
-        distributed_timeout_minutes=max(1, round(distributed_timeout_minutes)), create_gloo_process_groups=True,
+        distributed_timeout_minutes=distributed_timeout_minutes, create_gloo_process_groups=True,
     )  # fmt: skip
     layout = _layout(parallel_state, sequence_parallel and tp > 1, virtual_pipeline_size)
     seed_everything(seed, layout)
     try:
         yield layout
+    except Exception as error:
+        launched.about_to_fail(error)
+        raise
     finally:
         # The engine forgets its groups without ending them, and each holds threads and connections.
         for group in _groups(dist) - older:

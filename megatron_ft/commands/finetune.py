@@ -16,11 +16,13 @@ from megatron_ft.config.sections import (
     Checkpointing,
     Data,
     Kernels,
+    Launching,
     Logging,
     Model,
     Numerics,
     Optimizer,
     Parallelism,
+    Stopping,
 )
 from megatron_ft.models.checkpoint_layout import SETTINGS
 
@@ -44,20 +46,26 @@ COMMAND = Command(
 
 def run(
     checkpointing: Checkpointing, data: Data, batch: Batch, parallel: Parallelism, optimizer: Optimizer,
-    numerics: Numerics, logging: Logging, model: Model, kernels: Kernels,
+    numerics: Numerics, logging: Logging, model: Model, kernels: Kernels, launching: Launching, stopping: Stopping,
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
+    from megatron_ft.device import prepare_engine
+    from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.parallel import process_groups, world_size
     from megatron_ft.training import agreement, choosing, datasets
-    from megatron_ft.training.stopping import StopRequest
+    from megatron_ft.training.stopping import StopRequest, time_limit
 
     def read(folder: Path) -> CheckpointConfig:
         return agreement.check_model_flags(model, describe(folder))
 
-    settings = Settings(checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels)
-    check_training(checkpointing, data, batch, parallel, optimizer, numerics, logging, world_size=world_size())
+    settings = Settings(
+        checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels, launching, stopping
+    )
+    starts = planned(launching)
+    processes = starts.world_size if starts else world_size()
+    check_training(checkpointing, data, batch, parallel, optimizer, numerics, logging, world_size=processes)
     # Whatever can be told without torch is told before the processes wait for each other.
     folders, checkpointing = choosing.sources(checkpointing)
     settings = settings._replace(checkpointing=checkpointing)
@@ -65,13 +73,15 @@ def run(
     source = folders[number]
     split = split_layers(described.architecture.num_layers, parallel)
     check_sizes(source, described, parallel.tensor_model_parallel_size, split.stages, split)
-    dp_size = data_parallel_size(parallel, world_size())
+    dp_size = data_parallel_size(parallel, processes)
     microbatches_fit_chunks(parallel, batch, data, dp_size, split.virtual_size)
     if not _starts_anew(described, checkpointing):
         check_training_state(source, described)
         agreement.warn_of_other_rows(source / SETTINGS, data)
     train_set, valid_set = datasets.make_datasets(data, described)
     described = datasets.with_chat_format(described, train_set)
+    if starts and (code := launch(starts, launching.log_dir, prepare_engine)) is not None:
+        return code  # the ranks have done what follows
     groups = process_groups(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -80,7 +90,11 @@ def run(
         data.seed,
         split.virtual_size,
     )
-    with StopRequest() as stop, groups as layout, contextlib.ExitStack() as held:
+    with (
+        StopRequest(time_limit(stopping), stopping.exit_interval) as stop,
+        groups as layout,
+        contextlib.ExitStack() as held,
+    ):
         source, described = choosing.first_trusted(
             folders[number:], described, read, layout, checkpointing.verify_checkpoint
         )
@@ -99,6 +113,8 @@ class Settings(NamedTuple):
     logging: Logging
     model: Model
     kernels: Kernels
+    launching: Launching
+    stopping: Stopping
 
 
 def _train(layout, source, described, train_set, valid_set, settings: Settings, stop, held) -> int:
@@ -114,10 +130,9 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
-    from megatron_ft.training.stopping import EXIT_REQUEUE
 
     log = logger("finetune")
-    checkpointing, data, batch, parallel, optimizer, numerics, logging, _, kernels = settings
+    checkpointing, data, batch, parallel, optimizer, numerics, logging, _, kernels, *_ = settings
     agreement.report_unused_kernels(kernels, device.has_gpu())
     model = setup.make_model(described.architecture, layout, data, parallel, numerics, kernels, vocab_rows(described))
     adam = make_optimizer(model, optimizer, numerics, parallel.use_distributed_optimizer)
@@ -184,8 +199,8 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
             write_at_end(reports_to)
     if done.iteration < batch.train_iters:
         where = f"saved in {save_to}" if save_to else "not saved, there is no --save"
-        log.warning(f"stopped by a signal at iteration {done.iteration} of {batch.train_iters}, {where}")
-        return EXIT_REQUEUE
+        log.warning(f"{stop.reason} at iteration {done.iteration} of {batch.train_iters}, {where}")
+        return stop.exit_code
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_ft.config.command import Command
 from megatron_ft.config.fields import Option, default_of, options_of
 from megatron_ft.config.flags import Given, read_flags
-from megatron_ft.config.launched import is_aftermath, say
+from megatron_ft.config.launched import be_seen, is_loss, is_together, say, speaks_first
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.log import setup
 
@@ -60,6 +60,7 @@ def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[
     argv: without the program's name; None takes this process's own.
     """
     setup()
+    be_seen()
     sections = None
     try:
         sections = parse(command, sys.argv[1:] if argv is None else argv)
@@ -82,8 +83,11 @@ def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[
                 command, UserError(f"{where}{error.strerror}; check the path, its rights and the disk"), parsed=True
             )
             return UserError.exit_code
-        if not is_aftermath():
-            traceback.print_exc()
+        if speaks_first(error):
+            _explain(command, error)
+        elif is_together():
+            sys.stdout.flush()
+            os._exit(1)  # taking broken connections down in good order ends in noise, or not at all
         return 1
 
 
@@ -111,8 +115,24 @@ def _report(command: Command, error: UserError, parsed: bool) -> None:
     # A mistake in the arguments is the same for every process of a machine: one of them says it. Later ones say which
     # process they met, unless the launcher lets the processes agree on who speaks.
     line = f"megatron-ft {command.name}: error: {' '.join(str(error).split())}"
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+    if is_together():
         say(line)
     elif parsed or os.environ.get("LOCAL_RANK", "0") == "0":
         rank = os.environ.get("RANK", "0")
         print(line + (f" (rank {rank})" if parsed and rank != "0" else ""), file=sys.stderr)
+
+
+def _explain(command: Command, error: Exception) -> None:
+    """A bug's traceback; of a connection that broke, whose cause is elsewhere, one line."""
+    rank = os.environ.get("RANK")
+    if rank is not None and is_loss(error):
+        reason = " ".join(str(error).split())[-200:]
+        print(
+            f"megatron-ft {command.name}: error: rank {rank} lost another process of the run, which ended or does not answer; "
+            f"what that one said is the cause ({reason})",
+            file=sys.stderr,
+        )
+        return
+    if rank is not None:
+        print(f"megatron-ft {command.name}: error: rank {rank} failed:", file=sys.stderr)
+    traceback.print_exception(error)

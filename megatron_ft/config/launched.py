@@ -1,55 +1,136 @@
-"""What a process says when a launcher started several of them: a mistake is said once a machine, and where torchrun looks.
+"""What a process says when a launcher started several of them: a mistake is said once a machine, by who met it first.
 
-torchrun gives each process it starts an error file, ATTEMPT/LOCAL_RANK/error.json, and quotes it as the root cause at the
-end of its own report. ATTEMPT is shared by the processes of one machine, so that it also serves to agree on who speaks,
-without asking anyone: the process that creates a file there does. Knows nothing of torch.
+The processes of one machine share a folder, ours or the one torchrun makes, and with it agree on who speaks without asking anyone:
+the process that creates a file there does. To torchrun the mistake is told in its own way too: it quotes a rank's error file as the
+root cause at the end of its report. Knows nothing of torch.
 """
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
+FOLDER = "MEGATRON_FT_RANKS"
+"""Environment variable: the folder that our own launcher shares with the processes it started."""
+STACK_SIGNAL = signal.SIGUSR2
+"""Makes a process that our launcher started write where it is, even one that waits outside Python."""
+
 _SAID = "said-"
-_PATIENCE = 1.0  # seconds in which a process that failed first has said why
+_LOST = "lost-"
+_FAILING = "failing-"
+_PATIENCE = 1.5  # seconds in which a process that failed first has said why, or our launcher has found it
+_BROKEN = (
+    *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "timed out"),
+    *("timeout", "socket timeout", "communicator was aborted", "remote process exited"),
+)
+"""In what torch.distributed raises where another process is gone or does not answer."""
 
 
 def say(line: str) -> None:
     """Print a user's mistake to standard error, unless a process of this machine has said the same."""
     _tell_torchrun(line)
-    if _first_to_say(line):
+    if _first(_SAID + hashlib.sha256(line.encode()).hexdigest()[:16]):
         print(line, file=sys.stderr, flush=True)
 
 
-def is_aftermath() -> bool:
-    """Whether another process of this machine has reported a mistake: its end breaks the connections of all others."""
-    attempt = _attempt()
-    deadline = time.monotonic() + _PATIENCE
-    while attempt is not None:
-        if any(attempt.glob(f"{_SAID}*")):
+def speaks_first(error: BaseException) -> bool:
+    """Whether this process should print what went wrong: it is the first of this machine.
+
+    Where another process's end or silence is all that went wrong, that process, or the launcher, has a while to say why.
+    """
+    if is_loss(error):
+        _note(_LOST + os.environ.get("RANK", "0"))
+        if _somebody_speaks(_PATIENCE):
+            return False
+    return _first(_SAID + "first") if not _somebody_speaks(0) else False
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error is what torch.distributed raises about another process that is gone or does not answer."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error).lower()
+    network = bool(kinds & {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"})
+    return network or (isinstance(error, RuntimeError | OSError) and any(words in text for words in _BROKEN))
+
+
+def about_to_fail(error: BaseException) -> None:
+    """Tell the launcher, before connections are taken down and others notice, that this process will say what is wrong."""
+    if not is_loss(error):
+        _note(_FAILING + os.environ.get("RANK", "0"))
+
+
+def is_together() -> bool:
+    """Whether the processes of this machine have a folder to agree in."""
+    return _folder() is not None
+
+
+def be_seen() -> None:
+    """In a process that our launcher started: write the stacks of all threads when STACK_SIGNAL comes."""
+    folder = os.environ.get(FOLDER)
+    if folder and os.path.isdir(folder):
+        faulthandler.enable()
+        file = open(stack_file(Path(folder), int(os.environ["RANK"])), "w")  # noqa: SIM115 - open as long as we live
+        faulthandler.register(STACK_SIGNAL, file=file, all_threads=True)
+
+
+def stack_file(folder: Path, rank: int) -> Path:
+    return folder / f"stack-{rank}"
+
+
+def ready(folder: Path, rank: int) -> bool:
+    """Launcher's side: whether a rank answers STACK_SIGNAL; to another it would be the end."""
+    return stack_file(folder, rank).exists()
+
+
+def lost(folder: Path) -> set[int]:
+    """Launcher's side: ranks that have found another one gone or silent."""
+    return {int(path.name.removeprefix(_LOST)) for path in folder.glob(f"{_LOST}*")}
+
+
+def failing(folder: Path) -> bool:
+    """Launcher's side: whether a rank is about to say what is wrong."""
+    return any(folder.glob(f"{_FAILING}*"))
+
+
+def claim(folder: Path) -> bool:
+    """Launcher's side: whether nobody has spoken; from now on the launcher has."""
+    if any(folder.glob(f"{_SAID}*")):
+        return False
+    (folder / f"{_SAID}first").touch()
+    return True
+
+
+def _somebody_speaks(patience: float) -> bool:
+    folder = _folder()
+    deadline = time.monotonic() + patience
+    while folder is not None:
+        if any(folder.glob(f"{_SAID}*")):
             return True
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             break
         time.sleep(0.05)
     return False
 
 
-def _attempt() -> Path | None:
-    """The folder that torchrun made for the processes of this machine; None without torchrun."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    folder = Path(file).parent.parent if file else None
+def _folder() -> Path | None:
+    """The folder that is shared by the processes of this machine; None where there is no such launcher."""
+    ours, torchruns = os.environ.get(FOLDER), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    folder = Path(ours) if ours else Path(torchruns).parent.parent if torchruns else None
     return folder if folder is not None and folder.is_dir() else None
 
 
-def _first_to_say(line: str) -> bool:
-    attempt = _attempt()
-    if attempt is None:
+def _first(name: str) -> bool:
+    """Whether no process has made this file before. Where they share nothing, each is the first."""
+    folder = _folder()
+    if folder is None:
         return True
     try:
-        (attempt / (_SAID + hashlib.sha256(line.encode()).hexdigest()[:16])).touch(exist_ok=False)
+        (folder / name).touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:
@@ -57,9 +138,17 @@ def _first_to_say(line: str) -> bool:
     return True
 
 
+def _note(name: str) -> None:
+    folder = _folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            (folder / name).touch()
+
+
 def _tell_torchrun(line: str) -> None:
-    if _attempt() is None:
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None or _folder() is None or os.environ.get(FOLDER):
         return
     content = {"message": {"message": line, "extraInfo": {"timestamp": int(time.time())}}}
     with contextlib.suppress(OSError):
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content), encoding="utf-8")
+        Path(file).write_text(json.dumps(content), encoding="utf-8")

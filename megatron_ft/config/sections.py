@@ -237,5 +237,43 @@ class Logging:
     """name of the run there; default: wandb's own"""
 
 
-TRAINING = (Checkpointing, Data, Batch, Parallelism, Optimizer, Numerics, Logging, Model, Kernels)
+@dataclass
+class Launching:
+    """Starting the processes, and trying a command line out"""
+
+    nproc_per_node: int | None = None
+    """processes to start on this machine, one for each GPU; default: this one alone, or those that torchrun or srun started"""
+    nnodes: int | None = None
+    """machines that take part, each with the same command; default: as many as srun says, else 1"""
+    node_rank: int | None = None
+    """number of this machine, from 0; default: as srun says"""
+    master_addr: str | None = None
+    """name of the first machine; default: MASTER_ADDR"""
+    master_port: int | None = None
+    """a free port there; default: MASTER_PORT, or any on a single machine"""
+    log_dir: str | None = None
+    """what each process prints also goes to rank-000.log and so on in this folder"""
+    dry_run: bool = False
+    """do all but the steps: read the settings and the data, build and load the model, say what would be done; nothing is written"""
+    rehearse: bool = False
+    """the same command on CPU processes of one machine, model and rows shrunk: shows a launch script's mistakes before it has GPUs"""
+    make_believe: str | None = None
+    """with --rehearse: make up a checkpoint or shards that are not there, for this model (llama2-70b, or a config.json)"""
+
+
+@dataclass
+class Stopping:
+    """When to save and stop before train_iters"""
+
+    exit_duration_in_mins: float | None = None
+    """minutes after which the run saves and stops, with exit code 75: start it again with --auto_resume"""
+    exit_interval: int | None = None
+    """save and stop, with exit code 0, after an iteration that this divides"""
+    exit_before_end_in_mins: float = 5.0
+    """minutes before the end of a SLURM job (SLURM_JOB_END_TIME) at which to save and stop, with exit code 75; 0: do not"""
+
+
+TRAINING = (
+    Checkpointing, Data, Batch, Parallelism, Optimizer, Numerics, Logging, Model, Kernels, Launching, Stopping,
+)  # fmt: skip
 """The sections of `megatron-ft finetune`, in the order in which its run() takes them."""

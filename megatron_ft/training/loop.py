@@ -57,7 +57,7 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                     f"{skipped} steps in a row had gradients that are not finite, up to iteration {progress.iteration}: "
                     f"resume from an earlier checkpoint with a lower --lr or --clip_grad"
                 )
-            stopping = stop.agreed()
+            stopping = stop.agreed(progress.iteration)
             last = progress.iteration == run.train_iters
             if run.valid_set and not stopping and (last or _due(progress.iteration, run.eval_interval)):
                 _evaluate(run, progress)

@@ -1,4 +1,4 @@
-"""Reasons to stop before the end: a signal from the scheduler, or gradients that stay broken.
+"""Reasons to stop before the end: a signal from the scheduler, the time, or gradients that stay broken.
 
 SIGTERM and SIGUSR1 (what SLURM sends before it takes the nodes) let the current step finish; then all ranks save and leave with
 EXIT_REQUEUE, which a launch script can requeue on.
@@ -6,13 +6,16 @@ EXIT_REQUEUE, which a launch script can requeue on.
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 
 from megatron_ft import device
+from megatron_ft.config.sections import Stopping
 from megatron_ft.errors import UserError
 
 EXIT_REQUEUE = 75
-"""Stopped by a signal, everything saved: run the same command again. (EX_TEMPFAIL of sysexits.h)"""
+"""Stopped by a signal or the time limit, everything saved: run the same command again. (EX_TEMPFAIL of sysexits.h)"""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -20,11 +23,27 @@ class BrokenGradients(UserError):
     """Too many steps in a row whose gradients were not finite; the weights are those before them."""
 
 
-class StopRequest:
-    """Whether a signal asked this run to stop. A context manager: the handlers are taken down again."""
+def time_limit(section: Stopping) -> float | None:
+    """When to save and stop (seconds since the epoch): --exit_duration_in_mins from now, or so long before the SLURM job's end."""
+    limits = []
+    if section.exit_duration_in_mins is not None:
+        limits.append(time.time() + 60 * section.exit_duration_in_mins)
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    if section.exit_before_end_in_mins and end.isdigit():
+        limits.append(int(end) - 60 * section.exit_before_end_in_mins)
+    return min(limits, default=None)
 
-    def __init__(self):
+
+class StopRequest:
+    """Whether a signal, or the time, asked this run to stop. A context manager: the handlers are taken down again.
+
+    until: a time (seconds since the epoch) from which to stop. every: stop after an iteration that this divides.
+    """
+
+    def __init__(self, until: float | None = None, every: int | None = None):
         self.received: int | None = None
+        self.until, self.every = until, every
+        self.reason, self.exit_code = "stopped by a signal", EXIT_REQUEUE
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -38,11 +57,21 @@ class StopRequest:
     def _note(self, number, frame) -> None:
         self.received = number
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; all ranks call it and get the same answer."""
+    def agreed(self, iteration: int = 0) -> bool:
+        """Whether to stop after `iteration`, because any rank was asked to; all ranks call it and get the same answer.
+
+        reason and exit_code then say why and how to leave.
+        """
         import torch  # not above: signals are heeded from the start, before it is there
         import torch.distributed as dist
 
-        asked = torch.tensor([int(self.received is not None)], device=device.current_device())
+        late = self.until is not None and time.time() >= self.until
+        asked = torch.tensor([int(self.received is not None), int(late)], device=device.current_device())
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        signalled, late = asked.tolist()
+        if late and not signalled:
+            self.reason = "stopped by its time limit"
+        if not signalled and not late and self.every and iteration and iteration % self.every == 0:
+            self.reason, self.exit_code = f"stopped by --exit_interval {self.every}", 0
+            return True
+        return bool(signalled or late)

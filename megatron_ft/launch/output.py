@@ -1,0 +1,52 @@
+"""What ranks print: into a file for each of them and, as it comes, to our own standard output and error."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ft.launch.ranks import Rank
+
+_AT_ONCE = 1 << 16  # bytes
+
+
+class Relay:
+    """log_dir: gets rank-000.log and so on, appended to; None: ranks print to where we do, and there is nothing to copy."""
+
+    def __init__(self, ranks: Sequence[Rank], log_dir: Path | None):
+        self._selector = selectors.DefaultSelector()
+        self._files = []
+        if log_dir is None:
+            return
+        for rank in ranks:
+            file = (log_dir / f"rank-{rank.number:03d}.log").open("ab", buffering=0)
+            self._files.append(file)
+            for number, end in rank.outputs.items():
+                self._selector.register(end, selectors.EVENT_READ, (number, file))
+
+    def copy(self, seconds: float) -> bool:
+        """Pass on what has come, waiting at most this long for something. Returns whether anything came."""
+        if not self._selector.get_map():
+            time.sleep(seconds)
+            return False
+        ready = self._selector.select(seconds)
+        for key, _ in ready:
+            data = os.read(key.fd, _AT_ONCE)
+            if not data:
+                self._selector.unregister(key.fd)
+                os.close(key.fd)
+                continue
+            number, file = key.data
+            file.write(data)
+            os.write(number, data)
+        return bool(ready)
+
+    def finish(self) -> None:
+        """What is left in the pipes, once all ranks have ended."""
+        while self._selector.get_map() and self.copy(0.2):
+            pass
+        for file in self._files:
+            file.close()

@@ -1,0 +1,72 @@
+"""Who is who: the number of each process of a run, from flags, from SLURM's environment, or on one machine alone.
+
+torch.distributed reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from megatron_ft.config.sections import Launching
+from megatron_ft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Places:
+    """The processes of one machine within the run."""
+
+    here: int
+    """Processes on this machine."""
+    nodes: int
+    node: int
+    """Number of this machine, from 0."""
+    address: str
+    """Machine of rank 0."""
+    port: int
+
+    @property
+    def world_size(self) -> int:
+        return self.here * self.nodes
+
+    def rank(self, local: int) -> int:
+        return self.node * self.here + local
+
+    def environment(self, local: int) -> dict[str, str]:
+        """What process `local` of this machine is told."""
+        return {
+            "RANK": str(self.rank(local)), "LOCAL_RANK": str(local), "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.here), "GROUP_RANK": str(self.node),
+            "MASTER_ADDR": self.address, "MASTER_PORT": str(self.port),
+        }  # fmt: skip
+
+
+def is_rank() -> bool:
+    """Whether a launcher (ours, torchrun or another) has started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def places(launching: Launching) -> Places:
+    """Flags first, then what srun says. Raises ConfigError where several machines are to find each other and cannot."""
+    slurm = (
+        os.environ if "SLURM_PROCID" in os.environ else {}
+    )  # a batch script that is not under srun knows SLURM_NNODES too
+    nodes = launching.nnodes or int(slurm.get("SLURM_NNODES", "1"))
+    node = launching.node_rank if launching.node_rank is not None else int(slurm.get("SLURM_NODEID", "0"))
+    address = launching.master_addr or os.environ.get("MASTER_ADDR")
+    port = launching.master_port or int(os.environ.get("MASTER_PORT", "0"))
+    if not 0 <= node < nodes:
+        raise ConfigError(f"--node_rank {node} with --nnodes {nodes}: machines are numbered from 0 to {nodes - 1}")
+    if nodes > 1 and not (address and port):
+        raise ConfigError(
+            f"--nnodes {nodes} needs --master_addr and --master_port, the same on every machine: the name of the first and a free "
+            f"port on it (or MASTER_ADDR and MASTER_PORT in the environment)"
+        )
+    return Places(launching.nproc_per_node or 1, nodes, node, address or "localhost", port or _free_port())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

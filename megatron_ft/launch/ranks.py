@@ -1,0 +1,124 @@
+"""Starts a process for every rank of this machine: forked from one that has imported the engine, or anew.
+
+Forking is quick (one import instead of one a rank) and shares the libraries' memory. A process that uses a GPU cannot be forked
+after the driver has been asked, so machines with one start each rank anew, as torchrun does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ft.config.launched import FOLDER
+from megatron_ft.launch.places import Places
+
+_PR_SET_PDEATHSIG = 1
+_GPU = ("/dev/nvidiactl", "/dev/kfd")  # NVIDIA's driver, AMD's
+
+
+@dataclass
+class Rank:
+    """A process that was started. code: as subprocess has it, negative for a signal; None while it runs."""
+
+    number: int
+    pid: int
+    code: int | None = None
+    killed: bool = False
+    """By us, because another one had failed."""
+    outputs: dict[int, int] = field(default_factory=dict)
+    """1 and 2 -> our ends of the pipes that stand for its standard output and error; empty: it has ours."""
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def send(self, number: int) -> None:
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+def start(places: Places, folder: Path, piped: bool, prepare: Callable[[], None]) -> list[Rank] | None:
+    """Start this machine's ranks. Returns them in the launcher, None in a forked rank, which goes on as such.
+
+    folder: where these processes and the launcher leave each other notes, see config/launched.py.
+    piped: catch what they print. prepare: what is done once before forking.
+    """
+    _share_cores(places.here)
+    if any(Path(device).exists() for device in _GPU) and os.environ.get("MEGATRON_FT_DEVICE") != "cpu":
+        return [_anew(places, local, folder, piped) for local in range(places.here)]
+    prepare()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ranks: list[Rank] = []
+    for local in range(places.here):
+        rank = _fork(places, local, folder, piped, ranks)
+        if rank is None:
+            return None
+        ranks.append(rank)
+    return ranks
+
+
+def _share_cores(processes: int) -> None:
+    """Threads of one process, unless the user has said: more than there are cores only get in each other's way."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+
+def _environment(places: Places, local: int, folder: Path) -> dict[str, str]:
+    return {**places.environment(local), FOLDER: str(folder), "PYTHONUNBUFFERED": "1"}
+
+
+def _anew(places: Places, local: int, folder: Path, piped: bool) -> Rank:
+    """The very command line that started us, as torchrun would start it."""
+    ends = subprocess.PIPE if piped else None
+    process = subprocess.Popen(
+        sys.orig_argv, env={**os.environ, **_environment(places, local, folder)}, stdin=subprocess.DEVNULL,
+        stdout=ends, stderr=ends, preexec_fn=_die_with_parent,
+    )  # fmt: skip
+    outputs = {1: os.dup(process.stdout.fileno()), 2: os.dup(process.stderr.fileno())} if piped else {}
+    for pipe in (process.stdout, process.stderr):
+        if pipe:
+            pipe.close()
+    process.returncode = 0  # we wait for it, not the Popen object
+    return Rank(places.rank(local), process.pid, outputs=outputs)
+
+
+def _fork(places: Places, local: int, folder: Path, piped: bool, older: list[Rank]) -> Rank | None:
+    pipes = {number: os.pipe() for number in (1, 2)} if piped else {}
+    pid = os.fork()
+    if pid:
+        for _, theirs in pipes.values():
+            os.close(theirs)
+        return Rank(places.rank(local), pid, outputs={number: ours for number, (ours, _) in pipes.items()})
+    _die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for rank in older:
+        for end in rank.outputs.values():
+            os.close(end)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, (ours, theirs) in pipes.items():
+        os.dup2(theirs, number)
+        os.close(ours)
+        os.close(theirs)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # what a rank says last must not be lost with it
+    os.environ.update(_environment(places, local, folder))
+    return None
+
+
+def _die_with_parent() -> None:
+    """A launcher that is killed leaves no ranks behind (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,203 @@
+"""Processes started with --nproc_per_node: one raises, one is killed, one is stopped, one hangs. The launcher's exit code, the time it
+takes, and what a user reads first.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_ft.config.sections import Launching
+from megatron_ft.errors import ConfigError
+from megatron_ft.launch.places import places
+from megatron_ft.launch.stacks import is_waiting
+from megatron_ft.launch.supervise import exit_code
+from tests.errors.conftest import ROOT, copy, cut, finetune
+from tests.errors.test_before_torch import layout
+
+SLACK = 8.0
+"""Seconds allowed beyond what is promised on a quiet machine: tests share few cores with whatever else runs."""
+
+TROUBLE = """
+import os, signal, sys, time, warnings
+warnings.simplefilter("ignore")
+from megatron_ft.training import step
+
+update, calls = step.update, []
+
+def trouble(optimizer):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        {}
+    return update(optimizer)
+
+step.update = trouble
+from megatron_ft.__main__ import main
+sys.argv = ["megatron-ft", *sys.argv[1:]]
+sys.exit(main())
+"""
+
+
+PLAIN = "import sys; from megatron_ft.__main__ import main; sys.exit(main(sys.argv[1:]))"
+
+
+def start(program: str, *words, **environment) -> SimpleNamespace:
+    """code, out, err, and seconds from the trouble (a file that the rank makes) to the launcher's end."""
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "MASTER", "SLURM"))
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**clean, "OMP_NUM_THREADS": "1", "MEGATRON_FT_DEVICE": "cpu", **environment},
+    )  # fmt: skip
+    timer = threading.Timer(150, process.kill)
+    timer.start()
+    out, err = process.communicate()
+    timer.cancel()
+    return SimpleNamespace(code=process.returncode, out=out, err=err, ended=time.time())
+
+
+def trouble(what: str, tmp_path: Path, shop, *more) -> SimpleNamespace:
+    """Four ranks, TP2 x PP2; rank 1 does `what` before it takes its third step. since: when that was."""
+    mark = tmp_path / "mark"
+    program = TROUBLE.format(f"open({str(mark)!r}, 'w').close(); {what}")
+    done = start(
+        program, *finetune(shop, shop.split, None, None, *layout(2, 2), "--nproc_per_node", 4, *more, iters=50)
+    )
+    done.seconds = done.ended - mark.stat().st_mtime
+    return done
+
+
+def said(done) -> list[str]:
+    """Error lines and what follows them."""
+    lines = done.err.splitlines()
+    return lines[next(n for n, line in enumerate(lines) if ": error: " in line) :]
+
+
+def test_one_rank_raises(shop, tmp_path):
+    done = trouble("raise RuntimeError('the cat sat on it')", tmp_path, shop)
+    lines = said(done)
+    assert done.code == 1
+    assert lines[0] == "megatron-ft finetune: error: rank 1 failed:" and lines[-1] == "RuntimeError: the cat sat on it"
+    assert done.err.count("Traceback") == 1 and done.err.count(": error: ") == 1
+    assert done.seconds < 5 + SLACK
+
+
+def test_one_rank_is_killed(shop, tmp_path):
+    done = trouble("os.kill(os.getpid(), signal.SIGKILL)", tmp_path, shop)
+    assert done.code == 1
+    assert len(said(done)) == 1 and "error: rank 1 (process " in said(done)[0] and "ended by SIGKILL" in said(done)[0]
+    assert "Traceback" not in done.err
+    assert done.seconds < 5 + SLACK
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "is stopped, it answers nobody"),
+        ("time.sleep(1000)", "did not come where the others waited for it"),
+    ],
+    ids=["stopped", "hangs"],
+)
+def test_one_rank_is_silent(what, message, shop, tmp_path):
+    """The others' patience is 6 s; the first line names the rank, the next ones show where it was."""
+    done = trouble(what, tmp_path, shop, "--distributed_timeout_minutes", 0.1)
+    lines = said(done)
+    assert done.code == 1
+    assert lines[0].startswith("megatron-ft: error: rank 1 (process ") and message in lines[0]
+    assert any("in trouble" in line for line in lines[1:6]), lines
+    assert "timed out" not in done.err.lower()
+    assert done.seconds < 2 * 6 + 5 + SLACK  # a wait may begin when another one ends
+
+
+def test_one_rank_raises_before_any_collective(shop, tmp_path):
+    """A file of one rank is damaged: its line alone, exit code 2, and nobody waits for the timeout of half an hour."""
+    broken = copy(shop.split, tmp_path / "broken")
+    cut(broken / "release" / "mp_rank_01_001" / "model_optim_rng.pt")
+    (broken / "release" / "manifest.json").unlink(missing_ok=True)
+    program = PLAIN
+    began = time.time()
+    done = start(program, *finetune(shop, broken, None, tmp_path / "run", *layout(2, 2), "--nproc_per_node", 4))
+    assert done.code == 2, done.err
+    assert len(said(done)) == 1 and "mp_rank_01_001/model_optim_rng.pt" in said(done)[0]
+    assert done.ended - began < 60
+
+
+def test_mistakes_are_told_before_any_rank_is_started(shop, tmp_path):
+    done = start(PLAIN, *finetune(shop, tmp_path / "nowhere"), "--nproc_per_node", 4, *layout(2, 2))
+    assert (done.code, len(done.err.splitlines())) == (2, 1) and "nowhere: no such folder" in done.err
+
+
+def test_time_limit_then_on_to_an_interval(shop, tmp_path):
+    """The limit saves and leaves with 75; the next start goes on to --exit_interval, with 0. Each rank has its log."""
+    words = finetune(
+        shop, shop.split, None, tmp_path / "run", *layout(2, 2), "--nproc_per_node", 4, "--auto_resume", iters=1000
+    )
+    done = start(PLAIN, *words, "--exit_duration_in_mins", 0.02)
+    assert done.code == 75 and "stopped by its time limit at iteration" in done.err, done.err
+    iteration = int((tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text())
+    done = start(PLAIN, *words, "--exit_interval", 2, "--log_dir", tmp_path / "logs")
+    assert done.code == 0 and f"resuming at iteration {iteration}," in done.err, done.err
+    stopped = (iteration // 2 + 1) * 2
+    assert f"stopped by --exit_interval 2 at iteration {stopped} of 1000" in done.err
+    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    assert logs == [f"rank-00{n}.log" for n in range(4)]
+    assert f"iteration {stopped:4d}/ 1000" in "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+
+
+def test_the_end_of_a_slurm_job_is_a_time_limit(monkeypatch):
+    from megatron_ft.config.sections import Stopping
+    from megatron_ft.training.stopping import time_limit
+
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert time_limit(Stopping()) is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "2000000000")
+    assert time_limit(Stopping()) == 2000000000 - 300
+    assert time_limit(Stopping(exit_before_end_in_mins=0)) is None
+    assert time_limit(Stopping(exit_duration_in_mins=1)) == pytest.approx(time.time() + 60, abs=5)
+
+
+@pytest.mark.parametrize(
+    "codes, asked, expected",
+    [
+        ([0, 0], False, 0), ([75, 75], True, 75), ([0, 75], False, 75), ([1, 1, 2], False, 2), ([-9, 1, 1], False, 1),
+        ([-signal.SIGTERM] * 2, True, 75), ([-signal.SIGTERM, 0], False, 1), ([-signal.SIGTERM, 2], True, 2), ([130, 1], False, 130),
+    ],
+)  # fmt: skip
+def test_one_exit_code_for_all(codes, asked, expected):
+    assert exit_code(codes, asked) == expected
+
+
+def test_who_is_who(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    alone = places(Launching(nproc_per_node=4))
+    assert (alone.world_size, alone.address) == (4, "localhost") and alone.port > 0
+    with pytest.raises(ConfigError, match="needs --master_addr and --master_port"):
+        places(Launching(nproc_per_node=8, nnodes=4))
+    with pytest.raises(ConfigError, match="numbered from 0 to 3"):
+        places(Launching(nproc_per_node=8, nnodes=4, node_rank=4, master_addr="a", master_port=1))
+    for name, value in {
+        "SLURM_PROCID": 2,
+        "SLURM_NNODES": 4,
+        "SLURM_NODEID": 2,
+        "MASTER_ADDR": "n0",
+        "MASTER_PORT": 29500,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    third = places(Launching(nproc_per_node=8)).environment(5)
+    assert third["RANK"] == "21" and third["WORLD_SIZE"] == "32" and third["MASTER_ADDR"] == "n0"
+
+
+def test_a_stack_that_waits_for_others(tmp_path):
+    code = tmp_path / "code.py"
+    code.write_text("handle.wait()\nx = weigh(y)\n")
+    line = 'Current thread 0x1 (most recent call first):\n  File "{}", line {} in f\n  File "a.py", line 2 in g\n'
+    assert is_waiting(line.format(code, 1)) and is_waiting(line.format("x/torch/distributed/c10d.py", 5))
+    assert not is_waiting(line.format(code, 2))
