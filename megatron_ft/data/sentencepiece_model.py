@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.data.fingerprint import fingerprint
+from megatron_ft.data.words import Words, are_apart
 from megatron_ft.errors import TokenizerError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces in sentencepiece_model.proto
@@ -34,6 +35,7 @@ class SentencePieceModel:
         inner = [i for i in range(self.size) if self._model.is_control(i) or self._model.is_unknown(i)]
         self.controls = {self._model.id_to_piece(i): i for i in inner}
         self.fingerprint = fingerprint(self._data)
+        self._words = self._word_table()
 
     @property
     def bos(self) -> str | None:
@@ -47,8 +49,10 @@ class SentencePieceModel:
     def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]:
         del at_start  # every text gets the dummy prefix
         try:
+            if self._words is not None:
+                return list(map(self._words.encode, texts))
             return self._model.encode(texts, return_type="numpy", num_threads=self.threads)
-        except (UnicodeEncodeError, TypeError) as error:  # a TypeError is what the binding makes of a lone surrogate
+        except (UnicodeEncodeError, TypeError, RuntimeError) as error:  # what the binding makes of a lone surrogate
             raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
 
     def starts(self, texts: list[str], at_start: bool) -> list[tuple[np.ndarray, np.ndarray, bool]]:
@@ -103,6 +107,11 @@ class SentencePieceModel:
         for index in inside:
             message.pieces[index].type = CONTROL
         self._model = sentencepiece.SentencePieceProcessor(model_proto=message.SerializeToString())
+        self._words = self._word_table()
+
+    def _word_table(self) -> Words | None:
+        """For models that allow it; the others encode text whole."""
+        return Words(self._model.encode) if are_apart(self.proto()) else None
 
     def write(self, path: Path) -> None:
         """Copy the model file as it was read."""

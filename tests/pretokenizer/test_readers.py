@@ -101,6 +101,10 @@ def test_a_chat_without_messages_is_counted():
         ("oasst_export", tree(1, {**ask("q"), "replies": {"a": 1}}), "dict, not a list"),
         ("sharegpt", {"conversations": {"from": "human"}}, "dict, not a list"),
         ("oasst_export", tree(1, ask("q", {"role": "assistant", "rank": 0})), "lacks 'text'"),
+        ("oasst_export", tree(1, ask("q", answer(3))), "'text' is int"),
+        ("oasst_export", tree(1, []), "prompt is list, no message"),
+        ("messages", {"messages": [{"role": "user", "content": "q", "weight": 10**400}]}, "weight 1000"),
+        ("messages", {"messages": [{"role": ["user"], "content": "q"}]}, "'role' is list"),
     ],
 )
 def test_faulty_records_say_where(name, record, message):

@@ -55,7 +55,7 @@ def conversations(tree: dict[str, Any], where: str, options: OasstOptions, left_
             left_out[reason] += 1
             continue
         kept = thread[:-1] if thread[-1]["role"] == "prompter" else thread
-        samples.append([{"role": message["role"], "content": get_text(message, "text", where)} for message in kept])
+        samples.append([{"role": message["role"], "content": _text(message, where)} for message in kept])
     return samples
 
 
@@ -117,6 +117,11 @@ def _check_message(thread: Thread, where: str) -> None:
     if role != expected:
         name = thread[-1].get("message_id", "?")
         raise DataError(f"{where}: message {name} is by the {role}, {expected} was expected; roles alternate in a tree")
+
+
+def _text(message: Message, where: str) -> str:
+    _field(message, "text", where)
+    return get_text(message, "text", where)
 
 
 def _field(message: Any, name: str, where: str) -> Any:

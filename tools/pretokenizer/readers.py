@@ -69,6 +69,10 @@ def _messages(record: dict[str, Any], where: str, options: NoOptions, left_out: 
 
 
 def _message_turns(message: Any, where: str) -> Conversation:
+    if isinstance(message, dict) and len(message) == 2:  # as nearly all are, and there are many
+        role, content = message.get("role"), message.get("content")
+        if isinstance(role, str) and role in ROLES and isinstance(content, str):
+            return [message]
     if not isinstance(message, dict):
         raise DataError(f"{where}: a message is {type(message).__name__}, not an object with role and content")
     role = _OTHER_NAMES.get(name := get_text(message, "role", where), name)
