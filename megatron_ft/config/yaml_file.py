@@ -4,6 +4,8 @@ Keys are field names, at the top or nested under their section's name; hyphens c
 """
 
 import contextlib
+import itertools
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -84,12 +86,14 @@ def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tup
     Raises ConfigError with file and line for what is no YAML, no mapping, an unknown key, a setting given twice.
     """
     text = read_text(path)
+    _check_text(text, path)
     with _no_yaml_errors(path):
         loader = _Loader(text)
         loader.path = path
         top = loader.get_single_node() or yaml.MappingNode("tag:yaml.org,2002:map", [])  # None: an empty file
         if not isinstance(top, yaml.MappingNode):
             raise ConfigError(f"{path}: holds no settings; write lines such as `name: value`")
+        _check_size(top, path)
         return _settings(loader, top, options, open_keys)
 
 
@@ -103,6 +107,39 @@ def write_settings(
         entries = [_dump({name: values[name]}) if name in values else f"# {name}:  (required)\n" for name in names]
         text += f"{section_name(section)}:\n" + textwrap.indent("".join(entries), "  ")
     return text
+
+
+_MOST_CHARACTERS, _DEEPEST = 10_000_000, 200
+
+
+def _check_text(text: str, path: str) -> None:
+    """Raise ConfigError for what would keep PyYAML busy for hours: its time grows with the square of the nesting."""
+    if len(text) > _MOST_CHARACTERS:
+        raise ConfigError(f"{path}: {len(text):,} characters, more than settings take; is it the right file?")
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text))
+    deepest_line = max(map(len, re.findall(r"(?m)^ +", text)), default=0)
+    if max(deepest_line, max(itertools.accumulate(steps), default=0)) > _DEEPEST:
+        raise ConfigError(f"{path}: lists or mappings nested more than {_DEEPEST} deep; write it flatter")
+
+
+_MOST_VALUES = 100_000
+"""What a file may hold with its aliases written out; real ones hold hundreds."""
+
+
+def _check_size(top: yaml.Node, path: str) -> None:
+    """Raise ConfigError where aliases stand for more than anybody means: nested ones multiply, one inside itself never ends."""
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # met again before it is known: an alias inside what it stands for
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if size(top) > _MOST_VALUES:
+        raise ConfigError(f"{path}: its aliases stand for more than {_MOST_VALUES:,} values; write out what is meant")
 
 
 def _settings(

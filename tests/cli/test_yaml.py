@@ -1,5 +1,7 @@
 """Configuration files: where keys may stand, what is refused and in which line, who wins."""
 
+import tracemalloc
+
 import pytest
 
 from megatron_ft.config.cli import parse
@@ -75,6 +77,35 @@ def test_an_empty_file_is_no_mistake(read, file):
 def test_refusal_names_file_and_line(refusal, file, text, message):
     got = refusal("--config", file(text))
     assert "run.yaml" in got and message in got
+
+
+def bomb(start: str, link: str, times: int = 9) -> str:
+    """Anchors of which each stands for the one before nine times over."""
+    lines = [f"data_path:\n- &a0 {start}\n"]
+    lines += [f"- &a{n} {link.format(', '.join([f'*a{n - 1}'] * times))}\n" for n in range(1, 12)]
+    return "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (bomb("[x, x]", "[{}]"), "its aliases stand for more than 100,000 values"),
+        (bomb("{x: 1}", "{{<<: [{}]}}"), "its aliases stand for more than 100,000 values"),
+        ("data_path: &a [*a]\n", "its aliases stand for more than 100,000 values"),
+        ("data_path: " + "[" * 100_000 + "]" * 100_000 + "\n", "nested more than 200 deep"),
+        ("".join(f"{' ' * n}a:\n" for n in range(3000)), "nested more than 200 deep"),
+    ],
+    ids=["lists", "merged mappings", "an alias inside itself", "brackets", "indentation"],
+)
+def test_bombs_are_refused_before_they_go_off(refusal, file, text, message):
+    tracemalloc.start()
+    assert message in refusal("--config", file(text))
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_an_alias_is_no_mistake(read, file):
+    assert read("--config", file("data_path: [&a x, *a]\n"))
 
 
 def test_a_missing_file_is_named(refusal):
