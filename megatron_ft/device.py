@@ -130,6 +130,7 @@ def prepare_engine() -> None:
             f"pip install 'megatron-core>=0.16,<0.17'"
         )
     _keep_write_results_here()
+    _recompute_norms_without_fp8()
     _read_objects_without_running_them()
     if not has_gpu():
         _answer_for_cpu()
@@ -163,6 +164,21 @@ def _read_objects_without_running_them() -> None:
         free(self, read_item, value)
 
     MCoreLoadPlanner.load_bytes = load_bytes
+
+
+def _recompute_norms_without_fp8() -> None:
+    """Recomputed norms ask Transformer Engine for its fp8 state even where it is not installed, and then fail."""
+    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel import random as engine_random
+
+    if hasattr(engine_random, "FP8GlobalStateManager"):
+        return
+
+    class WithoutFp8(engine_random.CheckpointWithoutOutput):
+        def __init__(self, fp8=None):
+            super().__init__(None)
+
+    tensor_parallel.CheckpointWithoutOutput = WithoutFp8
 
 
 def _answer_for_cpu() -> None:

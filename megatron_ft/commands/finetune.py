@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_ft.config.checks import check_training, data_parallel_size, microbatches_fit_chunks
+from megatron_ft.config.checks import check_training, data_parallel_size, microbatches_fit_chunks, recompute_groups_fit
 from megatron_ft.config.cli import Command, run_script, write_sections
 from megatron_ft.config.sections import (
     TRAINING,
@@ -75,6 +75,7 @@ def run(
     check_sizes(source, described, parallel.tensor_model_parallel_size, split.stages, split)
     dp_size = data_parallel_size(parallel, processes)
     microbatches_fit_chunks(parallel, batch, data, dp_size, split.virtual_size)
+    recompute_groups_fit(numerics, [len(chunk) for stage in split.chunks for chunk in stage])
     if not _starts_anew(described, checkpointing):
         check_training_state(source, described)
         agreement.warn_of_other_rows(source / SETTINGS, data)
@@ -191,6 +192,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
         stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, resolved),
         saver=saver, train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
         eval_interval=logging.eval_interval, eval_iters=logging.eval_iters, max_skipped=batch.max_skipped_iters,
+        check_replicas_every=numerics.check_replicas_every,
     )  # fmt: skip
     try:
         done = train(plan, progress, stop)

@@ -152,6 +152,42 @@ def lima_has_dropout(numerics: Numerics) -> None:
         )
 
 
+def one_precision(numerics: Numerics) -> None:
+    if numerics.bf16 and numerics.fp16:
+        raise ConfigError("--bf16 and --fp16 are both set: give one of them")
+    if numerics.loss_scale is not None and not numerics.fp16:
+        raise ConfigError(f"--loss_scale {numerics.loss_scale:g} is for --fp16: add it, or drop --loss_scale")
+    if numerics.loss_scale is not None and not 0 < numerics.loss_scale < math.inf:
+        raise ConfigError(f"--loss_scale {numerics.loss_scale:g}: must be above 0")
+    if not 0 < numerics.min_loss_scale <= numerics.initial_loss_scale < math.inf:
+        raise ConfigError(
+            f"--min_loss_scale {numerics.min_loss_scale:g} must be above 0 and at most --initial_loss_scale "
+            f"{numerics.initial_loss_scale:g}"
+        )
+
+
+def recompute_is_consistent(numerics: Numerics) -> None:
+    granularity = numerics.recompute_granularity
+    needs = {"recompute_modules": "selective", "recompute_method": "full", "recompute_num_layers": "full"}
+    for name, wanted in needs.items():
+        if getattr(numerics, name) and granularity != wanted:
+            raise ConfigError(
+                f"--{name} is for --recompute_granularity {wanted}, which is {granularity or 'not set'}: set it, or drop --{name}"
+            )
+
+
+def recompute_groups_fit(numerics: Numerics, layers_of_chunks: list[int]) -> None:
+    """layers_of_chunks: how many layers each chunk of each stage holds."""
+    each = numerics.recompute_num_layers or 1
+    if numerics.recompute_granularity == "full" and numerics.recompute_method != "block":
+        for layers in layers_of_chunks:
+            if layers % each:
+                raise ConfigError(
+                    f"--recompute_num_layers {each} does not divide the {layers} layers of a stage: use one that does, or "
+                    f"--recompute_method block"
+                )
+
+
 def saving_has_a_place(checkpointing: Checkpointing) -> None:
     for name in ("save_interval", "keep_last", "save_retain_interval", "async_save", "auto_resume"):
         value = getattr(checkpointing, name)
@@ -174,6 +210,7 @@ def check_training(
     positive(logging, "log_interval", "eval_interval", "eval_iters")
     positive(checkpointing, "save_interval", "keep_last", "save_retain_interval")
     positive(optimizer, "lr_decay_iters")
+    positive(numerics, "recompute_num_layers", "loss_scale_window", "hysteresis", "check_replicas_every")
     not_negative(data, "seed")
     not_negative(optimizer, "min_lr", "lr_warmup_iters", "weight_decay", "adam_eps", "clip_grad")
     share(optimizer, "adam_beta1", "adam_beta2")
@@ -188,4 +225,6 @@ def check_training(
     rates_in_order(optimizer)
     warmup_fits(optimizer, batch)
     lima_has_dropout(numerics)
+    one_precision(numerics)
+    recompute_is_consistent(numerics)
     saving_has_a_place(checkpointing)

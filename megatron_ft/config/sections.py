@@ -80,7 +80,8 @@ class Batch:
     train_iters: int = field(default=0, metadata={"required": True})
     """optimizer steps in the whole run"""
     max_skipped_iters: int = 10
-    """steps in a row that may be skipped for gradients that are not finite, before the run gives up"""
+    """steps in a row that may be skipped for gradients that are not finite, before the run gives up; overflows with a dynamic loss
+    scale do not count"""
 
 
 @dataclass
@@ -115,6 +116,18 @@ class Numerics:
 
     bf16: bool = False
     """compute in bfloat16, with fp32 main weights and gradients"""
+    fp16: bool = False
+    """compute in float16 instead, with fp32 main weights and gradients and a loss scale"""
+    loss_scale: float | None = None
+    """fixed scale of the loss with fp16; default: one that falls when gradients overflow and rises when they do not"""
+    initial_loss_scale: float = 4294967296.0
+    """first value of that scale"""
+    min_loss_scale: float = 1.0
+    """below which it does not fall"""
+    loss_scale_window: int = 1000
+    """steps without an overflow after which it doubles"""
+    hysteresis: int = 2
+    """overflows after which it halves"""
     hidden_dropout: float = 0.0
     """dropout on the residual stream"""
     attention_dropout: float = 0.0
@@ -122,7 +135,15 @@ class Numerics:
     lima_dropout: bool = False
     """let the residual dropout rise linearly from 0 at the first layer to hidden_dropout at the last"""
     recompute_granularity: Literal["selective", "full"] | None = None
-    """recompute activations in the backward pass: of the attention (selective) or of whole layers (full)"""
+    """recompute activations in the backward pass: of parts of each layer (selective) or of whole layers (full)"""
+    recompute_modules: list[Literal["core_attn", "mlp", "layernorm"]] = field(default_factory=list)
+    """which parts with selective; default: core_attn"""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """with full: all layers, in groups (uniform, the default), or only the first of each stage (block)"""
+    recompute_num_layers: int | None = None
+    """layers a group (uniform), or how many of the stage (block); default: 1"""
+    check_replicas_every: int | None = None
+    """compare the weights of data-parallel replicas, to the bit, every so many steps; default: never"""
 
 
 @dataclass

@@ -66,6 +66,7 @@ class BuildOptions:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+    recompute_modules: tuple[str, ...] = ()
     max_sequence_length: int | None = None
     variable_seq_lengths: bool = False
     """rows differ in length between microbatches: pipeline stages tell each other the shapes first"""
@@ -108,6 +109,7 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,
+        recompute_modules=list(options.recompute_modules) or None,
         calculate_per_token_loss=True,
         # Weights always come from a checkpoint. Initialisation stays on, doing nothing, because it is also what marks parameters as
         # split over ranks; unmarked ones are left out of the gradient norm.

@@ -42,13 +42,14 @@ class Console(Hook):
         seconds, rates = self._rates()
         left = time.strftime("%H:%M:%S", time.gmtime((self.train_iters - iteration) * seconds / count))
         width = len(str(self.train_iters))
+        scale = f"loss scale: {last['train/loss_scale']:.1f} | " if "train/loss_scale" in last else ""
         return (
             f" iteration {iteration:{width}d}/ {self.train_iters} | "
             f"consumed samples: {last['train/consumed_samples']:8d} | "
             f"elapsed time per iteration (ms): {1000 * seconds / count:.1f} | learning rate: {last['train/lr']:.3E} | "
             f"global batch size: {last['train/global_batch_size']:5d} | "
             f"lm loss: {sum(m['train/loss'] for m in self.window) / count:.6E} | "
-            f"grad norm: {last['train/grad_norm']:.3f} | number of skipped iterations: {self.skipped} | "
+            f"{scale}grad norm: {last['train/grad_norm']:.3f} | number of skipped iterations: {self.skipped} | "
             f"number of nan iterations: {self.nan} | tokens/s: {rates[0]:.0f} | trained tokens/s: {rates[1]:.0f} | eta: {left} |"
         )
 

@@ -13,6 +13,7 @@ from megatron_ft.data.loader import ChatDataset
 from megatron_ft.training import consumed
 from megatron_ft.training.checkpoint import Progress
 from megatron_ft.training.hooks import Hook
+from megatron_ft.training.replicas import check_replicas
 from megatron_ft.training.saver import Saver
 from megatron_ft.training.step import Stepper
 from megatron_ft.training.stopping import BrokenGradients, StopRequest
@@ -34,12 +35,14 @@ class Run:
     eval_interval: int | None
     eval_iters: int
     max_skipped: int = 10
+    check_replicas_every: int | None = None
 
 
 def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     """Train from `progress` to run.train_iters, or until a signal asks to stop. All ranks call it together.
 
-    Hooks are given to the reporting rank only. Raises BrokenGradients after run.max_skipped steps in a row that had to be skipped.
+    Hooks are given to the reporting rank only. Raises BrokenGradients after run.max_skipped steps in a row that had to be skipped;
+    a loss scale that finds its height, and batches without a supervised token, do not count. Raises ReplicasDiffer.
     """
     skipped = 0
     try:
@@ -51,7 +54,11 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             )
             for hook in run.hooks:
                 hook.on_step(progress.iteration, metrics)
-            skipped = skipped + 1 if metrics["train/skipped"] else 0
+            if _due(progress.iteration, run.check_replicas_every):
+                run.stepper.settle()
+                check_replicas(run.stepper.model, progress.iteration)
+            broken = metrics["train/skipped"] and not (metrics["train/overflow"] or metrics["train/empty"])
+            skipped = skipped + 1 if broken else 0
             if skipped >= run.max_skipped:
                 raise BrokenGradients(
                     f"{skipped} steps in a row had gradients that are not finite, up to iteration {progress.iteration}: "
@@ -71,6 +78,8 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
 
 def _save(run: Run, progress: Progress, due: bool, leaving: bool) -> None:
     """Save if it is time to, and say what has been committed meanwhile; before the run is left, nothing stays in the background."""
+    if due or leaving:
+        run.stepper.settle()
     done = run.saver.save(progress) if due or leaving else []
     for saved in done + run.saver.committed(wait=leaving):
         for hook in run.hooks:
@@ -103,6 +112,9 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
         "train/consumed_samples": progress.consumed_samples + batch,
         "train/samples_hash": consumed.extend(progress.samples_hash, run.train_set, progress.consumed_samples, batch),
         "train/skipped": int(result.skipped),
+        "train/overflow": int(result.overflow),
+        "train/empty": int(result.empty),
+        **({"train/loss_scale": result.loss_scale} if run.stepper.model[0].config.fp16 else {}),
         "train/memory_gb": device.peak_memory_bytes() / 1e9,
         **{f"train/seconds_{phase}": seconds for phase, seconds in run.stepper.phases.items()},
         **{f"train/{name}": value for name, value in result.breakdown.items()},

@@ -22,14 +22,16 @@ def make_model(
 
     rows: of the embedding, padding included, where a checkpoint prescribes them.
     """
+    whole_layers = numerics.recompute_granularity == "full"
     options = BuildOptions(
-        dtype=torch.bfloat16 if numerics.bf16 else torch.float32,
+        dtype=dtype_of(numerics),
         hidden_dropout=numerics.hidden_dropout,
         attention_dropout=numerics.attention_dropout,
         lima_dropout=numerics.lima_dropout,
         recompute_granularity=numerics.recompute_granularity,
-        recompute_method="uniform" if numerics.recompute_granularity == "full" else None,
-        recompute_num_layers=1 if numerics.recompute_granularity == "full" else None,
+        recompute_method=(numerics.recompute_method or "uniform") if whole_layers else None,
+        recompute_num_layers=(numerics.recompute_num_layers or 1) if whole_layers else None,
+        recompute_modules=tuple(numerics.recompute_modules),
         max_sequence_length=data.seq_length,
         padded_vocab_size=rows,
         variable_seq_lengths=data.variable_seq_lengths,
@@ -47,7 +49,10 @@ def make_model(
     wrapped = [
         # Gradients of later chunks come first in the backward pass: only there are buckets worth having.
         DistributedDataParallel(
-            config, ddp, Float16Module(config, chunk) if numerics.bf16 else chunk, disable_bucketing=number > 0
+            config,
+            ddp,
+            Float16Module(config, chunk) if numerics.bf16 or numerics.fp16 else chunk,
+            disable_bucketing=number > 0,
         )
         for number, chunk in enumerate(chunks)
     ]
@@ -55,6 +60,11 @@ def make_model(
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
+
+
+def dtype_of(numerics: Numerics) -> torch.dtype:
+    """What weights and activations are kept in."""
+    return torch.bfloat16 if numerics.bf16 else torch.float16 if numerics.fp16 else torch.float32
 
 
 def bare(chunks: list) -> list:

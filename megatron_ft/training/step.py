@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from functools import partial
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ft import device
@@ -20,6 +18,7 @@ from megatron_ft.data.loader import ChatDataset, Microbatch, step_rows
 from megatron_ft.models.dropout import RowParams, token_keys
 from megatron_ft.parallel import Layout
 from megatron_ft.training.loss import GlobalWeight, breakdown, weighted_sum
+from megatron_ft.training.update import Update, update
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,13 @@ class StepResult:
     grad_norm: float = 0.0
     """Before clipping."""
     skipped: bool = False
+    """Nothing was updated."""
+    overflow: bool = False
+    """Skipped because gradients overflowed fp16 while the dynamic loss scale can still fall."""
+    empty: bool = False
+    """Skipped because no token of the global batch had a weight."""
+    loss_scale: float = 1.0
+    """By which the loss was multiplied (fp16)."""
     breakdown: dict[str, float] = field(default_factory=dict)
     """Mean loss by role, source and position, all tokens counted alike: {"loss_by_role/assistant": 1.2, ...}."""
 
@@ -80,12 +86,27 @@ class Stepper:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        if self.model[0].config.fp16:
+            self.model[0].config.grad_scale_func = optimizer.scale_loss
         self.phases.clear()
         with self.phases("forward_backward"):
             sums = self._run(dataset, consumed, forward_only=False)
         with self.phases("optimizer"):
-            updated, grad_norm = update(optimizer)
-        return self._result(dataset, sums, grad_norm=grad_norm, skipped=not updated)
+            empty = not float(self.weight.total)  # by now summed over all ranks
+            done = Update(False, 0.0) if empty else update(optimizer)
+        return self._result(
+            dataset, sums, grad_norm=done.grad_norm, skipped=not done.updated, overflow=done.overflow, empty=empty,
+            loss_scale=done.loss_scale,
+        )  # fmt: skip
+
+    def settle(self) -> None:
+        """Make this rank's weights those of after the last update, for whoever reads them outside a forward pass.
+
+        With --overlap_param_gather they would else come with the next one.
+        """
+        for chunk in self.model:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     @torch.no_grad()
     def evaluate(self, dataset: ChatDataset, iters: int) -> StepResult:
@@ -175,23 +196,6 @@ class Stepper:
         tokens, supervised, loss, weight, *rest = sums.tolist()
         groups = breakdown(rest, dataset.group_names)
         return StepResult(loss / max(weight, 1e-12), int(tokens), int(supervised), breakdown=groups, **more)
-
-
-def update(optimizer) -> tuple[bool, float]:
-    """Clip and step, as the engine's ChainedOptimizer.step does, unless the gradient norm is not finite: then nothing changes.
-
-    Returns (updated, norm before clipping). The norm is reduced over all ranks, so that all decide alike.
-    """
-    if optimizer.prepare_grads():
-        return False, math.nan
-    norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        return False, norm
-    for part in optimizer.chained_optimizers:
-        parameters = part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
-    return optimizer.step_with_ready_grads(), norm
 
 
 def packed_params(segments, device: torch.device, keys: torch.Tensor | None = None) -> RowParams:

@@ -32,7 +32,7 @@ STAGE_2 = "--save_interval 346 --train_iters 519 --hidden_dropout 0.25 --lima_dr
 
 
 def test_stage_1_is_understood():
-    checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels = parse(
+    checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels, *_ = parse(
         COMMAND, shlex.split(STAGE_1)
     )
     assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (8, 4)

@@ -1,0 +1,57 @@
+"""What one optimizer step does with ready gradients: unscale, measure, clip, step; or leave everything as it was, on all ranks alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from megatron_ft import device
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of a step."""
+
+    updated: bool
+    grad_norm: float
+    """Before clipping; NaN where gradients overflowed fp16."""
+    loss_scale: float = 1.0
+    """By which the loss was multiplied in this step (fp16)."""
+    overflow: bool = False
+    """Not updated because gradients overflowed fp16 while the scale can still fall: how a dynamic scale finds its height."""
+
+
+def update(optimizer) -> Update:
+    """Clip and step, as the engine's ChainedOptimizer.step does, unless the gradient norm is not finite: then nothing changes.
+
+    All ranks decide alike, also where only one replica's machine made a number that is not finite.
+    """
+    scale = float(optimizer.get_loss_scale())
+    can_fall = _can_fall(optimizer)
+    overflow = optimizer.prepare_grads()
+    norm = math.nan if overflow else float(optimizer.get_grad_norm())
+    if _any_rank(not math.isfinite(norm)):
+        return Update(False, norm, scale, overflow=overflow and can_fall)
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    return Update(bool(optimizer.step_with_ready_grads()), norm, scale)
+
+
+def _any_rank(mine: bool) -> bool:
+    """Whether it is so on any rank: the engine's norm is the same within a replica of the model, not over all of them."""
+    found = torch.tensor([int(mine)], device=device.current_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def _can_fall(optimizer) -> bool:
+    """Whether the loss scale is dynamic and above its floor."""
+    scaler = getattr(optimizer.chained_optimizers[0], "grad_scaler", None)
+    floor = getattr(scaler, "min_scale", None)
+    return floor is not None and float(scaler.scale) > float(floor)
