@@ -30,6 +30,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "verify": Entry("checkpoints_conversion.verify", "prove that a checkpoint is the model it came from"),
     },
     "Train": {
+        "plan": Entry("megatron_ft.commands.plan", "will it fit: memory per stage, idle time, better layouts"),
         "preflight": Entry("megatron_ft.commands.preflight", "check shards against a finetune command line"),
         "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),
         "verify-invariance": Entry(

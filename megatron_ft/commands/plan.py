@@ -1,0 +1,153 @@
+"""megatron-ft plan: what a layout costs before anyone has a GPU: memory stage by stage, idle time, checkpoint; and better layouts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from megatron_ft.config.checks import positive
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import Parallelism
+from megatron_ft.errors import ConfigError
+
+
+@dataclass
+class Plan:
+    """What is planned"""
+
+    model: str = field(default="", metadata={"required": True})
+    """a model by name (llama2-70b, falcon-40b, ...), a Hugging Face config.json, or a checkpoint"""
+    gpus: int | None = None
+    """processes in all; default: tensor x pipeline parallel size"""
+    gpu: str = "a100-80gb"
+    """kind of GPU: its memory, speed and links"""
+    gpu_memory_gb: float | None = None
+    """memory of a GPU (1e9 bytes), where it is another than the kind's"""
+    gpus_per_node: int = 8
+    """GPUs with fast links between them"""
+    seq_length: int | None = None
+    """positions in a row; default: the model's, at most 4096"""
+    micro_batch_size: int = 1
+    """rows a process computes at once"""
+    global_batch_size: int = 64
+    """rows an optimizer step"""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """recompute activations in the backward pass: of the attention (selective) or of whole layers (full)"""
+    fp32: bool = False
+    """compute in fp32 rather than bf16"""
+    hidden_dropout: float = 0.0
+    """dropout on the residual stream; above 0 its masks take memory"""
+    train_iters: int | None = None
+    """optimizer steps, to say how long they take"""
+    proposals: int = 5
+    """better layouts to show"""
+    json: bool = False
+    """print everything as JSON"""
+
+
+COMMAND = Command(
+    name="plan",
+    summary="memory per stage, pipeline bubble, checkpoint size, better layouts",
+    sections=(Plan, Parallelism),
+    examples=(
+        "megatron-ft plan llama2-70b --gpus 32 --tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --sequence_parallel",
+        "megatron-ft plan falcon-40b/config.json --gpus 128 --gpu a100-40gb --tensor_model_parallel_size 8 "
+        "--pipeline_model_parallel_size 2 --use_distributed_optimizer --json",
+    ),
+    positional=("model",),
+)
+
+
+def run(plan: Plan, parallel: Parallelism) -> int:
+    """Print the plan; 0, also where it does not fit: that is an answer."""
+    from megatron_ft.planner import figures, known, memory, search
+
+    arch, kind = known.architecture(plan.model), known.gpu(plan.gpu)
+    job = _job(arch, plan, parallel)
+    limit = (plan.gpu_memory_gb * 1e9) if plan.gpu_memory_gb else kind.memory * 1e9
+    found = {
+        "model": plan.model,
+        "parameters": figures.whole_model(arch),
+        "gpus": job.gpus,
+        "layout": {"tp": job.tp, "pp": job.pp, "dp": job.dp, "chunks_a_stage": job.split.virtual_size},
+        "flags": search.flags(job),
+        "seq_length": job.seq_length,
+        "micro_batch_size": job.micro_batch,
+        "global_batch_size": job.global_batch,
+        "microbatches": job.microbatches,
+        "gpu": {"kind": plan.gpu, "memory_bytes": limit},
+        "stages": [{**asdict(stage), "total": stage.total} for stage in memory.stages(arch, job)],
+        "reserve_bytes": memory.RESERVE,
+        "activations_by_recompute": _by_recompute(arch, job),
+        "optimizer_distributed": memory.optimizer_bytes(1_000_000, _with(job, distributed_optimizer=True)) / 1_000_000,
+        "bubble": figures.bubble(job),
+        "tokens_per_step": job.global_batch * job.seq_length,
+        "seconds_per_step": asdict(figures.step_time(arch, job, kind, plan.gpus_per_node)),
+        "checkpoint": {**asdict(saved := figures.checkpoint(arch, job)), "bytes": saved.bytes},
+        "train_iters": plan.train_iters,
+        "proposals": [
+            {"flags": search.flags(one.job), "seconds": one.seconds, "memory": one.memory,
+             "tp": one.job.tp, "pp": one.job.pp, "dp": one.job.dp, "chunks": one.job.split.virtual_size,
+             "micro_batch": one.job.micro_batch, "recompute": one.job.recompute, "bubble": figures.bubble(one.job)}
+            for one in search.proposals(arch, job, kind, limit, plan.gpus_per_node)[: plan.proposals]
+        ],
+    }  # fmt: skip
+    if plan.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    from megatron_ft.planner.page import show
+
+    show(found, kind)
+    return 0
+
+
+def _job(arch, plan: Plan, parallel: Parallelism):
+    from megatron_ft.models.architecture import check_layout
+    from megatron_ft.models.pipeline import split_layers
+    from megatron_ft.planner.memory import Job
+
+    positive(plan, "gpus", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "train_iters")
+    check_layout(arch, parallel.tensor_model_parallel_size)
+    split = split_layers(arch.num_layers, parallel)
+    model_gpus = parallel.tensor_model_parallel_size * split.stages
+    gpus = plan.gpus or model_gpus
+    if gpus % model_gpus:
+        raise ConfigError(
+            f"--gpus {gpus} is not a multiple of tensor x pipeline parallel size = {model_gpus}: change one"
+        )
+    dp = gpus // model_gpus
+    unit = plan.micro_batch_size * dp
+    if plan.global_batch_size % unit:
+        raise ConfigError(
+            f"--global_batch_size {plan.global_batch_size} is not a multiple of --micro_batch_size {plan.micro_batch_size} x "
+            f"data-parallel size {dp} = {unit}: use {max(unit, plan.global_batch_size // unit * unit)}"
+        )
+    return Job(
+        split, parallel.tensor_model_parallel_size, dp, plan.seq_length or min(4096, arch.max_position_embeddings),
+        plan.micro_batch_size, plan.global_batch_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        distributed_optimizer=parallel.use_distributed_optimizer, recompute=plan.recompute_granularity,
+        bf16=not plan.fp32, dropout=plan.hidden_dropout > 0,
+    )  # fmt: skip
+
+
+def _by_recompute(arch, job) -> dict[str, list[int]]:
+    """Bytes of activations of each stage, for each way to recompute."""
+    from megatron_ft.planner import memory
+
+    return {
+        how: [stage.activations + stage.working for stage in memory.stages(arch, _with(job, recompute=how))]
+        for how in memory.RECOMPUTE
+    }
+
+
+def _with(job, **changes):
+    from dataclasses import replace
+
+    return replace(job, **changes)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))

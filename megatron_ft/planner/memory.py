@@ -1,0 +1,167 @@
+"""Bytes on each GPU, stage by stage: exact for parameters, arithmetic for what follows from them, a formula for activations.
+
+Activations: Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models), section 4, with these changes:
+no matrix of attention scores (flash attention keeps q, k, v, the output and a number a head), grouped key-value heads, gated MLPs,
+norms that keep their input in the compute type, no dropout masks where dropout is 0. Packed rows cost as much as full ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from megatron_ft.models.architecture import Architecture, padded_vocab_size
+from megatron_ft.models.families import family_of
+from megatron_ft.models.pipeline import PipelineSplit
+
+Recompute = Literal["none", "selective", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+RESERVE = 3e9
+"""Bytes assumed for the driver's context, communication buffers and fragmentation."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a model is trained. split: which layers each stage holds."""
+
+    split: PipelineSplit
+    tp: int
+    dp: int
+    seq_length: int
+    micro_batch: int
+    global_batch: int
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    recompute: Recompute = "none"
+    bf16: bool = True
+    dropout: bool = False
+
+    @property
+    def pp(self) -> int:
+        return self.split.stages
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def microbatches(self) -> int:
+        """That each GPU computes in a step."""
+        return self.global_batch // (self.micro_batch * self.dp)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the compute type."""
+        return 2 if self.bf16 else 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Of one GPU of a pipeline stage; all but layers and parameters in bytes."""
+
+    layers: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    """The largest thing held for a moment: logits, gathered inputs, the one layer that is recomputed."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working + int(RESERVE)
+
+
+def parameters(arch: Architecture, tp: int, layers: int, first: bool, last: bool) -> int:
+    """Of one rank: exact, padding rows and the last stage's copy of tied embeddings included."""
+    rows = padded_vocab_size(arch.vocab_size, tp)
+    total = 0
+    for rule in family_of(arch).rules(arch):
+        size = prod(rule.part_shape(arch, tp, rows))
+        times = {"first": int(first), "layer": layers, "last": int(last)}[rule.stage]
+        if arch.tied_embeddings and rule.cut == "vocab_rows":
+            times = int(first or last)
+        total += times * size
+    return total
+
+
+def stages(arch: Architecture, job: Job) -> list[Stage]:
+    """What a GPU of each pipeline stage holds."""
+    return [_stage(arch, job, number) for number in range(job.pp)]
+
+
+def _stage(arch: Architecture, job: Job, number: int) -> Stage:
+    layers, first, last = len(job.split.layers_of(number)), number == 0, number == job.pp - 1
+    count = parameters(arch, job.tp, layers, first, last)
+    return Stage(
+        layers, count,
+        weights=count * job.width,
+        gradients=count * 4,  # one fp32 buffer, whatever the compute type
+        optimizer=optimizer_bytes(count, job),
+        activations=_activations(arch, job, number),
+        working=_working(arch, job, last),
+    )  # fmt: skip
+
+
+def optimizer_bytes(count: int, job: Job) -> int:
+    """Adam's two moments in fp32, and an fp32 copy of bf16 weights; divided over data-parallel ranks by ZeRO-1."""
+    each = 12 if job.bf16 else 8
+    return each * (-(-count // job.dp) if job.distributed_optimizer else count)
+
+
+def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None = None) -> int:
+    """Bytes that one layer keeps for one microbatch until its backward pass."""
+    recompute = recompute or job.recompute
+    tokens, shared = job.seq_length * job.micro_batch, job.tp if job.sequence_parallel else 1
+    residual = arch.hidden_size / shared
+    if recompute == "full":
+        return round(tokens * residual * job.width)
+    heads, groups, head = arch.num_attention_heads / job.tp, arch.num_query_groups / job.tp, arch.head_dim
+    norms = 1 if arch.shared_norm else 2  # their outputs are the inputs of the matrices that follow
+    inputs = 1 if arch.parallel_block else 2  # of norms: a parallel block has one residual
+    around = (inputs + norms) * residual
+    projections = (heads + 2 * groups) * head
+    attention = projections + heads * head  # q, k, v as projected; the output, which the next matrix reads too
+    attention += (
+        (heads + groups) * head * (2 if arch.qk_norm else 1)
+    )  # q and k once more, rotated; and once more, normalised
+    ffn = arch.ffn_hidden_size / job.tp
+    mlp = (
+        4 if arch.gated else 2
+    ) * ffn  # [gate; up], act(gate), their product; or the input of the activation and its output
+    # Flash attention keeps one fp32 number a head and token, which is all that recomputing it (selective) can save.
+    scores = heads * 4 if recompute == "none" else 0
+    masks = (1 if arch.parallel_block else 2) * residual if job.dropout else 0  # a byte an entry
+    statistics = inputs * 4 / shared * (2 if arch.norm == "layernorm" else 1)
+    return round(tokens * ((around + attention + mlp) * job.width + scores + masks + statistics))
+
+
+def in_flight(job: Job, number: int) -> int:
+    """Layers whose activations a stage holds at once, counted once a microbatch: 1F1B, or interleaved (Narayanan et al. 2021)."""
+    virtual, layers = job.split.virtual_size, len(job.split.layers_of(number))
+    if virtual == 1:
+        return layers * min(job.pp - number, job.microbatches)
+    ahead = (job.pp - number - 1) * 2 + (virtual - 1) * job.pp + 1
+    return -(-layers * min(ahead, job.microbatches * virtual) // virtual)
+
+
+def _activations(arch: Architecture, job: Job, number: int) -> int:
+    shared = job.tp if job.sequence_parallel else 1
+    residual = job.seq_length * job.micro_batch * arch.hidden_size / shared * job.width
+    ends = 2 * residual if number == job.pp - 1 else 0  # the last norm's input and output
+    return round(in_flight(job, number) * layer_activations(arch, job) + ends)
+
+
+def _working(arch: Architecture, job: Job, last: bool) -> int:
+    """Not all at once: the largest of what passes through."""
+    tokens = job.seq_length * job.micro_batch
+    rows = padded_vocab_size(arch.vocab_size, job.tp) // job.tp
+    logits = (
+        tokens * rows * (job.width + 4 + 4) if last else 0
+    )  # as computed; in fp32; their softmax, later the gradient
+    gathered = 2 * tokens * arch.hidden_size * job.width  # sequence parallelism puts inputs together before a matrix
+    again = layer_activations(arch, job, "none") if job.recompute == "full" else 0
+    widest = (2 if arch.gated else 1) * tokens * arch.ffn_hidden_size // job.tp * job.width  # a gradient inside the MLP
+    return max(logits, gathered + again + 2 * widest)

@@ -1,0 +1,111 @@
+"""A plan as a person reads it: tables in a terminal, the same as plain text elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from megatron_ft.planner.known import Gpu
+
+_GB = 1e9
+
+
+def show(plan: dict[str, Any], gpu: Gpu) -> None:
+    """plan: what commands/plan.py found, as its JSON has it."""
+    from rich.console import Console
+
+    out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    layout, limit = plan["layout"], plan["gpu"]["memory_bytes"]
+    chunks = f", {layout['chunks_a_stage']} chunks a stage" if layout["chunks_a_stage"] > 1 else ""
+    out.print(
+        f"[bold]{plan['model']}[/]: {plan['parameters']:,} parameters on {plan['gpus']} x {plan['gpu']['kind']} "
+        f"({limit / _GB:.0f} GB): TP {layout['tp']} x PP {layout['pp']} x DP {layout['dp']}{chunks}"
+    )
+    out.print(_stages(plan, limit))
+    out.print(_verdict(plan, limit))
+    for line in _figures(plan, gpu):
+        out.print(line)
+    if plan["proposals"]:
+        out.print(f"\nOther layouts of {plan['gpus']} GPUs that fit, fastest first by estimate:")
+        out.print(_proposals(plan))
+        out.print(f"the first one's flags: {plan['proposals'][0]['flags']}", soft_wrap=True)
+    else:
+        out.print(f"\nNo layout of {plan['gpus']} GPUs of this size fits: more GPUs, larger ones, or shorter rows.")
+
+
+def _stages(plan: dict[str, Any], limit: float):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE, caption="GB on each GPU of a stage; the total has 3 GB for driver, buffers and fragmentation"
+    )
+    for name in (
+        "stage",
+        "layers",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "working",
+        "total",
+        "",
+    ):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for number, stage in enumerate(plan["stages"], 1):
+        sizes = (f"{stage[name] / _GB:.1f}" for name in ("weights", "gradients", "optimizer", "activations", "working"))
+        share = stage["total"] / limit
+        colour = "green" if share <= 0.9 else "yellow" if share <= 1 else "red"
+        table.add_row(
+            str(number), str(stage["layers"]), f"{stage['parameters']:,}", *sizes, f"{stage['total'] / _GB:.1f}",
+            f"[{colour}]{_bar(share)}[/] {share:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def _bar(share: float, width: int = 10) -> str:
+    full = min(width, round(share * width))
+    return "█" * full + "░" * (width - full)
+
+
+def _verdict(plan: dict[str, Any], limit: float) -> str:
+    most = max(stage["total"] for stage in plan["stages"])
+    if most <= limit:
+        return f"[green]fits[/]: {most / _GB:.1f} of {limit / _GB:.1f} GB on the fullest GPU"
+    return f"[red]does not fit[/]: {most / _GB:.1f} GB needed on the fullest GPU, which has {limit / _GB:.1f}"
+
+
+def _figures(plan: dict[str, Any], gpu: Gpu) -> list[str]:
+    by = plan["activations_by_recompute"]
+    first = ", ".join(f"{how} {sizes[0] / _GB:.1f}" for how, sizes in by.items())
+    seconds, saved = plan["seconds_per_step"], plan["checkpoint"]
+    total = sum(seconds.values())
+    time = f"step         about {total:.1f} s ({seconds['compute']:.1f} computing at 45% of {gpu.tflops:.0f} TFLOP/s or less, "
+    time += f"{seconds['waiting']:.1f} waiting, {seconds['communication']:.1f} communicating), estimated, not measured"
+    if plan["train_iters"]:
+        time += f"; {plan['train_iters']:,} steps: {total * plan['train_iters'] / 3600:.0f} h"
+    return [
+        f"recompute    GB of activations on the first stage: {first}",
+        f"batch        {plan['global_batch_size']} rows x {plan['seq_length']} = {plan['tokens_per_step']:,} tokens a step, in "
+        f"{plan['microbatches']} microbatches of {plan['micro_batch_size']}",
+        f"bubble       {plan['bubble']:.1%} of a step a stage waits for others",
+        time,
+        f"checkpoint   {saved['bytes'] / _GB:,.0f} GB in about {saved['files']} files: weights {saved['weights'] / _GB:,.0f}, "
+        f"optimizer {saved['optimizer'] / _GB:,.0f}",
+    ]
+
+
+def _proposals(plan: dict[str, Any]):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for name in ("", "TP", "PP", "DP", "chunks", "micro batch", "recompute", "bubble", "GB", "s a step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, one in enumerate(plan["proposals"], 1):
+        table.add_row(
+            str(number), str(one["tp"]), str(one["pp"]), str(one["dp"]), str(one["chunks"]), str(one["micro_batch"]),
+            one["recompute"], f"{one['bubble']:.1%}", f"{one['memory'] / _GB:.1f}", f"{one['seconds']:.1f}",
+        )  # fmt: skip
+    return table

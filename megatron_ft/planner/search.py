@@ -1,0 +1,101 @@
+"""Layouts of a model on so many GPUs that fit into their memory, the fastest by estimate first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_ft.config.sections import Parallelism
+from megatron_ft.errors import ConfigError
+from megatron_ft.models.architecture import Architecture, check_layout
+from megatron_ft.models.pipeline import split_layers
+from megatron_ft.planner.figures import step_time
+from megatron_ft.planner.known import Gpu
+from megatron_ft.planner.memory import RECOMPUTE, Job, stages
+
+MICRO_BATCHES = (1, 2, 4, 8)
+CHUNKS = (1, 2, 4, 5)
+"""Chunks a stage that are tried (interleaving)."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A layout with what it costs. memory: of the fullest GPU, in bytes."""
+
+    job: Job
+    seconds: float
+    memory: int
+
+
+def proposals(arch: Architecture, job: Job, gpu: Gpu, memory: float, gpus_per_node: int) -> list[Proposal]:
+    """Every layout of job.gpus GPUs that fits into `memory` bytes each, the batch and the rows kept; fastest first.
+
+    Of layouts that differ in microbatch, recomputation and chunks alone the fastest is kept.
+    """
+    best: dict[tuple[int, int, int], Proposal] = {}
+    for candidate in candidates(arch, job, gpus_per_node):
+        need = max(stage.total for stage in stages(arch, candidate))
+        if need > memory:
+            continue
+        found = Proposal(candidate, step_time(arch, candidate, gpu, gpus_per_node).total, need)
+        key = (candidate.tp, candidate.pp, candidate.dp)
+        if key not in best or (found.seconds, need) < (best[key].seconds, best[key].memory):
+            best[key] = found
+    return sorted(best.values(), key=lambda proposal: (proposal.seconds, proposal.memory))
+
+
+def candidates(arch: Architecture, job: Job, gpus_per_node: int) -> Iterator[Job]:
+    """Layouts that divide model and batch. Tensor parallelism stays within a node, where links are fast."""
+    for tp in _divisors(min(job.gpus, gpus_per_node)):
+        if job.gpus % tp or not _divides(arch, tp) or (tp > 1 and job.seq_length % tp):
+            continue
+        for pp in _divisors(job.gpus // tp):
+            dp = job.gpus // tp // pp
+            for micro in MICRO_BATCHES:
+                if job.global_batch % (micro * dp):
+                    continue
+                for chunks in CHUNKS if pp > 1 else (1,):
+                    split = _split(arch, pp, chunks)
+                    if split is None or (chunks > 1 and job.global_batch // (micro * dp) % pp):
+                        continue
+                    for recompute in RECOMPUTE:
+                        yield replace(
+                            job, split=split, tp=tp, dp=dp, micro_batch=micro, recompute=recompute,
+                            sequence_parallel=tp > 1, distributed_optimizer=dp > 1,
+                        )  # fmt: skip
+
+
+def flags(job: Job) -> str:
+    """What finetune is told to get this layout."""
+    words = [f"--tensor_model_parallel_size {job.tp}", f"--pipeline_model_parallel_size {job.pp}"]
+    if job.split.virtual_size > 1:
+        words.append(f"--virtual_pipeline_model_parallel_size {job.split.virtual_size}")
+    words.append(f"--micro_batch_size {job.micro_batch}")
+    words += ["--sequence_parallel"] if job.sequence_parallel else []
+    words += ["--use_distributed_optimizer"] if job.distributed_optimizer else []
+    words += [f"--recompute_granularity {job.recompute}"] if job.recompute != "none" else []
+    return " ".join(words)
+
+
+def _split(arch: Architecture, pp: int, chunks: int):
+    try:
+        return split_layers(
+            arch.num_layers,
+            Parallelism(
+                pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None
+            ),
+        )
+    except ConfigError:
+        return None
+
+
+def _divides(arch: Architecture, tp: int) -> bool:
+    try:
+        check_layout(arch, tp)
+    except ConfigError:
+        return False
+    return True
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

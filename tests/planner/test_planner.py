@@ -1,0 +1,137 @@
+"""Plans against the engine: parameters of every rank, what a layer keeps, what a checkpoint weighs; and the command."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megatron_ft.errors import UserError
+from megatron_ft.models.pipeline import plain_split
+from megatron_ft.planner import figures, known, memory, search
+from megatron_ft.planner.memory import Job
+from tests.planner import jobs
+
+PUBLISHED = {
+    "llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192, "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496, "mistral-7b": 7_241_732_096, "qwen2.5-7b": 7_615_616_512, "falcon-7b": 6_921_720_704,
+    "falcon-180b": 179_522_565_120,
+}  # fmt: skip
+"""Numbers in the safetensors files of the models' pages."""
+
+
+def job(arch, tp=1, pp=1, dp=1, **more) -> Job:
+    sizes = {"seq_length": 4096, "micro_batch": 2, "global_batch": 64} | more
+    return Job(plain_split(arch.num_layers, pp), tp, dp, **sizes)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_models_have_their_published_size(name):
+    assert figures.whole_model(known.architecture(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name, tp, pp", [("llama2-70b", 8, 4), ("falcon-40b", 8, 2)])
+def test_parameters_of_every_rank(name, tp, pp, one_rank):
+    """Against the engine's own model of each rank, built without memory."""
+    arch = known.architecture(name)
+    built = one_rank.run(jobs.parameters_of_every_rank, arch, tp, pp)[0]
+    planned = [stage.parameters for stage in memory.stages(arch, job(arch, tp, pp)) for _ in range(tp)]
+    assert len(built) == tp * pp and planned == built
+
+
+@pytest.mark.parametrize("family", ["llama2-70b", "falcon-40b", "falcon-7b", "qwen2.5-7b"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_what_a_layer_keeps(family, recompute, one_rank):
+    """Against what autograd keeps in one more layer of a small model, within 5%. With LayerNorm: RMSNorm in torch's CPU version keeps
+    intermediates that its fused GPU version does not.
+    """
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 256,
+        "head_dim": 32,
+        "num_attention_heads": 8,
+        "ffn_hidden_size": 704,
+        "vocab_size": 512,
+    }
+    groups = 1 if family == "falcon-7b" else 2
+    arch = replace(known.architecture(family), **sizes, num_query_groups=groups, norm="layernorm")
+    kept = one_rank.run(jobs.kept_by_a_layer, arch, 512, None if recompute == "none" else recompute)[0]
+    planned = memory.layer_activations(arch, job(arch, seq_length=512, micro_batch=1, recompute=recompute))
+    assert planned == pytest.approx(kept, rel=0.05)
+
+
+def test_optimizer_and_microbatches_in_flight():
+    arch = known.architecture("llama2-70b")
+    plain = memory.stages(arch, job(arch, 8, 4))
+    shared = memory.stages(arch, job(arch, 8, 2, 2, distributed_optimizer=True))
+    assert plain[0].optimizer == 12 * plain[0].parameters and plain[0].gradients == 4 * plain[0].parameters
+    assert shared[0].optimizer == 6 * shared[0].parameters
+    assert memory.stages(arch, job(arch, 8, 4, bf16=False))[0].optimizer == 8 * plain[0].parameters
+    one = memory.layer_activations(arch, job(arch, 8, 4))
+    assert [round(stage.activations / one / 20) for stage in plain] == [4, 3, 2, 1]
+
+
+def test_bubble():
+    """Four stages, eight microbatches: 3 of 11 slots; chunks divide the waiting."""
+    arch = known.architecture("llama2-70b")
+    assert figures.bubble(job(arch, 8, 4, global_batch=16)) == pytest.approx(3 / 11)
+    assert figures.bubble(job(arch, 8, 1)) == 0
+
+
+def test_proposals_fit_and_divide():
+    arch, gpu = known.architecture("llama2-70b"), known.gpu("a100-80gb")
+    found = search.proposals(arch, job(arch, 8, 4), gpu, 85.2e9, 8)
+    assert found and [one.seconds for one in found] == sorted(one.seconds for one in found)
+    for one in found:
+        assert one.job.tp * one.job.pp * one.job.dp == 32 and one.job.tp <= 8 and one.memory <= 85.2e9
+        assert one.job.global_batch == 64 and one.job.microbatches * one.job.micro_batch * one.job.dp == 64
+    assert not search.proposals(arch, job(arch, 8, 4), gpu, 10e9, 8)
+
+
+def plan(*words) -> subprocess.CompletedProcess:
+    code = "import sys; from megatron_ft.__main__ import main; code = main(sys.argv[1:]); sys.exit(70 if 'torch' in sys.modules else code)"
+    return subprocess.run(
+        [sys.executable, "-c", code, "plan", *map(str, words)], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command_without_torch(tmp_path):
+    done = plan(
+        "llama2-70b", "--gpus", 32, "--tensor_model_parallel_size", 8, "--pipeline_model_parallel_size", 4, "--sequence_parallel",
+        "--micro_batch_size", 2, "--train_iters", 12000,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "68,976,648,192 parameters on 32 x a100-80gb" in done.stdout and "2,172,977,152" in done.stdout
+    assert "fits" in done.stdout and "262,144 tokens a step, in 32 microbatches of 2" in done.stdout
+    done = plan("falcon-40b", "--json")
+    assert json.loads(done.stdout)["stages"][0]["parameters"] == json.loads(done.stdout)["parameters"]
+    assert "does not fit" in plan("falcon-40b").stdout
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["lama2-70b"], "did you mean llama2-70b"),
+        (["llama2-7b", "--gpu", "a100"], "--gpu a100 is not known.*did you mean a100-"),
+        (["llama2-7b", "--tensor_model_parallel_size", "3"], "does not divide the model's num_attention_heads 32"),
+        (["llama2-7b", "--gpus", "6", "--tensor_model_parallel_size", "4"], "--gpus 6 is not a multiple of .* = 4"),
+        (["llama2-7b", "--gpus", "6", "--micro_batch_size", "3"], "--global_batch_size 64 is not a multiple of .* = 18"),
+    ],
+)  # fmt: skip
+def test_mistakes(words, message):
+    import re
+
+    done = plan(*words)
+    assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+
+
+def test_models_from_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(known.MODELS["llama3-8b"]))
+    assert (
+        known.architecture(str(tmp_path))
+        == known.architecture(str(tmp_path / "config.json"))
+        == known.architecture("llama3-8b")
+    )
+    with pytest.raises(UserError):
+        known.architecture(str(tmp_path / "nothing"))
