@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.data.fingerprint import fingerprint
+from megatron_ft.data.words import Words, are_between_spaces
 from megatron_ft.errors import TokenizerError
 
 
@@ -28,14 +29,27 @@ class FastTokenizer:
         plain = {**description, "padding": None, "truncation": None, "post_processor": None}
         self._start, self._behind = _build(path, plain), _build(path, _behind_a_token(plain))
         self.size = self._start.get_vocab_size(with_added_tokens=False)
+        # Added tokens that are not special are found in text, as words of the vocabulary are, and may lie above it.
+        self.highest = max(
+            [self.size - 1, *(t["id"] for t in description.get("added_tokens", []) if not t.get("special"))]
+        )
         self.controls = {
             t["content"]: t["id"]
             for t in description.get("added_tokens", [])
             if t.get("special") and t["id"] < self.size
         }
         self.fingerprint = fingerprint(_essence(description))
+        self._words = Words(self._alone) if are_between_spaces(description) else None
+
+    def _alone(self, word: str) -> list[int]:
+        return self._behind.encode(word, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]:
+        if self._words is not None:
+            try:
+                return list(map(self._words.encode, texts))
+            except (UnicodeEncodeError, TypeError) as error:
+                raise _half_a_character() from error
         found = self._encode(texts, at_start, "encode_batch_fast")
         return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
 
@@ -54,7 +68,7 @@ class FastTokenizer:
             UnicodeEncodeError,
             TypeError,
         ) as error:  # a TypeError "must be str": what the binding makes of a lone surrogate
-            raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
+            raise _half_a_character() from error
 
     def decode(self, ids: list[int]) -> str:
         return self._start.decode(ids, skip_special_tokens=False) if ids else ""
@@ -84,6 +98,12 @@ class FastTokenizer:
                     raise TokenizerError(
                         f"{self.path}: '{name}' is an ordinary word of this vocabulary; choose another special token"
                     )
+        if self._words is not None:
+            self._words.clear()
+
+
+def _half_a_character() -> TokenizerError:
+    return TokenizerError("text with a lone surrogate (half a character) cannot be tokenized")
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.data.fingerprint import fingerprint
-from megatron_ft.data.words import Words, are_apart
+from megatron_ft.data.words import PieceWords, are_apart
 from megatron_ft.errors import TokenizerError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces in sentencepiece_model.proto
@@ -32,6 +32,7 @@ class SentencePieceModel:
         except Exception as error:  # the binding raises what it likes
             raise TokenizerError(f"{path}: not a SentencePiece model ({error}); is it the whole file?") from error
         self.size = self._model.get_piece_size()
+        self.highest = self.size - 1
         inner = [i for i in range(self.size) if self._model.is_control(i) or self._model.is_unknown(i)]
         self.controls = {self._model.id_to_piece(i): i for i in inner}
         self.fingerprint = fingerprint(self._data)
@@ -109,9 +110,9 @@ class SentencePieceModel:
         self._model = sentencepiece.SentencePieceProcessor(model_proto=message.SerializeToString())
         self._words = self._word_table()
 
-    def _word_table(self) -> Words | None:
+    def _word_table(self) -> PieceWords | None:
         """For models that allow it; the others encode text whole."""
-        return Words(self._model.encode) if are_apart(self.proto()) else None
+        return PieceWords(self._model.encode) if are_apart(self.proto()) else None
 
     def write(self, path: Path) -> None:
         """Copy the model file as it was read."""

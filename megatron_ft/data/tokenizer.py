@@ -27,6 +27,7 @@ class Backend(Protocol):
 
     kind: str
     size: int
+    highest: int  # id that a text may have; above the vocabulary where text has added tokens of its own
     controls: dict[str, int]  # control tokens inside the base vocabulary, such as <s>
     fingerprint: str
 
@@ -50,7 +51,7 @@ class Tokenizer:
         backend.reserve(self.added_tokens)
         self.kind = backend.kind
         self.base_vocab_size = backend.size
-        self.vocab_size = max([backend.size - 1, *self.added_tokens.values()]) + 1
+        self.vocab_size = max([backend.highest, *self.added_tokens.values()]) + 1
         self._special = {**backend.controls, **self.added_tokens}
         self._names = {index: name for name, index in self._special.items()}
         self._controls = {name: np.array([index], np.int32) for name, index in self._special.items()}
@@ -119,7 +120,7 @@ class Tokenizer:
         """A control token's name, else the vocabulary's piece. Raises TokenizerError outside the vocabulary."""
         if index in self._names:
             return self._names[index]
-        if not 0 <= index < self.base_vocab_size:
+        if not 0 <= index <= self.backend.highest:
             raise TokenizerError(
                 f"{self.source_files[0]}: token id {index} is outside the vocabulary of {self.vocab_size}"
             )
@@ -172,7 +173,7 @@ def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokeni
     found = tokenizer_files.find(Path(path))
     backend, known = found.backend(), found.added_tokens()
     added = {name: index for name, index in known.items() if backend.controls.get(name) != index}
-    following = max([backend.size - 1, *added.values()]) + 1
+    following = max([backend.highest, *added.values()]) + 1
     for token in dict.fromkeys(extra_tokens):
         if token in added or token in backend.controls:
             continue

@@ -1,8 +1,9 @@
-"""Tokenizing a text word by word, every word once: for SentencePiece models in which no piece reaches over a space or a newline.
+"""Tokenizing a text word by word, every word once: for tokenizers in which no token reaches over the bounds of words.
 
-Then the pieces of a text are those of its words one after another, whatever stands around them: merging is local. Words come again
-and again, so most are found in a table, several times as fast as the library encodes. Knows nothing of files and models beyond
-the function that encodes a text.
+Then the tokens of a text are those of its words one after another, whatever stands around them. Words come again and again, so
+most are found in a table, several times as fast as the libraries encode. What a word is differs: for SentencePiece models a run of
+spaces and what follows, or a newline and what follows; for byte-level tokenizers, which cut text before they merge, what stands
+between single spaces. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -14,34 +15,81 @@ from typing import Any
 import numpy as np
 
 MOST, LONGEST = 250_000, 32  # words remembered, about 50 MB; characters of such a word
-# A word is the run of spaces before it and what follows up to the next space or newline, or a newline and what follows.
-_words = re.compile(r"\n[^ \n]*| +[^ \n]*").findall
 SPACE = "\u2581"
+_pieces = re.compile(r"\n[^ \n]*| +[^ \n]*").findall
+# A single space between two characters that are none begins a word; all other white space stays inside of one.
+_between_spaces = re.compile(r"\s*\S+(?:(?! \S)\s+\S*)*|\s+").findall
 
 
 class Words(dict[str, bytes]):
-    """Word -> the bytes of its ids, int32. encode: ids of a text, to which the model itself adds a space in front."""
+    """Word -> the bytes of its ids, int32. encode: ids of a text by itself."""
 
     def __init__(self, encode: Callable[[str], list[int]]):
         self._encode = encode
 
     def __missing__(self, word: str) -> bytes:
-        # The space that the model adds stands for the first of a word's own; before a newline it has to go. To nothing it adds none.
-        with_space = self._encode("\n" if word == " " else word[word[0] == " " :])
-        ids = with_space[:1] if word == " " else with_space[1:] if word[0] == "\n" else with_space
-        found = np.array(ids, np.int32).tobytes()
+        found = np.array(self._ids(word), np.int32).tobytes()
         if len(word) <= LONGEST:
             if len(self) >= MOST:
                 self.clear()
             self[word] = found
         return found
 
+    def _ids(self, word: str) -> list[int]:
+        return self._encode(word)
+
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, int32 [tokens], read-only."""
+        return np.frombuffer(b"".join(map(self.__getitem__, _between_spaces(text))), np.int32)
+
+
+class PieceWords(Words):
+    """For a SentencePiece model, which adds a space in front of a text."""
+
+    def _ids(self, word: str) -> list[int]:
+        # That space stands for the first of a word's own; before a newline it has to go. To nothing it is not added.
+        with_space = self._encode("\n" if word == " " else word[word[0] == " " :])
+        return with_space[:1] if word == " " else with_space[1:] if word[0] == "\n" else with_space
+
+    def encode(self, text: str) -> np.ndarray:
         if SPACE in text:  # the model cannot tell it from a space, we could
             return np.array(self._encode(text), np.int32)
-        # An empty text gets no space in front, and has no tokens.
-        return np.frombuffer(b"".join(map(self.__getitem__, _words(f" {text}"))) if text else b"", np.int32)
+        return np.frombuffer(b"".join(map(self.__getitem__, _pieces(f" {text}"))) if text else b"", np.int32)
+
+
+# How published byte-level tokenizers cut text: none of these makes one token of a character, a single space and another character.
+CUTS = (
+    # GPT-4, Llama-3
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # Qwen
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # GPT-2, where it is written out
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+)
+
+
+def are_between_spaces(description: dict[str, Any]) -> bool:
+    """Whether words of this tokenizer.json can be encoded one by one: byte-level, cut as CUTS or as GPT-2 does, no token of its own
+    that is looked for in text and holds or swallows white space."""
+    step = description.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers", [step])
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return False
+    by_regex = last.get("use_regex", True) and len(steps) == 1
+    split = len(steps) == 2 and steps[0].get("type") == "Split" and not last.get("use_regex", True)
+    cut = split and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+    own = [token for token in description.get("added_tokens", []) if not token.get("special")]
+    return (
+        (by_regex or (cut and steps[0].get("pattern", {}).get("Regex") in CUTS))
+        and description.get("normalizer") in (None, {"type": "NFC"})
+        and description["model"].get("type", "BPE") == "BPE"
+        and not description["model"].get("dropout")
+        and not any(
+            token.get("lstrip") or token.get("rstrip") or token.get("single_word") or re.search(r"\s", token["content"])
+            for token in own
+        )
+    )
 
 
 def are_apart(proto: Any) -> bool:
