@@ -128,9 +128,8 @@ def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None 
         (heads + groups) * head * (2 if arch.qk_norm else 1)
     )  # q and k once more, rotated; and once more, normalised
     ffn = arch.ffn_hidden_size / job.tp
-    mlp = (
-        4 if arch.gated else 2
-    ) * ffn  # [gate; up], act(gate), their product; or the input of the activation and its output
+    # [gate; up], up with the engine's offset, act(gate), their product; else the activation's input and output.
+    mlp = (5 if arch.gated else 2) * ffn
     # Flash attention keeps one fp32 number a head and token, which is all that recomputing it (selective) can save.
     scores = heads * 4 if recompute == "none" else 0
     masks = (1 if arch.parallel_block else 2) * residual if job.dropout else 0  # a byte an entry
