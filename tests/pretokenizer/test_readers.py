@@ -157,6 +157,20 @@ def test_a_giant_line_is_refused(tmp_path, monkeypatch):
         list(records(tmp_path / "chats.jsonl"))
 
 
+@pytest.mark.parametrize("length", [99, 100, 101, 163, 164, 300, 1000])
+def test_a_giant_line_is_skipped_by_choice(tmp_path, monkeypatch, length):
+    """Whatever of it was read with the lines before; the others keep their numbers."""
+    monkeypatch.setattr(lines_module, "MAX_LINE", 100)
+    monkeypatch.setattr(lines_module, "CHUNK", 64)
+    (tmp_path / "chats.jsonl").write_bytes(b"{}\n" + b"x" * length + b"\n{}\n{}")
+    bad, found = [], []
+    for chunk in lines_module.chunks(tmp_path / "chats.jsonl"):
+        assert len(chunk.lines) < 64 + 101
+        found += [where.split(", ")[-1] for where, _ in lines_module.parse(chunk, bad)]
+    assert found == ["line 1", "line 3", "line 4"]
+    assert len(bad) == 1 and ", line 2: " in bad[0] and ("longer than" in bad[0]) == (length >= 100)
+
+
 def test_what_is_not_recognised(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_bytes(b'{"question": "x", "answer": "y"}\n')

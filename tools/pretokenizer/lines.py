@@ -64,7 +64,7 @@ def parse(chunk: Chunk, bad: list[str] | None = None) -> Iterator[Record]:
     """The records of a chunk. Raises DataError for a faulty one, or adds its message to `bad` and goes on."""
     numbered = enumerate(chunk.rows if chunk.lines is None else chunk.lines.split(b"\n"), chunk.first)
     for number, entry in numbered:
-        if chunk.lines is not None and not entry.strip():
+        if chunk.lines is not None and len(entry) < MAX_LINE and not entry.strip():
             continue
         where = f"{chunk.name}, {chunk.unit} {number}"
         try:
@@ -98,16 +98,20 @@ def _loads(line: bytes, where: str) -> Any:
 def _lines(stream: IO[bytes], name: str) -> Iterator[Chunk]:
     first = 1
     while data := stream.read(CHUNK):
-        if not data.endswith(b"\n"):
+        whole = data.endswith(b"\n")
+        if not whole:
             rest = stream.readline(MAX_LINE)
-            data += rest
-            if len(rest) == MAX_LINE:
-                where = f"{name}, line {first + data.count(10)}"
-                raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB; write one JSON object a line")
+            data, whole = data + rest, len(rest) < MAX_LINE or rest.endswith(b"\n")
         if first == 1:
             data = data.removeprefix(b"\xef\xbb\xbf")
-        yield Chunk(name, "line", first, data, None)
+        yield Chunk(
+            name, "line", first, data, None
+        )  # a line that is too long is refused, or skipped, where it is parsed
         first += data.count(b"\n")
+        while not whole:
+            rest = stream.readline(CHUNK)
+            whole = not rest or rest.endswith(b"\n")
+            first += rest.endswith(b"\n")
 
 
 def _array(stream: IO[bytes], name: str) -> Iterator[Chunk]:
