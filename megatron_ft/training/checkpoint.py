@@ -38,7 +38,7 @@ from megatron_ft.models.verified import check_tensors, read_common, vet
 from megatron_ft.parallel import Layout, seed_everything
 from megatron_ft.training import classic
 from megatron_ft.training.saver import Keep, Plan, Saver
-from megatron_ft.training.writing import Part
+from megatron_ft.training.writing import Part, save_tensors
 
 log = logger("checkpoint")
 
@@ -103,10 +103,15 @@ def plan_save(contents: Contents, ckpt_format: str, folder: Path, progress: Prog
         "streams": sorted(streams),
         "rng": streams,
     }
+    return plan_sharded(state, put, folder, layout.is_main)
+
+
+def plan_sharded(state: dict[str, Any], put: dict[str, Callable[[Path], Any]], folder: Path, is_main: bool) -> Plan:
+    """The same for a state of the engine's sharded tensors and of what is alike on all ranks. put: the main rank's other files."""
     tensors, common = save_preprocess(state)
     writer, metadata = _Planner("torch_dist", 1).async_save(tensors, folder)
-    if layout.is_main:
-        put["common.pt"] = partial(torch.save, common)
+    if is_main:
+        put = put | {"common.pt": partial(save_tensors, common)}
     buckets = writer.preload_tensors(writer.write_buckets) if writer.write_buckets else []
 
     def finish(places: list[list]) -> dict:

@@ -23,7 +23,7 @@ from megatron_ft.models.load import chunks_of
 from megatron_ft.models.verified import read_tensors
 from megatron_ft.parallel import Layout
 from megatron_ft.training.saver import Plan
-from megatron_ft.training.writing import Part
+from megatron_ft.training.writing import Part, save_tensors
 
 OPTIMIZER_FILE = "distrib_optim.pt"
 
@@ -37,9 +37,9 @@ def plan_save(state: dict[str, Any], put: dict, model, optimizer, folder: Path, 
     if layout.dp_rank == 0:
         whole = state | {"model": _own(chunk.state_dict()), "optimizer": _own(optimizer.state_dict()), "rng": streams}
         path = _path(Path(), layout)
-        put = put | {str(path): partial(torch.save, whole)}
+        put = put | {str(path): partial(save_tensors, whole)}
         if distributed:
-            put[str(path.with_name(OPTIMIZER_FILE))] = partial(torch.save, distributed)
+            put[str(path.with_name(OPTIMIZER_FILE))] = partial(save_tensors, distributed)
     return Plan(Part(folder, put), lambda _: {})
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from megatron_ft import device
 from megatron_ft.digests import Entry, write_manifest
+from megatron_ft.errors import UserError
 from megatron_ft.files import replace_folder, temporary_name
 from megatron_ft.log import logger
 from megatron_ft.models.checkpoint_layout import find_checkpoint, iteration_folder, iterations_in, write_tracker
@@ -158,8 +159,12 @@ class Saver:
         if self.keep.last is None:
             return
         if self.layout.is_main:
-            tracked = find_checkpoint(self.root)
-            names = iterations_in(self.root)
+            try:
+                tracked = find_checkpoint(self.root)
+                names = iterations_in(self.root)
+            except (OSError, UserError) as error:
+                log.warning(f"older checkpoints stay, for now: {error}")
+                names = {}
             old = sorted(number for number in names if number <= newest)[: -self.keep.last]
             for number in old:
                 if names[number] != tracked.name and not (self.keep.every and number % self.keep.every == 0):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
 import queue
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_ft.digests import Entry, digest_files
 from megatron_ft.errors import CheckpointError
@@ -56,6 +59,27 @@ def write(part: Part) -> Written:
     return Written(digest_files(part.folder, [*part.put, *(name for _, name, _ in part.buckets)]), places)
 
 
+def save_tensors(value: Any, path: Path) -> None:
+    """torch.save into a new file. Raises OSError where the disk refuses."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            raise _what_the_disk_said(error, path) from error
+
+
+def _what_the_disk_said(error: BaseException, path: Path) -> BaseException:
+    """torch's writer of files says only that something is missing at its end; what refused it is behind that."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError):
+            return behind
+        behind = behind.__cause__ or behind.__context__
+    if "inline_container" in str(error):  # its words for a file that is not as long as it should be
+        return OSError(errno.EIO, "the disk did not take all that was written", str(path))
+    return error
+
+
 def _write_buckets(part: Part) -> list:
     """The engine's own writing of tensors, in this process: its worker processes make a killed one a hang."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -67,7 +91,7 @@ def _write_buckets(part: Part) -> list:
         FileSystemWriterAsync.write_preloaded_data(part.transforms, number, bucket, answers, pending, use_fsync=True)
         _, found = answers.get()
         if isinstance(found, Exception):
-            raise found
+            raise _what_the_disk_said(found, Path(bucket[0])) from found
         places += found
     return places
 
