@@ -327,6 +327,20 @@ def test_a_bad_line_is_found_before_anything_is_written(place, capsys):
     assert not (place / "out").exists()
 
 
+def test_one_bad_line_in_a_million(place, capsys):
+    """Named by its number and fatal, or counted; and nothing is written before it is found."""
+    line = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}) + "\n"
+    (place / "chats.jsonl").write_text(line * 765_432 + '{"messages": [\n' + line * 234_567)
+    assert shortcut() == 2
+    said = capsys.readouterr().err
+    assert "chats.jsonl, line 765433: not valid JSON" in said and said.count("\n") == 1
+    assert not (place / "out").exists()
+    assert shortcut("--on_bad_record", "skip", "--max_count", 5) == 0
+    said = capsys.readouterr()
+    assert "faulty record: 1" in said.out and "skipped: chats.jsonl, line 765433" in said.err
+    assert len(open_shards("out/mine-train")) == 5
+
+
 def test_nothing_to_do(place, capsys):
     assert pretokenize() == 2
     assert "--input FILE" in capsys.readouterr().err
@@ -344,6 +358,16 @@ def test_packaged_sections_with_the_real_export(place):
     assert shards.vocab_size == 32007
     tokenizer = load_tokenizer(real("tokenizers/llama2/tokenizer.model"), shards.manifest.tokenizer["added_tokens"])
     assert tokenizer.decode(shards.tokens(0)).startswith("<|im_start|>user\n")
+
+
+def test_the_real_export_fills_its_rows(place):
+    from megatron_ft.data.loader import ChatDataset, Choices
+    from megatron_ft.data.roles import loss_weights
+
+    model, export = real("tokenizers/llama2/tokenizer.model"), real("oasst/en_100_tree.jsonl")
+    assert pretokenize("--input", export, "--tokenizer", model, "--output_prefix", "out/x", "--val_split", 0.05) == 0
+    dataset = ChatDataset([open_shards("out/x-train")], loss_weights(), Choices(4096))
+    assert dataset.fill() > 0.99
 
 
 KILLED = """
