@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
 from dataclasses import dataclass
 
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import Kernels, Numerics
 
 
 @dataclass
@@ -32,8 +32,9 @@ OPTIONAL = {
     "wandb": "--wandb_logger",
     "pyarrow": "reading parquet",
     "rensa": "dropping near duplicates",
-    "flash-attn": "--use_flash_attn",
-    "transformer-engine": "its optimizer",
+    "flash-attn": "--use_flash_attn on packed rows; without it torch's own flash attention",
+    "transformer-engine": "its optimizer; without it torch's fused AdamW",
+    "psutil": "saving checkpoints",
 }
 """Distribution -> what it is for."""
 
@@ -57,19 +58,20 @@ def run(_: Doctor) -> int:
 
 
 def choices() -> list[tuple[str, str]]:
-    """What training on this machine will use, one line a decision."""
+    """What training on this machine will use with --bf16 --use_flash_attn, one line a decision."""
     from megatron_ft import device
+    from megatron_ft.models.kernels import choose, machine
 
-    gpu = device.has_gpu()
-    apex = importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
-    engine = importlib.util.find_spec("transformer_engine") is not None
+    here = machine()
+    choice = choose(Kernels(use_flash_attn=True), Numerics(bf16=True), here)
+    gpu = here.has_gpu
     return [
         ("device", device.describe()),
         ("processes", ("one a GPU" if gpu else "any number on this machine") + f", over {device.backend()}"),
-        ("attention", "torch scaled_dot_product_attention, each packed sample on its own"),
-        ("norms", "torch"),
-        ("optimizer", "Transformer Engine" if engine else "apex" if apex else "torch's fused AdamW"),
-        ("precision", "fp32 (default), bf16"),
+        *choice.lines(),
+        ("apex", "NVIDIA's" if here.apex else "not installed  (its optimizer; without it torch's fused AdamW)"),
+        ("precision", "fp32 (default), bf16, fp16"),
+        *(("not used", reason) for reason in choice.reasons),
     ]
 
 

@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_ft.config.checks import check_training, data_parallel_size, microbatches_fit_chunks, recompute_groups_fit
+from megatron_ft.config.checks import (
+    check_training,
+    data_parallel_size,
+    microbatches_fit_chunks,
+    overlaps_have_a_subject,
+    recompute_groups_fit,
+)
 from megatron_ft.config.cli import Command, run_script, write_sections
 from megatron_ft.config.sections import (
     TRAINING,
@@ -66,6 +72,7 @@ def run(
     starts = planned(launching)
     processes = starts.world_size if starts else world_size()
     check_training(checkpointing, data, batch, parallel, optimizer, numerics, logging, world_size=processes)
+    overlaps_have_a_subject(kernels, parallel)
     # Whatever can be told without torch is told before the processes wait for each other.
     folders, checkpointing = choosing.sources(checkpointing)
     settings = settings._replace(checkpointing=checkpointing)
@@ -125,6 +132,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     from megatron_ft.log import logger
     from megatron_ft.log import setup as log_to_file
     from megatron_ft.models.checkpoint_layout import vocab_rows
+    from megatron_ft.models.kernels import choose, machine
     from megatron_ft.models.load import load_weights
     from megatron_ft.training import agreement, checkpoint, consumed, facts, setup
     from megatron_ft.training.lock import FolderLock
@@ -134,7 +142,8 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
 
     log = logger("finetune")
     checkpointing, data, batch, parallel, optimizer, numerics, logging, _, kernels, *_ = settings
-    agreement.report_unused_kernels(kernels, device.has_gpu())
+    if layout.is_main:
+        agreement.report_kernels(kernels, choose(kernels, numerics, machine()), device.has_gpu())
     model = setup.make_model(described.architecture, layout, data, parallel, numerics, kernels, vocab_rows(described))
     adam = make_optimizer(model, optimizer, numerics, parallel.use_distributed_optimizer)
     schedule = make_schedule(adam, optimizer, batch)

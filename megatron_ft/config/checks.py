@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import math
 
-from megatron_ft.config.sections import Batch, Checkpointing, Data, Logging, Numerics, Optimizer, Parallelism
+from megatron_ft.config.sections import (
+    Batch,
+    Checkpointing,
+    Data,
+    Kernels,
+    Logging,
+    Numerics,
+    Optimizer,
+    Parallelism,
+)
 from megatron_ft.errors import ConfigError
 
 
@@ -186,6 +195,20 @@ def recompute_groups_fit(numerics: Numerics, layers_of_chunks: list[int]) -> Non
                     f"--recompute_num_layers {each} does not divide the {layers} layers of a stage: use one that does, or "
                     f"--recompute_method block"
                 )
+
+
+def overlaps_have_a_subject(kernels: Kernels, parallel: Parallelism) -> None:
+    if kernels.overlap_param_gather and not parallel.use_distributed_optimizer:
+        raise ConfigError(
+            "--overlap_param_gather is for --use_distributed_optimizer: add it, or drop --overlap_param_gather"
+        )
+    if kernels.overlap_param_gather and not kernels.overlap_grad_reduce:
+        raise ConfigError("--overlap_param_gather needs --overlap_grad_reduce: add it")
+    interleaved = parallel.num_layers_per_virtual_pipeline_stage or parallel.virtual_pipeline_model_parallel_size
+    if kernels.overlap_p2p_communication and not (interleaved or parallel.pipeline_model_parallel_layout):
+        raise ConfigError(
+            "--overlap_p2p_communication is for interleaved stages: set --num_layers_per_virtual_pipeline_stage, or drop it"
+        )
 
 
 def saving_has_a_place(checkpointing: Checkpointing) -> None:

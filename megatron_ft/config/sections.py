@@ -221,7 +221,9 @@ class Kernels:
     """Faster ways to compute the same (GPU)"""
 
     use_flash_attn: bool = False
-    """accepted; attention is torch's scaled_dot_product_attention, which has a flash kernel of its own on a GPU"""
+    """flash-attn for packed rows where it is installed, else torch's own flash attention"""
+    fused_kernels: bool = True
+    """on a GPU, activation, loss and dropout compiled into one kernel each; --no_fused_kernels: torch's operations one by one"""
     no_bias_gelu_fusion: bool = False
     """accepted as written in Megatron command lines: nothing is fused with a bias here"""
     no_bias_dropout_fusion: bool = False
@@ -230,6 +232,10 @@ class Kernels:
     """reduce gradients while the backward pass goes on"""
     overlap_param_gather: bool = False
     """gather parameters while the forward pass goes on (with the distributed optimizer)"""
+    overlap_p2p_communication: bool = False
+    """exchange activations between interleaved pipeline stages while computing"""
+    tp_comm_overlap: bool = False
+    """accepted as written in Megatron command lines: it needs Transformer Engine's linear layers, which are not used here"""
 
 
 @dataclass

@@ -22,12 +22,13 @@ class SdpaAttention(MegatronModule):
 
     def __init__(
         self, config, layer_number, attn_mask_type, attention_type,
-        attention_dropout=None, softmax_scale=None, cp_comm_type=None, pg_collection=None,
+        attention_dropout=None, softmax_scale=None, cp_comm_type=None, pg_collection=None, varlen=None,
     ):  # fmt: skip
+        """varlen: what attends to all samples of a packed row at once (see kernels.py); None: one after another."""
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.attn_mask_type = attn_mask_type
+        self.attn_mask_type, self.varlen = attn_mask_type, varlen
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
 
@@ -42,12 +43,17 @@ class SdpaAttention(MegatronModule):
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         with self._dropout_stream():
             if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-                return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
+                return self._packed(query, key, value, packed_seq_params)
             context = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=causal)
             return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    def _packed(self, query, key, value, cu_seqlens):
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    def _packed(self, query, key, value, packed):
+        boundaries = packed.cu_seqlens_q
+        if self.varlen is not None:
+            dropout = self.dropout if self.training else 0.0
+            options = (boundaries, packed.max_seqlen_q, self.scale, self.window, dropout)
+            return self.varlen(query, key, value.contiguous(), *options).reshape(query.shape[0], -1)
+        lengths = (boundaries[1:] - boundaries[:-1]).tolist()
         samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
         context = [self._attend(q[None], k[None], v[None], causal=True) for q, k, v in samples]
         return torch.cat(context, dim=2)[0].transpose(0, 1).reshape(query.shape[0], -1)

@@ -21,6 +21,7 @@ from megatron_ft import device
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.attention import SdpaAttention
 from megatron_ft.models.dropout import RowDropout, RowLayer
+from megatron_ft.models.kernels import Choice, varlen_attention
 from megatron_ft.models.norms import NORMS
 from megatron_ft.models.parallel_block import ParallelBlock
 from megatron_ft.models.pipeline import PipelineSplit, plain_split
@@ -72,13 +73,17 @@ class BuildOptions:
     """rows differ in length between microbatches: pipeline stages tell each other the shapes first"""
     padded_vocab_size: int | None = None
     """rows of the embedding; default: Megatron's rule for this tensor-parallel size"""
+    overlap_p2p: bool = False
+    """exchange activations between interleaved stages while computing"""
+    kernels: Choice | None = None
+    """default: torch's operations, none of them compiled"""
     split: PipelineSplit | None = None
     """layers of each stage; default: evenly"""
 
 
 def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions) -> TransformerConfig:
     """The engine's own configuration for this model and layout."""
-    split = options.split
+    split, fused = options.split, bool(options.kernels and options.kernels.fused)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -118,14 +123,17 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         embedding_init_method=_leave,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=fused and arch.activation in ("swiglu", "geglu"),
+        cross_entropy_loss_fusion=fused and options.dtype == torch.bfloat16,  # its gradients are bf16, whatever the logits
+        cross_entropy_fusion_impl="native",
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
         variable_seq_lengths=options.variable_seq_lengths,
         moe_token_dispatcher_type="alltoall",  # no experts here, but the engine's default refuses variable lengths
-        batch_p2p_comm=device.has_gpu(),
+        overlap_p2p_comm=options.overlap_p2p,
+        batch_p2p_comm=device.has_gpu() and not options.overlap_p2p,
     )
 
 
@@ -169,7 +177,7 @@ def _chunk(arch: Architecture, layout: Layout, options: BuildOptions, config, nu
     first, last = number == 0, number == layout.vp_size - 1
     model = ChatModel(
         config=config,
-        transformer_layer_spec=_block_spec(arch, config, number if layout.vp_size > 1 else None),
+        transformer_layer_spec=_block_spec(arch, config, options.kernels, number if layout.vp_size > 1 else None),
         vocab_size=options.padded_vocab_size or padded_vocab_size(arch.vocab_size, layout.tp_size),
         max_sequence_length=options.max_sequence_length or arch.max_position_embeddings,
         pre_process=layout.is_first_stage and first,
@@ -204,13 +212,16 @@ def apply_lima_dropout(model: ChatModel, hidden_dropout: float, num_layers: int)
         model.embedding.embedding_dropout.p = 0.0
 
 
-def _block_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _block_spec(
+    arch: Architecture, config: TransformerConfig, kernels: Choice | None, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     name, norm = NORMS[arch.norm]
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization=name)
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = IdentityOp if arch.shared_norm else norm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = SdpaAttention
+    varlen = varlen_attention(kernels) if kernels else None
+    attention.core_attention = ModuleSpec(module=SdpaAttention, params={"varlen": varlen})
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     layer.module = ParallelBlock if arch.parallel_block else RowLayer

@@ -19,6 +19,7 @@ from megatron_ft.errors import ConfigError
 from megatron_ft.log import logger
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.models.kernels import Choice
 
 log = logger("finetune")
 
@@ -130,8 +131,17 @@ def warn_of_other_rows(saved: Path, data: Data) -> None:
             )
 
 
-def report_unused_kernels(kernels: Kernels, has_gpu: bool) -> None:
-    """Say which kernel flags do nothing here. An option that is ignored in silence is a trap."""
-    if kernels.use_flash_attn:
-        where = "its flash kernel on a GPU" if has_gpu else "this machine has no GPU"
-        log.warning(f"--use_flash_attn: torch's scaled_dot_product_attention is used ({where})")
+def report_kernels(kernels: Kernels, choice: Choice, has_gpu: bool) -> None:
+    """Log once what computes what, and which flags do nothing here. An option that is ignored in silence is a trap."""
+    log.info("kernels: " + "; ".join(f"{what} by {how}" for what, how in choice.lines()))
+    for reason in choice.reasons:
+        log.warning(reason)
+    for name in ("overlap_grad_reduce", "overlap_param_gather", "overlap_p2p_communication"):
+        if getattr(kernels, name) and not has_gpu:
+            log.warning(
+                f"--{name}: this machine has no GPU, so there is nothing to overlap with; the results are the same"
+            )
+    if kernels.tp_comm_overlap:
+        log.warning(
+            "--tp_comm_overlap: needs Transformer Engine's linear layers, which are not used here; it has no effect"
+        )

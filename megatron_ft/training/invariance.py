@@ -181,8 +181,11 @@ def _parts(chunks: list, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> It
     by_id = {id(parameter): parameter for chunk in chunks for parameter in chunk.parameters()}
     for entry in nested_values(sharded_weights(chunks if len(chunks) > 1 else chunks[0])):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in by_id:
-            placed = dataclasses.replace(entry, data=of(by_id[id(entry.data)]).detach())
-            yield from nested_values(placed.build()) if isinstance(placed, ShardedTensorFactory) else [placed]
+            data = of(by_id[id(entry.data)]).detach()
+            if isinstance(entry, ShardedTensor):
+                yield dataclasses.replace(entry, data=data, dtype=data.dtype)
+            else:
+                yield from nested_values(dataclasses.replace(entry, data=data).build())
 
 
 def _box(part: ShardedTensor) -> tuple[slice, ...]:

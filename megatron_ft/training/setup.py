@@ -9,6 +9,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_ft.config.sections import Data, Kernels, Numerics, Parallelism
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.build import BuildOptions, build_chunks
+from megatron_ft.models.kernels import choose, machine
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.parallel import Layout
 
@@ -22,6 +23,7 @@ def make_model(
 
     rows: of the embedding, padding included, where a checkpoint prescribes them.
     """
+    kernels = kernels or Kernels()
     whole_layers = numerics.recompute_granularity == "full"
     options = BuildOptions(
         dtype=dtype_of(numerics),
@@ -35,9 +37,10 @@ def make_model(
         max_sequence_length=data.seq_length,
         padded_vocab_size=rows,
         variable_seq_lengths=data.variable_seq_lengths,
+        overlap_p2p=kernels.overlap_p2p_communication,
+        kernels=choose(kernels, numerics, machine()),
         split=split_layers(arch.num_layers, parallel),
     )
-    kernels = kernels or Kernels()
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

@@ -5,12 +5,13 @@ import logging
 
 import pytest
 
-from megatron_ft.config.sections import Data, Kernels, Model
+from megatron_ft.config.sections import Data, Kernels, Model, Numerics
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.models.kernels import Machine, choose
 from megatron_ft.models.rope import extend
-from megatron_ft.training.agreement import check_model_flags, report_unused_kernels, warn_of_other_rows
+from megatron_ft.training.agreement import check_model_flags, report_kernels, warn_of_other_rows
 
 ARCH = Architecture(
     family="llama", num_layers=4, hidden_size=64, ffn_hidden_size=160, num_attention_heads=8, num_query_groups=4,
@@ -89,7 +90,15 @@ def test_resuming_with_other_rows_is_said(tmp_path, caplog):
     assert len(caplog.messages) == 2 and "--seq_length 32, saved with 64" in caplog.text
 
 
-def test_kernels_that_are_not_used_are_named(caplog):
-    with caplog.at_level(logging.WARNING):
-        report_unused_kernels(Kernels(use_flash_attn=True, no_bias_gelu_fusion=True), has_gpu=False)
-    assert len(caplog.messages) == 1 and "--use_flash_attn" in caplog.text
+def test_kernels_are_logged_once_and_flags_without_effect_named(caplog):
+    flags = Kernels(use_flash_attn=True, no_bias_gelu_fusion=True, overlap_grad_reduce=True, tp_comm_overlap=True)
+    choice = choose(flags, Numerics(bf16=True), Machine())
+    with caplog.at_level(logging.INFO):
+        report_kernels(flags, choice, has_gpu=False)
+    said, *ignored = caplog.messages
+    assert said.startswith("kernels: attention by torch") and "packed attention by" in said
+    assert [line.split(":")[0] for line in ignored] == [
+        "--use_flash_attn",
+        "--overlap_grad_reduce",
+        "--tp_comm_overlap",
+    ]
