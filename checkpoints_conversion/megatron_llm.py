@@ -33,6 +33,7 @@ _RENAMED = {
     "mlp_layernorm": "pre_mlp_layernorm",
     "input_layernorm": "input_layernorm",
 }
+_DEEPEST = 4  # of dictionaries in each other
 _ROOTS = ("embedding", "encoder", "transformer", "lm_head")
 _NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size")
 
@@ -188,12 +189,12 @@ def _tensors(file: TorchFile) -> Iterator[tuple[str, TensorRef]]:
         yield f"copy.{key}", ref
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, TensorRef]]:
+def _flat(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, TensorRef]]:
     if isinstance(value, TensorRef):
         yield name, value
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and depth < _DEEPEST:  # a planted dict may hold itself
         for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+            yield from _flat(inner, f"{name}.{key}" if name else str(key), depth + 1)
 
 
 def _core_name(root: str, key: str) -> str:

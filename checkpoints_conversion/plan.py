@@ -17,7 +17,7 @@ from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.checkpoint_layout import CheckpointConfig, iteration_folder
 from megatron_ft.models.dtypes import HF_NAMES, torch_dtype
-from megatron_ft.models.families import family_for
+from megatron_ft.models.families import understood
 from megatron_ft.models.weights import Rule, placed_rules
 
 
@@ -30,8 +30,7 @@ def plan_units(
     Raises CheckpointError where an index beside config.json describes another model.
     """
     hf_config = read_json(input_dir / "config.json")
-    family = family_for(hf_config)
-    arch = family.from_hf(hf_config)
+    family, arch = understood(hf_config)
     check_layout(arch, tp_size, pp_size)
     rules = family.rules(arch)
     said = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"

@@ -38,6 +38,7 @@ from megatron_ft.models.restricted import file_slice, read_metadata
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
 MAX_FILE_BYTES = 5 * 10**9
+_ENVELOPE = 1 << 20  # bytes of torch.save's own around a tensor, generously
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -131,6 +132,7 @@ class TorchDistSource:
         self._prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in stored) else ""
         self._tensors = {key: entry for key, entry in stored.items() if self._is_model_key(key)}
         self._check(list(placed_rules(config.architecture, rules)))
+        self._check_places()
 
     def _is_model_key(self, key: str) -> bool:
         ours = key.startswith(self._prefix) if self._prefix else not key.startswith(("optimizer.", "rng_state"))
@@ -152,6 +154,33 @@ class TorchDistSource:
             if stored != shape and not padded:
                 raise CheckpointError(f"{where}: {key} is {list(stored)}, config.json says {list(shape)}")
 
+    def _check_places(self) -> None:
+        """Every part of the model's tensors lies in a file that reaches so far, in about as many bytes as its numbers take."""
+        sizes: dict[str, int] = {}
+        for key, entry in self._tensors.items():
+            for chunk in entry.chunks:
+                info = self._places.get((key, tuple(chunk.offsets)))
+                if info is None:
+                    raise CheckpointError(
+                        f"{self.folder / '.metadata'} does not say where {key} lies; convert or save again"
+                    )
+                path = self.folder / info.relative_path
+                if info.relative_path not in sizes:
+                    if not path.is_file():
+                        raise CheckpointError(
+                            f"{path} is missing; restore it, or read another iteration with --iteration"
+                        )
+                    sizes[info.relative_path] = path.stat().st_size
+                needed = chunk.sizes.numel() * entry.properties.dtype.itemsize
+                if not needed <= info.length <= needed + _ENVELOPE:
+                    raise CheckpointError(
+                        f"{self.folder / '.metadata'}: {key} has {needed} bytes of numbers in {info.length}; restore it"
+                    )
+                if info.offset + info.length > sizes[info.relative_path]:
+                    raise CheckpointError(
+                        f"{path} is cut short: {info.offset + info.length} bytes needed; restore it, or read another iteration"
+                    )
+
     def full(self, placed: Placed) -> Tensor:
         """The whole tensor put together from its boxes, padding rows dropped."""
         key = self._prefix + placed.dist_key
@@ -160,12 +189,7 @@ class TorchDistSource:
         covered = 0
         for chunk in entry.chunks:
             box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-            info = self._places.get((key, tuple(chunk.offsets)))
-            if info is None:
-                raise CheckpointError(
-                    f"{self.folder / '.metadata'} does not say where {key} lies; convert or save again"
-                )
-            tensor[box] = self._read(info, tuple(chunk.sizes))
+            tensor[box] = self._read(self._places[key, tuple(chunk.offsets)], tuple(chunk.sizes))
             covered += chunk.sizes.numel()
         if covered != tensor.numel():
             raise CheckpointError(f"{self.folder / '.metadata'}: the parts of {key} do not cover it; save it again")

@@ -15,6 +15,16 @@ from megatron_ft.errors import CheckpointError, ConfigError
 GATED = ("swiglu", "geglu", "reglu")
 
 
+MOST_LAYERS = 10_000
+_MOST = {
+    "num_layers": MOST_LAYERS,
+    **dict.fromkeys(("hidden_size", "ffn_hidden_size", "head_dim", "num_attention_heads", "num_query_groups"), 10**7),
+    "vocab_size": 10**8,
+    "max_position_embeddings": 10**9,
+}
+"""Larger than any model there is, small enough that nothing overflows or takes forever."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A decoder-only transformer. Sizes are those of the whole model, before any tensor or pipeline split."""
@@ -54,6 +64,30 @@ class Architecture:
     full_attention_layers: int = 0
     """The first layers, to which the window does not apply."""
 
+    def __post_init__(self):
+        """Raises CheckpointError for a value that no model has: what is read from a file may hold anything."""
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise CheckpointError(f"{name} {value!r}: must be a whole number from 1 to {most}")
+        for name in ("norm_epsilon", "rope_theta"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise CheckpointError(f"{name} {value!r}: must be a number above 0")
+        if not isinstance(self.rope_scaling, dict | None) or not isinstance(self.hf, dict):
+            raise CheckpointError("rope_scaling and hf must be lists of entries")
+        for key, value in (self.rope_scaling or {}).items():
+            numbers = value if isinstance(value, list) else [value]
+            if not isinstance(key, str) or (key != "rope_type" and not all(map(_is_number, numbers))):
+                raise CheckpointError(f"rope scaling {key} {str(value)[:40]!r}: must be a number")
+        window = self.sliding_window
+        if window is not None and (type(window) is not int or window < 1):
+            raise CheckpointError(f"sliding_window {window!r}: must be at least 1, or absent")
+        if self.num_attention_heads % self.num_query_groups:
+            raise CheckpointError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+            )
+
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies two projections, [gate; up] in one matrix."""
@@ -66,6 +100,8 @@ class Architecture:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
         """Inverse of to_dict. Raises CheckpointError on an unknown or missing entry: a newer or damaged config.json."""
+        if not isinstance(data, dict):
+            raise CheckpointError("architecture is no list of entries; convert the model again")
         names = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - names)
         if unknown:
@@ -76,6 +112,10 @@ class Architecture:
             return cls(**data)
         except TypeError as error:
             raise CheckpointError(f"architecture is incomplete ({error}); convert the model again") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e30  # neither infinite nor NaN
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, multiple: int = 128) -> int:

@@ -70,11 +70,30 @@ def read_config(folder: Path) -> CheckpointConfig:
     try:
         known = {f.name: data[f.name] for f in fields(CheckpointConfig) if f.name != "digested"}
         known["digested"] = bool(data.get("digested", False))  # checkpoints of earlier versions do not say
-        return CheckpointConfig(**{**known, "architecture": Architecture.from_dict(data["architecture"])})
+        config = CheckpointConfig(**{**known, "architecture": Architecture.from_dict(data["architecture"])})
+        _check_entries(config)
+        return config
     except KeyError as error:
         raise CheckpointError(f"{path}: entry {error} is missing; restore the file or convert again") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_entries(config: CheckpointConfig) -> None:
+    """Raises CheckpointError for an entry that makes no sense: what is read from a file may hold anything."""
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "padded_vocab_size"):
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value <= 10**9:
+            raise CheckpointError(f"{name} {value!r}: must be a whole number above 0")
+    iteration = config.iteration
+    kinds = {"ckpt_format": ("torch", "torch_dist"), "dtype": ("fp32", "bf16", "fp16")}
+    for name, known in kinds.items():
+        if getattr(config, name) not in known:
+            raise CheckpointError(f"{name} {getattr(config, name)!r}: must be one of {', '.join(known)}")
+    if iteration != "release" and (type(iteration) is not int or iteration < 0):
+        raise CheckpointError(f"iteration {iteration!r}: must be release or a number")
+    if not isinstance(config.tokenizer, dict) or not isinstance(config.chat_format, str | None):
+        raise CheckpointError("tokenizer or chat_format is of another type than it should be")
 
 
 def iteration_folder(root: Path, iteration: int | str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models import falcon, llama, mistral, qwen2, qwen3
-from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.architecture import MOST_LAYERS, Architecture
 
 FAMILIES: dict[str, ModuleType] = {family.NAME: family for family in (llama, mistral, qwen2, qwen3, falcon)}
 """name -> module with from_hf(config), to_hf(arch, dtype), rules(arch), MODEL_TYPES and HF_CLASSES."""
@@ -23,6 +23,24 @@ def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
     raise CheckpointError(
         f"model_type {model_type!r} (architectures {classes}) is not supported; supported: {', '.join(FAMILIES)}"
     )
+
+
+def understood(hf_config: Any) -> tuple[ModuleType, Architecture]:
+    """(family, architecture) of what a config.json holds. Raises CheckpointError for whatever makes no sense in it."""
+    if not isinstance(hf_config, dict):
+        raise CheckpointError("config.json is not a Hugging Face config; fetch the file again")
+    layers = hf_config.get("num_hidden_layers", 1)
+    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:  # before anybody counts up to it
+        raise CheckpointError(
+            f"config.json: num_hidden_layers {layers!r}: must be a whole number from 1 to {MOST_LAYERS}"
+        )
+    try:
+        family = family_for(hf_config)
+        return family, family.from_hf(hf_config)
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"config.json: an entry is of another type than it should be ({error}); fetch the file again"
+        ) from error
 
 
 def family_of(arch: Architecture) -> ModuleType:

@@ -13,9 +13,30 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_ft.errors import CheckpointError
+from megatron_ft.models.plain_pickle import PlainUnpickler
+
+_AXES = 8  # more than any tensor of a model or its optimizer has
+
+
+def _few(make: Any) -> Any:
+    """A container of a few things: a planted file could have a long one copied again and again."""
+
+    def made(values: Any = ()) -> Any:
+        if len(values) > _AXES:
+            raise pickle.UnpicklingError("it copies what is long")
+        return make(values)
+
+    return made
+
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{
@@ -31,26 +52,25 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         )
         for name in names.split()
     },
-    ("torch", "Size"): torch.Size,
+    ("torch", "Size"): _few(torch.Size),
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     # A file written on another system names that system's path type; only the text matters.
     **{
         ("pathlib", name): pathlib.PurePath for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     },
     ("pathlib._local", "PosixPath"): pathlib.PurePath,
-    ("collections", "OrderedDict"): dict,
-    ("builtins", "set"): set,
+    ("collections", "OrderedDict"): _few(dict),
+    ("builtins", "set"): _few(set),
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        value = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(value, torch.dtype):
-            return value
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+def _find(module: str, name: str) -> Any:
+    if (module, name) in _ALLOWED:
+        return _ALLOWED[module, name]
+    value = getattr(torch, name, None) if module == "torch" else None
+    if isinstance(value, torch.dtype):
+        return value
+    raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -60,20 +80,49 @@ def read_metadata(path: Path) -> Metadata:
             f"{path} is missing: the save was not finished; read an earlier iteration with --iteration"
         )
     try:
-        with open(path, "rb") as file:
-            found = _Unpickler(file).load()
+        found = PlainUnpickler(path.read_bytes(), _find).load()
+        _check(found)
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint's ({error}); read an earlier iteration"
+            f"{path} is damaged or not a checkpoint's ({str(error)[:200]}); read an earlier iteration"
         ) from error
-    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-        raise CheckpointError(f"{path} is not the metadata of a torch_dist checkpoint; read an earlier iteration")
     for info in found.storage_data.values():
-        if Path(info.relative_path).name != info.relative_path:
+        if Path(info.relative_path).name != info.relative_path or "\0" in info.relative_path:
             raise CheckpointError(
                 f"{path} names {info.relative_path!r}, outside its own folder; do not trust this file"
             )
     return found
+
+
+def _check(found: Any) -> None:
+    """Raises ValueError unless it is metadata in which every entry and every place is of the type it should be."""
+    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+        raise ValueError("it is not the metadata of a torch_dist checkpoint")
+    for name, entry in found.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
+            raise ValueError("an entry is no tensor's")
+        if isinstance(entry, TensorStorageMetadata):
+            _check_sizes(entry.size)
+            if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(entry.chunks, list):
+                raise ValueError(f"{name} has no type, or no parts")
+            for chunk in entry.chunks:
+                _check_sizes(chunk.sizes)
+                _check_sizes(chunk.offsets)
+                if not len(chunk.sizes) == len(chunk.offsets) == len(entry.size):
+                    raise ValueError(f"{name}: a part of another shape")
+    for index, info in found.storage_data.items():
+        numbers = (info.offset, info.length)
+        if not isinstance(index, MetadataIndex) or not isinstance(index.fqn, str) or type(info) is not _StorageInfo:
+            raise ValueError("a place is no place")
+        if index.offset is not None:
+            _check_sizes(index.offset)
+        if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or not isinstance(info.relative_path, str):
+            raise ValueError(f"{index.fqn} lies nowhere")
+
+
+def _check_sizes(sizes: Any) -> None:
+    if not isinstance(sizes, torch.Size) or len(sizes) > _AXES or any(not 0 <= n < 1 << 48 for n in sizes):
+        raise ValueError("a size that is none")
 
 
 def file_slice(path: Path, offset: int, length: int) -> io.BytesIO:

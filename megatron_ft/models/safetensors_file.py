@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.torch_file import read_at
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_HEADER = 1 << 25  # bytes; a model of 100,000 tensors has a third of that, the format itself allows 100 MB
+MAX_AXES = 8
 KINDS = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -63,9 +64,13 @@ class SafetensorsFile:
         ends = []
         for name, entry in header.items():
             if name == "__metadata__":
+                if not all(isinstance(text, str) for text in entry.values()):
+                    raise ValueError("notes that are no text")
                 continue
+            if not isinstance(entry["shape"], list) or not isinstance(entry["data_offsets"], list):
+                raise ValueError(f"{name}: sizes that are no sizes")
             dtype, shape, (start, end) = KINDS[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+            if len(shape) > MAX_AXES or any(type(n) is not int or not 0 <= n < 1 << 62 for n in (*shape, start, end)):
                 raise ValueError(f"{name}: sizes that are no sizes")
             if prod(shape) * dtype.itemsize != end - start:
                 raise ValueError(f"{name}: {end - start} bytes for shape {list(shape)}")

@@ -6,7 +6,6 @@ other name stops the reading. Numbers are read when asked for, from their place 
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import struct
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 
 from megatron_ft.errors import CheckpointError
+from megatron_ft.models.plain_pickle import PlainUnpickler
 
-MAX_PICKLE = 1 << 28  # bytes of structure; a checkpoint's is far below
+MAX_PICKLE = 1 << 25  # bytes of structure; a checkpoint's is far below
+MAX_AXES = 8
 _KINDS = {
     f"{name}Storage": dtype
     for name, dtype in (
@@ -118,7 +119,30 @@ class TorchFile:
             order = infos.get(self._root + "byteorder")
             if order and archive.read(order) != b"little":
                 raise zipfile.BadZipFile("written on a big-endian machine")
-            self.value = _Unpickler(self, io.BytesIO(archive.read(pickled)), harmless).load()
+            self.value = PlainUnpickler(archive.read(pickled), self._finder(harmless), self.storage).load()
+
+    def _finder(self, harmless: Callable[[str, str], bool]) -> Callable[[str, str], Any]:
+        """What the names that torch.save writes stand for here."""
+        known: dict[tuple[str, str], Any] = {
+            ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+            ("collections", "OrderedDict"): lambda: _Dict(),
+            ("builtins", "dict"): lambda: _Dict(),
+            ("torch", "Size"): lambda sizes: tuple(sizes) if len(sizes) <= MAX_AXES else _too_long(),
+        }
+
+        def find(module: str, name: str) -> Any:
+            if (module, name) in known:
+                return known[module, name]
+            if module == "torch" and name in _KINDS:
+                return _Kind(name)
+            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+                return getattr(torch, name)
+            if harmless(module, name):
+                return Inert
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+        return find
 
     def storage(self, identity: Any) -> _Storage:
         """What a persistent id names; checked against the size of its record."""
@@ -132,10 +156,11 @@ class TorchFile:
     def tensor(self, storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> TensorRef:
         shape, stride = tuple(shape), tuple(stride)
         sizes = [offset, *shape, *stride]
-        if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in sizes):
+        plain = isinstance(storage, _Storage) and len(shape) == len(stride) <= MAX_AXES
+        if not plain or any(type(n) is not int or not 0 <= n < 1 << 48 for n in sizes):
             raise zipfile.BadZipFile("a tensor's shape is no shape")
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        if prod(shape) and last >= storage.count:
+        if prod(shape) > storage.count or (prod(shape) and last >= storage.count):
             raise zipfile.BadZipFile("a tensor reaches beyond its record")
         return TensorRef(self, storage, offset, shape, stride)
 
@@ -154,6 +179,10 @@ class TorchFile:
         return data.view(ref.dtype).as_strided(ref.shape, ref.stride, ref.offset)
 
 
+def _too_long() -> None:
+    raise pickle.UnpicklingError("it copies what is long")
+
+
 class _Kind:
     """A storage class, by name."""
 
@@ -165,32 +194,6 @@ class _Dict(dict):
     """A module's state_dict carries versions of its parts as an attribute: not wanted."""
 
     def __setstate__(self, state): ...
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: TorchFile, data: io.BytesIO, harmless: Callable[[str, str], bool]):
-        super().__init__(data)
-        self.file, self.harmless = file, harmless
-
-    def persistent_load(self, identity: Any) -> _Storage:
-        return self.file.storage(identity)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return self.file.tensor
-        if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in _KINDS:
-            return _Kind(name)
-        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
-            return _Dict
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if self.harmless(module, name):
-            return Inert
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def read_at(handle: int, offset: int, size: int) -> Tensor | None:

@@ -1,0 +1,57 @@
+"""Unpickling what strangers wrote: a few instructions, a few names, memory bounded by the file's own size.
+
+Python's own unpickler in C calls what a file names and obeys every instruction: a short file can make it reserve gigabytes (a memo
+number is an array's index there) or change a class for the rest of the process. This one, from the standard library's version in
+Python, knows the instructions that torch's files and checkpoints' metadata consist of, and asks `find` about every name.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+_INSTRUCTIONS = (
+    "PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT "
+    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINSTRING BINSTRING SHORT_BINBYTES BINBYTES BINBYTES8 "
+    "EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS "
+    "GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET BINPERSID"
+).split()
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """load() raises nearly anything where the data is not a plain pickle.
+
+    find: (module, name) -> what stands for it; raises UnpicklingError for a name that has no business there.
+    persistent: what a persistent id stands for; torch's storages are such.
+    """
+
+    dispatch: ClassVar[dict[int, Callable]] = {
+        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _INSTRUCTIONS
+    }
+
+    def __init__(
+        self, data: bytes, find: Callable[[str, str], Any], persistent: Callable[[Any], Any] | None = None
+    ) -> None:
+        super().__init__(io.BytesIO(data))
+        self._find, self._persistent = find, persistent
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._find(module, name)
+
+    def persistent_load(self, identity: Any) -> Any:
+        if self._persistent is None:
+            raise pickle.UnpicklingError("it refers to objects outside itself")
+        return self._persistent(identity)
+
+    def load_build(self) -> None:
+        """Fill an object with its state: its own dictionary only, and only an object, never a class or a function."""
+        state, target = self.stack[-1], self.stack[-2]
+        if isinstance(target, type) or callable(target):
+            raise pickle.UnpicklingError("it changes what it names")
+        if isinstance(state, tuple) and not hasattr(target, "__setstate__"):
+            raise pickle.UnpicklingError("it sets attributes one by one")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
