@@ -55,6 +55,13 @@ def describe() -> str:
     return f"CPU, {torch.get_num_threads()} thread(s) a process (gloo)"
 
 
+def gpu_name() -> str | None:
+    """As the driver calls it; None on a CPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if has_gpu() else None
+
+
 def select(local_rank: int) -> None:
     """Bind this process to its GPU, by its rank on the machine. Nothing to do on a CPU."""
     if not has_gpu():

@@ -201,7 +201,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
         stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, resolved),
         saver=saver, train_iters=batch.train_iters, save_interval=checkpointing.save_interval,
         eval_interval=logging.eval_interval, eval_iters=logging.eval_iters, max_skipped=batch.max_skipped_iters,
-        check_replicas_every=numerics.check_replicas_every,
+        check_replicas_every=numerics.check_replicas_every, architecture=described.architecture,
     )  # fmt: skip
     try:
         done = train(plan, progress, stop)

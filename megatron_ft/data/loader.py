@@ -51,6 +51,14 @@ class Microbatch:
         return int((self.groups[0] >= 0).sum())
 
     @property
+    def sample_lengths(self) -> np.ndarray:
+        """Positions of each sample, padding left out. A segment is a sample or a row's padding."""
+        if self.segments is None:
+            return (self.roles != PADDING).sum(1)
+        starts = np.cumsum(self.segments) - self.segments
+        return self.segments[self.roles.ravel()[starts] != PADDING]
+
+    @property
     def supervised_tokens(self) -> int:
         return int((self.weights > 0).sum())
 

@@ -124,7 +124,8 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=fused and arch.activation in ("swiglu", "geglu"),
-        cross_entropy_loss_fusion=fused and options.dtype == torch.bfloat16,  # its gradients are bf16, whatever the logits
+        cross_entropy_loss_fusion=fused
+        and options.dtype == torch.bfloat16,  # its gradients are bf16, whatever the logits
         cross_entropy_fusion_impl="native",
         bias_dropout_fusion=False,
         apply_rope_fusion=False,

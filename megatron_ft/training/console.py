@@ -42,6 +42,10 @@ class Console(Hook):
         seconds, rates = self._rates()
         left = time.strftime("%H:%M:%S", time.gmtime((self.train_iters - iteration) * seconds / count))
         width = len(str(self.train_iters))
+        speed = ""
+        if "train/tflops" in last:
+            mfu = f" ({last['train/mfu']:.1%} MFU)" if "train/mfu" in last else ""
+            speed = f"throughput per GPU (TFLOP/s/GPU): {last['train/tflops']:.1f}{mfu} | "
         scale = f"loss scale: {last['train/loss_scale']:.1f} | " if "train/loss_scale" in last else ""
         return (
             f" iteration {iteration:{width}d}/ {self.train_iters} | "
@@ -50,7 +54,7 @@ class Console(Hook):
             f"global batch size: {last['train/global_batch_size']:5d} | "
             f"lm loss: {sum(m['train/loss'] for m in self.window) / count:.6E} | "
             f"{scale}grad norm: {last['train/grad_norm']:.3f} | number of skipped iterations: {self.skipped} | "
-            f"number of nan iterations: {self.nan} | tokens/s: {rates[0]:.0f} | trained tokens/s: {rates[1]:.0f} | eta: {left} |"
+            f"number of nan iterations: {self.nan} | tokens/s: {rates[0]:.0f} | trained tokens/s: {rates[1]:.0f} | {speed}eta: {left} |"
         )
 
     def _rates(self) -> tuple[float, list[float]]:

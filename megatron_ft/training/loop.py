@@ -10,13 +10,15 @@ from typing import Any
 
 from megatron_ft import device
 from megatron_ft.data.loader import ChatDataset
+from megatron_ft.models.architecture import Architecture
 from megatron_ft.training import consumed
 from megatron_ft.training.checkpoint import Progress
 from megatron_ft.training.hooks import Hook
 from megatron_ft.training.replicas import check_replicas
 from megatron_ft.training.saver import Saver
-from megatron_ft.training.step import Stepper
+from megatron_ft.training.step import Stepper, StepResult
 from megatron_ft.training.stopping import BrokenGradients, StopRequest
+from megatron_ft.training.throughput import peak_tflops, step_flops
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Run:
     eval_iters: int
     max_skipped: int = 10
     check_replicas_every: int | None = None
+    architecture: Architecture | None = None
+    """To count operations by; None: not counted."""
 
 
 def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
@@ -115,10 +119,22 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
         "train/overflow": int(result.overflow),
         "train/empty": int(result.empty),
         **({"train/loss_scale": result.loss_scale} if run.stepper.model[0].config.fp16 else {}),
+        **_throughput(run, result, seconds),
         "train/memory_gb": device.peak_memory_bytes() / 1e9,
         **{f"train/seconds_{phase}": seconds for phase, seconds in run.stepper.phases.items()},
         **{f"train/{name}": value for name, value in result.breakdown.items()},
     }
+
+
+def _throughput(run: Run, result: StepResult, seconds: float) -> dict[str, float]:
+    """TFLOP/s of each GPU and the share of its peak that is (MFU); nothing on a CPU."""
+    name = device.gpu_name()
+    if name is None or run.architecture is None:
+        return {}
+    flops = step_flops(run.architecture, result.tokens, result.seen)
+    rate = flops / seconds / run.stepper.layout.world_size / 1e12
+    peak = peak_tflops(name)
+    return {"train/tflops": rate} | ({"train/mfu": rate / peak} if peak else {})
 
 
 def perplexity(loss: float) -> float:

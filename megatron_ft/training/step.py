@@ -18,6 +18,7 @@ from megatron_ft.data.loader import ChatDataset, Microbatch, step_rows
 from megatron_ft.models.dropout import RowParams, token_keys
 from megatron_ft.parallel import Layout
 from megatron_ft.training.loss import GlobalWeight, breakdown, weighted_sum
+from megatron_ft.training.throughput import pairs
 from megatron_ft.training.update import Update, update
 
 
@@ -35,6 +36,8 @@ class StepResult:
     """Nothing was updated."""
     overflow: bool = False
     """Skipped because gradients overflowed fp16 while the dynamic loss scale can still fall."""
+    seen: float = 0.0
+    """Pairs of tokens of which one sees the other (throughput.pairs), within the model's window."""
     empty: bool = False
     """Skipped because no token of the global batch had a weight."""
     loss_scale: float = 1.0
@@ -78,6 +81,8 @@ class Stepper:
         self.weight = GlobalWeight()
         self.device = device.current_device()
         self.phases = Phases(exact_phases)
+        size = model[0].config.window_size
+        self.window = None if size is None else size[0] + 1
         model[0].config.finalize_model_grads_func = self.weight.finalize
 
     def train(self, dataset: ChatDataset, consumed: int, optimizer) -> StepResult:
@@ -123,14 +128,14 @@ class Stepper:
         return self._result(dataset, sums)
 
     def _run(self, dataset: ChatDataset, consumed: int, forward_only: bool, end: int | None = None) -> torch.Tensor:
-        """[tokens, supervised tokens, then what weighted_sum logs] of this rank's share of one global batch; rows from `end`
-        on are empty.
+        """[tokens, supervised tokens, pairs that see each other, then what weighted_sum logs] of this rank's share of one global
+        batch; rows from `end` on are empty.
         """
         mine = step_rows(
             consumed, self.global_batch_size, self.micro_batch_size, self.layout.dp_rank, self.layout.dp_size
         )
         sizes = [len(names) for names in dataset.group_names.values()]
-        counts = torch.zeros(2, dtype=torch.float64)
+        counts = torch.zeros(3, dtype=torch.float64)
         self.weight.start_step(self.device)
         batches = itertools.tee(self._batches(dataset, mine, end), len(self.model))  # every chunk sees every microbatch
         logs = get_forward_backward_func()(
@@ -156,7 +161,8 @@ class Stepper:
         weights, groups = (self._here(x) for x in (batch.weights, batch.groups))
         tokens, labels = self._here(batch.tokens), self._here(batch.labels)
         if model is self.model[0]:  # what is counted is counted by a stage's first chunk
-            counts += torch.tensor([batch.real_tokens, batch.supervised_tokens], dtype=torch.float64)
+            seen = pairs(batch.sample_lengths, self.window)
+            counts += torch.tensor([batch.real_tokens, batch.supervised_tokens, seen], dtype=torch.float64)
             self.weight.add(weights)
         if batch.segments is not None:  # the rows of a packed batch are one long row
             tokens, labels, weights, groups = (x.flatten(-2).unsqueeze(-2) for x in (tokens, labels, weights, groups))
@@ -193,9 +199,10 @@ class Stepper:
     def _result(self, dataset: ChatDataset, sums: torch.Tensor, **more) -> StepResult:
         sums = sums.to(self.device)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        tokens, supervised, loss, weight, *rest = sums.tolist()
+        tokens, supervised, seen, loss, weight, *rest = sums.tolist()
         groups = breakdown(rest, dataset.group_names)
-        return StepResult(loss / max(weight, 1e-12), int(tokens), int(supervised), breakdown=groups, **more)
+        counted = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seen": seen}
+        return StepResult(loss / max(weight, 1e-12), breakdown=groups, **counted, **more)
 
 
 def packed_params(segments, device: torch.device, keys: torch.Tensor | None = None) -> RowParams:
