@@ -6,17 +6,14 @@ Plain enough for the other readers of such templates: namespace, loops, conditio
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megatron_ft.data.roles import ROLES, SYSTEM
 from megatron_ft.data.tool_text import APART, CALLED, DEFINED
 
-if TYPE_CHECKING:
-    from megatron_ft.data.chat_format import ChatFormat
 
-
-def template(chat: ChatFormat) -> str:
-    """Jinja for a format."""
+def template(chat: Any) -> str:
+    """Jinja for a ChatFormat, which alone is given here as `chat`."""
     return (
         "{% set ns = namespace(text='', tools='', inserted=false) %}" + _tools() + _start(chat)
         + "{% for message in messages %}" + _text(chat) + _turns(chat) + "{% endfor %}"
@@ -31,7 +28,7 @@ def _tools() -> str:
     return f"{{% if tools %}}{{% set ns.tools = {first} %}}{each}{{% set ns.tools = ns.tools + {last} %}}{{% endif %}}"
 
 
-def _start(chat: ChatFormat) -> str:
+def _start(chat: Any) -> str:
     """What stands before the first message."""
     begin = f"{{{{ {_quoted(chat.begin)} }}}}" if chat.begin else ""
     if SYSTEM not in chat.turns:
@@ -46,7 +43,7 @@ def _start(chat: ChatFormat) -> str:
     return f"{begin}{{% if {condition} %}}{{% set ns.inserted = true %}}{said}{{% endif %}}"
 
 
-def _text(chat: ChatFormat) -> str:
+def _text(chat: Any) -> str:
     """ns.text: what a message says, as tool_text.as_text."""
     own = "message['content'] or ''"
     said = [_quoted(CALLED[0]), "(f['name'] | tojson)", _quoted(CALLED[1])]
@@ -61,7 +58,7 @@ def _text(chat: ChatFormat) -> str:
     )
 
 
-def _turns(chat: ChatFormat) -> str:
+def _turns(chat: Any) -> str:
     """The turn of ns.text by the message's role."""
     turns = ""
     for role, turn in chat.turns.items():

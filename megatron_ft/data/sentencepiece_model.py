@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.data.fingerprint import fingerprint
-from megatron_ft.data.words import PieceWords, are_apart
+from megatron_ft.data.words import SPACE, PieceWords
 from megatron_ft.errors import TokenizerError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces in sentencepiece_model.proto
@@ -117,3 +117,22 @@ class SentencePieceModel:
     def write(self, path: Path) -> None:
         """Copy the model file as it was read."""
         path.write_bytes(self._data)
+
+
+def are_apart(proto: Any) -> bool:
+    """Whether words of this model (a ModelProto) can be encoded one by one: byte pair encoding, text taken as it is, and no piece
+    that reaches over a space or holds a newline."""
+    rules, trained = proto.normalizer_spec, proto.trainer_spec
+    return (
+        trained.model_type == 2  # BPE
+        and not rules.precompiled_charsmap
+        and rules.add_dummy_prefix
+        and not rules.remove_extra_whitespaces
+        and rules.escape_whitespaces
+        and not trained.treat_whitespace_as_suffix
+        and not any(
+            SPACE in piece.piece.lstrip(SPACE) or "\n" in piece.piece or " " in piece.piece
+            for piece in proto.pieces
+            if piece.type in (NORMAL, USER_DEFINED)
+        )
+    )

@@ -90,24 +90,3 @@ def are_between_spaces(description: dict[str, Any]) -> bool:
             for token in own
         )
     )
-
-
-def are_apart(proto: Any) -> bool:
-    """Whether words of this model (a ModelProto) can be encoded one by one: byte pair encoding, text taken as it is, and no piece
-    that reaches over a space or holds a newline."""
-    from megatron_ft.data.sentencepiece_model import NORMAL, USER_DEFINED
-
-    rules, trained = proto.normalizer_spec, proto.trainer_spec
-    return (
-        trained.model_type == 2  # BPE
-        and not rules.precompiled_charsmap
-        and rules.add_dummy_prefix
-        and not rules.remove_extra_whitespaces
-        and rules.escape_whitespaces
-        and not trained.treat_whitespace_as_suffix
-        and not any(
-            SPACE in piece.piece.lstrip(SPACE) or "\n" in piece.piece or " " in piece.piece
-            for piece in proto.pieces
-            if piece.type in (NORMAL, USER_DEFINED)
-        )
-    )
