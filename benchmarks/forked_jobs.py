@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import logging
 import mmap
 import os
@@ -38,7 +37,6 @@ from megatron_ft.data.shards import ShardWriter
 from megatron_ft.digests import check_digests
 from megatron_ft.errors import UserError
 from megatron_ft.models.checkpoint_layout import describe
-from megatron_ft.models.restricted import file_slice
 from megatron_ft.models.verified import vet
 from megatron_ft.training import agreement, checkpoint, consumed, datasets, facts, lock, loop, optimizer, setup, step  # noqa: F401
 from megatron_ft.training.choosing import candidates
@@ -180,14 +178,3 @@ def newest(root: Path) -> tuple[int, int]:
         except UserError as error:
             print(f"  {error}", file=sys.stderr)
     return -1, 0
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every tensor of a checkpoint, optimizer and random streams included: name and place -> a hash of its bits."""
-    found = {}
-    for index, place in vet(folder).storage_data.items():
-        record = torch.load(file_slice(folder / place.relative_path, place.offset, place.length), weights_only=True)
-        if isinstance(record, torch.Tensor):
-            bits = record.contiguous().view(torch.uint8).numpy().tobytes()
-            found[f"{index.fqn} {tuple(index.offset or ())}"] = hashlib.blake2b(bits, digest_size=16).hexdigest()
-    return found

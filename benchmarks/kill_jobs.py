@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import forked_jobs
+from megatron_ft.models.verified import tensor_hashes
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def campaign(
     straight = start(folder / "straight")
     assert straight.wait() == [0] * ranks
     whole = time.monotonic() - began
-    wanted = forked_jobs.contents(folder / "straight" / f"iter_{steps:07d}")
+    wanted = tensor_hashes(folder / "straight" / f"iter_{steps:07d}")
     for what in ("runs", "kills", "starts", "steps lost", "equal to the undisturbed run"):
         found[what] = 0
     while found["runs"] < runs and time.monotonic() < until:
@@ -83,7 +84,7 @@ def campaign(
                 shutil.rmtree(save)
         codes = job.wait()
         found["runs"] += 1
-        equal = codes == [0] * ranks and forked_jobs.contents(save / f"iter_{steps:07d}") == wanted
+        equal = codes == [0] * ranks and tensor_hashes(save / f"iter_{steps:07d}") == wanted
         found["equal to the undisturbed run"] += equal
         print(", ".join(f"{what}: {count:,}" for what, count in found.items()), flush=True)
     return found

@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "plan": Entry("megatron_ft.commands.plan", "will it fit: memory per stage, idle time, better layouts"),
         "preflight": Entry("megatron_ft.commands.preflight", "check shards against a finetune command line"),
         "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),
+        "resume-check": Entry("megatron_ft.commands.resume_check", "prove that stopping and resuming changes nothing"),
         "verify-invariance": Entry(
             "megatron_ft.commands.verify_invariance", "prove that every layout computes the same gradients"
         ),

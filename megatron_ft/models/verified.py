@@ -21,7 +21,7 @@ from megatron_ft.errors import CheckpointError, DamagedError
 from megatron_ft.log import logger
 from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig
 from megatron_ft.models.families import family_of
-from megatron_ft.models.restricted import read_metadata
+from megatron_ft.models.restricted import file_slice, read_metadata
 from megatron_ft.models.weights import placed_rules
 from megatron_ft.parallel import Layout
 from megatron_ft.together import raise_together
@@ -74,7 +74,7 @@ def read_common(folder: Path) -> dict:
     return read_tensors(Path(folder) / "common.pt")
 
 
-def read_tensors(path: Path, kind: type = dict) -> Any:
+def read_tensors(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
     """What torch.save wrote of tensors and plain containers. Raises CheckpointError where it is damaged or names foreign objects."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -129,6 +129,37 @@ def check_tensors(metadata: Metadata, wanted: dict, folder: Path, cast_weights: 
                 f"{folder}: {tensor.key} is stored in {_name(stored.properties.dtype)}, this run computes in {_name(tensor.dtype)}: "
                 f"resume with the precision it was saved with (--bf16 or not), or take the weights only with --finetune"
             )
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """Every tensor of a checkpoint in either format, optimizer and random streams included: name -> a hash of type, shape and bits."""
+    if (Path(folder) / ".metadata").is_file():
+        found = {}
+        for index, place in read_metadata(Path(folder) / ".metadata").storage_data.items():
+            record = torch.load(
+                file_slice(Path(folder) / place.relative_path, place.offset, place.length), weights_only=True
+            )
+            found |= _hashes(record, f"{index.fqn} {list(index.offset or ())}")
+        return found
+    files = sorted(Path(folder).glob("mp_rank_*/*.pt"))
+    return {
+        k: v for path in files for k, v in _hashes(read_tensors(path, (dict, list)), f"{path.parent.name}/").items()
+    }
+
+
+def _hashes(value: Any, name: str) -> dict[str, str]:
+    import xxhash
+
+    if isinstance(value, torch.Tensor):
+        bits = value.contiguous().reshape(-1).view(torch.uint8).numpy()
+        return {name: f"{value.dtype} {list(value.shape)} {xxhash.xxh3_128_hexdigest(bits)}"}
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    else:
+        return {}
+    return {k: v for key, part in parts for k, v in _hashes(part, f"{name}.{key}").items()}
 
 
 def _tensors(state: dict) -> Iterable[ShardedTensor]:

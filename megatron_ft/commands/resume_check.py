@@ -1,0 +1,215 @@
+"""megatron-ft resume-check: some steps without a stop against half of them, a checkpoint, a new start and the other half."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import TRAINING, Batch, Checkpointing, Launching, Logging, Optimizer, Parallelism
+from megatron_ft.errors import ConfigError, UserError
+
+
+@dataclass
+class ResumeCheck:
+    """What to try"""
+
+    check_steps: int = 10
+    """steps to compare; the run is stopped and resumed after half of them"""
+    resume_tensor_model_parallel_size: int | None = None
+    """TP of the resumed half; default: the same"""
+    resume_pipeline_model_parallel_size: int | None = None
+    """PP of the resumed half; default: the same"""
+    check_tolerance: float = 1e-4
+    """largest difference of a step's loss that passes where the layout changes; where it does not, everything has to be equal to the bit"""
+    check_processes: int | None = None
+    """processes to start on this machine where no launcher did; default: TP x PP"""
+    work_dir: str | None = None
+    """where the runs save, room for three checkpoints; default: a temporary folder, removed at the end"""
+
+
+COMMAND = Command(
+    name="resume-check",
+    summary="prove on a checkpoint that stopping and resuming changes nothing",
+    sections=(ResumeCheck, *TRAINING),
+    examples=(
+        "megatron-ft resume-check --config runs/tuned/training.yaml --load runs/tuned",
+        "torchrun --nproc_per_node 4 -m megatron_ft resume-check --config runs/tuned/training.yaml --load runs/tuned "
+        "--resume_tensor_model_parallel_size 4 --resume_pipeline_model_parallel_size 1",
+    ),
+)
+
+
+say = functools.partial(print, flush=True)  # forked ranks end without flushing
+
+
+class ResumeDiffers(UserError):
+    """The resumed run is not the one that never stopped."""
+
+
+def run(check: ResumeCheck, *sections: Any) -> int:
+    """Print the table. Raises ResumeDiffers where a row fails; ConfigError or CheckpointError where nothing can be tried."""
+    if check.check_steps < 2:
+        raise ConfigError(f"--check_steps {check.check_steps}: at least 2, one before the stop and one after it")
+    if "RANK" in os.environ:  # a launcher started the processes
+        with _joined():
+            return _on_this_rank((check, sections))
+    parallel = _section(sections, Parallelism)
+    processes = check.check_processes or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    os.environ.update(MEGATRON_FT_DEVICE="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # before torch looks
+    from megatron_ft.forked import run_forked
+
+    return run_forked(processes, _on_this_rank, (check, sections))[0]
+
+
+@contextlib.contextmanager
+def _joined():
+    """One group for the three runs: each would end its own, and a launcher's meeting place serves once."""
+    from megatron_ft import device
+
+    device.prepare_engine()
+    import torch.distributed as dist
+
+    device.select(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(device.backend())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _on_this_rank(work: tuple[ResumeCheck, tuple]) -> int:
+    import torch.distributed as dist
+
+    from megatron_ft.log import setup as log_elsewhere
+
+    check, sections = work
+    folder = [check.work_dir or tempfile.mkdtemp(prefix="resume-check-") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder, src=0)
+    root = Path(folder[0])
+    try:
+        _three_runs(root, check, sections)
+        dist.barrier()
+        verdict = [_compared(root, check, sections) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(verdict, src=0)
+    finally:
+        log_elsewhere()  # the runs' log file goes with their folder
+        if check.work_dir is None and dist.get_rank() == 0:
+            shutil.rmtree(root, ignore_errors=True)
+    if verdict[0]:
+        raise ResumeDiffers(verdict[0])
+    return 0
+
+
+def _three_runs(root: Path, check: ResumeCheck, sections: tuple) -> None:
+    """straight/ from the checkpoint to its end, resumed/ to the middle and from there on."""
+    first = _iteration(_section(sections, Checkpointing))
+    middle, last = first + check.check_steps // 2, first + check.check_steps
+    _finetune(sections, root / "straight", None, last)
+    _finetune(sections, root / "resumed", None, middle)
+    there = {
+        "tensor_model_parallel_size": check.resume_tensor_model_parallel_size,
+        "pipeline_model_parallel_size": check.resume_pipeline_model_parallel_size,
+    }
+    _finetune(sections, root / "resumed", root / "resumed", last, {k: v for k, v in there.items() if v is not None})
+
+
+def _iteration(checkpointing: Checkpointing) -> int:
+    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
+
+    found = describe(find_checkpoint(Path(checkpointing.load))).iteration
+    return 0 if found == "release" or checkpointing.finetune else int(found)
+
+
+def _finetune(sections: tuple, save: Path, load: Path | None, until: int, layout: dict | None = None) -> None:
+    """A run of finetune in silence, with the schedule of the whole run."""
+    from megatron_ft.commands import finetune
+
+    checkpointing, batch, optimizer = (_section(sections, kind) for kind in (Checkpointing, Batch, Optimizer))
+    # One rank alone writes metrics.jsonl, and on a cluster the table is made from it: it goes where the run saves.
+    changes: dict[type, dict[str, Any]] = {
+        Checkpointing: {
+            "save": str(save), "load": str(load or checkpointing.load), "save_interval": None, "keep_last": None,
+            "save_retain_interval": None, "auto_resume": False, "finetune": checkpointing.finetune and load is None,
+        },
+        Batch: {"train_iters": until},
+        Optimizer: {"lr_decay_iters": optimizer.lr_decay_iters or max(batch.train_iters, until)},
+        Logging: {"run_dir": None, "tensorboard_dir": None, "wandb_logger": False, "report": False, "eval_interval": None,
+                  "log_interval": 10**9},
+        Parallelism: layout or {},
+    }  # fmt: skip
+    own = [
+        Launching() if type(section) is Launching else dataclasses.replace(section, **changes.get(type(section), {}))
+        for section in sections
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = finetune.run(*own)
+    if code:
+        raise ConfigError(f"the run was stopped by a signal (exit code {code}): nothing was compared; run again")
+
+
+def _compared(root: Path, check: ResumeCheck, sections: tuple) -> str:
+    """Print the table; what is wrong, or nothing."""
+    from megatron_ft.models.verified import tensor_hashes
+
+    parallel = _section(sections, Parallelism)
+    sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    there = (check.resume_tensor_model_parallel_size or sizes[0], check.resume_pipeline_model_parallel_size or sizes[1])
+    straight, resumed = _steps(root / "straight"), _steps(root / "resumed")
+    say(f"stopped in TP{sizes[0]} x PP{sizes[1]}, resumed in TP{there[0]} x PP{there[1]}")
+    say(f"{'iteration':>9} {'without a stop':>16} {'resumed':>16} {'difference':>11}  samples")
+    middle = min(straight) + check.check_steps // 2 - 1
+    largest, same_samples = 0.0, True
+    for iteration, one in straight.items():
+        other = resumed[iteration]
+        apart = abs(one["train/loss"] - other["train/loss"])
+        alike = one["train/samples_hash"] == other["train/samples_hash"]
+        largest, same_samples = max(largest, apart), same_samples and alike
+        say(
+            f"{iteration:9d} {one['train/loss']:16.9f} {other['train/loss']:16.9f} {apart:11.1e}  "
+            f"{'same' if alike else 'OTHERS'} {one['train/samples_hash'][:8]}{'   <- stopped here' if iteration == middle else ''}"
+        )
+    if not same_samples:
+        return "the resumed run saw other samples than the one that never stopped: see the table; report it with the command line"
+    if sizes != there:
+        say(
+            f"another layout: losses within {check.check_tolerance:g} are wanted, the largest difference is {largest:.1e}"
+        )
+        far = (
+            f"losses differ by {largest:.1e}, more than --check_tolerance {check.check_tolerance:g}; raise it for bf16"
+        )
+        return far if largest > check.check_tolerance else ""
+    newest = [next((root / name).glob(f"iter_{max(straight):07d}")) for name in ("straight", "resumed")]
+    one, other = (tensor_hashes(folder) for folder in newest)
+    wrong = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    say(
+        f"tensors of the last checkpoint, optimizer and random streams included: {len(one)}, of which {len(wrong)} differ"
+    )
+    if wrong or largest:
+        return f"not the same to the bit: losses by up to {largest:.1e}, {len(wrong)} tensors, first {wrong[:1]}; report it"
+    say("the resumed run is the run that never stopped, to the bit")
+    return ""
+
+
+def _steps(folder: Path) -> dict[int, dict]:
+    """Iteration -> its line of metrics."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["iteration"]: line for line in lines if "train/loss" in line}
+
+
+def _section(sections: tuple, kind: type) -> Any:
+    return next(section for section in sections if type(section) is kind)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))
