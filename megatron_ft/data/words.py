@@ -44,17 +44,21 @@ class Words(dict[str, bytes]):
 
 
 class PieceWords(Words):
-    """For a SentencePiece model, which adds a space in front of a text."""
+    """For a SentencePiece model, which adds a space in front of a text. A word stands here without the first of its spaces."""
 
     def _ids(self, word: str) -> list[int]:
-        # That space stands for the first of a word's own; before a newline it has to go. To nothing it is not added.
-        with_space = self._encode("\n" if word == " " else word[word[0] == " " :])
-        return with_space[:1] if word == " " else with_space[1:] if word[0] == "\n" else with_space
+        # Before a newline the added space has to go; to nothing none is added.
+        with_space = self._encode(word or "\n")
+        return with_space[1:] if word[:1] == "\n" else with_space if word else with_space[:1]
 
     def encode(self, text: str) -> np.ndarray:
         if SPACE in text:  # the model cannot tell it from a space, we could
             return np.array(self._encode(text), np.int32)
-        return np.frombuffer(b"".join(map(self.__getitem__, _pieces(f" {text}"))) if text else b"", np.int32)
+        if "  " in text or " \n" in text or text[:1] in " \n" or text[-1] == " ":
+            words = [word[word[0] == " " :] for word in _pieces(f" {text}")] if text else []
+        else:  # single spaces between words, as mostly: three times as fast
+            words = text.replace("\n", " \n").split(" ")
+        return np.frombuffer(b"".join(map(self.__getitem__, words)), np.int32)
 
 
 # How published byte-level tokenizers cut text: none of these makes one token of a character, a single space and another character.
