@@ -169,7 +169,11 @@ def _sections(settings: dict) -> list:
 
 
 def newest(root: Path) -> tuple[int, int]:
-    """(iteration, how many were passed over) of the newest checkpoint whose files are what was written; -1: there is none."""
+    """(iteration, how many were passed over) of the newest checkpoint whose files are what was written; -1: none of them is, 0: nothing
+    was saved yet.
+    """
+    if not any(root.glob("iter_*")):
+        return 0, 0
     for passed, folder in enumerate(candidates(root)):
         try:
             check_digests(folder)
