@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.options import CheckpointSource, believe
-from megatron_ft.errors import ConfigError
+from megatron_ft.digests import MANIFEST, has_digests
+from megatron_ft.errors import ConfigError, DamagedError
 from megatron_ft.models.checkpoint_layout import CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.models.families import family_of
 from megatron_ft.models.weights import Placed, Rule
@@ -51,6 +52,10 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
     from checkpoints_conversion.tokenizer_copy import load_copy
 
     config = read_config(folder)
+    if wanted.digests and config.digested and not has_digests(folder):
+        raise DamagedError(
+            f"{folder / MANIFEST} is missing: the checkpoint is incomplete; restore it (--no_digests: never mind)"
+        )
     source = open_source(folder, config)
     rules = family_of(config.architecture).rules(config.architecture)
     return Opened(folder, config, rules, source.full, source.dtype, load_copy(folder, config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ def write_checkpoint(
 
     full, dtype: a whole tensor, and its type beforehand. key: see resumable_folder. Returns the number of weight files.
     """
+    config = replace(config, digested=True)
     with resumable_folder(target, {**key, "format": config.ckpt_format}, overwrite) as root:
         folder = iteration_folder(root, config.iteration)
         folder.mkdir(exist_ok=True)

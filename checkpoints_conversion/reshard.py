@@ -98,7 +98,7 @@ def _copy(opened: Opened, config, target: Path, key: dict, overwrite: bool) -> i
         folder = iteration_folder(root, config.iteration)
         shutil.copytree(opened.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(NAME, MANIFEST))
         # The padding is the file's own: a loading rank adds or drops rows itself.
-        write_config(folder, replace(config, padded_vocab_size=opened.config.padded_vocab_size))
+        write_config(folder, replace(config, padded_vocab_size=opened.config.padded_vocab_size, digested=True))
         # The source's own digests, where it has them: a copy that went wrong is then not believed either.
         known = read_digests(opened.folder) if has_digests(opened.folder) else {}
         seal(folder, {folder / name: entry for name, entry in known.items() if name != CONFIG})

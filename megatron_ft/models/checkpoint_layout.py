@@ -28,6 +28,7 @@ SETTINGS = "training.yaml"
 MODEL_PREFIX = "model."
 """Before every model key of a torch_dist checkpoint, so that "optimizer." and others can lie beside them."""
 FORMAT_VERSION = 1
+_MOST_RANKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def _check_entries(config: CheckpointConfig) -> None:
         value = getattr(config, name)
         if type(value) is not int or not 1 <= value <= 10**9:
             raise CheckpointError(f"{name} {value!r}: must be a whole number above 0")
+    ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    if ranks > _MOST_RANKS:  # before anybody counts up to it
+        raise CheckpointError(f"{ranks} ranks hold the model, more than {_MOST_RANKS}: no checkpoint has so many")
     iteration = config.iteration
     kinds = {"ckpt_format": ("torch", "torch_dist"), "dtype": ("fp32", "bf16", "fp16")}
     for name, known in kinds.items():

@@ -90,18 +90,26 @@ class HfSource:
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map; {_FETCH_AGAIN}")
         for name in weight_map.values():
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
                 raise CheckpointError(f"{index}: {name!r} is not a plain file name; {_FETCH_AGAIN}")
         return {key: self.folder / name for key, name in weight_map.items()}
 
     def _handle(self, path: Path) -> SafetensorsFile | PickledFile:
         """An opened file, kept: a model has few."""
         if path not in self._open:
+            self._check_place(path)
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; {_FETCH_AGAIN}")
             safe = path.suffix != ".bin"
             self._open[path] = SafetensorsFile(path, _FETCH_AGAIN) if safe else PickledFile(path)
         return self._open[path]
+
+    def _check_place(self, path: Path) -> None:
+        """A link may not lead out of the folder, unless as in a hub's cache: snapshots/REVISION/NAME -> blobs/HASH."""
+        home, real = self.folder.resolve(), path.resolve()
+        cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+        if not cached and not real.is_relative_to(home):
+            raise CheckpointError(f"{path} is a link out of its folder, to {real}: put the file itself there")
 
     def _tensor(self, key: str) -> Tensor:
         return self._handle(self.files[key]).read(key)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import fuzz_checkpoints
+from benchmarks import fuzz_checkpoints, hostile_files
 
 
 @pytest.mark.parametrize("name", fuzz_checkpoints.TARGETS)
@@ -11,3 +11,11 @@ def test_damaged_files_are_refused_or_read(name):
     found, _ = fuzz_checkpoints.fuzz(name, 1500, seed=7)
     assert found["refused"] > 500
     assert fuzz_checkpoints.peak() - before < 200e6
+
+
+def test_no_payload_runs_in_any_place(one_rank, tmp_path):
+    """Faults 25 to 28: planted pickles, files that lie elsewhere, headers and configs that lie, before every command."""
+    ((counts, wrong),) = one_rank.run(hostile_files.campaign, tmp_path, True)
+    assert wrong == []
+    assert counts["payloads that a careless reader runs"] > 20 and counts["hostile files"] >= 60
+    assert counts["payloads that ran"] == 0

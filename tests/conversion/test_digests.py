@@ -74,6 +74,14 @@ def test_a_flipped_bit_in_any_file(place, folder):
     assert not (place / "target").exists() and not list(place.glob(".target*"))
 
 
+@pytest.mark.parametrize("folder", FOLDERS[1:])
+def test_a_checkpoint_without_its_digests(place, folder):
+    (place / folder / MANIFEST).unlink()
+    for command in read(place, folder):
+        with pytest.raises(DamagedError, match=r"digests.json is missing"):
+            command()
+
+
 def test_missing_cut_or_changed_on_purpose(place):
     path = place / "hf" / "README.md"
     path.unlink()
