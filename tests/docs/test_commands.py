@@ -55,7 +55,8 @@ def test_flags_in_running_text_exist():
     for page in PAGES:
         if page.suffix == ".md" and page.name not in FOREIGN:
             spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text(encoding="utf-8"))
-            flags = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
+            ours = [span for span in spans if not span.startswith("benchmarks/")]  # a script's flags are its own
+            flags = {flag for span in ours for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
             wrong += [
                 f"{page.name}: {flag}" for flag in flags if f"--{flag[2:].replace('-', '_')}" not in known | theirs
             ]
