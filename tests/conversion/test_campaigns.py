@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import fuzz_checkpoints, hostile_files
+from benchmarks import checkpoint_flips, fuzz_checkpoints, hostile_files
 
 
 @pytest.mark.parametrize("name", fuzz_checkpoints.TARGETS)
@@ -19,3 +19,8 @@ def test_no_payload_runs_in_any_place(one_rank, tmp_path):
     assert wrong == []
     assert counts["payloads that a careless reader runs"] > 20 and counts["hostile files"] >= 60
     assert counts["payloads that ran"] == 0
+
+
+def test_no_flipped_bit_is_accepted(tmp_path):
+    for kind, result in checkpoint_flips.campaign(tmp_path / "made", 600, seed=7).items():
+        assert result.refused == result.total > 100, (kind, str(result), result.accepted[:3], result.unnamed[:3])

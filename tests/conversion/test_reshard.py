@@ -3,6 +3,7 @@
 import argparse
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,9 @@ from megatron_ft.errors import UserError
 from megatron_ft.models.checkpoint_layout import is_complete, read_config
 from tests.conversion.builders import make_family, make_llama, make_sentencepiece, same_tensors
 from tests.conversion.dialect import write_dialect
+from tests.parallel.conftest import checkpoint, llama, shards  # noqa: F401
+from tests.parallel.jobs import read_metrics
+from tests.parallel.test_resume import steps
 
 LAYOUTS = [("torch", 1, 1), ("torch", 4, 2), ("torch", 2, 4), ("torch_dist", 1, 1)]
 
@@ -151,3 +155,16 @@ def test_what_the_old_format_does_not_say(old):
     refused(old, "vocabulary of 300 in 256 padded rows", true_vocab_size=300)
     (old / "release" / "mp_rank_01").rename(old / "release" / "mp_rank_02")
     refused(old, "2 rank folders for TP3")
+
+
+def test_training_goes_on_in_the_other_layout(tmp_path, four_ranks, checkpoint, shards):  # noqa: F811
+    """Optimizer state travels: from TP2 x PP2, resharded for TP4, the losses are those of the run that never stopped."""
+    four_ranks.run(steps, (2, 2), checkpoint, shards, str(tmp_path / "straight"), 10, 0.0)
+    four_ranks.run(steps, (2, 2), checkpoint, shards, str(tmp_path / "run"), 5, 0.0)
+    reshard.convert(Reshard(str(tmp_path / "run"), str(tmp_path / "new"), 4, 1, ckpt_format="torch_dist"))
+    config = read_config(tmp_path / "new" / "iter_0000005")
+    assert (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (4, 1)
+    four_ranks.run(steps, (4, 1), str(tmp_path / "new"), shards, str(tmp_path / "new"), 10, 0.0)
+    straight, went_on = read_metrics(tmp_path / "straight"), read_metrics(tmp_path / "new")
+    assert len(went_on) == 5
+    np.testing.assert_allclose(went_on, straight[5:], rtol=1e-5)
