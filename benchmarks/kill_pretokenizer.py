@@ -66,7 +66,10 @@ def campaign(
             found["killed" if in_time else "too late"] += 1
             found[judge(out, clean[kind][0])] += 1
         complete = manifest_path(out / "x-train").exists()
+        started = time.monotonic()
         code = start(folder, out, "again" if complete and kind == "overwrite" else kind, workers)
+        if code == 0:  # other work on the machine changes how long a run takes
+            clean[kind] = clean[kind][0], time.monotonic() - started
         assert code == (2 if complete and kind != "overwrite" else 0), (kind, code)
         assert content(out) == content(clean[kind][0]), (kind, sorted(content(out)), sorted(content(clean[kind][0])))
         shutil.rmtree(out)
