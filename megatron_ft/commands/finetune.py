@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_ft.config.checks import (
     check_training,
+    classic_saves_fit,
     data_parallel_size,
     microbatches_fit_chunks,
     overlaps_have_a_subject,
@@ -80,6 +81,7 @@ def run(
     source = folders[number]
     split = split_layers(described.architecture.num_layers, parallel)
     check_sizes(source, described, parallel.tensor_model_parallel_size, split.stages, split)
+    classic_saves_fit(checkpointing, split.is_plain)
     dp_size = data_parallel_size(parallel, processes)
     microbatches_fit_chunks(parallel, batch, data, dp_size, split.virtual_size)
     recompute_groups_fit(numerics, [len(chunk) for stage in split.chunks for chunk in stage])

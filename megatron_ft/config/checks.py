@@ -219,6 +219,23 @@ def saving_has_a_place(checkpointing: Checkpointing) -> None:
             raise ConfigError(f"{said} without --save: say where checkpoints go")
 
 
+def milestones_have_a_use(checkpointing: Checkpointing) -> None:
+    if checkpointing.save_retain_interval and not checkpointing.keep_last:
+        raise ConfigError(
+            f"--save_retain_interval {checkpointing.save_retain_interval} without --keep_last: all checkpoints stay anyway; "
+            f"say with --keep_last how many of the others do, or drop it"
+        )
+
+
+def classic_saves_fit(checkpointing: Checkpointing, plain: bool) -> None:
+    """plain: whether each stage holds one part of the model, all of one size."""
+    if checkpointing.save and checkpointing.ckpt_format == "torch" and not plain:
+        raise ConfigError(
+            "--ckpt_format torch knows one equal part of the model a stage, this run's stages are interleaved or uneven: "
+            "save with --ckpt_format torch_dist"
+        )
+
+
 def check_training(
     checkpointing: Checkpointing, data: Data, batch: Batch, parallel: Parallelism, optimizer: Optimizer,
     numerics: Numerics, logging: Logging, world_size: int,
@@ -251,3 +268,4 @@ def check_training(
     one_precision(numerics)
     recompute_is_consistent(numerics)
     saving_has_a_place(checkpointing)
+    milestones_have_a_use(checkpointing)

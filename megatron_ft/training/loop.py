@@ -74,6 +74,10 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 _evaluate(run, progress)
             if run.saver:
                 _save(run, progress, due=_due(progress.iteration, run.save_interval), leaving=last or stopping)
+    except BrokenGradients:  # raised by all ranks together, and what is still being saved is of before
+        if run.saver:
+            run.saver.committed(wait=True)
+        raise
     finally:
         for hook in run.hooks:
             hook.on_end()

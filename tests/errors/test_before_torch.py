@@ -151,6 +151,8 @@ class TestFlags:
             (["--hidden_dropout", 1], "--hidden_dropout 1.0: must be at least 0 and less than 1"),
             (["--lima_dropout"], "no effect with --hidden_dropout 0"),
             (["--save_interval", 1], "--save_interval 1 without --save"),
+            (["--async_save"], "--async_save without --save"),
+            (["--save", "/tmp/none", "--save_retain_interval", 5], "--save_retain_interval 5 without --keep_last"),
         ],
     )  # fmt: skip
     def test_values(self, refused, shop, words, message):
@@ -226,6 +228,8 @@ class TestFinetune:
         broken = copy(shop.classic, tmp_path / "broken")
         config = broken / "release" / "config.json"
         cut(config)
+        refused(r"release/config\.json has \d+ bytes, \d+ were written: it is cut short", *finetune(shop, broken))
+        (broken / "release" / "digests.json").unlink()
         refused(r"release/config\.json, line \d+: not valid JSON", *finetune(shop, broken))
         config.write_text('{"format_version": 9}')
         refused("format_version 9, this version reads 1", *finetune(shop, broken))
@@ -263,6 +267,7 @@ class TestFinetune:
         content = json.loads(config.read_text())
         content["architecture"]["vocab_size"] = 320
         config.write_text(json.dumps(content))
+        write_digests(wide / "release")
         refused(
             r"made with another tokenizer \(sentencepiece, 312 tokens.*\) than the model's \(sentencepiece, 302 tokens.*pretokenize again",
             *finetune(shop, wide, shop.foreign),

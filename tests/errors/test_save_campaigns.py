@@ -40,7 +40,7 @@ def test_operations_of_a_save_that_fail():
 
 
 def test_flipped_bits_of_checkpoints():
-    said = campaign("checkpoint_flips.py", "--flips", 800, "--seed", 11)
+    said = campaign("run_checkpoint_flips.py", "--flips", 800, "--seed", 11)
     assert "800 flips: 800 refused by name, 0 refused without the file's name, 0 accepted, 0 crashed" in said
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -22,16 +23,17 @@ def test_a_signal_to_one_rank_saves_and_stops_all(number, four_ranks, checkpoint
 
 
 def test_broken_gradients_are_skipped_and_then_given_up(checkpoint, shards, tmp_path):
-    """One rank's NaN: no rank updates; after three in a row the run ends with one line."""
+    """One rank's NaN: no rank updates; after three in a row the run ends with one line, and what was being saved counts."""
     ranks = Ranks(4)
     try:
         ranks.run(break_gradients, checkpoint, shards, str(tmp_path / "once"), {2})
         skipped = read_metrics(tmp_path / "once", "train/skipped")
         assert skipped == [0, 1, 0, 0, 0]
-        with pytest.raises(RankFailed, match="3 steps in a row had gradients that are not finite, up to iteration 4"):
-            ranks.run(break_gradients, checkpoint, shards, str(tmp_path / "often"), {2, 3, 4})
+        with pytest.raises(RankFailed, match="3 steps in a row had gradients that are not finite, up to iteration 5"):
+            ranks.run(slow_writers, checkpoint, shards, str(tmp_path / "often"), {3, 4, 5})
     finally:
         ranks.close()
+    assert (tmp_path / "often" / "latest_checkpointed_iteration.txt").read_text() == "4\n"
 
 
 def test_a_skipped_step_changes_no_weight(one_rank, checkpoint, shards, tmp_path):
@@ -73,7 +75,7 @@ def steps(load, shards, save, until, stop_with=None):
         step.update = original
 
 
-def break_gradients(load, shards, save, at, until=5):
+def break_gradients(load, shards, save, at, until=5, **more):
     """Rank 0's gradients become NaN in the given steps."""
     from megatron_ft.training import step
 
@@ -92,10 +94,26 @@ def break_gradients(load, shards, save, at, until=5):
     layout = (2, 1) if os.environ["WORLD_SIZE"] == "4" else (1, 1)
     try:
         finetune(
-            layout, load=load, data_path=[shards], save=save, train_iters=until, lr_warmup_iters=0, max_skipped_iters=3
+            layout,
+            load=load,
+            data_path=[shards],
+            save=save,
+            train_iters=until,
+            lr_warmup_iters=0,
+            max_skipped_iters=3,
+            **more,
         )
     finally:
         step.update = original
+
+
+def slow_writers(load, shards, save, at):
+    """The save after step 4 is still being written in the background when the run is given up."""
+    from megatron_ft.training import writing
+
+    write = writing.write
+    writing.write = lambda part: (time.sleep(2), write(part))[1]
+    break_gradients(load, shards, save, at, until=9, save_interval=2, async_save=True)
 
 
 def keep_two(load, shards, save):
