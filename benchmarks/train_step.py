@@ -1,9 +1,10 @@
 """Claim: our training step is as fast as a plain transformers + torch loop. One CPU thread, one process, same model, same tokens.
+With --processes N: N processes of one thread against one, data and tensor parallel, on the same global batch.
 
 Both loops live in this process and take turns, step by step, so that a machine that slows down slows both. Prints the median
 tokens/s of each, their ratio, and the largest difference between the two losses (they compute the same thing).
 
-    python benchmarks/train_step.py [--steps 20] [--hidden 512] [--layers 4] [--seq_length 512]
+    python benchmarks/train_step.py [--steps 20] [--hidden 512] [--layers 4] [--seq_length 512] [--processes 2]
 """
 
 import argparse
@@ -118,10 +119,51 @@ def compare(plain, ours, steps: int, tokens_per_step: int) -> None:
     print(f"largest loss difference {apart:.1e}")
 
 
+def scaling(config: LlamaConfig, dataset: ChatDataset, steps: int, processes: int) -> None:
+    """Our step on one process and on several, forked one set after the other; the weights are made up from their names."""
+    from megatron_ft.forked import run_forked
+    from megatron_ft.models import llama
+
+    arch = llama.from_hf(config.to_dict())
+    tokens = BATCH * dataset.seq_length
+    layouts = {"one process": (1, Parallelism()), f"{processes} processes, data parallel": (processes, Parallelism())}
+    tensor = Parallelism(tensor_model_parallel_size=processes)
+    layouts[f"{processes} processes, tensor parallel"] = (processes, tensor)
+    rates = {}
+    for name, (size, parallel) in layouts.items():
+        seconds, loss = run_forked(size, lambda given: timed(arch, dataset, given, steps), parallel)[0]
+        rates[name] = tokens / statistics.median(seconds[2:])
+        ratio = rates[name] / rates["one process"]
+        print(
+            f"{name:32} {rates[name]:8.0f} tokens/s  {ratio:5.2f} times one process  (last loss {loss:.6f})", flush=True
+        )
+
+
+def timed(arch, dataset: ChatDataset, parallel: Parallelism, steps: int) -> tuple[list[float], float]:
+    """On every rank: seconds of each step, and the last loss."""
+    from megatron_ft.training import invariance, setup
+    from megatron_ft.training.optimizer import make_optimizer, make_schedule
+    from megatron_ft.training.step import Stepper
+
+    with process_groups(parallel.tensor_model_parallel_size) as layout:
+        model = setup.make_model(arch, layout, Data(seq_length=dataset.seq_length, packing=False), parallel, Numerics())
+        invariance.make_up_weights(setup.bare(model), arch)
+        section = Optimizer(lr=LR, lr_decay_style="constant")
+        optimizer = make_optimizer(model, section, Numerics(), distributed=False)
+        make_schedule(optimizer, section, Batch(train_iters=10**6)).step(increment=1)
+        stepper, seconds = Stepper(model, layout, MICRO, BATCH), []
+        for number in range(steps + 2):
+            start = time.perf_counter()
+            loss = stepper.train(dataset, number * BATCH, optimizer).loss
+            seconds.append(time.perf_counter() - start)
+        return seconds, loss
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("steps", 20), ("hidden", 512), ("layers", 4), ("seq_length", 512), ("vocab", 8192)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--processes", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     config = LlamaConfig(
@@ -133,6 +175,8 @@ def main() -> None:
         [Conversations((args.steps + 2) * BATCH, args.seq_length + 1, args.vocab)],
         loss_weights(), Choices(args.seq_length, packed=False),
     )  # fmt: skip
+    if args.processes:
+        return scaling(config, dataset, args.steps, args.processes)
     with tempfile.TemporaryDirectory() as folder, process_groups() as layout:
         model = LlamaForCausalLM(config)
         model.save_pretrained(Path(folder) / "hf")

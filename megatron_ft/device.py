@@ -84,6 +84,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def empty_cache() -> None:
+    """Give freed memory of the GPU back, and count its peak anew. Nothing to do on a CPU."""
+    if has_gpu():
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_bytes() -> int:
     """Most memory used so far: allocated on the GPU, or the process's resident set on a CPU (bytes)."""
     if has_gpu():

@@ -30,10 +30,13 @@ class Layout:
     rank: int
     vp_size: int = 1
     """Chunks of layers a stage holds (interleaved pipeline)."""
+    cp_size: int = 1
+    """Processes that share the positions of each row."""
+    cp_rank: int = 0
 
     @property
     def world_size(self) -> int:
-        return self.tp_size * self.pp_size * self.dp_size
+        return self.tp_size * self.pp_size * self.dp_size * self.cp_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -51,11 +54,11 @@ class Layout:
     @property
     def is_reporter(self) -> bool:
         """The one rank that holds the loss and talks to people: first TP and DP rank of the last stage."""
-        return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0
+        return self.is_last_stage and self.tp_rank == self.dp_rank == self.cp_rank == 0
 
     def __str__(self) -> str:
-        sizes = {"TP": self.tp_size, "PP": self.pp_size, "VPP": self.vp_size, "DP": self.dp_size}
-        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name != "VPP"]
+        sizes = {"TP": self.tp_size, "PP": self.pp_size, "VPP": self.vp_size, "CP": self.cp_size, "DP": self.dp_size}
+        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name not in ("VPP", "CP")]
         return " x ".join(parts) + (" + sequence parallel" if self.sequence_parallel else "")
 
 
@@ -82,6 +85,7 @@ def process_groups(
     distributed_timeout_minutes: float = 30.0,
     seed: int = 1234,
     virtual_pipeline_size: int = 1,
+    context_parallel_size: int = 1,
 ):
     """Make torch.distributed's and megatron-core's process groups, seed, yield the Layout, take them down again.
 
@@ -104,7 +108,7 @@ def process_groups(
         _init_process_group(dist, timeout)
     older = _groups(dist)
     parallel_state.initialize_model_parallel(
-        tp, pp, virtual_pipeline_size if virtual_pipeline_size > 1 else None,
+        tp, pp, virtual_pipeline_size if virtual_pipeline_size > 1 else None, context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=distributed_timeout_minutes, create_gloo_process_groups=True,
     )  # fmt: skip
     layout = _layout(parallel_state, sequence_parallel and tp > 1, virtual_pipeline_size)
@@ -146,6 +150,8 @@ def _layout(parallel_state, sequence_parallel: bool, virtual_pipeline_size: int)
         sequence_parallel=sequence_parallel,
         rank=rank(),
         vp_size=virtual_pipeline_size,
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
     )
 
 

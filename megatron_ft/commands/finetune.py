@@ -59,6 +59,7 @@ def run(
     from megatron_ft.device import prepare_engine
     from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
+    from megatron_ft.models.kernels import check_context_parallel, machine
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.parallel import process_groups, world_size
     from megatron_ft.training import agreement, choosing, datasets
@@ -74,6 +75,8 @@ def run(
     processes = starts.world_size if starts else world_size()
     check_training(checkpointing, data, batch, parallel, optimizer, numerics, logging, world_size=processes)
     overlaps_have_a_subject(kernels, parallel)
+    if parallel.context_parallel_size > 1:
+        check_context_parallel(parallel, machine())
     # Whatever can be told without torch is told before the processes wait for each other.
     folders, checkpointing = choosing.sources(checkpointing)
     settings = settings._replace(checkpointing=checkpointing)
@@ -99,6 +102,7 @@ def run(
         parallel.distributed_timeout_minutes,
         data.seed,
         split.virtual_size,
+        parallel.context_parallel_size,
     )
     with (
         StopRequest(time_limit(stopping), stopping.exit_interval) as stop,

@@ -42,16 +42,37 @@ def not_negative(section: object, *names: str) -> None:
 
 
 def world_fits_layout(parallel: Parallelism, world_size: int) -> None:
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
+    tp, pp, cp = _sizes(parallel)
+    replica = tp * pp * cp
+    if world_size % replica:
+        context = f" x context_parallel_size {cp}" if cp > 1 else ""
         raise ConfigError(
-            f"{world_size} process(es) cannot hold tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} = {tp * pp}: "
-            f"start a multiple of {tp * pp} with `torchrun --nproc_per_node {tp * pp} -m megatron_ft finetune ...`"
+            f"{world_size} process(es) cannot hold tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}{context} = "
+            f"{replica}: start a multiple of {replica} with `torchrun --nproc_per_node {replica} -m megatron_ft finetune ...`"
         )
 
 
+def _sizes(parallel: Parallelism) -> tuple[int, int, int]:
+    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+
+
 def data_parallel_size(parallel: Parallelism, world_size: int) -> int:
-    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    return world_size // math.prod(_sizes(parallel))
+
+
+def context_fits(parallel: Parallelism, data: Data) -> None:
+    """What the rows must be like. What the machine must have: models/kernels.py."""
+    cp = parallel.context_parallel_size
+    unit = 2 * cp * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    if cp > 1 and (data.packing or data.variable_seq_lengths):
+        raise ConfigError(
+            f"--context_parallel_size {cp} cuts rows of one sample and one length: add --no_packing, drop --variable_seq_lengths"
+        )
+    if cp > 1 and data.seq_length % unit:
+        raise ConfigError(
+            f"--context_parallel_size {cp} needs --seq_length {data.seq_length} to be a multiple of {unit}: "
+            f"use --seq_length {data.seq_length // unit * unit or unit}"
+        )
 
 
 def batch_fits(batch: Batch, dp_size: int) -> None:
@@ -164,6 +185,8 @@ def lima_has_dropout(numerics: Numerics) -> None:
 def one_precision(numerics: Numerics) -> None:
     if numerics.bf16 and numerics.fp16:
         raise ConfigError("--bf16 and --fp16 are both set: give one of them")
+    if numerics.grad_reduce_in_bf16 and not numerics.bf16:
+        raise ConfigError("--grad_reduce_in_bf16 is for --bf16: add it, or drop --grad_reduce_in_bf16")
     if numerics.loss_scale is not None and not numerics.fp16:
         raise ConfigError(f"--loss_scale {numerics.loss_scale:g} is for --fp16: add it, or drop --loss_scale")
     if numerics.loss_scale is not None and not 0 < numerics.loss_scale < math.inf:
@@ -243,7 +266,8 @@ def check_training(
     """Every rule above, in the order in which a user would want to hear of them."""
     positive(
         parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
-        "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+        "context_parallel_size", "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
     )  # fmt: skip
     positive(batch, "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_iters")
     positive(data, "seq_length")
@@ -259,6 +283,7 @@ def check_training(
     world_fits_layout(parallel, world_size)
     batch_fits(batch, data_parallel_size(parallel, world_size))
     sequence_parallel_fits(parallel, batch, data)
+    context_fits(parallel, data)
     shares_fit(data)
     role_weights(data)
     variable_rows_fit(data, parallel)

@@ -27,6 +27,8 @@ class Parallelism:
     """layers of the last stage, which has the output layer too"""
     pipeline_model_parallel_layout: str | None = None
     """every chunk written out: E embedding, t a layer, L loss, | between chunks, *n repeats: Et*3|(tt|)*2t*3L"""
+    context_parallel_size: int = 1
+    """processes that share the positions of each row (CP): for long rows, on GPUs with Transformer Engine, with --no_packing"""
     sequence_parallel: bool = False
     """split activations outside the matrix products along the sequence too (with TP > 1)"""
     use_distributed_optimizer: bool = False
@@ -128,6 +130,8 @@ class Numerics:
     """steps without an overflow after which it doubles"""
     hysteresis: int = 2
     """overflows after which it halves"""
+    grad_reduce_in_bf16: bool = False
+    """with bf16: gradients too are kept and reduced in bfloat16, 2 bytes a parameter instead of 4, less exact"""
     hidden_dropout: float = 0.0
     """dropout on the residual stream"""
     attention_dropout: float = 0.0

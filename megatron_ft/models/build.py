@@ -106,6 +106,7 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         pipeline_model_parallel_size=layout.pp_size,
         virtual_pipeline_model_parallel_size=layout.vp_size if layout.vp_size > 1 else None,
         pipeline_model_parallel_layout=split.for_engine() if split and not split.is_plain else None,
+        context_parallel_size=layout.cp_size,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=options.dtype,
         pipeline_dtype=options.dtype,
@@ -223,6 +224,10 @@ def _block_spec(
     attention = layer.submodules.self_attention.submodules
     varlen = varlen_attention(kernels) if kernels else None
     attention.core_attention = ModuleSpec(module=SdpaAttention, params={"varlen": varlen})
+    if config.context_parallel_size > 1:  # kernels.check_context_parallel has seen that it is installed
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        attention.core_attention = TEDotProductAttention
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     layer.module = ParallelBlock if arch.parallel_block else RowLayer

@@ -10,7 +10,8 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_ft.config.sections import Kernels, Numerics
+from megatron_ft.config.sections import Kernels, Numerics, Parallelism
+from megatron_ft.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,17 @@ def choose(kernels: Kernels, numerics: Numerics, here: Machine) -> Choice:
     elif here.apex:
         optimizer = "apex's FusedAdam"
     return Choice(packed, here.has_gpu and kernels.fused_kernels, optimizer, tuple(reasons))
+
+
+def check_context_parallel(parallel: Parallelism, here: Machine) -> None:
+    """Raises ConfigError where this machine cannot attend over rows that several processes share."""
+    size = parallel.context_parallel_size
+    if size > 1 and not (here.has_gpu and here.transformer_engine):
+        lacks = "this machine has no GPU" if not here.has_gpu else "Transformer Engine is not installed"
+        raise ConfigError(
+            f"--context_parallel_size {size}: only Transformer Engine's attention shares a row among processes, on GPUs, and {lacks}: "
+            f"use --sequence_parallel with --tensor_model_parallel_size, or --recompute_granularity full, for long rows"
+        )
 
 
 def varlen_attention(choice: Choice) -> Callable | None:

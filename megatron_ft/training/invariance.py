@@ -142,7 +142,7 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
             folder = Path(problem.checkpoint)
             load_weights(folder, describe(folder), bare, layout)
         else:
-            _make_up_weights(bare, arch)
+            make_up_weights(bare, arch)
         optimizer.reload_model_params()
         if case.broken:
             _forget_norms(bare)
@@ -194,7 +194,7 @@ def _box(part: ShardedTensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offset, part.local_shape, strict=True))
 
 
-def _make_up_weights(chunks: list, arch: Architecture) -> None:
+def make_up_weights(chunks: list, arch: Architecture) -> None:
     """Weights as a function of their names: the same in every layout. Larger than a usual start, so that differences show."""
     for part in _parts(chunks, lambda parameter: parameter.data):
         shape = part.global_shape[part.prepend_axis_num :]

@@ -19,7 +19,7 @@ def make_model(
     kernels: Kernels | None = None, rows: int | None = None,
 ) -> list[DistributedDataParallel]:  # fmt: skip
     """The chunks of this rank's stage (one, unless the pipeline is interleaved), each inside the engine's data-parallel wrapper
-    (gradients in fp32 buffers).
+    (gradients in fp32 buffers, unless --grad_reduce_in_bf16).
 
     rows: of the embedding, padding included, where a checkpoint prescribes them.
     """
@@ -42,7 +42,7 @@ def make_model(
         split=split_layers(arch.num_layers, parallel),
     )
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not numerics.grad_reduce_in_bf16,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=kernels.overlap_grad_reduce,
         overlap_param_gather=kernels.overlap_param_gather,

@@ -160,9 +160,12 @@ class Stepper:
         batch, rows = next(batches)
         weights, groups = (self._here(x) for x in (batch.weights, batch.groups))
         tokens, labels = self._here(batch.tokens), self._here(batch.labels)
+        if self.layout.cp_size > 1:
+            tokens, labels, weights, groups = (self._own_positions(x, -1) for x in (tokens, labels, weights, groups))
         if model is self.model[0]:  # what is counted is counted by a stage's first chunk
             seen = pairs(batch.sample_lengths, self.window)
-            counts += torch.tensor([batch.real_tokens, batch.supervised_tokens, seen], dtype=torch.float64)
+            if self.layout.cp_rank == 0:  # the others have the same rows
+                counts += torch.tensor([batch.real_tokens, batch.supervised_tokens, seen], dtype=torch.float64)
             self.weight.add(weights)
         if batch.segments is not None:  # the rows of a packed batch are one long row
             tokens, labels, weights, groups = (x.flatten(-2).unsqueeze(-2) for x in (tokens, labels, weights, groups))
@@ -183,9 +186,18 @@ class Stepper:
         """The microbatch's dropout keys as the layers see its tokens: [2, s, b], this rank's stretch under sequence parallelism."""
         keys = self._here(token_keys(self.dropout_seed, rows, batch.tokens.shape[1]))
         keys = keys.transpose(1, 2) if batch.segments is None else keys.flatten(1)[..., None]
+        if self.layout.cp_size > 1:
+            keys = self._own_positions(keys, 1)
         if self.layout.sequence_parallel:
             keys = keys.chunk(self.layout.tp_size, dim=1)[self.layout.tp_rank]
         return keys.contiguous()
+
+    def _own_positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part of the rows under context parallelism: of 2 x CP stretches one from the front and its mirror from the
+        back, so that causal attention is the same work for all. As the engine cuts its rotary table.
+        """
+        stretches = x.chunk(2 * self.layout.cp_size, dim=dim)
+        return torch.cat([stretches[self.layout.cp_rank], stretches[-1 - self.layout.cp_rank]], dim=dim)
 
     def _here(self, array) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -198,7 +210,7 @@ class Stepper:
 
     def _result(self, dataset: ChatDataset, sums: torch.Tensor, **more) -> StepResult:
         sums = sums.to(self.device)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         tokens, supervised, seen, loss, weight, *rest = sums.tolist()
         groups = breakdown(rest, dataset.group_names)
         counted = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seen": seen}
