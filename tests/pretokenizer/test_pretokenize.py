@@ -329,7 +329,9 @@ def test_one_bad_line_in_a_million(place, capsys):
     (place / "chats.jsonl").write_text(line * 765_432 + '{"messages": [\n' + line * 234_567)
     assert shortcut() == 2
     said = capsys.readouterr().err
-    assert "chats.jsonl, line 765433: not valid JSON" in said and said.count("\n") == 1
+    assert (
+        "chats.jsonl, line 765433: not valid JSON" in said.splitlines()[-1]
+    )  # on a slow machine behind lines of progress
     assert not (place / "out").exists()
     assert shortcut("--on_bad_record", "skip", "--max_count", 5) == 0
     said = capsys.readouterr()
