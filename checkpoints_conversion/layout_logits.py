@@ -1,6 +1,6 @@
 """Our logits in a layout of several ranks, beside transformers' that lie in files: the process that verify starts for it.
 
-    python -m checkpoints_conversion.layout_logits FOLDER
+    echo FOLDER | python -m checkpoints_conversion.layout_logits
 
 FOLDER/request.json says what to load and ask; FOLDER/N.npy holds transformers' logits for prompt N; FOLDER/answer.json is written.
 """
@@ -104,8 +104,8 @@ def ask_in_layout(request: Request, folder: Path) -> list[float]:
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "WORLD_SIZE", "RANK")}
-    command = [sys.executable, "-m", "checkpoints_conversion.layout_logits", str(folder)]
-    ended = subprocess.run(command, env={**environment, **settings}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "checkpoints_conversion.layout_logits"]
+    ended = subprocess.run(command, input=str(folder), env={**environment, **settings}, capture_output=True, text=True)
     path = folder / "answer.json"
     if ended.returncode or not path.is_file():
         raise RuntimeError(f"the ranks ended with {ended.returncode}:\n{ended.stderr[-4000:]}")
@@ -129,4 +129,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.stdin.read().strip()))

@@ -83,7 +83,8 @@ def convert(options: MegatronToHf) -> Report:
         write_json(export / "generation_config.json", generation)
         if tokenizer is not None:
             _export_tokenizer(export, folder, config, tokenizer)
-        (export / "README.md").write_text(model_card(target.name, config, dtype), encoding="utf-8")
+        card = model_card(target.name, config, dtype, folder, certified=problem is None)
+        (export / "README.md").write_text(card, encoding="utf-8")
         seal(export, weights)
     if problem:
         logger("conversion").warning("not certified: %s", problem)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from pathlib import Path
+
+from checkpoints_conversion.certificate import NAME
+from megatron_ft.files import read_json
+from megatron_ft.models.checkpoint_layout import TRAINED_ON, CheckpointConfig
 from megatron_ft.models.dtypes import HF_NAMES
 
 _CHAT = """\
@@ -30,6 +34,8 @@ Exported from a Megatron checkpoint by megatron_ft.
 | chat format | {chat_format} |
 | weights | {dtype} |
 | trained as | TP {tp} x PP {pp}, format {ckpt_format} |
+| trained on | {data} |
+| parity with transformers | {parity} |
 | made with | {versions} |
 
 ```python
@@ -45,8 +51,9 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 """
 
 
-def model_card(name: str, config: CheckpointConfig, dtype: str) -> str:
-    """The text. name: the export's folder; dtype: ours, of the exported weights."""
+def model_card(name: str, config: CheckpointConfig, dtype: str, folder: Path, certified: bool) -> str:
+    """The text. name: the export's folder; dtype: ours, of the exported weights; folder: the checkpoint's; certified: its
+    certificate is of the files that lie there."""
     arch = config.architecture
     base = str(arch.hf.get("_name_or_path") or "")
     return _CARD.format(
@@ -63,9 +70,36 @@ def model_card(name: str, config: CheckpointConfig, dtype: str) -> str:
         positions=arch.max_position_embeddings,
         chat_format=config.chat_format or "none recorded",
         dtype=HF_NAMES[dtype],
+        data=_data(folder),
+        parity=_parity(folder) if certified else "not certified; megatron-ft verify compares weights and logits",
         tp=config.tensor_model_parallel_size,
         pp=config.pipeline_model_parallel_size,
         ckpt_format=config.ckpt_format,
         versions=", ".join(f"{library} {version}" for library, version in config.versions.items()) or "not recorded",
         ask=_CHAT.format() if config.chat_format else _PLAIN,
+    )
+
+
+def _data(folder: Path) -> str:
+    """The shards that training names beside the weights, with their hashes."""
+    if not (folder / TRAINED_ON).is_file():
+        return "not recorded"
+    parts = []
+    for entry in read_json(folder / TRAINED_ON):
+        sources = f" from {', '.join(entry['sources'])}" if entry["sources"] else ""
+        parts.append(
+            f"{entry['name']}{sources}: {entry['samples']} samples, {entry['tokens']} tokens, `{entry['digest']}`"
+        )
+    return "; ".join(parts) or "not recorded"
+
+
+def _parity(folder: Path) -> str:
+    """What the certificate says."""
+    said = read_json(folder / NAME)
+    weights, logits = said["weights"]["tensors"], said["logits"]
+    if not logits:
+        return f"{weights} tensors equal bit for bit; logits not compared"
+    return (
+        f"{weights} tensors equal bit for bit; logits of {logits['prompts']} prompts, up to {max(logits['tokens'])} tokens, "
+        f"differ by {logits['largest_difference']:.1e} at most in fp32"
     )

@@ -31,7 +31,7 @@ from megatron_ft.config.sections import (
     Parallelism,
     Stopping,
 )
-from megatron_ft.models.checkpoint_layout import SETTINGS
+from megatron_ft.models.checkpoint_layout import SETTINGS, TRAINED_ON
 
 if TYPE_CHECKING:
     from megatron_ft.models.checkpoint_layout import CheckpointConfig
@@ -145,6 +145,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
+    from megatron_ft.training.trained_on import trained_on
 
     log = logger("finetune")
     checkpointing, data, batch, parallel, optimizer, numerics, logging, _, kernels, *_ = settings
@@ -186,7 +187,15 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     save_to = Path(checkpointing.save) if checkpointing.save else None
     resolved = write_sections(settings)
 
-    contents = checkpoint.Contents(described, setup.bare(model), adam, schedule, layout, source, {SETTINGS: resolved})
+    contents = checkpoint.Contents(
+        described,
+        setup.bare(model),
+        adam,
+        schedule,
+        layout,
+        source,
+        {SETTINGS: resolved, TRAINED_ON: trained_on(train_set)},
+    )
     saver = held.enter_context(checkpoint.make_saver(contents, checkpointing))
     start = facts.start_of_run(
         setup.bare(model),

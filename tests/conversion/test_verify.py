@@ -55,6 +55,8 @@ def test_a_certificate(pair):
     assert (logits["tensor_model_parallel_size"], logits["pipeline_model_parallel_size"]) == (2, 2)
     assert logits["in_one_process_because"] is None
     assert problem_with(pair / "made" / "release") is None
+    export(MegatronToHf(str(pair / "made"), str(pair / "back"), require_certificate=True))
+    assert "differ by" in (pair / "back" / "README.md").read_text().split("parity")[1]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,9 @@ def test_export_asks_for_a_certificate(pair):
     assert not (pair / "refused").exists()
     check(pair, logits=False)
     back("certified", require_certificate=True)
+    card = (pair / "certified" / "README.md").read_text()
+    assert "| parity with transformers | 39 tensors equal bit for bit; logits not compared |" in card
+    assert "| trained on | not recorded |" in card
     certificate = pair / "made" / "release" / "certificate.json"
     whole = certificate.read_text()
     certificate.write_text(whole.replace('"tensors": 39', '"tensors": 38'))
