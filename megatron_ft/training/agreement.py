@@ -136,7 +136,9 @@ def report_kernels(kernels: Kernels, choice: Choice, has_gpu: bool) -> None:
     log.info("kernels: " + "; ".join(f"{what} by {how}" for what, how in choice.lines()))
     for reason in choice.reasons:
         log.warning(reason)
-    for name in ("overlap_grad_reduce", "overlap_param_gather", "overlap_p2p_communication"):
+    if kernels.overlap_p2p_communication and not has_gpu:
+        log.warning("--overlap_p2p_communication: this machine has no GPU, so it is not used")
+    for name in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(kernels, name) and not has_gpu:
             log.warning(
                 f"--{name}: this machine has no GPU, so there is nothing to overlap with; the results are the same"

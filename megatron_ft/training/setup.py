@@ -23,7 +23,7 @@ def make_model(
 
     rows: of the embedding, padding included, where a checkpoint prescribes them.
     """
-    kernels = kernels or Kernels()
+    kernels, here = kernels or Kernels(), machine()
     whole_layers = numerics.recompute_granularity == "full"
     options = BuildOptions(
         dtype=dtype_of(numerics),
@@ -37,8 +37,9 @@ def make_model(
         max_sequence_length=data.seq_length,
         padded_vocab_size=rows,
         variable_seq_lengths=data.variable_seq_lengths,
-        overlap_p2p=kernels.overlap_p2p_communication,
-        kernels=choose(kernels, numerics, machine()),
+        # Over gloo, exchanges under way at the same time take each other's messages: the numbers come out wrong.
+        overlap_p2p=kernels.overlap_p2p_communication and here.has_gpu,
+        kernels=choose(kernels, numerics, here),
         split=split_layers(arch.num_layers, parallel),
     )
     ddp = DistributedDataParallelConfig(

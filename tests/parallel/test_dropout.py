@@ -23,7 +23,7 @@ LAYOUTS = {
     "PP4": ((1, 4), {}),
     "DP4": ((1, 1), {}),
     "TP2xPP2, embedding too": ((2, 2), {"lima_dropout": False}),
-    "PP2, interleaved": ((1, 2), {"num_layers_per_virtual_pipeline_stage": 1}),
+    "PP2, interleaved": ((1, 2), {"num_layers_per_virtual_pipeline_stage": 1, "overlap_p2p_communication": True}),
     "PP2, uneven": ((1, 2), {"decoder_first_pipeline_num_layers": 1}),
     "layers recomputed": ((2, 2), {"recompute_granularity": "full"}),
 }
