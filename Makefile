@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs clean
+.PHONY: help venv demo test rehearse lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -25,6 +25,11 @@ demo: $(STAMP)  ## a tiny model learns to answer, split as on a cluster; minutes
 
 test: $(STAMP)  ## every test
 	$(BIN)/pytest
+
+# 32 processes as 4 nodes x 8, then 16 as 2 nodes x 8 (of 16: one of its 8 replicas).
+rehearse: $(STAMP)  ## the batch scripts for 32 and 128 GPUs, on this machine; minutes, 24 GB of memory
+	$(BIN)/python examples/slurm/measure.py examples/slurm/rehearse.sh examples/oasst_llama2_70b/stage1.sbatch llama2-70b
+	STAND_IN_NODES=2 $(BIN)/python examples/slurm/measure.py examples/slurm/rehearse.sh examples/alfred_40b/train.sbatch falcon-40b
 
 lint: $(STAMP)  ## style, and mistakes that can be seen without running
 	$(BIN)/ruff check .

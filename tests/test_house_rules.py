@@ -35,6 +35,7 @@ FLOORS = {
     "megatron_ft.planner": 3,
     "megatron_ft.training": 4,
     "megatron_ft.generation": 4,
+    "megatron_ft.rehearsal": 4,
     "megatron_ft.report": 4,
     "megatron_ft.evaluation": 5,
     "megatron_ft.demo": 5,  # starts the commands as processes, so it stands below them

@@ -56,6 +56,7 @@ def run(
     numerics: Numerics, logging: Logging, model: Model, kernels: Kernels, launching: Launching, stopping: Stopping,
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
+    from megatron_ft.commands import rehearse
     from megatron_ft.device import prepare_engine
     from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
@@ -71,6 +72,8 @@ def run(
     settings = Settings(
         checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels, launching, stopping
     )
+    if rehearse.wanted(launching):
+        return rehearse.rehearse(settings, run)
     starts = planned(launching)
     processes = starts.world_size if starts else world_size()
     check_training(checkpointing, data, batch, parallel, optimizer, numerics, logging, world_size=processes)
@@ -134,6 +137,7 @@ class Settings(NamedTuple):
 def _train(layout, source, described, train_set, valid_set, settings: Settings, stop, held) -> int:
     """held: an ExitStack; what the run holds until it ends."""
     from megatron_ft import device
+    from megatron_ft.commands import dry_run
     from megatron_ft.commands.report import write_at_end
     from megatron_ft.log import logger
     from megatron_ft.log import setup as log_to_file
@@ -168,6 +172,8 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
         progress = checkpoint.resume(source, described, setup.bare(model), adam, schedule, layout, data.seed)
         kept = consumed.check_resumed(progress.samples_hash, train_set, progress.consumed_samples)
         progress = dataclasses.replace(progress, samples_hash=kept)
+    if settings.launching.dry_run:
+        return dry_run.show(layout, settings, described, progress, train_set, setup.bare(model), rows)
     if checkpointing.save:
         held.enter_context(FolderLock(Path(checkpointing.save), layout))
     if folder := _run_folder(checkpointing, logging):  # not before: a run that cannot start leaves nothing behind

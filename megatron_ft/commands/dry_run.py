@@ -1,0 +1,56 @@
+"""finetune --dry_run: everything is built and loaded; say what would be done, and stop before the first step."""
+
+from __future__ import annotations
+
+from megatron_ft.data.loader import ChatDataset
+from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.models.pipeline import split_layers
+from megatron_ft.parallel import Layout
+
+
+def show(
+    layout: Layout, settings, described: CheckpointConfig, progress, train_set: ChatDataset, model, rows: int
+) -> int:
+    """Print it on the main rank; returns the exit code, 0. rows: of a global batch. progress: where the run would begin."""
+    import torch.distributed as dist
+
+    from megatron_ft import device
+    from megatron_ft.models.load import chunks_of
+
+    dist.barrier()  # a rank that could not build or load has raised by now
+    if layout.is_main:
+        held = sum(weight.numel() for chunk in chunks_of(model) for weight in chunk.parameters())
+        lines = _lines(layout, settings, described, progress, train_set, rows)
+        print(
+            f"dry run of {layout}: model built, weights loaded, {held:,} parameters on rank 0, on {device.describe()}"
+        )
+        print("\n".join(f"  {line}" for line in lines) + "\nnothing was written")
+    return 0
+
+
+def _lines(layout: Layout, settings, described: CheckpointConfig, progress, train_set: ChatDataset, rows: int):
+    batch, data, save = settings.batch, settings.data, settings.checkpointing.save
+    steps = max(0, batch.train_iters - progress.iteration)
+    epochs = batch.train_iters * rows / max(1, len(train_set.epoch_rows(0)))
+    yield f"would train iterations {progress.iteration + 1} to {batch.train_iters}: {steps} steps"
+    micro = rows // batch.micro_batch_size // layout.dp_size
+    yield (
+        f"{rows} rows x {data.seq_length} = {rows * data.seq_length:,} tokens a step, {micro} microbatches of {batch.micro_batch_size}; "
+        f"{epochs:.2f} epochs of {train_set.num_samples:,} samples"
+    )
+    if save is None:
+        yield "would save nothing: there is no --save"
+        return
+    interval = settings.checkpointing.save_interval
+    every = f"every {interval} steps and at the end" if interval else "at the end"
+    yield f"would save to {save} {every}, {_checkpoint_gb(layout, settings, described):.1f} GB each"
+
+
+def _checkpoint_gb(layout: Layout, settings, described: CheckpointConfig) -> float:
+    from megatron_ft.planner import figures
+    from megatron_ft.planner.memory import Job
+
+    arch = described.architecture
+    small = settings.numerics.bf16 or settings.numerics.fp16
+    job = Job(split_layers(arch.num_layers, settings.parallel), layout.tp_size, layout.dp_size, 1, 1, 1, bf16=small)
+    return figures.checkpoint(arch, job).bytes / 1e9

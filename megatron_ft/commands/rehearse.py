@@ -1,0 +1,251 @@
+"""finetune --rehearse: look at what the command names, then run the same command small, with the same processes, on this machine.
+
+The small run is `finetune` itself with shrunk settings, so that everything a launch script can get wrong (names, numbers of processes,
+who finds whom, places to write) is met before there are nodes. Nothing is written where the real run would write.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_ft.config.checks import check_training, data_parallel_size
+from megatron_ft.errors import ConfigError, UserError
+from megatron_ft.launch.places import Places, is_rank, places
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.checkpoint_layout import CheckpointConfig, check_sizes, describe
+from megatron_ft.models.pipeline import split_layers
+from megatron_ft.rehearsal import make_up, shrink
+
+VARIABLE, MODEL_VARIABLE = "MEGATRON_FT_REHEARSE", "MEGATRON_FT_MAKE_BELIEVE"
+"""As --rehearse and --make_believe, for a launch script that is not to be touched."""
+_READY, _PATIENCE = "ready", 300.0  # a file; seconds that other machines' launchers wait for it
+
+
+def wanted(launching) -> bool:
+    return launching.rehearse or os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
+def rehearse(settings, run: Callable[..., int]) -> int:
+    """settings: of the real command; run: finetune's own. Returns its exit code, 2 where something it names is missing."""
+    os.environ.update({"MEGATRON_FT_DEVICE": "cpu", "WANDB_MODE": "offline", "WANDB_SILENT": "true", VARIABLE: "0"})
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    started, was_rank = time.monotonic(), is_rank()
+    here = None if was_rank else _processes(settings)
+    real = here.world_size if here else int(os.environ["WORLD_SIZE"])
+    alone = here is not None and "SLURM_PROCID" not in os.environ
+    speaks = os.environ.get("RANK") == "0" if was_rank else alone or here.node == 0
+    say = print if speaks else (lambda *_, **__: None)
+    say(
+        f"rehearsal on this machine's CPU, {real} processes asked for; nothing is written where the real run writes",
+        flush=True,
+    )
+
+    found = _Findings(settings, real, settings.launching.make_believe or os.environ.get(MODEL_VARIABLE))
+    for line in found.lines:
+        say(f"  {line}", flush=True)
+    if found.missing:
+        raise ConfigError(
+            f"{'; '.join(found.missing)}: correct the command, or let the rehearsal make up what is not there yet with --make_believe MODEL"
+        )
+    dp = data_parallel_size(settings.parallel, real)
+    dp = shrink.data_parallel(settings.parallel, real) if alone else dp
+    count = real // data_parallel_size(settings.parallel, real) * dp
+    folder = _folder(here, was_rank, alone)
+    small = _shrunk(settings, found, folder, dp, count if alone else None)
+    if speaks:
+        _prepare(folder, found, small)
+        changed = shrink.changes(found.described.architecture, found.small, settings, small, (real, count))
+        say(f"  shrunk         {', '.join(map(str, changed))}", flush=True)
+    else:
+        _wait(folder / _READY)
+    try:
+        code = run(*small)
+        if is_rank() and not was_rank:
+            return code  # one of the processes; the launcher goes on below
+        say(_verdict(code, count, settings, time.monotonic() - started), flush=True)
+        return code
+    finally:
+        if speaks and is_rank() == was_rank:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes(settings) -> Places:
+    """As the command says; where it does not, one for each part of the model."""
+    launching, parallel = settings.launching, settings.parallel
+    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    here = replace(launching, nproc_per_node=launching.nproc_per_node or model)
+    if "SLURM_PROCID" not in os.environ:  # alone: the other machines are not there to be found
+        here = replace(here, master_addr=here.master_addr or "localhost", master_port=here.master_port or 1)
+    return places(here)
+
+
+class _Findings:
+    """What the real command would meet, as far as this machine can tell. lines: to print; missing: what stops a rehearsal."""
+
+    def __init__(self, settings, processes: int, make_believe: str | None):
+        self.lines: list[str] = []
+        self.missing: list[str] = []
+        self.settings, self.processes = settings, processes
+        self.imagined = _imagined(make_believe) if make_believe else None
+        self.described: CheckpointConfig | None = None
+        self.made_up_data: list[str] = []
+        for look in (self._settings, self._load, self._vocabulary, self._data, self._places):
+            try:
+                look()
+            except UserError as error:
+                self.missing.append(" ".join(str(error).split()))
+        if self.described:
+            self.small = shrink.architecture(self.described.architecture, settings.parallel)
+
+    def _note(self, what: str, text: str) -> None:
+        self.lines.append(f"{what:14} {text}")
+
+    def _settings(self) -> None:
+        s = self.settings
+        check_training(
+            s.checkpointing, s.data, s.batch, s.parallel, s.optimizer, s.numerics, s.logging, world_size=self.processes
+        )
+        dp = data_parallel_size(s.parallel, self.processes)
+        tp, pp = s.parallel.tensor_model_parallel_size, s.parallel.pipeline_model_parallel_size
+        self._note("settings", f"TP{tp} x PP{pp} x DP{dp}, fit each other")
+
+    def _load(self) -> None:
+        from megatron_ft.training import agreement, choosing
+
+        s = self.settings
+        try:
+            source = choosing.sources(s.checkpointing)[0][0]
+            described = describe(source)
+            self._note(
+                "--load", f"{source}: {described.ckpt_format}, iteration {described.iteration}, its files are there"
+            )
+        except UserError:
+            if self.imagined is None or Path(s.checkpointing.load).exists():
+                raise
+            described = self.imagined
+            self._note("--load", f"{s.checkpointing.load}: NOT THERE, made up")
+        flags = s.model
+        if flags.vocab_file and not Path(flags.vocab_file).exists():
+            flags = replace(flags, vocab_file=None)
+        self.described = agreement.check_model_flags(flags, described)
+        split = split_layers(described.architecture.num_layers, s.parallel)
+        check_sizes(
+            Path(s.checkpointing.load), self.described, s.parallel.tensor_model_parallel_size, split.stages, split
+        )
+
+    def _vocabulary(self) -> None:
+        file = self.settings.model.vocab_file
+        if file and Path(file).exists():
+            self._note("--vocab_file", f"{file}: read")
+        elif file and self.imagined is not None:
+            self._note("--vocab_file", f"{file}: NOT THERE, left out")
+        elif file:
+            raise ConfigError(f"--vocab_file {file}: no such file")
+
+    def _data(self) -> None:
+        from megatron_ft.training import datasets
+
+        data = self.settings.data
+        if self.described is None:
+            return
+        gone = [
+            prefix
+            for prefix in data.data_path
+            if not Path(f"{prefix}-text.idx").exists() and not Path(f"{prefix}.idx").exists()
+        ]
+        if gone and self.imagined is not None:
+            self.made_up_data = gone
+            self._note("--data_path", f"{', '.join(gone)}: NOT THERE, made up")
+            return
+        train, valid = datasets.make_datasets(replace(data, verify_data=False), self.described)
+        more = f", {valid.num_samples:,} to validate" if valid else ""
+        self._note(
+            "--data_path",
+            f"{train.num_samples:,} samples in {len(train.epoch_rows(0)):,} rows{more}; opened, not hashed",
+        )
+
+    def _places(self) -> None:
+        s = self.settings
+        for flag, place in {
+            "--save": s.checkpointing.save, "--tensorboard_dir": s.logging.tensorboard_dir, "--run_dir": s.logging.run_dir,
+            "--log_dir": s.launching.log_dir,
+        }.items():  # fmt: skip
+            if place:
+                self._note(flag, f"{place}: {_writable(flag, Path(place))}")
+
+
+def _imagined(model: str) -> CheckpointConfig:
+    """A checkpoint of this model, as if it had been converted."""
+    from megatron_ft.planner import known
+
+    arch: Architecture = known.architecture(model)
+    return CheckpointConfig(arch, "torch_dist", 1, 1, arch.vocab_size, "release", "bf16")
+
+
+def _writable(flag: str, place: Path) -> str:
+    nearest = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {place}: {nearest} cannot be written to")
+    return "there, can be written to" if nearest == place else f"will be made in {nearest}"
+
+
+def _folder(here: Places | None, was_rank: bool, alone: bool) -> Path:
+    """Where the small run lives: any place for one launcher, one that all can name where several launchers or ranks take part."""
+    if alone:
+        return Path(tempfile.mkdtemp(prefix="megatron_ft-rehearsal-"))
+    port = os.environ["MASTER_PORT"] if was_rank else here.port
+    job = os.environ.get("SLURM_JOB_ID", os.environ.get("TORCHELASTIC_RUN_ID", "none"))
+    return Path(tempfile.gettempdir(), f"megatron_ft-rehearsal-{os.getuid()}-{job}-{port}")
+
+
+def _shrunk(settings, found: _Findings, folder: Path, dp: int, processes: int | None):
+    parallel = shrink.parallelism(found.described.architecture, settings.parallel)
+    data = replace(settings.data, seq_length=shrink.seq_length(settings.data, parallel), verify_data=False)
+    if found.made_up_data:
+        data = replace(data, data_path=[str(folder / "data" / "made_up-train")], valid_data_path=[], data_weights=[])
+    return settings._replace(
+        checkpointing=shrink.checkpointing(settings.checkpointing, folder / "model", folder / "save"),
+        data=data, batch=shrink.batch(settings.batch, parallel, dp), parallel=parallel,
+        optimizer=shrink.optimizer(settings.optimizer), numerics=shrink.numerics(settings.numerics),
+        logging=shrink.logging(settings.logging, folder), model=shrink.model(settings.model),
+        launching=shrink.launching(settings.launching, processes, folder), stopping=shrink.stopping(settings.stopping),
+    )  # fmt: skip
+
+
+def _prepare(folder: Path, found: _Findings, small) -> None:
+    """The small checkpoint and, where asked for, shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _READY).unlink(missing_ok=True)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    described = found.described
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    if found.made_up_data:
+        for kind in ("train", "val"):
+            make_up.shards(folder / "data" / f"made_up-{kind}", found.small.vocab_size, described.tokenizer)
+    dtype = "bf16" if small.numerics.bf16 else "fp32"
+    make_up.model(folder / "model", found.small, described.tokenizer, described.chat_format, dtype)
+    (folder / _READY).touch()
+
+
+def _wait(ready: Path) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not ready.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{ready.parent}: the first machine of the rehearsal did not prepare it within {_PATIENCE:.0f} s"
+            )
+        time.sleep(0.2)
+
+
+def _verdict(code: int, processes: int, settings, seconds: float) -> str:
+    spent = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    if code:
+        return f"rehearsal FAILED with exit code {code} after {spent}"
+    saved = ", saved and" if settings.checkpointing.save else ","
+    return f"rehearsal passed in {spent}: {processes} processes found each other, loaded, trained{saved} ended; it is all removed again"

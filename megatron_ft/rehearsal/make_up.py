@@ -1,0 +1,74 @@
+"""A small checkpoint of random weights, and shards of random tokens: stand-ins for what the real command will find."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ft.data.shards import ShardWriter
+from megatron_ft.digests import write_digests
+from megatron_ft.errors import UserError
+from megatron_ft.models.architecture import Architecture, padded_vocab_size
+from megatron_ft.models.checkpoint_layout import CheckpointConfig, iteration_folder, write_config, write_tracker
+
+_SAMPLES, _LONGEST = 96, 100
+_SEED = 1234
+_ASSISTANT, _USER = 2, 1  # as in data/roles.py
+
+
+def shards(prefix: Path, vocab_size: int, tokenizer: dict[str, Any]) -> None:
+    """Chats of one question and one answer, their tokens drawn at random, the same ones every time."""
+    draw = np.random.default_rng(_SEED)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with ShardWriter(prefix, vocab_size, tokenizer) as writer:
+        for length in draw.integers(20, _LONGEST, _SAMPLES):
+            roles = np.where(np.arange(length) < length // 2, _USER, _ASSISTANT)
+            writer.add(draw.integers(0, vocab_size, length), roles)
+
+
+def model(root: Path, arch: Architecture, tokenizer: dict[str, Any], chat_format: str | None, dtype: str) -> None:
+    """A converted checkpoint that any layout loads. Made in a process of its own: it needs process groups, which must not be shared."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            _make(root, arch, tokenizer, chat_format, dtype)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+        raise UserError(f"{root}: the small model could not be made; see above")
+
+
+def _make(root: Path, arch: Architecture, tokenizer: dict[str, Any], chat_format: str | None, dtype: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    import torch
+
+    from megatron_ft.parallel import process_groups
+
+    with process_groups() as layout, torch.no_grad():
+        from megatron.core import dist_checkpointing
+
+        from megatron_ft.models.build import BuildOptions, build_model
+        from megatron_ft.models.load import sharded_weights
+
+        built = build_model(arch, layout, BuildOptions(dtype=torch.bfloat16 if dtype == "bf16" else torch.float32))
+        torch.manual_seed(_SEED)
+        for weight in built.parameters():
+            weight.normal_(std=0.02) if weight.ndim > 1 else weight.fill_(1.0)
+        folder = iteration_folder(root, "release")
+        folder.mkdir(parents=True)
+        dist_checkpointing.save({"model": sharded_weights(built)}, str(folder))
+        rows = padded_vocab_size(arch.vocab_size, 1)
+        write_config(folder, CheckpointConfig(arch, "torch_dist", 1, 1, rows, "release", dtype, tokenizer, chat_format))
+        write_digests(folder)
+        write_tracker(root, "release")

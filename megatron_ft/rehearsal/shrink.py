@@ -1,0 +1,136 @@
+"""The same run, small: layers, widths, rows, batch and steps shrunk, the layout and every other choice kept. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ft.config.sections import (
+    Batch,
+    Checkpointing,
+    Data,
+    Launching,
+    Logging,
+    Model,
+    Numerics,
+    Optimizer,
+    Parallelism,
+    Stopping,
+)
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.pipeline import split_layers
+
+HEAD_DIM = 16
+STEPS = 3
+SAVE_AT = 2
+"""Where the run saves, or evaluates, now and then it does so after this step, and at the end."""
+PROCESSES = 16
+"""More than this many are started for data parallelism only where tensor and pipeline parallelism need them."""
+_SHORT = 128
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that is smaller, or left out, than it will be."""
+
+    what: str
+    real: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.real} -> {self.now}"
+
+
+def architecture(arch: Architecture, parallel: Parallelism) -> Architecture:
+    """One layer a chunk, a query group or as few as TP allows, narrow heads. The vocabulary stays: the shards' ids are real."""
+    split = split_layers(arch.num_layers, parallel)
+    tp = parallel.tensor_model_parallel_size
+    groups = tp
+    heads = groups * min(2, arch.num_attention_heads // arch.num_query_groups)
+    hidden = heads * HEAD_DIM
+    return replace(
+        arch, num_layers=split.stages * split.virtual_size, hidden_size=hidden, ffn_hidden_size=2 * hidden,
+        num_attention_heads=heads, num_query_groups=groups, head_dim=HEAD_DIM,
+        full_attention_layers=min(1, arch.full_attention_layers),
+    )  # fmt: skip
+
+
+def parallelism(arch: Architecture, parallel: Parallelism) -> Parallelism:
+    """As many stages and chunks, each of one layer."""
+    virtual = split_layers(arch.num_layers, parallel).virtual_size
+    return replace(
+        parallel, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        num_layers_per_virtual_pipeline_stage=None, decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None, pipeline_model_parallel_layout=None,
+    )  # fmt: skip
+
+
+def seq_length(data: Data, parallel: Parallelism) -> int:
+    tp = parallel.tensor_model_parallel_size
+    return min(data.seq_length, -(-_SHORT // tp) * tp)
+
+
+def batch(real: Batch, parallel: Parallelism, dp: int) -> Batch:
+    """As many microbatches as there are stages, so that the pipeline fills; at most two rows each."""
+    micro = min(real.micro_batch_size, 2)
+    rows = micro * dp * max(2, parallel.pipeline_model_parallel_size)
+    return replace(real, micro_batch_size=micro, global_batch_size=rows, train_iters=min(STEPS, real.train_iters))
+
+
+def optimizer(real: Optimizer) -> Optimizer:
+    return replace(real, lr_warmup_iters=min(1, real.lr_warmup_iters), lr_decay_iters=None)
+
+
+def numerics(real: Numerics) -> Numerics:
+    """Groups of layers that are recomputed together cannot be larger than a stage."""
+    return replace(real, **({"recompute_num_layers": 1} if getattr(real, "recompute_num_layers", None) else {}))
+
+
+def data_parallel(parallel: Parallelism, processes: int) -> int:
+    """Replicas that are started on one machine, of those that the run will have."""
+    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return max(1, min(processes // model, PROCESSES // model))
+
+
+def checkpointing(real: Checkpointing, load: Path, save: Path) -> Checkpointing:
+    return replace(
+        real, load=str(load), save=str(save) if real.save else None, auto_resume=False,
+        save_interval=SAVE_AT if real.save and real.save_interval else None,
+    )  # fmt: skip
+
+
+def logging(real: Logging, folder: Path) -> Logging:
+    return replace(
+        real, log_interval=1, eval_interval=SAVE_AT if real.eval_interval else None, eval_iters=1, report=False,
+        run_dir=str(folder / "run") if real.run_dir else None,
+        tensorboard_dir=str(folder / "tensorboard") if real.tensorboard_dir else None,
+    )  # fmt: skip
+
+
+def model(real: Model) -> Model:
+    """What the flags say of the real model has been compared with it; the stretched positions are kept."""
+    return Model(rope_scaling_type=real.rope_scaling_type, rope_scaling_factor=real.rope_scaling_factor)
+
+
+def launching(real: Launching, processes: int | None, folder: Path) -> Launching:
+    """processes: to start on this machine alone; None: as many machines as the real run has."""
+    alone = {"nproc_per_node": processes, "nnodes": 1, "node_rank": 0, "master_addr": None, "master_port": None}
+    logs = str(folder / "logs") if real.log_dir else None
+    return replace(real, rehearse=False, log_dir=logs, **(alone if processes else {}))
+
+
+def stopping(real: Stopping) -> Stopping:
+    return Stopping(exit_before_end_in_mins=0.0)
+
+
+def changes(arch: Architecture, small: Architecture, real: Any, now: Any, processes: tuple[int, int]) -> list[Change]:
+    """What to tell: real and now are the settings before and after; processes, before and after."""
+    pairs = [
+        ("layers", arch.num_layers, small.num_layers), ("hidden", arch.hidden_size, small.hidden_size),
+        ("heads", arch.num_attention_heads, small.num_attention_heads), ("MLP", arch.ffn_hidden_size, small.ffn_hidden_size),
+        ("row", real.data.seq_length, now.data.seq_length), ("microbatch", real.batch.micro_batch_size, now.batch.micro_batch_size),
+        ("global batch", real.batch.global_batch_size, now.batch.global_batch_size),
+        ("steps", real.batch.train_iters, now.batch.train_iters), ("processes", *processes),
+    ]  # fmt: skip
+    return [Change(what, before, after) for what, before, after in pairs if before != after]
