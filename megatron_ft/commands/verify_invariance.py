@@ -149,7 +149,7 @@ def _chosen(arch: Architecture, names: list[str]) -> list[Case]:
     cases = cases_for(arch)
     known = {case.name for case in cases}
     if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"--layouts {unknown[0]!r} is not one of this model's: {', '.join(sorted(known))}")
+        raise ConfigError(f"--layouts {unknown[0]!r} is not one of this model's: {'; '.join(sorted(known))}")
     return [case for case in cases if case.name in names] if names else cases
 
 
