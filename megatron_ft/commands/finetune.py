@@ -153,8 +153,6 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
 
     log = logger("finetune")
     checkpointing, data, batch, parallel, optimizer, numerics, logging, _, kernels, *_ = settings
-    if layout.is_main:
-        agreement.report_kernels(kernels, choose(kernels, numerics, machine()), device.has_gpu())
     model = setup.make_model(described.architecture, layout, data, parallel, numerics, kernels, vocab_rows(described))
     adam = make_optimizer(model, optimizer, numerics, parallel.use_distributed_optimizer)
     schedule = make_schedule(adam, optimizer, batch)
@@ -179,6 +177,8 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     if folder := _run_folder(checkpointing, logging):  # not before: a run that cannot start leaves nothing behind
         log_to_file(file=folder / LOG)
     log.info(f"{layout} on {device.describe()}; weights from {source}")
+    if layout.is_main:
+        agreement.report_kernels(kernels, choose(kernels, numerics, machine()), device.has_gpu())
     if progress.iteration:
         log.info(f"resuming at iteration {progress.iteration}, {progress.consumed_samples} rows consumed")
     if progress.iteration >= batch.train_iters:
