@@ -77,6 +77,9 @@ def campaign(
                 left -= 1
             reached = job.steps
             job.send(signal.SIGKILL, rng.randrange(ranks) if alone else None)
+            if alone:  # a rank that still waits for the dead one to join is ended by the launcher; here, by us
+                time.sleep(2)
+                job.send(signal.SIGKILL)
             job.wait()
             saved = forked_jobs.newest(save)[0]
             found["steps lost"] += max(0, reached - saved)

@@ -58,7 +58,8 @@ def campaign(folder: Path, stops: int, ranks: int, seed: int = 0, seconds: float
         phase, number = job.phase, rng.choice([signal.SIGTERM, signal.SIGUSR1])
         too_short = rng.random() < 0.2
         reached, asked = job.steps, time.monotonic()
-        job.send(number, rng.choice([None, rng.randrange(ranks)]))
+        listens = phase != "loading"  # one rank ended by the signal alone would leave the others waiting for it to join
+        job.send(number, rng.choice([None, rng.randrange(ranks)]) if listens else None)
         if too_short:
             time.sleep(rng.random() * 0.05)
             job.send(signal.SIGKILL)
