@@ -290,7 +290,9 @@ def commands(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], object
         ask = generate.Generation(load=source, prompt=["a"], digests=False)
         yield (
             "generate",
-            lambda: generate.run(ask, generate.SamplingOptions(max_new_tokens=1), generate.GenerationLayout()),
+            lambda: generate.run(
+                ask, generate.SamplingOptions(max_new_tokens=1), generate.GenerationLayout(), generate.Processes()
+            ),
         )
 
 

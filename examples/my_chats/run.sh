@@ -15,7 +15,7 @@ model=${2:-runs/demo/hf_base}
 out=${3:-runs/my_chats}
 tp=${TP:-2} pp=${PP:-2}
 layout=(--tensor_model_parallel_size "$tp" --pipeline_model_parallel_size "$pp")
-launch=(torchrun --standalone --nproc_per_node $((tp * pp)) -m megatron_ft)
+ranks=(--nproc_per_node $((tp * pp)))
 
 [ -f "$model/config.json" ] || { echo "$model is no Hugging Face model folder; \`make demo\` makes a tiny one" >&2; exit 2; }
 [ -e "$out" ] && { echo "$out exists: remove it, or give another output folder" >&2; exit 2; }
@@ -29,11 +29,11 @@ step() { printf '\n[%s] $' "$1"; printf ' %q' "${@:2}"; printf '\n'; "${@:2}"; }
 step 1/6 megatron-ft pretokenize --input "$chats" --tokenizer "$model" --output_prefix "$out/data/chats" \
   --val_split "${VAL_SPLIT:-0}"
 step 2/6 megatron-ft hf-to-megatron "$model" "$out/megatron" "${layout[@]}" --chat_format chatml
-step 3/6 "${launch[@]}" generate --load "$out/megatron" "${layout[@]}" --max_new_tokens 40 --prompt "$question"
-step 4/6 "${launch[@]}" finetune --load "$out/megatron" --data_path "$out/data/chats-train" --save "$out/tuned" \
+step 3/6 megatron-ft generate "${ranks[@]}" --load "$out/megatron" "${layout[@]}" --max_new_tokens 40 --prompt "$question"
+step 4/6 megatron-ft finetune "${ranks[@]}" --load "$out/megatron" --data_path "$out/data/chats-train" --save "$out/tuned" \
   "${layout[@]}" --seq_length "${SEQ_LENGTH:-256}" --micro_batch_size 1 --train_iters "${STEPS:-60}" \
   --lr "${LR:-3e-3}" --lr_warmup_iters 5 --log_interval 10
-step 5/6 "${launch[@]}" generate --load "$out/tuned" "${layout[@]}" --max_new_tokens 40 --prompt "$question"
+step 5/6 megatron-ft generate "${ranks[@]}" --load "$out/tuned" "${layout[@]}" --max_new_tokens 40 --prompt "$question"
 step 6/6 megatron-ft megatron-to-hf "$out/tuned" "$out/hf"
 
 printf '\ntalk    $ megatron-ft chat %s\n' "$out/hf"

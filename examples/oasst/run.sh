@@ -30,7 +30,7 @@ say() { printf '\n[%s] %s\n' "$1" "$2"; }
 megatron_ft() { "$PYTHON" -m megatron_ft "$@"; }
 # The same command on NPROC processes. Tensor parallel 2, pipeline parallel 2.
 split=(--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2)
-on_processes() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m megatron_ft "$@" "${split[@]}"; }
+on_processes() { megatron_ft "$@" --nproc_per_node "$NPROC" "${split[@]}"; }
 
 mkdir -p -- "$out"
 

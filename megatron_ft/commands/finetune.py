@@ -44,7 +44,7 @@ COMMAND = Command(
     summary="train a checkpoint on pretokenized chats",
     sections=TRAINING,
     examples=(
-        "torchrun --nproc_per_node 4 -m megatron_ft finetune --load runs/model --data_path data/chats-train "
+        "megatron-ft finetune --nproc_per_node 4 --load runs/model --data_path data/chats-train "
         "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2 --train_iters 100 --save runs/tuned",
         "megatron-ft finetune --config finetune.yaml --lr 2e-5",
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.model_parallel import ModelParallel
+from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError, DataError
 
 
@@ -58,25 +59,29 @@ class GenerationLayout(ModelParallel):
 COMMAND = Command(
     name="generate",
     summary="answer prompts with a checkpoint or an exported model",
-    sections=(Generation, SamplingOptions, GenerationLayout),
+    sections=(Generation, SamplingOptions, GenerationLayout, Processes),
     examples=(
         'megatron-ft generate --load runs/demo/tuned --prompt "what colour is a plum ?"',
-        "torchrun --nproc_per_node 4 -m megatron_ft generate --load runs/model --prompts questions.jsonl --output answers.jsonl "
+        "megatron-ft generate --nproc_per_node 4 --load runs/model --prompts questions.jsonl --output answers.jsonl "
         "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
     ),
 )
 
 
-def run(generation: Generation, options: SamplingOptions, parallel: GenerationLayout) -> int:
+def run(generation: Generation, options: SamplingOptions, parallel: GenerationLayout, processes: Processes) -> int:
     """Raises UserError for a missing checkpoint, malformed prompts or a layout that does not fit."""
     lines = read_prompts(generation)
     check_sampling(options)
     if options.batch_size < 1:
         raise ConfigError("--batch_size must be at least 1")
+    from megatron_ft.device import prepare_engine
+    from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.checkpoint_layout import check_folder
     from megatron_ft.parallel import process_groups
 
     check_folder(Path(generation.load))
+    if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
+        return code  # the ranks have done what follows
     with process_groups(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) as layout:
         answers = _answer(generation, options, layout, [line["messages"] for line in lines])
         if layout.is_main:

@@ -269,8 +269,8 @@ class Logging:
 
 
 @dataclass
-class Launching:
-    """Starting the processes, and trying a command line out"""
+class Processes:
+    """Starting the processes"""
 
     nproc_per_node: int | None = None
     """processes to start on this machine, one for each GPU; default: this one alone, or those that torchrun or srun started"""
@@ -284,6 +284,12 @@ class Launching:
     """a free port there; default: MASTER_PORT, or any on a single machine"""
     log_dir: str | None = None
     """what each process prints also goes to rank-000.log and so on in this folder"""
+
+
+@dataclass
+class Launching(Processes):
+    """Starting the processes, and trying a command line out"""
+
     dry_run: bool = False
     """do all but the steps: read the settings and the data, build and load the model, say what would be done; nothing is written"""
     rehearse: bool = False

@@ -116,7 +116,7 @@ class _Demo:
     def ask(self, title: str, checkpoint: str, name: str) -> list[Answer]:
         output = self.folder / f"{name}.jsonl"
         words = [
-            *_torchrun("generate"), "--load", checkpoint, "--prompts", self.path("heldout.jsonl"),
+            *_four("generate"), "--load", checkpoint, "--prompts", self.path("heldout.jsonl"),
             "--output", str(output), *_LAYOUT, "--max_new_tokens", str(MAX_NEW_TOKENS), "--batch_size", "128",
         ]  # fmt: skip
         self.begin(title, words)
@@ -133,7 +133,7 @@ class _Demo:
         config, metrics_file = self.folder / "finetune.yaml", self.folder / "metrics.jsonl"
         with atomic_file(config, "w") as file:
             file.write(_settings(self.plan))
-        words = [*_torchrun("finetune"), "--config", str(config)]
+        words = [*_four("finetune"), "--config", str(config)]
         self.begin("finetune", words)
         try:
             self.shell.run(
@@ -227,8 +227,8 @@ class _Demo:
         self.shell.run(words)
 
 
-def _torchrun(command: str) -> list[str]:
-    return ["torchrun", "--standalone", "--nproc_per_node", str(TP * PP), "-m", "megatron_ft", command]
+def _four(command: str) -> list[str]:
+    return ["megatron-ft", command, "--nproc_per_node", str(TP * PP)]
 
 
 def _settings(plan: Plan) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 _AS_TYPED = {
     "megatron-ft": ("-m", "megatron_ft"),
-    "torchrun": ("-m", "torch.distributed.run"),
     "python": (),
 }
 # Tiny matrices gain nothing from threads, and four processes' threads would fight for few cores. The demo is the same
@@ -32,7 +31,7 @@ class Shell:
         self.log = log
 
     def run(self, words: Sequence[str], watch: Callable[[], None] | None = None) -> str:
-        """Run a command (its first word is one of megatron-ft, torchrun, python) and return what it printed.
+        """Run a command (its first word is megatron-ft or python) and return what it printed.
 
         watch: called a few times a second meanwhile. Raises CommandFailed.
         """
@@ -64,10 +63,10 @@ class Shell:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Stop a command that still runs; torchrun, asked politely, stops the processes that it started."""
+    """Stop a command that still runs; a launcher, asked politely, stops the processes that it started."""
     if process.poll() is not None:
         return
-    for kind, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):  # torchrun gives its own 30 s
+    for kind, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):  # a run saves first
         try:
             os.killpg(process.pid, kind)
             process.wait(patience)
@@ -81,10 +80,8 @@ def _end(process: subprocess.Popen) -> None:
 def _explain(words: Sequence[str], code: int, output: str, log: Path) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
     said = [line for line in lines if ": error: " in line]
-    # After a process has failed, the launcher writes a page about it that does not say why.
-    launcher = next((i for i, line in enumerate(lines) if "torch/distributed/elastic" in line), len(lines))
     what = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
     if -code == signal.SIGKILL or "SIGKILL" in output:
         what += " (often the machine's way to say that its memory is full)"
-    tail = "\n".join(f"  | {line[:200]}" for line in (said or lines[:launcher] or lines)[-_SHOWN:])
+    tail = "\n".join(f"  | {line[:200]}" for line in (said or lines)[-_SHOWN:])
     return f"$ {shlex.join(words)}\n  {what}; its last lines, all of them are in {log}:\n{tail}"

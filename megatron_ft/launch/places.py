@@ -9,7 +9,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from megatron_ft.config.sections import Launching
+from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
 
 
@@ -47,7 +47,7 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def places(launching: Launching) -> Places:
+def places(launching: Processes) -> Places:
     """Flags first, then what srun says. Raises ConfigError where several machines are to find each other and cannot."""
     slurm = (
         os.environ if "SLURM_PROCID" in os.environ else {}

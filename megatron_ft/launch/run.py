@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ft.config import launched
-from megatron_ft.config.sections import Launching
+from megatron_ft.config.sections import Processes
 from megatron_ft.launch.output import Relay
 from megatron_ft.launch.places import Places, is_rank, places
 from megatron_ft.launch.ranks import Rank, start
@@ -16,7 +16,7 @@ from megatron_ft.launch.supervise import Asked, supervise
 from megatron_ft.log import setup
 
 
-def planned(launching: Launching) -> Places | None:
+def planned(launching: Processes) -> Places | None:
     """The processes to start; None where there is nothing to start: this process is one of several already, or to be alone."""
     return None if launching.nproc_per_node is None or is_rank() else places(launching)
 

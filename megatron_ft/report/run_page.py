@@ -294,9 +294,9 @@ def _again(folder: Path, starts: list[dict[str, Any]]) -> Iterator[str]:
         yield table(head, rows, ("", "num", "", "code"))
     if settings.is_file() and starts:
         size = starts[-1]["layout"]["world_size"]
-        launcher = f"torchrun --nproc_per_node {size} -m megatron_ft" if size > 1 else "megatron-ft"
+        started = f"--nproc_per_node {size} " if size > 1 else ""
         yield "<p>The same settings again, into a folder of its own:</p>"
-        yield commands(f"{launcher} finetune --config {shlex.quote(str(settings))} --save NEW_FOLDER")
+        yield commands(f"megatron-ft finetune {started}--config {shlex.quote(str(settings))} --save NEW_FOLDER")
         yield f"<details><summary>training.yaml</summary>{commands(settings.read_text(encoding='utf-8'))}</details>"
     if starts:
         versions = table(("", ""), list(starts[-1]["versions"].items()), ("", "code"))

@@ -19,11 +19,11 @@ def test_output_goes_to_the_log_and_back(tmp_path):
     assert "$ python -c 'print('" in (tmp_path / "log").read_text().replace('"', "")
 
 
-def test_a_failure_shows_the_reason_and_not_the_launcher_s_page(tmp_path):
-    script = "print('the reason'); print('E1 torch/distributed/elastic: failed'); print('noise'); raise SystemExit(3)"
+def test_a_failure_shows_the_reason_and_not_what_others_said(tmp_path):
+    script = "print('noise'); print('megatron-ft x: error: the reason'); print('noise'); raise SystemExit(3)"
     with pytest.raises(CommandFailed, match=r"exit code 3") as caught:
         Shell(tmp_path / "log").run(["python", "-c", script])
-    assert "| the reason" in str(caught.value) and "| noise" not in str(caught.value)
+    assert "error: the reason" in str(caught.value) and "| noise" not in str(caught.value)
 
 
 def test_an_interrupt_stops_the_command(tmp_path):
@@ -43,7 +43,7 @@ def test_an_interrupt_stops_the_command(tmp_path):
 
 
 def test_commands_can_be_pasted():
-    words = ["torchrun", "--nproc_per_node", "4", "-m", "megatron_ft", *["--flag_number", "a b"] * 8]
+    words = ["megatron-ft", "finetune", "--nproc_per_node", "4", *["--flag_number", "a b"] * 8]
     lines = wrapped(words)
     assert len(lines) > 1 and all(line.endswith(" \\") for line in lines[:-1]) and max(map(len, lines)) < 92
     assert shlex.split("\n".join(lines).removeprefix("$ ").replace("\\\n", " ")) == words
