@@ -30,9 +30,13 @@ log = logger("checkpoint")
 def sources(checkpointing: Checkpointing) -> tuple[list[Path], Checkpointing]:
     """(the checkpoints to try, newest first, the section as it then stands): with --auto_resume those in --save, if there are any.
 
-    Raises CheckpointError where --save already holds another run's checkpoints.
+    Raises CheckpointError where --save already holds another run's checkpoints, or is one.
     """
     save = Path(checkpointing.save) if checkpointing.save else None
+    if save is not None and (save / CONFIG).is_file():
+        raise CheckpointError(
+            f"--save {save} is itself a checkpoint, or a model: give the folder that checkpoints are to be written into, or a new one"
+        )
     used = save is not None and _in_use(save)
     if checkpointing.auto_resume and used:
         return candidates(save), dataclasses.replace(checkpointing, finetune=False)
