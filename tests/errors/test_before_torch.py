@@ -234,6 +234,10 @@ class TestFinetune:
         config.write_text('{"format_version": 9}')
         refused("format_version 9, this version reads 1", *finetune(shop, broken))
 
+    def test_save_that_is_a_checkpoint_or_a_model(self, refused, shop):
+        for folder in (shop.dist / "release", shop.trained / "iter_0000002", shop.hf):
+            refused("--save .* is itself a checkpoint, or a model: give the folder", *finetune(shop, save=folder))
+
     def test_missing_shards(self, refused, shop, tmp_path):
         refused(r"c-train-manifest\.json: no such file; give the prefix", *finetune(shop, data=tmp_path / "c-train"))
 
