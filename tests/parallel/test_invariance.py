@@ -30,7 +30,7 @@ def pools(one_rank, four_ranks):
     two.close()
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["ordinary block", "parallel block"])
 def test_every_layout_computes_the_same(kind, packing, pools):
     """TP2, TP4, PP2, PP4, interleaved, uneven, TP2 x PP2, DP2, DP4, sequence parallel, one row at once and two."""

@@ -5,7 +5,7 @@ import pytest
 
 from tests.parallel.jobs import finetune, read_metrics
 
-LAYOUTS = [(4, 1), (1, 4), (2, 2), (2, 1), (1, 1)]
+LAYOUTS = [pytest.param((4, 1), marks=pytest.mark.thorough), (1, 4), (2, 2), (2, 1), (1, 1)]
 """TP x PP on four processes; what is left is data parallel: TP4, PP4, TP2xPP2, TP2xDP2, DP4."""
 
 

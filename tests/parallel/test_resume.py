@@ -83,7 +83,11 @@ def five_steps(four_ranks, checkpoint, shards, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_distributed_optimizer": True}, {"use_distributed_optimizer": True, "bf16": True}],
+    [
+        {},
+        {"use_distributed_optimizer": True},
+        pytest.param({"use_distributed_optimizer": True, "bf16": True}, marks=pytest.mark.thorough),
+    ],
     ids=["plain", "distributed", "distributed, bf16"],
 )
 @pytest.mark.parametrize("layout", [(1, 4), (4, 1), (1, 1)], ids=["PP4", "TP4", "DP4"])
