@@ -30,7 +30,9 @@ def test_no_flipped_bit_is_accepted(folder):
     """A bit of every file in turn, the manifest's own included: every second byte of it, and 90 bits of the others."""
     rng, flips = random.Random(1), []
     manifest = (folder / MANIFEST).stat().st_size
-    flips += [(MANIFEST, byte * 8 + rng.randrange(8)) for byte in range(0, manifest - 1, 2)]  # the last one ends the line
+    flips += [
+        (MANIFEST, byte * 8 + rng.randrange(8)) for byte in range(0, manifest - 1, 2)
+    ]  # the last one ends the line
     flips += [
         (name, rng.randrange(700 * 8)) for name in ("a.distcp", "b.distcp", "tokenizer/t.model") for _ in range(30)
     ]

@@ -31,7 +31,9 @@ def main() -> int:
         most = max(most, held(command.pid))
         time.sleep(EVERY)
     seconds = int(time.monotonic() - started)
-    print(f"{seconds // 60}:{seconds % 60:02d} minutes, at most {most / 1e9:.1f} GB of memory, exit code {command.returncode}")
+    print(
+        f"{seconds // 60}:{seconds % 60:02d} minutes, at most {most / 1e9:.1f} GB of memory, exit code {command.returncode}"
+    )
     return command.returncode
 
 

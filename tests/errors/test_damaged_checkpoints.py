@@ -109,6 +109,13 @@ def test_export_that_is_incomplete(refused, shop, engine, tmp_path):
     export = tmp_path / "export"
     assert engine("megatron-to-hf", shop.dist, export).code == 0
     cut(export / "model.safetensors")
-    refused("export.*model.safetensors has .* were written: it is cut short", "generate", "--load", export, "--prompt", "plum")
+    refused(
+        "export.*model.safetensors has .* were written: it is cut short",
+        "generate",
+        "--load",
+        export,
+        "--prompt",
+        "plum",
+    )
     (export / "model.safetensors").unlink()
     refused("export.*safetensors", "generate", "--load", export, "--prompt", "plum")
