@@ -6,11 +6,13 @@ is read. Campaigns over shards, checkpoints and exports bring their own files an
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -81,6 +83,24 @@ def flip_bits(
             _flip(path, bit)
     read()
     return result
+
+
+def command(doc: str | None, flips: int, campaign: Callable[[Path, int, int, float], Flips]) -> None:
+    """A campaign as a script: its flags, its count, what went wrong; exit code 1 where a flip was not refused by name.
+
+    flips: how many unless said. campaign: takes an empty folder, flips, seed, seconds.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flips", type=int, default=flips)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
+    arguments = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        result = campaign(Path(folder), arguments.flips, arguments.seed, arguments.seconds)
+    print(result)
+    for line in [*result.accepted, *result.unnamed, *result.crashed][:20]:
+        print(f"  {line}")
+    sys.exit(result.refused != result.total)
 
 
 def _judge(path: Path, bit: int, read: Callable[[], object], names: Sequence[str], result: Flips) -> None:

@@ -17,7 +17,6 @@ import random
 import struct
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fuzz_readers
-from benchmarks.fuzz_readers import change_json, damaged, peak
+from benchmarks.fuzz_readers import change_json, damaged
 from checkpoints_conversion.megatron_llm import _harmless
 from checkpoints_conversion.torch_dist import plan_torch_dist
 from megatron_ft.errors import CheckpointError
@@ -46,27 +45,9 @@ COUNTS = {
 }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, count in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=count)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    for name in TARGETS:
-        started, before = time.monotonic(), peak()
-        found, slowest = fuzz(name, getattr(arguments, name), arguments.seed)
-        counts = ", ".join(f"{count:,} {what}" for what, count in sorted(found.items()))
-        print(
-            f"{name}: {counts}; slowest {slowest * 1e3:.0f} ms, {(peak() - before) / 1e6:.0f} MB more memory, "
-            f"{time.monotonic() - started:.0f} s",
-            flush=True,
-        )
-
-
 def fuzz(name: str, inputs: int, seed: int = 0):
     """(how many were refused and accepted, seconds of the slowest). Raises what crashes a reader, and TimeoutError."""
-    fuzz_readers.TARGETS[name] = TARGETS[name]
-    return fuzz_readers.fuzz(name, inputs, seed)
+    return fuzz_readers.fuzz(name, inputs, seed, TARGETS)
 
 
 def put(name: str, data: bytes) -> Path:
@@ -236,4 +217,4 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    fuzz_readers.command(__doc__, TARGETS, COUNTS)

@@ -39,29 +39,31 @@ from tools.pretokenizer.selection import REFUSALS, in_order, language_fault, ref
 
 WHERE = Path("fuzzed")
 TELLING = [struct.pack("<q", value) for value in (0, -1, 1, 1 << 31, 1 << 62, -(1 << 63), 1 << 40)]
+COUNTS = {"index": 5_000_000, "manifest": 2_000_000, "lines": 3_000_000}
 HANG = 1.0  # CPU seconds, which other work on the machine does not lengthen
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, count in (("index", 5_000_000), ("manifest", 2_000_000), ("lines", 3_000_000)):
+def command(doc: str | None, targets: dict, counts: dict[str, int]) -> None:
+    """A campaign as a script. counts: inputs of each target unless a flag of its name says otherwise."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, count in counts.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    for name in TARGETS:
+    for name in targets:
         started, before = time.monotonic(), peak()
-        found, slowest = fuzz(name, getattr(arguments, name), arguments.seed)
-        counts = ", ".join(f"{count:,} {what}" for what, count in sorted(found.items()))
+        found, slowest = fuzz(name, getattr(arguments, name), arguments.seed, targets)
+        tally = ", ".join(f"{count:,} {what}" for what, count in sorted(found.items()))
         print(
-            f"{name}: {counts}; slowest {slowest * 1e3:.0f} ms, {(peak() - before) / 1e6:.0f} MB more memory, "
+            f"{name}: {tally}; slowest {slowest * 1e3:.0f} ms, {(peak() - before) / 1e6:.0f} MB more memory, "
             f"{time.monotonic() - started:.0f} s",
             flush=True,
         )
 
 
-def fuzz(name: str, inputs: int, seed: int = 0) -> tuple[Counter[str], float]:
+def fuzz(name: str, inputs: int, seed: int = 0, targets: dict | None = None) -> tuple[Counter[str], float]:
     """(how many were refused and accepted, seconds of the slowest). Raises what crashes a reader, and TimeoutError."""
-    make, read = TARGETS[name]
+    make, read = (targets or TARGETS)[name]
     rng, found, slowest = random.Random(seed), Counter[str](), 0.0
     for _ in range(inputs):
         data = make(rng)
@@ -256,4 +258,4 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    command(__doc__, TARGETS, COUNTS)

@@ -8,36 +8,20 @@ checkpoint is chosen and verified as finetune does it. To reach: every flip refu
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import small_saves
-from benchmarks.bit_flips import Flips, flip_bits
+from benchmarks.bit_flips import Flips, command, flip_bits
 from megatron_ft.config.sections import Checkpointing
 from megatron_ft.digests import check_digests, write_digests
 from megatron_ft.models.checkpoint_layout import CheckpointConfig, describe, rank_file, write_config
 from megatron_ft.models.verified import vet
 from megatron_ft.training.choosing import candidates, first_whole
 from megatron_ft.training.writing import save_tensors
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flips", type=int, default=40_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
-    arguments = parser.parse_args()
-    with TemporaryDirectory() as folder:
-        result = campaign(Path(folder), arguments.flips, arguments.seed, arguments.seconds)
-    print(result)
-    for line in [*result.accepted, *result.unnamed, *result.crashed][:20]:
-        print(f"  {line}")
-    sys.exit(result.refused != result.total)
 
 
 def campaign(folder: Path, flips: int, seed: int = 0, seconds: float = 1e9) -> Flips:
@@ -76,4 +60,4 @@ def _classic(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, 40_000, campaign)

@@ -8,35 +8,19 @@ as finetune opens them (its checks before anything waits). To reach: every flip 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bit_flips import Flips, flip_bits
+from benchmarks.bit_flips import Flips, command, flip_bits
 from megatron_ft.config.sections import Data
 from megatron_ft.data.shards import ShardWriter
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.training.datasets import make_datasets
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flips", type=int, default=30_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
-    arguments = parser.parse_args()
-    with TemporaryDirectory() as folder:
-        result = campaign(Path(folder), arguments.flips, arguments.seed, arguments.seconds)
-    print(result)
-    for line in [*result.accepted, *result.unnamed, *result.crashed][:20]:
-        print(f"  {line}")
-    sys.exit(result.refused != result.total)
 
 
 def campaign(folder: Path, flips: int, seed: int = 0, seconds: float = 1e9) -> Flips:
@@ -68,4 +52,4 @@ def write(prefix: Path, rng: np.random.Generator) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, 30_000, campaign)

@@ -157,11 +157,7 @@ def _where(metrics: Metrics) -> Iterator[str]:
 
 def _data(folder: Path, data: dict[str, Any]) -> Iterator[str]:
     packed = "packed, each attended on its own" if data["packed"] else "one a row"
-    over = (
-        f"; {data['over_long']:,} longer than a row were {_FATE[data['fate_of_over_long']]}"
-        if data["over_long"]
-        else ""
-    )
+    over = f"; {data['over_long']:,} longer than a row were {data['fate_of_over_long']}" if data["over_long"] else ""
     yield (
         f"<p>{data['samples']:,} samples in {data['rows']:,} rows of {data['seq_length']:,} positions, {packed}: "
         f"{data['filled']:.1%} of positions hold a token{over}.</p>"
@@ -178,9 +174,6 @@ def _data(folder: Path, data: dict[str, Any]) -> Iterator[str]:
     yield f'<h3>some samples, as they are in the shards: {samples.key(opened)} <span class="on">trained on</span></h3>'
     for index in samples.chosen(first):
         yield samples.sample(first, index, reader, weights[0])
-
-
-_FATE = {"cut": "cut", "drop": "dropped", "split": "split over several rows"}
 
 
 def _opened(prefixes: list[str]) -> Iterator[Any]:

@@ -35,7 +35,7 @@ def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset
     if train.over_long:
         log.warning(
             f"{train.over_long} of {train.num_samples} samples are longer than --seq_length {data.seq_length} + 1 and are "
-            f"{_FATE[data.over_long]}; raise --seq_length, or choose otherwise with --over_long"
+            f"{FATE_OF_OVER_LONG[data.over_long]}; raise --seq_length, or choose otherwise with --over_long"
         )
     valid = _validation(data, checkpoint, weights)
     if data.verify_data and local_rank() == 0:
@@ -62,7 +62,7 @@ def _validation(data: Data, checkpoint: CheckpointConfig, weights) -> ChatDatase
         return None
 
 
-_FATE = {"cut": "cut", "drop": "dropped", "split": "split over several rows"}
+FATE_OF_OVER_LONG = {"cut": "cut", "drop": "dropped", "split": "split over several rows"}
 
 
 def _dataset(prefixes: list[str], data: Data, checkpoint: CheckpointConfig, weights, shuffle: bool) -> ChatDataset:

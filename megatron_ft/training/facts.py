@@ -21,6 +21,7 @@ from megatron_ft.data.loader import ChatDataset
 from megatron_ft.data.roles import ROLE_NAMES, loss_weights
 from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.parallel import Layout
+from megatron_ft.training.datasets import FATE_OF_OVER_LONG
 
 RUN = "run.json"
 FORMAT_VERSION = 1
@@ -103,7 +104,7 @@ def _data(data: Data, train_set: ChatDataset, valid_set: ChatDataset | None) -> 
         "filled": train_set.fill(),
         "packed": train_set.packed,
         "over_long": train_set.over_long,
-        "fate_of_over_long": data.over_long,
+        "fate_of_over_long": FATE_OF_OVER_LONG[data.over_long],
         "loss_weights": dict(zip(ROLE_NAMES, weights.tolist(), strict=True)),
         "marked_loss_weight": data.marked_loss_weight,
     }

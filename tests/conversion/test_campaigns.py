@@ -2,15 +2,15 @@
 
 import pytest
 
-from benchmarks import checkpoint_flips, fuzz_checkpoints, hostile_files
+from benchmarks import checkpoint_flips, fuzz_checkpoints, fuzz_readers, hostile_files
 
 
 @pytest.mark.parametrize("name", fuzz_checkpoints.TARGETS)
 def test_damaged_files_are_refused_or_read(name):
-    before = fuzz_checkpoints.peak()
+    before = fuzz_readers.peak()
     found, _ = fuzz_checkpoints.fuzz(name, 1500, seed=7)
     assert found["refused"] > 500
-    assert fuzz_checkpoints.peak() - before < 200e6
+    assert fuzz_readers.peak() - before < 200e6
 
 
 def test_no_payload_runs_in_any_place(one_rank, tmp_path):
