@@ -44,7 +44,7 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function, *args, timeout: float = 180.0) -> list:
+    def run(self, function, *args, timeout: float = 300.0) -> list:
         """What each rank returned, by rank."""
         for pipe in self._pipes:
             pipe.send((function, args))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Numerics, Parallelism
-from megatron_ft.errors import CheckpointError, ConfigError, UserError
+from megatron_ft.errors import ConfigError, UserError
+from megatron_ft.files import read_json
 
 if TYPE_CHECKING:
     from megatron_ft.models.architecture import Architecture
@@ -156,19 +156,16 @@ def _chosen(arch: Architecture, names: list[str]) -> list[Case]:
 def _model(options: Invariance) -> tuple[Architecture, str | None]:
     """(the architecture to try, the folder of its weights or None)."""
     from megatron_ft.models.checkpoint_layout import CONFIG, describe, find_checkpoint
-    from megatron_ft.models.families import family_for
+    from megatron_ft.models.families import understood
 
     path = Path(options.load)
     file = path / CONFIG if path.is_dir() else path
     if file.is_file():
-        try:
-            said = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read as JSON ({error}); give a config.json") from error
+        said = read_json(file)
         if isinstance(said, dict) and "model_type" in said:
             if not options.shrink:
                 raise ConfigError(f"--no_shrink needs a checkpoint, {path} is a Hugging Face model: convert it first")
-            return shrunk(family_for(said).from_hf(said)), None
+            return shrunk(understood(said)[1]), None
     folder = find_checkpoint(path)
     config = describe(folder)
     return (shrunk(config.architecture), None) if options.shrink else (config.architecture, str(folder))

@@ -10,8 +10,8 @@ from megatron_ft.config.hints import nearest
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
-from megatron_ft.models.families import family_for
+from megatron_ft.models.checkpoint_layout import CONFIG, describe, find_checkpoint, read_config
+from megatron_ft.models.families import understood
 
 
 def _llama(
@@ -79,21 +79,18 @@ def architecture(model: str) -> Architecture:
     Raises ConfigError naming the known ones.
     """
     if model.lower() in MODELS:
-        return from_config(MODELS[model.lower()])
+        return understood(MODELS[model.lower()])[1]
     path = Path(model)
-    if path.is_dir() and (path / "config.json").is_file():
-        path = path / "config.json"
-    if path.is_file():
-        config = read_json(path)
-        return from_config(config) if "model_type" in config else Architecture.from_dict(config["architecture"])
+    file = path / CONFIG if path.is_dir() else path
+    if file.is_file():
+        config = read_json(file)
+        if isinstance(config, dict) and "architecture" in config:
+            return read_config(file.parent).architecture
+        return understood(config)[1]
     if path.is_dir():
         return describe(find_checkpoint(path)).architecture
     hint = nearest(model.lower(), list(MODELS))
     raise ConfigError(f"{model}: no such file, and no model known by that name{hint}; known: {', '.join(MODELS)}")
-
-
-def from_config(config: dict[str, Any]) -> Architecture:
-    return family_for(config).from_hf(config)
 
 
 def gpu(name: str) -> Gpu:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ft.errors import UserError
+from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.models.pipeline import plain_split
 from megatron_ft.planner import figures, known, memory, search
 from megatron_ft.planner.memory import Job
@@ -135,3 +135,20 @@ def test_models_from_files(tmp_path):
     )
     with pytest.raises(UserError):
         known.architecture(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"hidden_size": "many"}, "another type than it should be"),
+        ({"rope_scaling": [[]]}, "another type than it should be"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000: must be"),
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_sense(tmp_path, entries, message):
+    (tmp_path / "config.json").write_text(json.dumps(known.MODELS["llama3-8b"] | entries))
+    with pytest.raises(CheckpointError, match=message):
+        known.architecture(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"architecture": 3}')
+    with pytest.raises(CheckpointError, match="format_version"):
+        known.architecture(str(tmp_path / "config.json"))
