@@ -8,6 +8,7 @@ import os
 import sys
 
 _ROOT = "megatron_ft"
+_screen_level = "INFO"  # until setup is told another
 _FILE_FORMAT = "%(asctime)s %(levelname)s rank{rank} %(name)s: %(message)s"
 
 
@@ -16,13 +17,16 @@ def logger(name: str) -> logging.Logger:
     return logging.getLogger(f"{_ROOT}.{name}")
 
 
-def setup(level: str | int = "INFO", file: str | os.PathLike | None = None) -> None:
+def setup(level: str | None = None, file: str | os.PathLike | None = None) -> None:
     """Send our lines of `level` and above to standard error, and everything, libraries' warnings included, to `file`.
 
+    level: "INFO", "WARNING", ...; None: the one set last, at first INFO.
     May be called again, for instance once the run's folder is known: the new setting replaces the old one. Where a
     launcher started several processes, only rank 0 speaks on the screen, except for errors; the file (appended to)
     holds rank 0's lines, and from warnings up those of every rank that names it.
     """
+    global _screen_level
+    _screen_level = level or _screen_level
     rank = int(os.environ.get("RANK", "0"))
     ours, everything = logging.getLogger(_ROOT), logging.getLogger()
     for log in (ours, everything):
@@ -32,7 +36,7 @@ def setup(level: str | int = "INFO", file: str | os.PathLike | None = None) -> N
     logging.captureWarnings(True)  # warnings.warn of the libraries becomes log lines
 
     screen = logging.StreamHandler(sys.stderr)
-    screen.setLevel(level if rank == 0 else logging.ERROR)
+    screen.setLevel(_screen_level if rank == 0 else logging.ERROR)
     screen.setFormatter(_Short())
     _add(ours, screen)
     # A handler on the root, even one that drops everything, keeps Python from printing libraries' warnings itself.

@@ -91,19 +91,20 @@ def _joined():
 def _on_this_rank(work: tuple[ResumeCheck, tuple]) -> int:
     import torch.distributed as dist
 
-    from megatron_ft.log import setup as log_elsewhere
+    from megatron_ft.log import setup as setup_log
 
     check, sections = work
     folder = [check.work_dir or tempfile.mkdtemp(prefix="resume-check-") if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder, src=0)
     root = Path(folder[0])
+    setup_log("WARNING")
     try:
         _three_runs(root, check, sections)
         dist.barrier()
         verdict = [_compared(root, check, sections) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(verdict, src=0)
     finally:
-        log_elsewhere()  # the runs' log file goes with their folder
+        setup_log("INFO")  # the runs' log file goes with their folder
         if check.work_dir is None and dist.get_rank() == 0:
             shutil.rmtree(root, ignore_errors=True)
     if verdict[0]:
@@ -115,13 +116,22 @@ def _three_runs(root: Path, check: ResumeCheck, sections: tuple) -> None:
     """straight/ from the checkpoint to its end, resumed/ to the middle and from there on."""
     first = _iteration(_section(sections, Checkpointing))
     middle, last = first + check.check_steps // 2, first + check.check_steps
+    _say(f"iterations {first + 1} to {last} without a stop ...")
     _finetune(sections, root / "straight", None, last)
+    _say(f"iterations {first + 1} to {middle}, then a new start to {last} ...")
     _finetune(sections, root / "resumed", None, middle)
     there = {
         "tensor_model_parallel_size": check.resume_tensor_model_parallel_size,
         "pipeline_model_parallel_size": check.resume_pipeline_model_parallel_size,
     }
     _finetune(sections, root / "resumed", root / "resumed", last, {k: v for k, v in there.items() if v is not None})
+
+
+def _say(line: str) -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        print(line, flush=True)
 
 
 def _iteration(checkpointing: Checkpointing) -> int:

@@ -48,10 +48,12 @@ def architecture(arch: Architecture, parallel: Parallelism) -> Architecture:
     tp = parallel.tensor_model_parallel_size
     groups = tp
     heads = groups * min(2, arch.num_attention_heads // arch.num_query_groups)
-    hidden = heads * HEAD_DIM
+    head_dim = min(HEAD_DIM, arch.head_dim)
+    hidden = heads * head_dim
     return replace(
-        arch, num_layers=split.stages * split.virtual_size, hidden_size=hidden, ffn_hidden_size=2 * hidden,
-        num_attention_heads=heads, num_query_groups=groups, head_dim=HEAD_DIM,
+        arch, num_layers=split.stages * split.virtual_size, hidden_size=hidden,
+        ffn_hidden_size=min(2 * hidden, arch.ffn_hidden_size),
+        num_attention_heads=heads, num_query_groups=groups, head_dim=head_dim,
         full_attention_layers=min(1, arch.full_attention_layers),
     )  # fmt: skip
 

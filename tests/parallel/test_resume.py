@@ -68,14 +68,15 @@ def test_same_layout_to_the_bit(case, straight, four_ranks, checkpoint, shards, 
 
 @pytest.fixture(scope="module")
 def five_steps(four_ranks, checkpoint, shards, tmp_path_factory):
-    """Precision, optimizer -> a run of five steps on TP2 x PP2."""
+    """Precision, optimizer -> a run of five steps on TP2 x PP2; under the distributed optimizer saved in the background."""
     done = {}
 
     def run(**settings):
         key = tuple(sorted(settings.items()))
         if key not in done:
             done[key] = tmp_path_factory.mktemp("five") / "run"
-            four_ranks.run(train, (2, 2), checkpoint, shards, str(done[key]), 5, settings)
+            saves = {"async_save": "use_distributed_optimizer" in settings}
+            four_ranks.run(train, (2, 2), checkpoint, shards, str(done[key]), 5, settings | saves)
         return done[key]
 
     return run
@@ -101,7 +102,7 @@ def test_other_layout_continues(layout, settings, straight, five_steps, four_ran
     four_ranks.run(train, layout, str(tmp_path / "run"), shards, str(tmp_path / "run"), 10, settings)
     assert read_metrics(tmp_path / "run", "train/samples_hash") == hashes
     apart = np.abs(np.array(read_metrics(tmp_path / "run")) - losses).max()
-    assert apart < (1e-4 if "bf16" not in settings else 2e-2), apart
+    assert apart < (1e-5 if "bf16" not in settings else 1e-3), apart
 
 
 def test_classic_into_another_layout_is_refused(four_ranks, checkpoint, shards, tmp_path):
