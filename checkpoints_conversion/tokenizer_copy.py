@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_ft.data.chat_template import template_source
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.errors import CheckpointError
-from megatron_ft.files import read_json, read_text, write_json
+from megatron_ft.files import write_json
 from megatron_ft.models.checkpoint_layout import TOKENIZER_FOLDER, CheckpointConfig
 
 _TEMPLATE = "chat_template.jinja"
@@ -36,9 +36,8 @@ def copy_tokenizer(tokenizer: Tokenizer, checkpoint: Path) -> None:
     for file in tokenizer.source_files:
         # A SentencePiece model may have any name of its own; in a folder it is found as tokenizer.model.
         shutil.copyfile(file, folder / ("tokenizer.model" if file.suffix == ".model" else file.name))
-    template = tokenizer.source_files[0].parent / _TEMPLATE
-    if template.is_file():
-        shutil.copyfile(template, folder / _TEMPLATE)
+    if template := template_source(tokenizer.source_files[0].parent):
+        (folder / _TEMPLATE).write_text(template, encoding="utf-8")
     write_json(folder / "added_tokens.json", tokenizer.added_tokens)
     if load_tokenizer(folder, list(tokenizer.added_tokens)).fingerprint != tokenizer.fingerprint:
         raise RuntimeError(f"the copy of {tokenizer.source_files[0]} reads differently from the original")
@@ -57,9 +56,4 @@ def load_copy(checkpoint: Path, config: CheckpointConfig) -> Tokenizer | None:
 
 def original_template(checkpoint: Path) -> str | None:
     """The chat template that came with the source model, if any."""
-    folder = checkpoint / TOKENIZER_FOLDER
-    if (folder / _TEMPLATE).is_file():
-        return read_text(folder / _TEMPLATE)
-    path = folder / "tokenizer_config.json"
-    template: Any = read_json(path).get("chat_template") if path.is_file() else None
-    return template if isinstance(template, str) else None
+    return template_source(checkpoint / TOKENIZER_FOLDER)

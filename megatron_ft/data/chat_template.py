@@ -21,6 +21,7 @@ from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode
 from megatron_ft.data.roles import ASSISTANT, ROLES
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.errors import DataError, TokenizerError
+from megatron_ft.files import read_text
 
 REMEDY = "choose another --chat_format"
 STAND_IN = "\ue000{}\ue001"  # characters for private use
@@ -177,7 +178,7 @@ def own_template(tokenizer: Tokenizer) -> OwnTemplate:
     """The template among a tokenizer's files. Raises TokenizerError where there is none, or one that does not do."""
     folder = Path(tokenizer.source_files[0]).parent
     config = _read(folder / "tokenizer_config.json")
-    source = _source(folder, config)
+    source = template_source(folder)
     if source is None:
         raise NoTemplate(f"{folder}: no chat template among the tokenizer's files; {REMEDY}")
     names = {key: value for key in config if key.endswith("_token") and (value := _token_name(config[key])) is not None}
@@ -197,11 +198,16 @@ def turn_text(turn: list[tuple[int, str]]) -> str:
     return "".join(text for _, text in turn)
 
 
-def _source(folder: Path, config: dict[str, Any]) -> str | None:
+def template_source(folder: Path) -> str | None:
+    """The Jinja source of the chat template among a tokenizer's files, wherever its publisher put it; None without one.
+
+    Places, in transformers' order: chat_template.jinja, tokenizer_config.json (of several the default one), chat_template.json.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = config.get("chat_template") or _read(folder / "chat_template.json").get("chat_template")
+        return read_text(file)
+    found = _read(folder / "tokenizer_config.json").get("chat_template")
+    found = found or _read(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):  # several, by name
         found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
     return found if isinstance(found, str) else None

@@ -189,8 +189,23 @@ def test_the_snippet_of_the_model_card_runs(tmp_path, model, chat_format, monkey
     exec(card.split("```python")[1].split("```")[0].replace("=100", "=3"), {})
 
 
-def test_a_template_that_came_along_stays(tmp_path, model):
-    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+TEMPLATE = "{{ messages[0].content }}!"
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("chat_template.jinja", TEMPLATE),
+        ("chat_template.json", json.dumps({"chat_template": TEMPLATE})),
+        ("tokenizer_config.json", [{"name": "tool_use", "template": "?"}, {"name": "default", "template": TEMPLATE}]),
+    ],
+)
+def test_a_template_that_came_along_stays(tmp_path, model, name, content):
+    """Wherever its publisher put it."""
+    path = tmp_path / "hf" / name
+    if isinstance(content, list):
+        content = json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), "chat_template": content})
+    path.write_text(content)
     convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron")))
     export(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
