@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from checkpoints_conversion.tokenizer_copy import copy_tokenizer
 from checkpoints_conversion.torch_dist import finish_torch_dist, plan_torch_dist
 from megatron_ft.models.checkpoint_layout import (
     TOKENIZER_FOLDER,
+    TRAINED_ON,
     CheckpointConfig,
     iteration_folder,
     write_config,
@@ -36,10 +38,12 @@ def write_checkpoint(
     tokenizer: Tokenizer | None,
     key: dict,
     overwrite: bool = False,
+    source: Path | None = None,
 ) -> int:
     """Write ROOT with one checkpoint and its tracker; nothing under its name before all of it is there.
 
-    full, dtype: a whole tensor, and its type beforehand. key: see resumable_folder. Returns the number of weight files.
+    full, dtype: a whole tensor, and its type beforehand. key: see resumable_folder. source: a checkpoint; what it says of the data it
+    was trained on is kept. Returns the number of weight files.
     """
     config = replace(config, digested=True)
     with resumable_folder(target, {**key, "format": config.ckpt_format}, overwrite) as root:
@@ -50,6 +54,8 @@ def write_checkpoint(
         finish()
         if tokenizer is not None:
             _copy_afresh(tokenizer, folder)
+        if source is not None and (source / TRAINED_ON).is_file():
+            shutil.copyfile(source / TRAINED_ON, folder / TRAINED_ON)
         write_config(folder, config)
         seal(folder, files)
         write_tracker(root, config.iteration)

@@ -55,7 +55,7 @@ def convert(options: MegatronToHf) -> Report:
     # Here and not above: neither --help nor such a mistake should wait for torch.
     from checkpoints_conversion.hf_target import parse_size, plan_safetensors, write_index
     from checkpoints_conversion.megatron_source import open_megatron
-    from checkpoints_conversion.model_card import model_card
+    from checkpoints_conversion.model_card import MODEL_CARD, model_card
     from checkpoints_conversion.report import Report, count
     from checkpoints_conversion.stream import identity, resumable_folder, seal, write_units
     from megatron_ft.log import logger
@@ -84,8 +84,8 @@ def convert(options: MegatronToHf) -> Report:
         if tokenizer is not None:
             _export_tokenizer(export, folder, config, tokenizer)
         card = model_card(target.name, config, dtype, folder, certified=problem is None)
-        (export / "README.md").write_text(card, encoding="utf-8")
-        seal(export, weights)
+        (export / MODEL_CARD).write_text(card, encoding="utf-8")
+        seal(export, weights, but=[MODEL_CARD])
     if problem:
         logger("conversion").warning("not certified: %s", problem)
     parameters, tensors = count(arch, rules)

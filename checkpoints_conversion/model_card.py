@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from checkpoints_conversion.certificate import NAME
+from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
 from megatron_ft.models.checkpoint_layout import TRAINED_ON, CheckpointConfig
 from megatron_ft.models.dtypes import HF_NAMES
 
+MODEL_CARD = "README.md"
+"""An owner writes in it: no digest guards it."""
 _CHAT = """\
 messages = [{{"role": "user", "content": "What colour is a plum?"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
@@ -84,13 +88,16 @@ def _data(folder: Path) -> str:
     """The shards that training names beside the weights, with their hashes."""
     if not (folder / TRAINED_ON).is_file():
         return "not recorded"
-    parts = []
-    for entry in read_json(folder / TRAINED_ON):
-        sources = f" from {', '.join(entry['sources'])}" if entry["sources"] else ""
-        parts.append(
-            f"{entry['name']}{sources}: {entry['samples']} samples, {entry['tokens']} tokens, `{entry['digest']}`"
-        )
+    try:
+        parts = [_shards(entry) for entry in read_json(folder / TRAINED_ON)]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / TRAINED_ON} is damaged ({error!r}): restore it, or remove it") from error
     return "; ".join(parts) or "not recorded"
+
+
+def _shards(entry: dict[str, Any]) -> str:
+    sources = f" from {', '.join(entry['sources'])}" if entry["sources"] else ""
+    return f"{entry['name']}{sources}: {entry['samples']} samples, {entry['tokens']} tokens, `{entry['digest']}`"
 
 
 def _parity(folder: Path) -> str:

@@ -79,7 +79,7 @@ def convert(options: Reshard) -> Report:
         kind = torch_dtype(options.params_dtype) if options.params_dtype else None
         files = write_checkpoint(
             target, config, opened.rules, lambda one: cast(opened.full(one), options.params_dtype, one.key),
-            lambda one: kind or opened.dtype(one), opened.tokenizer, key, options.overwrite,
+            lambda one: kind or opened.dtype(one), opened.tokenizer, key, options.overwrite, opened.folder,
         )  # fmt: skip
     parameters, tensors = count(arch, opened.rules)
     return Report(target, parameters, tensors, files, time.monotonic() - started)

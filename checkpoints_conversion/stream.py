@@ -74,10 +74,13 @@ def _entry(path: Path) -> Entry:
     return digest_files(path.parent, [path.name])[path.name]
 
 
-def seal(folder: Path, known: Mapping[Path, Entry]) -> None:
-    """Write digests.json of a finished folder; the entries of `known` are believed, the other files are read."""
+def seal(folder: Path, known: Mapping[Path, Entry], but: Sequence[str] = ()) -> None:
+    """Write digests.json of a finished folder; the entries of `known` are believed, the other files are read.
+
+    but: files that are left out, because their owner may write in them.
+    """
     entries = {path.relative_to(folder).as_posix(): entry for path, entry in known.items()}
-    others = [name for name in files_below(folder) if name not in entries and name != _PLAN]
+    others = [name for name in files_below(folder) if name not in entries and name not in (_PLAN, *but)]
     write_manifest(folder, {**entries, **digest_files(folder, others)})
 
 

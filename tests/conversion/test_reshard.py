@@ -165,9 +165,11 @@ def test_training_goes_on_in_the_other_layout(tmp_path, four_ranks, checkpoint, 
     config = read_config(tmp_path / "new" / "iter_0000005")
     assert (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (4, 1)
     four_ranks.run(steps, (4, 1), str(tmp_path / "new"), shards, str(tmp_path / "new"), 10, 0.0)
-    export(MegatronToHf(str(tmp_path / "new"), str(tmp_path / "hf")))
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert "| trained on | chats-train: 120 samples, " in card and "`xxh3:" in card
+    reshard.convert(Reshard(str(tmp_path / "new"), str(tmp_path / "classic"), 1, 1, ckpt_format="torch"))
+    for number, made in enumerate(("new", "classic")):
+        export(MegatronToHf(str(tmp_path / made), str(tmp_path / f"hf{number}")))
+        card = (tmp_path / f"hf{number}" / "README.md").read_text()
+        assert "| trained on | chats-train: 120 samples, " in card and "`xxh3:" in card
     straight, went_on = read_metrics(tmp_path / "straight"), read_metrics(tmp_path / "new")
     assert len(went_on) == 5
     np.testing.assert_allclose(went_on, straight[5:], rtol=1e-5)
