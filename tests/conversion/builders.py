@@ -47,7 +47,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
     "llama, head_dim 80": ("llama", {"head_dim": 80, "num_attention_heads": 4, "num_key_value_heads": 2}),
     "llama, relu, tied": ("llama", {"hidden_act": "relu", "tie_word_embeddings": True}),
-    "llama, dynamic rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama, dynamic rope": (
+        "llama",
+        {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     "llama, longrope": ("llama", {"rope_parameters": LONGROPE}),
     "mistral": ("mistral", {"sliding_window": 11}),
     "mistral, no window, theta 1e6": (

@@ -112,11 +112,32 @@ def test_decodes_as_transformers(layout, names, models, four_ranks, tokens):
             assert rank[number][1] == expected, name
 
 
-def test_packed_samples_do_not_see_each_other(models, four_ranks):
-    """Longer and shorter than a window; dynamic and longrope depend on the longest sample of a row, so alone differs."""
-    names = [name for name in FAMILIES if "dynamic" not in name and "longrope" not in name]
-    worst = four_ranks.run(packed, [models[name][1] for name in names], [5, 30, 1, 12])
-    assert all(difference < 1e-5 for difference in worst[0]), dict(zip(names, worst[0]))
+@pytest.fixture(scope="module")
+def packed_rows(models, one_rank):
+    """name -> (ids [s], position ids [s], our logits of the packed row, of its samples alone)."""
+    lengths = [5, 40, 1, 12]  # beyond a window; beyond the positions from which dynamic and longrope stretch
+    ids = np.random.default_rng(4).integers(0, BASE["vocab_size"], sum(lengths))
+    (found,) = one_rank.run(packed, [models[name][1] for name in FAMILIES], lengths, ids)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return {name: (ids, positions, *both) for name, both in zip(FAMILIES, found, strict=True)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_samples_do_not_see_each_other(name, packed_rows):
+    *_, together, alone = packed_rows[name]
+    by_length = "dynamic" in name or "longrope" in name  # on the longest sample of a row, so alone differs
+    assert (np.abs(together - alone).max() < 1e-5) != by_length
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "falcon" not in name])
+def test_packed_rows_are_transformers_own(name, packed_rows, models):
+    """transformers packs by position ids that begin again: no sample sees another, frequencies follow the longest. Its Falcon does not."""
+    ids, positions, together, _ = packed_rows[name]
+    model, ids, positions = models[name][0], torch.from_numpy(ids)[None], torch.from_numpy(positions)[None]
+    with torch.no_grad():  # without a cache: with one it takes the row for one text
+        model(ids[:, :1])  # its dynamic rope remembers the longest text it has seen, until there is a short one
+        expected = model(ids, position_ids=positions, use_cache=False).logits[0]
+    np.testing.assert_allclose(together, expected.numpy(), atol=1e-4)
 
 
 def test_one_residual_dropout_that_rises_with_the_layers(models, one_rank):
