@@ -19,6 +19,7 @@ from benchmarks.bit_flips import Flips, flip_bits
 from benchmarks.hostile_files import make_sound
 from checkpoints_conversion.megatron_source import open_megatron
 from checkpoints_conversion.megatron_to_hf import MegatronToHf, convert
+from checkpoints_conversion.model_card import MODEL_CARD
 from checkpoints_conversion.options import CheckpointSource, believe
 from megatron_ft.models.hf_source import HfSource
 
@@ -34,7 +35,7 @@ def campaign(folder: Path, flips: int, seed: int = 0) -> dict[str, Flips]:
     }
     results = {}
     for kind, read in readers.items():
-        files = sorted(path for path in (folder / kind).rglob("*") if path.is_file())
+        files = sorted(path for path in (folder / kind).rglob("*") if path.is_file() and path.name != MODEL_CARD)
         some = flips // len(readers) // 2
         results[kind] = flip_bits(files, read, some, seed) + flip_bits(files, read, some, seed + 1, by_size=True)
     return results

@@ -31,6 +31,7 @@ from benchmarks.payloads import CANARY, payloads, proved, ran, watch
 from megatron_ft.errors import UserError
 from megatron_ft.models.restricted import read_metadata
 
+VOCABULARY = 203
 EMBEDDING, EXTRA_STATE = "embedding.word_embeddings.weight", "decoder.layers.0.self_attention.linear_qkv._extra_state"
 
 # Where a payload is planted: each takes a copy of sound folders and puts it there.
@@ -245,18 +246,15 @@ def finetune(folder: Path, **settings) -> None:
 
 
 def make_sound(folder: Path) -> None:
-    """hf, torch, torch_dist, llm (all of one model), untouched copies, chats; trained, classic: what finetune saved."""
-    import numpy as np
+    """hf, torch, torch_dist, llm (all of one model), and untouched copies."""
     from safetensors.torch import save_file
 
     from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
-    from megatron_ft.data.roles import ASSISTANT
-    from megatron_ft.data.shards import ShardWriter
     from megatron_ft.models import llama
     from megatron_ft.models.weights import placed_rules
 
     config = {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 203,
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": VOCABULARY,
         "num_attention_heads": 4, "max_position_embeddings": 64,
     }  # fmt: skip
     (folder / "hf").mkdir(parents=True)
@@ -274,7 +272,16 @@ def make_sound(folder: Path) -> None:
     llm.parent.mkdir(parents=True)
     llm.write_bytes(archive(pickle.dumps({}, 2)))
     (folder / "llm" / "latest_checkpointed_iteration.txt").write_text("release\n")
-    with ShardWriter(folder / "chats", config["vocab_size"]) as writer:
+
+
+def make_runs(folder: Path) -> None:
+    """chats; trained, classic: what finetune saved of the model that make_sound made."""
+    import numpy as np
+
+    from megatron_ft.data.roles import ASSISTANT
+    from megatron_ft.data.shards import ShardWriter
+
+    with ShardWriter(folder / "chats", VOCABULARY) as writer:
         for _ in range(8):
             writer.add(np.arange(40), np.full(40, ASSISTANT, np.uint8))
     for kind, ckpt_format in (("trained", "torch_dist"), ("classic", "torch")):
@@ -291,6 +298,7 @@ def campaign(work: Path, few: bool = False) -> tuple[Counter[str], list[str]]:
     if few:
         alive = alive[:: (len(alive) + 1) // 2]
     make_sound(work / "sound")
+    make_runs(work / "sound")
     hostile: list[tuple[str, str, Callable[[Path], object]]] = [
         (f"{payload} in {place}", kind, lambda f, put=put, payload=payload: put(f, pickles[payload]))
         for place, (kind, put) in PLACES.items()

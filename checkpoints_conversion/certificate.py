@@ -17,12 +17,13 @@ from checkpoints_conversion.torch_zip import as_bytes
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import digest, read_json, write_json
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.checkpoint_layout import CERTIFICATE
 from megatron_ft.models.dtypes import cast
 from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.rope import attention_factor, inverse_frequencies
 from megatron_ft.models.weights import Placed, placed_rules
 
-NAME = "certificate.json"
+NAME = CERTIFICATE
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,15 @@ def _own(content: dict[str, Any]) -> str:
     return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())}"
 
 
-def problem_with(folder: Path) -> str | None:
-    """Why a checkpoint cannot be called certified; None if it is and its files are those that were compared."""
+def problem_with(folder: Path, trained: bool = False) -> str | None:
+    """Why a checkpoint cannot be called certified; None if it is and its files are those that were compared.
+
+    trained: it is no longer the model that was converted, and can be compared with an export of itself alone.
+    """
     path = folder / NAME
     if not path.is_file():
-        return f"{folder} has no {NAME}; make one: megatron-ft verify --hf MODEL --megatron {folder}"
+        model = "EXPORT" if trained else "MODEL"
+        return f"{folder} has no {NAME}; make one: megatron-ft verify --hf {model} --megatron {folder}"
     try:
         said = read_json(path)
     except UserError as error:

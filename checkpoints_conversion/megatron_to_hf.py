@@ -67,7 +67,8 @@ def convert(options: MegatronToHf) -> Report:
     source = open_megatron(Path(options.input_dir), options)
     folder, config, tokenizer, rules = source.folder, source.config, source.tokenizer, source.rules
     arch, family, dtype = config.architecture, family_of(config.architecture), options.params_dtype or config.dtype
-    problem = _certificate_problem(folder, options.require_certificate)
+    trained = config.iteration != "release"
+    problem = _certificate_problem(folder, trained, options.require_certificate)
     kind = torch_dtype(options.params_dtype) if options.params_dtype else None
     key = {"options": asdict(options), "source": identity(source.files())}
     with resumable_folder(target, key, options.overwrite) as export:
@@ -86,18 +87,18 @@ def convert(options: MegatronToHf) -> Report:
         card = model_card(target.name, config, dtype, folder, certified=problem is None)
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, weights, but=[MODEL_CARD])
-    if problem:
+    if problem and not trained:  # what was trained has nothing to be compared with before this export is there
         logger("conversion").warning("not certified: %s", problem)
     parameters, tensors = count(arch, rules)
     return Report(target, parameters, tensors, len(units), time.monotonic() - started)
 
 
-def _certificate_problem(folder: Path, required: bool) -> str | None:
+def _certificate_problem(folder: Path, trained: bool, required: bool) -> str | None:
     """Why the weights are not certified, or None. Raises CheckpointError with that where a certificate is required."""
     from checkpoints_conversion.certificate import problem_with
     from megatron_ft.errors import CheckpointError
 
-    problem = problem_with(folder)
+    problem = problem_with(folder, trained)
     if problem and required:
         raise CheckpointError(f"--require_certificate: {problem}")
     return problem

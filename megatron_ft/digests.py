@@ -109,12 +109,12 @@ def unlisted(folder: Path) -> list[str]:
 
 def _fault(folder: Path, entries: dict[str, Entry], name: str) -> str | None:
     path, wanted = folder / name, entries[name]
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != wanted.bytes:
-        return f"{path} has {size} bytes, {wanted.bytes} were written: it is {'cut short' if size < wanted.bytes else 'damaged'}"
     try:
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != wanted.bytes:
+            return f"{path} has {size} bytes, {wanted.bytes} were written: it is {'cut short' if size < wanted.bytes else 'damaged'}"
         if digest(path) == wanted.digest:
             return None
     except OSError as error:

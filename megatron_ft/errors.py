@@ -1,8 +1,8 @@
 """The mistakes a user can make, as types.
 
 A message is one line with three parts: what is wrong (with both values where two disagree), where (file, line, flag),
-how to fix it. The front desk prints that line and exits with 2. Anything else that is raised is a bug of ours: a
-traceback and exit code 1.
+how to fix it. The front desk prints that line and exits with 2, or with 1 where the fault is the machine's and may pass. Anything
+else that is raised is a bug of ours: a traceback and exit code 1.
 """
 
 
@@ -26,6 +26,12 @@ class TokenizerError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or exported model: missing, incomplete, or of another shape."""
+
+
+class PassingFault(CheckpointError):
+    """A disk, a process or another job that stood in the way this once: the same command may well succeed. Launch scripts try it again."""
+
+    exit_code = 1
 
 
 class DamagedError(CheckpointError):

@@ -91,6 +91,16 @@ def digest(path: str | os.PathLike) -> str:
     return f"xxh3:{state.hexdigest()}"
 
 
+def check_writable(flag: str, place: str | os.PathLike) -> str:
+    """Whether a folder is there, or where it will be made. Raises UserError, naming the flag, where it cannot be written to."""
+    place = Path(place)
+    nearest = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is not a folder"
+        raise UserError(f"{flag} {place}: {nearest} {what}; choose another place, or change its rights")
+    return "there, can be written to" if nearest == place else f"will be made in {nearest}"
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """The value in a JSON file. Raises UserError with the file, and the line where it is no JSON."""
     text = read_text(path)

@@ -39,6 +39,11 @@ class Layout:
         return self.tp_size * self.pp_size * self.dp_size * self.cp_size
 
     @property
+    def sizes(self) -> list[int]:
+        """TP, PP, DP, and where there is any context parallelism CP: what has to be the same for random streams to go on."""
+        return [self.tp_size, self.pp_size, self.dp_size, *([self.cp_size] if self.cp_size > 1 else [])]
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -95,7 +100,7 @@ def process_groups(
     if world_size() % (tp * pp):
         raise ConfigError(
             f"{world_size()} process(es) were started, but tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} "
-            f"needs a multiple of {tp * pp}: start with `torchrun --nproc_per_node {tp * pp}`, or lower the two sizes"
+            f"needs a multiple of {tp * pp}: start them with --nproc_per_node {tp * pp}, or lower the two sizes"
         )
     device.prepare_engine()
     import torch.distributed as dist

@@ -5,7 +5,13 @@ Knows nothing of layouts or checkpoints.
 
 from __future__ import annotations
 
-from megatron_ft.errors import CheckpointError, UserError
+import errno
+
+from megatron_ft.errors import CheckpointError, PassingFault, UserError
+
+_USERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR,
+          errno.ENAMETOOLONG, errno.ELOOP}  # fmt: skip
+"""What only the user can put right. Whatever else a disk answers (EIO, ESTALE, ETIMEDOUT, ...) may pass."""
 
 
 def raise_together(problem: Exception | None) -> None:
@@ -39,4 +45,10 @@ def refusal(error: OSError) -> CheckpointError:
     """What the system answered about a file of a checkpoint, as a line for the user."""
     where = f"{error.filename}: " if error.filename else ""
     reason = (error.strerror or str(error)).lower()
-    return CheckpointError(f"{where}{reason}; free some space or correct the rights, then run the same command again")
+    if error.errno in _USERS:
+        return CheckpointError(
+            f"{where}{reason}; free some space or correct the rights, then run the same command again"
+        )
+    return PassingFault(
+        f"{where}{reason}; what was saved before is whole: run the same command again, and if it stays so look at the disk"
+    )

@@ -24,9 +24,13 @@ train_on_all_nodes() {
   mkdir -p "$LOGS"
   if [ "$restart" -eq 0 ]; then rm -f "$LOGS/restarts"; fi
   rendezvous
+  # A node that ends with 2 leaves this file: the nodes that srun then ends have exit codes of their own, and srun reports the highest.
+  export MEGATRON_FT_MISTAKE=$LOGS/restart-$restart.mistake
+  rm -f "$MEGATRON_FT_MISTAKE"
   say "$SLURM_NNODES nodes x $GPUS_PER_NODE processes, restart $restart, rank 0 on $MASTER_ADDR:$MASTER_PORT"
   # One launcher a node, which starts a process for each GPU. A node that fails takes the others down with it.
-  srun --ntasks-per-node=1 --kill-on-bad-exit=1 "$PYTHON" -m megatron_ft finetune \
+  # (srun does not take over sbatch's --cpus-per-task by itself.)
+  srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 "$PYTHON" -m megatron_ft finetune \
     --nnodes "$SLURM_NNODES" --nproc_per_node "$GPUS_PER_NODE" --log_dir "$LOGS/restart-$restart" --auto_resume "$@" &
   running=$!
   # The batch shell is told when the time is nearly over (--signal=B:USR1@...); the processes have to hear of it.
@@ -35,6 +39,7 @@ train_on_all_nodes() {
   while kill -0 "$running" 2>/dev/null; do wait "$running" || true; done # a signal ends wait, not srun
   wait "$running" || code=$?
   trap - USR1 TERM
+  if [ -e "$MEGATRON_FT_MISTAKE" ]; then code=2; fi
   end_or_requeue "$code"
 }
 

@@ -14,6 +14,7 @@ from megatron_ft.config.checks import (
     data_parallel_size,
     microbatches_fit_chunks,
     overlaps_have_a_subject,
+    places_to_write,
     recompute_groups_fit,
 )
 from megatron_ft.config.cli import Command, run_script, write_sections
@@ -31,6 +32,7 @@ from megatron_ft.config.sections import (
     Parallelism,
     Stopping,
 )
+from megatron_ft.files import check_writable
 from megatron_ft.models.checkpoint_layout import SETTINGS, TRAINED_ON
 
 if TYPE_CHECKING:
@@ -58,12 +60,14 @@ def run(
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
     from megatron_ft.commands import rehearse
     from megatron_ft.device import prepare_engine
+    from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
     from megatron_ft.models.kernels import check_context_parallel, machine
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.parallel import process_groups, world_size
     from megatron_ft.training import agreement, choosing, datasets
+    from megatron_ft.training.lock import FolderLock
     from megatron_ft.training.stopping import StopRequest, time_limit
 
     def read(folder: Path) -> CheckpointConfig:
@@ -72,6 +76,7 @@ def run(
     settings = Settings(
         checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels, launching, stopping
     )
+    join_srun(launching)
     if rehearse.wanted(launching):
         return rehearse.rehearse(settings, run)
     starts = planned(launching)
@@ -81,7 +86,10 @@ def run(
     if parallel.context_parallel_size > 1:
         check_context_parallel(parallel, machine())
     # Whatever can be told without torch is told before the processes wait for each other.
-    folders, checkpointing = choosing.sources(checkpointing)
+    for flag, place in places_to_write(checkpointing, logging, launching).items():
+        check_writable(flag, place)
+    asked = checkpointing
+    folders, checkpointing = choosing.sources(asked)
     settings = settings._replace(checkpointing=checkpointing)
     number, described = choosing.first_whole(folders, read, checkpointing)
     source = folders[number]
@@ -93,7 +101,7 @@ def run(
     recompute_groups_fit(numerics, [len(chunk) for stage in split.chunks for chunk in stage])
     if not _starts_anew(described, checkpointing):
         check_training_state(source, described)
-        agreement.warn_of_other_rows(source / SETTINGS, data)
+        agreement.tell_changes(source / SETTINGS, data, batch, parallel, optimizer, numerics)
     train_set, valid_set = datasets.make_datasets(data, described)
     described = datasets.with_chat_format(described, train_set)
     if starts and (code := launch(starts, launching.log_dir, prepare_engine)) is not None:
@@ -112,6 +120,9 @@ def run(
         groups as layout,
         contextlib.ExitStack() as held,
     ):
+        if checkpointing.save and not launching.dry_run:
+            held.enter_context(FolderLock(Path(checkpointing.save), layout))
+        choosing.agree(folders, number, asked, layout)
         source, described = choosing.first_trusted(
             folders[number:], described, read, layout, checkpointing.verify_checkpoint
         )
@@ -145,7 +156,6 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     from megatron_ft.models.kernels import choose, machine
     from megatron_ft.models.load import load_weights
     from megatron_ft.training import agreement, checkpoint, consumed, facts, setup
-    from megatron_ft.training.lock import FolderLock
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
@@ -172,8 +182,6 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
         progress = dataclasses.replace(progress, samples_hash=kept)
     if settings.launching.dry_run:
         return dry_run.show(layout, settings, described, progress, train_set, setup.bare(model), rows)
-    if checkpointing.save:
-        held.enter_context(FolderLock(Path(checkpointing.save), layout))
     if folder := _run_folder(checkpointing, logging):  # not before: a run that cannot start leaves nothing behind
         log_to_file(file=folder / LOG)
     log.info(f"{layout} on {device.describe()}; weights from {source}")
@@ -199,8 +207,8 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
         adam,
         schedule,
         layout,
-        source,
         {SETTINGS: resolved, TRAINED_ON: trained_on(train_set)},
+        checkpoint.read_tokenizer(source, described) if layout.is_main else {},
     )
     saver = held.enter_context(checkpoint.make_saver(contents, checkpointing))
     start = facts.start_of_run(
@@ -226,11 +234,17 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     )  # fmt: skip
     try:
         done = train(plan, progress, stop)
+    except KeyboardInterrupt:
+        log.warning("steps since the last checkpoint are not saved (SIGTERM would have saved them: kill -TERM)")
+        raise
     finally:
         if reports_to and logging.report:
             write_at_end(reports_to)
     if done.iteration < batch.train_iters:
-        where = f"saved in {save_to}" if save_to else "not saved, there is no --save"
+        new = done.iteration > progress.iteration
+        where = (
+            "nothing new to save" if not new else f"saved in {save_to}" if save_to else "not saved, there is no --save"
+        )
         log.warning(f"{stop.reason} at iteration {done.iteration} of {batch.train_iters}, {where}")
         return stop.exit_code
     return 0

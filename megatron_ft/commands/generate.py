@@ -75,11 +75,13 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
     if options.batch_size < 1:
         raise ConfigError("--batch_size must be at least 1")
     from megatron_ft.device import prepare_engine
+    from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.checkpoint_layout import check_folder
     from megatron_ft.parallel import process_groups
 
     check_folder(Path(generation.load))
+    join_srun(processes)
     if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
         return code  # the ranks have done what follows
     with process_groups(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) as layout:

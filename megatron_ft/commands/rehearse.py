@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ft.config.checks import check_training, data_parallel_size
+from megatron_ft.config.checks import check_training, data_parallel_size, places_to_write
 from megatron_ft.errors import ConfigError, UserError
+from megatron_ft.files import check_writable
 from megatron_ft.launch.places import Places, is_rank, places
-from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CheckpointConfig, check_sizes, describe
+from megatron_ft.models.architecture import Architecture, padded_vocab_size
+from megatron_ft.models.checkpoint_layout import TOKENIZER_FOLDER, CheckpointConfig, check_sizes, describe
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.rehearsal import make_up, shrink
 
@@ -93,6 +94,7 @@ class _Findings:
         self.missing: list[str] = []
         self.settings, self.processes = settings, processes
         self.imagined = _imagined(make_believe) if make_believe else None
+        self.source: Path | None = None
         self.described: CheckpointConfig | None = None
         self.made_up_data: list[str] = []
         for look in (self._settings, self._load, self._vocabulary, self._data, self._places):
@@ -122,6 +124,7 @@ class _Findings:
         try:
             source = choosing.sources(s.checkpointing)[0][0]
             described = describe(source)
+            self.source = source
             self._note(
                 "--load", f"{source}: {described.ckpt_format}, iteration {described.iteration}, its files are there"
             )
@@ -172,12 +175,8 @@ class _Findings:
 
     def _places(self) -> None:
         s = self.settings
-        for flag, place in {
-            "--save": s.checkpointing.save, "--tensorboard_dir": s.logging.tensorboard_dir, "--run_dir": s.logging.run_dir,
-            "--log_dir": s.launching.log_dir,
-        }.items():  # fmt: skip
-            if place:
-                self._note(flag, f"{place}: {_writable(flag, Path(place))}")
+        for flag, place in places_to_write(s.checkpointing, s.logging, s.launching).items():
+            self._note(flag, f"{place}: {check_writable(flag, place)}")
 
 
 def _imagined(model: str) -> CheckpointConfig:
@@ -186,13 +185,6 @@ def _imagined(model: str) -> CheckpointConfig:
 
     arch: Architecture = known.architecture(model)
     return CheckpointConfig(arch, "torch_dist", 1, 1, arch.vocab_size, "release", "bf16")
-
-
-def _writable(flag: str, place: Path) -> str:
-    nearest = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {place}: {nearest} cannot be written to")
-    return "there, can be written to" if nearest == place else f"will be made in {nearest}"
 
 
 def _folder(here: Places | None, was_rank: bool, alone: bool) -> Path:
@@ -225,11 +217,16 @@ def _prepare(folder: Path, found: _Findings, small) -> None:
     shutil.rmtree(folder / "model", ignore_errors=True)
     described = found.described
     os.environ.setdefault("WANDB_DIR", str(folder))
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)  # where wandb leaves more
     if found.made_up_data:
         for kind in ("train", "val"):
             make_up.shards(folder / "data" / f"made_up-{kind}", found.small.vocab_size, described.tokenizer)
     dtype = "bf16" if small.numerics.bf16 else "fp32"
-    make_up.model(folder / "model", found.small, described.tokenizer, described.chat_format, dtype)
+    made_up = replace(
+        described, architecture=found.small, ckpt_format="torch_dist", tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
+        padded_vocab_size=padded_vocab_size(found.small.vocab_size, 1), iteration="release", dtype=dtype,
+    )  # fmt: skip
+    make_up.model(folder / "model", made_up, found.source / TOKENIZER_FOLDER if found.source else None)
     (folder / _READY).touch()
 
 

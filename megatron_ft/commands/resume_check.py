@@ -18,6 +18,7 @@ from typing import Any
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import TRAINING, Batch, Checkpointing, Launching, Logging, Optimizer, Parallelism
 from megatron_ft.errors import ConfigError, UserError
+from megatron_ft.launch.places import is_rank, join_srun
 
 
 @dataclass
@@ -61,7 +62,8 @@ def run(check: ResumeCheck, *sections: Any) -> int:
     """Print the table. Raises ResumeDiffers where a row fails; ConfigError or CheckpointError where nothing can be tried."""
     if check.check_steps < 2:
         raise ConfigError(f"--check_steps {check.check_steps}: at least 2, one before the stop and one after it")
-    if "RANK" in os.environ:  # a launcher started the processes
+    join_srun(_section(sections, Launching))
+    if is_rank():  # a launcher started the processes
         with _joined():
             return _on_this_rank((check, sections))
     parallel = _section(sections, Parallelism)
@@ -117,21 +119,23 @@ def _three_runs(root: Path, check: ResumeCheck, sections: tuple) -> None:
     first = _iteration(_section(sections, Checkpointing))
     middle, last = first + check.check_steps // 2, first + check.check_steps
     _say(f"iterations {first + 1} to {last} without a stop ...")
-    _finetune(sections, root / "straight", None, last)
+    _finetune(sections, root / "straight", None, last, last)
     _say(f"iterations {first + 1} to {middle}, then a new start to {last} ...")
-    _finetune(sections, root / "resumed", None, middle)
+    _finetune(sections, root / "resumed", None, middle, last)
     there = {
         "tensor_model_parallel_size": check.resume_tensor_model_parallel_size,
         "pipeline_model_parallel_size": check.resume_pipeline_model_parallel_size,
     }
-    _finetune(sections, root / "resumed", root / "resumed", last, {k: v for k, v in there.items() if v is not None})
+    _finetune(
+        sections, root / "resumed", root / "resumed", last, last, {k: v for k, v in there.items() if v is not None}
+    )
 
 
 def _say(line: str) -> None:
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
-        print(line, flush=True)
+        say(line)
 
 
 def _iteration(checkpointing: Checkpointing) -> int:
@@ -141,8 +145,8 @@ def _iteration(checkpointing: Checkpointing) -> int:
     return 0 if found == "release" or checkpointing.finetune else int(found)
 
 
-def _finetune(sections: tuple, save: Path, load: Path | None, until: int, layout: dict | None = None) -> None:
-    """A run of finetune in silence, with the schedule of the whole run."""
+def _finetune(sections: tuple, save: Path, load: Path | None, until: int, end: int, layout: dict | None = None) -> None:
+    """A run of finetune in silence until one iteration, with the schedule of a run that goes on to `end` at least."""
     from megatron_ft.commands import finetune
 
     checkpointing, batch, optimizer = (_section(sections, kind) for kind in (Checkpointing, Batch, Optimizer))
@@ -153,7 +157,7 @@ def _finetune(sections: tuple, save: Path, load: Path | None, until: int, layout
             "save_retain_interval": None, "auto_resume": False, "finetune": checkpointing.finetune and load is None,
         },
         Batch: {"train_iters": until},
-        Optimizer: {"lr_decay_iters": optimizer.lr_decay_iters or max(batch.train_iters, until)},
+        Optimizer: {"lr_decay_iters": optimizer.lr_decay_iters or max(batch.train_iters, end)},
         Logging: {"run_dir": None, "tensorboard_dir": None, "wandb_logger": False, "report": False, "eval_interval": None,
                   "log_interval": 10**9},
         Parallelism: layout or {},

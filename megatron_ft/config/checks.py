@@ -12,6 +12,7 @@ from megatron_ft.config.sections import (
     Checkpointing,
     Data,
     Kernels,
+    Launching,
     Logging,
     Numerics,
     Optimizer,
@@ -48,7 +49,7 @@ def world_fits_layout(parallel: Parallelism, world_size: int) -> None:
         context = f" x context_parallel_size {cp}" if cp > 1 else ""
         raise ConfigError(
             f"{world_size} process(es) cannot hold tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}{context} = "
-            f"{replica}: start a multiple of {replica} with `torchrun --nproc_per_node {replica} -m megatron_ft finetune ...`"
+            f"{replica}: start a multiple of {replica}: --nproc_per_node {replica}"
         )
 
 
@@ -259,6 +260,23 @@ def classic_saves_fit(checkpointing: Checkpointing, plain: bool) -> None:
         )
 
 
+def classic_saves_know_no_context_parallel(checkpointing: Checkpointing, parallel: Parallelism) -> None:
+    if checkpointing.save and checkpointing.ckpt_format == "torch" and parallel.context_parallel_size > 1:
+        raise ConfigError(
+            f"--ckpt_format torch has one file a tensor- and pipeline-parallel rank, and --context_parallel_size "
+            f"{parallel.context_parallel_size} gives each several processes: save with --ckpt_format torch_dist"
+        )
+
+
+def places_to_write(checkpointing: Checkpointing, logging: Logging, launching: Launching) -> dict[str, str]:
+    """Flag -> folder that a run will write to."""
+    named = {
+        "--save": checkpointing.save, "--tensorboard_dir": logging.tensorboard_dir, "--run_dir": logging.run_dir,
+        "--log_dir": launching.log_dir,
+    }  # fmt: skip
+    return {flag: place for flag, place in named.items() if place}
+
+
 def check_training(
     checkpointing: Checkpointing, data: Data, batch: Batch, parallel: Parallelism, optimizer: Optimizer,
     numerics: Numerics, logging: Logging, world_size: int,
@@ -271,7 +289,8 @@ def check_training(
     )  # fmt: skip
     positive(batch, "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_iters")
     positive(data, "seq_length")
-    positive(logging, "log_interval", "eval_interval", "eval_iters")
+    positive(logging, "log_interval", "eval_interval")
+    not_negative(logging, "eval_iters")
     positive(checkpointing, "save_interval", "keep_last", "save_retain_interval")
     positive(optimizer, "lr_decay_iters")
     positive(numerics, "recompute_num_layers", "loss_scale_window", "hysteresis", "check_replicas_every")
@@ -294,3 +313,4 @@ def check_training(
     recompute_is_consistent(numerics)
     saving_has_a_place(checkpointing)
     milestones_have_a_use(checkpointing)
+    classic_saves_know_no_context_parallel(checkpointing, parallel)

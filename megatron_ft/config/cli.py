@@ -4,11 +4,14 @@ Settings come from flags, then from the file given with --config, then from the 
 nobody sees argv.
 """
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_ft.config.command import Command
@@ -20,6 +23,9 @@ from megatron_ft.log import setup
 
 __all__ = ["Command", "parse", "run_script", "write_sections"]
 
+MISTAKE = "MEGATRON_FT_MISTAKE"
+"""Environment variable: a file that comes to be when a command ends with exit code 2. Of several machines' exit codes a scheduler may
+report another one: that of the processes it ended because of this one."""
 _OUTSIDE = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT ENOTDIR EISDIR EEXIST".split()}
 """What the system refuses for reasons that are the user's to change: a folder that is read-only, a disk that is full."""
 
@@ -55,10 +61,18 @@ def write_sections(filled: Sequence[Any]) -> str:
 
 
 def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[str] | None = None) -> int:
-    """Parse, run(*sections), and return the exit code: 0, 2 a user's mistake, 1 our bug, 130 stopped by Ctrl-C.
+    """Parse, run(*sections), and return the exit code: 0, 2 a user's mistake, 1 our bug or a fault that may pass, 130 Ctrl-C.
 
     argv: without the program's name; None takes this process's own.
     """
+    code = _outcome(command, run, argv)
+    if code == UserError.exit_code and (note := os.environ.get(MISTAKE)):
+        with contextlib.suppress(OSError):
+            Path(note).touch()
+    return code
+
+
+def _outcome(command: Command, run: Callable[..., int | None], argv: Sequence[str] | None) -> int:
     setup()
     be_seen()
     sections = None
@@ -71,7 +85,15 @@ def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        print(f"megatron-ft {command.name}: stopped", file=sys.stderr)
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # the terminal tells all processes, and a launcher its own once more
+        line = f"megatron-ft {command.name}: stopped by Ctrl-C"
+        if is_together():
+            say(line)
+            sys.stdout.flush()
+            os._exit(130)
+        print(line, file=sys.stderr)
         return 130
     except BrokenPipeError:  # who reads our output has seen enough: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -251,7 +251,7 @@ class Logging:
     eval_interval: int | None = None
     """steps between evaluations on the validation shards; default: only at the end"""
     eval_iters: int = 10
-    """global batches an evaluation takes, at most"""
+    """global batches an evaluation takes, at most; 0: no evaluation"""
     run_dir: str | None = None
     """where metrics.jsonl and training.yaml go; default: the --save folder"""
     report: bool = True

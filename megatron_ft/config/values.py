@@ -49,6 +49,8 @@ def checked(option: Option, value: Any, where: str) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         reason = _WORDS.get(option.bare_type)
+        if first["type"] == "list_type" and not isinstance(value, dict):
+            raise ConfigError(f"{where}: {value!r} is not a list; write [{value}]") from None
         if reason:
             raise ConfigError(f"{where}: {value!r} is not {reason}") from None
         raise ConfigError(f"{where}: {first['input']!r}: {first['msg'].lower()}") from None

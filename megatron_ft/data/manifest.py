@@ -6,6 +6,7 @@ It carries a hash of itself: a changed digit in it is found too. Knows neither t
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,14 +61,26 @@ def read_manifest(prefix: str | Path) -> Manifest:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: no such file; give the prefix of finished shards (PREFIX-SPLIT), or {AGAIN}"
-        ) from error
+        raise DataError(f"{path}: no such file; {_instead_of(Path(prefix))}") from error
     except OSError as error:
         raise DataError(f"{path}: not a readable manifest ({error.strerror or error}); {AGAIN}") from error
     if len(data) > MOST_BYTES:
         raise DataError(f"{path}: larger than {MOST_BYTES >> 20} MiB, this is no manifest; {AGAIN}")
     return parse_manifest(data, path)
+
+
+def _instead_of(prefix: Path) -> str:
+    """What to give, where there are no shards of that name."""
+    if prefix.is_file():
+        return f"{prefix} is a file of its own: if it holds chats, make shards of it with megatron-ft pretokenize --input {prefix}"
+    splits = sorted(
+        str(found).removesuffix("-manifest.json") for found in prefix.parent.glob(f"{prefix.name}-*-manifest.json")
+    )
+    if splits:
+        return f"did you mean {' or '.join(splits)}?"
+    if re.fullmatch(r"\d*\.?\d+", str(prefix)):
+        return "a number among the prefixes? weights have a flag of their own, --data_weights"
+    return f"give the prefix of finished shards (PREFIX-SPLIT), or {AGAIN}"
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:

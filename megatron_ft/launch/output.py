@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import selectors
+import sys
 import time
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 from megatron_ft.launch.ranks import Rank
@@ -18,7 +20,8 @@ class Relay:
 
     def __init__(self, ranks: Sequence[Rank], log_dir: Path | None):
         self._selector = selectors.DefaultSelector()
-        self._files = []
+        self._files: list[FileIO] = []
+        self._given_up: set[FileIO] = set()
         if log_dir is None:
             return
         for rank in ranks:
@@ -40,9 +43,21 @@ class Relay:
                 os.close(key.fd)
                 continue
             number, file = key.data
-            file.write(data)
+            self._keep(file, data)
             os.write(number, data)
         return bool(ready)
+
+    def _keep(self, file: FileIO, data: bytes) -> None:
+        """A log that cannot be written does not end the run: it is said once, and the file left alone."""
+        if file not in self._given_up:
+            try:
+                file.write(data)
+            except OSError as error:
+                self._given_up.add(file)
+                print(
+                    f"warning: {file.name}: {(error.strerror or str(error)).lower()}; no more is logged there",
+                    file=sys.stderr,
+                )
 
     def finish(self) -> None:
         """What is left in the pipes, once all ranks have ended."""

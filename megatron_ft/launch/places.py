@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
 
+_STEP_NODES, _STEP_TASKS = "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"
+"""What srun alone sets; much else is in a batch script's environment too."""
+
 
 @dataclass(frozen=True)
 class Places:
@@ -47,12 +50,41 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def join_srun(launching: Processes) -> None:
+    """Where srun started several processes, and they are to start none themselves: say who this one is, in torch's words.
+
+    Raises ConfigError where they are on several machines and do not know where to meet.
+    """
+    slurm = os.environ
+    if (
+        is_rank()
+        or launching.nproc_per_node is not None
+        or int(slurm.get(_STEP_TASKS, "1")) < 2
+        or "SLURM_PROCID" not in slurm
+    ):
+        return
+    if "MASTER_ADDR" not in slurm and int(slurm.get(_STEP_NODES, "1")) > 1:
+        raise ConfigError(
+            f"srun started {slurm[_STEP_TASKS]} processes on {slurm[_STEP_NODES]} machines, and MASTER_ADDR is not set: export MASTER_ADDR "
+            f"(the first machine's name) and MASTER_PORT (a free port there), or start one task a machine with --nproc_per_node"
+        )
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20000))
+    os.environ.update(
+        RANK=slurm["SLURM_PROCID"], WORLD_SIZE=slurm[_STEP_TASKS], LOCAL_RANK=slurm.get("SLURM_LOCALID", "0")
+    )
+
+
 def places(launching: Processes) -> Places:
     """Flags first, then what srun says. Raises ConfigError where several machines are to find each other and cannot."""
     slurm = (
-        os.environ if "SLURM_PROCID" in os.environ else {}
-    )  # a batch script that is not under srun knows SLURM_NNODES too
-    nodes = launching.nnodes or int(slurm.get("SLURM_NNODES", "1"))
+        os.environ if _STEP_NODES in os.environ else {}
+    )  # a batch script that is not under srun has SLURM_NODEID too
+    nodes = launching.nnodes or int(slurm.get(_STEP_NODES, "1"))
+    if nodes > 1 and launching.node_rank is None and not slurm:
+        raise ConfigError(
+            f"--nnodes {nodes} needs --node_rank, another one on every machine: 0 to {nodes - 1} (srun tells it by itself)"
+        )
     node = launching.node_rank if launching.node_rank is not None else int(slurm.get("SLURM_NODEID", "0"))
     address = launching.master_addr or os.environ.get("MASTER_ADDR")
     port = launching.master_port or int(os.environ.get("MASTER_PORT", "0"))

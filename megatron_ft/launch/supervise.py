@@ -62,6 +62,8 @@ def supervise(ranks: Sequence[Rank], folder: Path, asked: Asked, relay: Relay) -
         asked.pass_on(ranks)
         relay.copy(_POLL)
         now = time.monotonic()
+        if failed_at is None and signal.SIGINT in asked.ever:  # nobody has to be named, nor waited for
+            failed_at = now
         if failed_at is None and (any(map(_failed, ranks)) or launched.lost(folder)):
             failed_at = now
             _say_who(ranks, folder, asked)
@@ -71,6 +73,8 @@ def supervise(ranks: Sequence[Rank], folder: Path, asked: Asked, relay: Relay) -
     if failed_at is None and any(map(_failed, ranks)):
         _say_who(ranks, folder, asked)
     codes = [1 if rank.killed else rank.code or 0 for rank in ranks]
+    if signal.SIGINT in asked.ever and any(codes) and 2 not in codes:
+        return 130
     return exit_code(codes, bool(asked.ever - {signal.SIGINT}))
 
 
@@ -94,8 +98,8 @@ def _failed(rank: Rank) -> bool:
 
 def _say_who(ranks: Sequence[Rank], folder: Path, asked: Asked) -> None:
     """Print which rank it was, where it cannot say so itself."""
-    dead = [rank for rank in ranks if (rank.code or 0) < 0 and rank.code != -signal.SIGABRT]
-    if dead and not asked.ever:
+    dead = [rank for rank in ranks if (rank.code or 0) < 0 and -rank.code not in {signal.SIGABRT, *asked.ever}]
+    if dead:
         number = -(dead[0].code or 0)
         why = " (often the machine's way to say that its memory is full)" if number == signal.SIGKILL else ""
         _claim(folder, f"{_name(dead[0])} was ended by {signal.Signals(number).name}{why}; the others are ended too")

@@ -25,6 +25,8 @@ RANK_FILE = "model_optim_rng.pt"
 TOKENIZER_FOLDER = "tokenizer"
 SETTINGS = "training.yaml"
 TRAINED_ON = "trained_on.json"
+CERTIFICATE = "certificate.json"
+"""What `megatron-ft verify` found; written into a finished checkpoint."""
 """The resolved settings of the run that saved it: what a run writes into its checkpoints, and converters do not."""
 MODEL_PREFIX = "model."
 """Before every model key of a torch_dist checkpoint, so that "optimizer." and others can lie beside them."""
@@ -138,7 +140,9 @@ def _read_tracker(root: Path) -> int | str:
     path = root / TRACKER
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {root} holds: {_checkpoints(root)}; name one with --iteration")
-    text = path.read_text(errors="replace").strip()
+    text = path.read_text(errors="replace").strip(
+        " \t\r\n"
+    )  # not all that strip() takes for blank: a flipped bit makes such
     if text != "release" and not text.isdigit():
         raise CheckpointError(
             f"{path} says {text[:40]!r}, not 'release' or a number; {root} holds: {_checkpoints(root)}; "

@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_ft.digests import check_digests, has_digests, unlisted
 from megatron_ft.errors import CheckpointError, DamagedError
 from megatron_ft.log import logger
-from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig
+from megatron_ft.models.checkpoint_layout import CERTIFICATE, MODEL_PREFIX, CheckpointConfig
 from megatron_ft.models.families import family_of
 from megatron_ft.models.restricted import file_slice, read_metadata
 from megatron_ft.models.weights import placed_rules
 from megatron_ft.parallel import Layout
-from megatron_ft.together import raise_together
+from megatron_ft.together import raise_together, refusal
 
 log = logger("checkpoint")
 
@@ -45,6 +45,8 @@ def verify(folder: Path, config: CheckpointConfig, layout: Layout, digests: bool
             _check_weights(vet(folder), config, folder)
     except CheckpointError as error:
         problem = error
+    except OSError as error:
+        problem = refusal(error)
     raise_together(problem)
 
 
@@ -56,7 +58,8 @@ def _check_share(folder: Path, layout: Layout) -> None:
             )
         return
     check_digests(folder, (layout.rank, layout.world_size))
-    if layout.is_main and (others := unlisted(folder)):
+    others = [name for name in unlisted(folder) if name != CERTIFICATE] if layout.is_main else []
+    if others:
         log.warning(f"{folder} holds {others[0]} ({len(others)} such), which its save did not write: not read")
 
 

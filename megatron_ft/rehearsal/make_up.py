@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -13,8 +14,13 @@ import numpy as np
 from megatron_ft.data.shards import ShardWriter
 from megatron_ft.digests import write_digests
 from megatron_ft.errors import UserError
-from megatron_ft.models.architecture import Architecture, padded_vocab_size
-from megatron_ft.models.checkpoint_layout import CheckpointConfig, iteration_folder, write_config, write_tracker
+from megatron_ft.models.checkpoint_layout import (
+    TOKENIZER_FOLDER,
+    CheckpointConfig,
+    iteration_folder,
+    write_config,
+    write_tracker,
+)
 
 _SAMPLES, _LONGEST = 96, 100
 _SEED = 1234
@@ -31,13 +37,16 @@ def shards(prefix: Path, vocab_size: int, tokenizer: dict[str, Any]) -> None:
             writer.add(draw.integers(0, vocab_size, length), roles)
 
 
-def model(root: Path, arch: Architecture, tokenizer: dict[str, Any], chat_format: str | None, dtype: str) -> None:
-    """A converted checkpoint that any layout loads. Made in a process of its own: it needs process groups, which must not be shared."""
+def model(root: Path, config: CheckpointConfig, tokenizer: Path | None) -> None:
+    """A converted checkpoint that any layout loads. Made in a process of its own: it needs process groups, which must not be shared.
+
+    config: what it says of itself. tokenizer: the folder whose files it gets; None: none.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            _make(root, arch, tokenizer, chat_format, dtype)
+            _make(root, config, tokenizer)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -48,7 +57,7 @@ def model(root: Path, arch: Architecture, tokenizer: dict[str, Any], chat_format
         raise UserError(f"{root}: the small model could not be made; see above")
 
 
-def _make(root: Path, arch: Architecture, tokenizer: dict[str, Any], chat_format: str | None, dtype: str) -> None:
+def _make(root: Path, config: CheckpointConfig, tokenizer: Path | None) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     import torch
@@ -61,14 +70,16 @@ def _make(root: Path, arch: Architecture, tokenizer: dict[str, Any], chat_format
         from megatron_ft.models.build import BuildOptions, build_model
         from megatron_ft.models.load import sharded_weights
 
-        built = build_model(arch, layout, BuildOptions(dtype=torch.bfloat16 if dtype == "bf16" else torch.float32))
+        dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+        built = build_model(config.architecture, layout, BuildOptions(dtype=dtype))
         torch.manual_seed(_SEED)
         for weight in built.parameters():
             weight.normal_(std=0.02) if weight.ndim > 1 else weight.fill_(1.0)
         folder = iteration_folder(root, "release")
         folder.mkdir(parents=True)
         dist_checkpointing.save({"model": sharded_weights(built)}, str(folder))
-        rows = padded_vocab_size(arch.vocab_size, 1)
-        write_config(folder, CheckpointConfig(arch, "torch_dist", 1, 1, rows, "release", dtype, tokenizer, chat_format))
+        write_config(folder, config)
+        if tokenizer is not None and tokenizer.is_dir():
+            shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER)
         write_digests(folder)
         write_tracker(root, "release")

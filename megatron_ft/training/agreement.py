@@ -10,10 +10,12 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from megatron_ft.config.sections import Data, Kernels, Model
+from megatron_ft.config.fields import section_name
+from megatron_ft.config.sections import Batch, Data, Kernels, Model, Numerics, Optimizer, Parallelism
 from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
 from megatron_ft.errors import ConfigError
 from megatron_ft.log import logger
@@ -118,17 +120,37 @@ ROWS = ("data_path", "seq_length", "packing", "over_long", "data_weights", "data
 """Settings of Data that decide which samples the rows of a run hold, and in which order."""
 
 
-def warn_of_other_rows(saved: Path, data: Data) -> None:
-    """Say where a resumed run will not see the rows that it would have seen without the stop. saved: its training.yaml."""
-    if not saved.is_file():
-        return
-    before = yaml.safe_load(saved.read_text(encoding="utf-8")).get("data", {})
+def tell_changes(saved: Path, data: Data, *others: Batch | Optimizer | Numerics | Parallelism) -> None:
+    """Say in what a resumed run is not the one that was stopped. saved: its training.yaml.
+
+    Where the rows will not be those it would have seen without the stop, that is a warning; other settings are told in one line.
+    """
+    before = _settings_of(saved)
     for name in ROWS:
-        if name in before and before[name] != getattr(data, name):
+        was = before.get("data", {}).get(name, getattr(data, name))
+        if was != getattr(data, name):
             log.warning(
-                f"resuming with --{name} {getattr(data, name)}, saved with {before[name]}: the rows that follow are other "
+                f"resuming with --{name} {getattr(data, name)}, saved with {was}: the rows that follow are other "
                 f"ones, and some samples may come twice or not at all"
             )
+    changed = [
+        f"--{name} {was} -> {getattr(section, name)}"
+        for section in others
+        for name, was in before.get(section_name(type(section)), {}).items()
+        if getattr(section, name, was) != was
+    ]
+    if changed:
+        log.info(f"changed since the checkpoint: {', '.join(changed)}")
+
+
+def _settings_of(saved: Path) -> dict[str, dict[str, Any]]:
+    """By section; {} where there are none, or they are damaged: whether that matters is told when the digests are compared."""
+    try:
+        found = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {name: section for name, section in found.items() if isinstance(section, dict)}
 
 
 def report_kernels(kernels: Kernels, choice: Choice, has_gpu: bool) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_ft import device
 from megatron_ft.config.sections import Checkpointing
 from megatron_ft.digests import digest_files, files_below
+from megatron_ft.errors import CheckpointError
 from megatron_ft.log import logger
 from megatron_ft.models.checkpoint_layout import (
     CONFIG,
@@ -62,10 +62,22 @@ class Contents:
     optimizer: Any
     schedule: Any
     layout: Layout
-    source: Path
-    """The checkpoint the run began from, whose tokenizer files travel along."""
     texts: dict[str, str]
     """More files, name -> content."""
+    tokenizer: dict[str, bytes] = field(default_factory=dict)
+    """Its files, name -> content, as read_tokenizer gives them."""
+
+
+def read_tokenizer(source: Path, config: CheckpointConfig) -> dict[str, bytes]:
+    """A checkpoint's tokenizer files, to travel along with the run: the checkpoint itself may be deleted meanwhile.
+
+    Raises CheckpointError where config.json promises a tokenizer and there is none.
+    """
+    folder = source / TOKENIZER_FOLDER
+    found = {name: (folder / name).read_bytes() for name in files_below(folder)}
+    if config.tokenizer and not found:
+        raise CheckpointError(f"{folder} is missing: the checkpoint is incomplete; copy or convert it again")
+    return found
 
 
 def make_saver(contents: Contents, section: Checkpointing) -> contextlib.AbstractContextManager[Saver | None]:
@@ -91,7 +103,7 @@ def plan_save(contents: Contents, ckpt_format: str, folder: Path, progress: Prog
     state = {
         "schedule": own.schedule.state_dict(),
         "progress": dataclasses.asdict(progress),
-        "sizes": [layout.tp_size, layout.pp_size, layout.dp_size],
+        "sizes": layout.sizes,
     }
     put = small_files(own, progress, ckpt_format) if layout.is_main else {}
     if ckpt_format == "torch":
@@ -111,7 +123,7 @@ def plan_sharded(state: dict[str, Any], put: dict[str, Callable[[Path], Any]], f
     tensors, common = save_preprocess(state)
     writer, metadata = _Planner("torch_dist", 1).async_save(tensors, folder)
     if is_main:
-        put = put | {"common.pt": partial(save_tensors, common)}
+        put = put | {"common.pt": partial(save_tensors, classic.own(common))}
     buckets = writer.preload_tensors(writer.write_buckets) if writer.write_buckets else []
 
     def finish(places: list[list]) -> dict:
@@ -136,11 +148,10 @@ def small_files(contents: Contents, progress: Progress, ckpt_format: str) -> dic
         tensor_model_parallel_size=layout.tp_size, pipeline_model_parallel_size=layout.pp_size,
         padded_vocab_size=model.vocab_size, dtype=_dtype_name(model.config), digested=True,
     )  # fmt: skip
-    tokenizer = contents.source / TOKENIZER_FOLDER
     return {
         CONFIG: lambda path: write_config(path.parent, config),
         **{name: partial(_write_text, text) for name, text in contents.texts.items()},
-        **{f"{TOKENIZER_FOLDER}/{name}": partial(_copy, tokenizer / name) for name in files_below(tokenizer)},
+        **{f"{TOKENIZER_FOLDER}/{name}": partial(_write_bytes, data) for name, data in contents.tokenizer.items()},
     }
 
 
@@ -148,8 +159,8 @@ def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _copy(source: Path, path: Path) -> None:
-    shutil.copyfile(source, path)
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
 
 
 def resume(
@@ -176,7 +187,7 @@ def resume(
         _restore_rng(state["rng"])
     else:
         seed_everything(seed + progress.iteration, layout)
-        same_layout = state["sizes"] == [layout.tp_size, layout.pp_size, layout.dp_size]
+        same_layout = state["sizes"] == layout.sizes
         before = "on another kind of device" if same_layout else f"with TP, PP, DP = {state['sizes']}"
         log.info(f"the checkpoint was saved {before}: random streams start anew")
     return progress
@@ -192,7 +203,7 @@ def _read_sharded(folder: Path, model, optimizer, layout: Layout) -> dict[str, A
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata()),
     }
-    same_layout = common["sizes"] == [layout.tp_size, layout.pp_size, layout.dp_size]
+    same_layout = common["sizes"] == layout.sizes
     same_device = common.get("streams", sorted(streams)) == sorted(streams)  # a GPU has a stream more than a CPU
     if same_layout and same_device:
         state["rng"] = streams

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from megatron_ft.config.sections import Checkpointing
 from megatron_ft.digests import check_digests, has_digests
-from megatron_ft.errors import CheckpointError, UserError
+from megatron_ft.errors import CheckpointError, PassingFault, UserError
 from megatron_ft.log import logger
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.checkpoint_layout import (
     CONFIG,
+    SETTINGS,
     TRACKER,
     CheckpointConfig,
     describe,
@@ -23,11 +24,12 @@ from megatron_ft.models.checkpoint_layout import (
     iterations_in,
 )
 from megatron_ft.parallel import Layout
+from megatron_ft.together import raise_together
 
 log = logger("checkpoint")
 
 
-def sources(checkpointing: Checkpointing) -> tuple[list[Path], Checkpointing]:
+def sources(checkpointing: Checkpointing, loudly: bool = True) -> tuple[list[Path], Checkpointing]:
     """(the checkpoints to try, newest first, the section as it then stands): with --auto_resume those in --save, if there are any.
 
     Raises CheckpointError where --save already holds another run's checkpoints, or is one.
@@ -39,8 +41,8 @@ def sources(checkpointing: Checkpointing) -> tuple[list[Path], Checkpointing]:
         )
     used = save is not None and _in_use(save)
     if checkpointing.auto_resume and used:
-        return candidates(save), dataclasses.replace(checkpointing, finetune=False)
-    found = candidates(Path(checkpointing.load))
+        return candidates(save, loudly), dataclasses.replace(checkpointing, finetune=False)
+    found = candidates(Path(checkpointing.load), loudly)
     if used and (checkpointing.finetune or save.resolve() not in found[0].resolve().parents):
         raise CheckpointError(
             f"--save {checkpointing.save} holds the checkpoints of an earlier run: go on with that one (--auto_resume), "
@@ -53,7 +55,7 @@ def _in_use(root: Path) -> bool:
     return (root / TRACKER).is_file() or bool(iterations_in(root))
 
 
-def candidates(root: Path) -> list[Path]:
+def candidates(root: Path, loudly: bool = True) -> list[Path]:
     """The checkpoints of a root that may be loaded: the tracker's, then older ones. A tracker that says nothing is made up for.
 
     root may be a single checkpoint, which is then the only one. Raises CheckpointError where there is none.
@@ -66,7 +68,8 @@ def candidates(root: Path) -> list[Path]:
     except CheckpointError as error:
         if not numbers:
             raise
-        log.warning(f"{error}; the newest that is whole is taken")
+        if loudly:
+            log.warning(f"{error}; the newest that is whole is taken")
         return [root / numbers[n] for n in sorted(numbers, reverse=True)]
     if tracked.name not in numbers.values():
         return [tracked]
@@ -86,7 +89,7 @@ def first_whole(
     for index, folder in enumerate(folders):
         try:
             if checkpointing.verify_checkpoint and has_digests(folder):
-                check_digests(folder, only=(CONFIG,))  # before it is read: a damaged one may say anything
+                check_digests(folder, only=(CONFIG, SETTINGS))  # before they are read: damaged, they may say anything
             own = describe(folder).architecture
             if origin and _sizes(own) != _sizes(origin):
                 raise CheckpointError(
@@ -113,6 +116,33 @@ def _sizes(arch: Architecture) -> dict:
     """What cannot differ between a model and itself trained further; positions and rope can, by flags."""
     changing = ("hf", "rope_scaling", "rope_theta", "max_position_embeddings")
     return {name: value for name, value in arch.to_dict().items() if name not in changing}
+
+
+def agree(folders: Sequence[Path], first: int, asked: Checkpointing, layout: Layout) -> None:
+    """All ranks call it, once nobody else can save any more. Raises PassingFault on all unless all mean to begin from the same
+    checkpoints, and these are what lies there now.
+
+    folders: this rank's candidates; the first of them that it can use. asked: the section as the user gave it. Each process looks
+    for itself before the processes know of each other: a job that saves meanwhile, or a disk that errs on one machine, would make one
+    of halves of two checkpoints.
+    """
+    import torch.distributed as dist
+
+    problem = None
+    everyone: list = [None] * layout.world_size
+    dist.all_gather_object(everyone, [str(folder) for folder in folders[first:]])
+    unlike = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+    try:
+        if unlike is not None:
+            raise PassingFault(
+                f"rank 0 would begin from {everyone[0][0]} and rank {unlike} from {everyone[unlike][0]}: another job saved meanwhile, or "
+                f"a disk is not the same on every machine; start again"
+            )
+        if layout.is_main and (now := sources(asked, loudly=False)[0]) != list(folders):
+            raise PassingFault(f"{now[0].parent} was changed by another job while this one started; start again")
+    except UserError as error:
+        problem = error
+    raise_together(problem)
 
 
 def first_trusted(

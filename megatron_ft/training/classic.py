@@ -35,7 +35,7 @@ def plan_save(state: dict[str, Any], put: dict, model, optimizer, folder: Path, 
     dist.all_gather_object(streams, state["rng"], group=parallel_state.get_data_parallel_group())
     distributed = [part.get_parameter_state_dp_zero() for part in _distributed(optimizer)]
     if layout.dp_rank == 0:
-        whole = state | {"model": _own(chunk.state_dict()), "optimizer": _own(optimizer.state_dict()), "rng": streams}
+        whole = state | {"model": own(chunk.state_dict()), "optimizer": own(optimizer.state_dict()), "rng": streams}
         path = _path(Path(), layout)
         put = put | {str(path): partial(save_tensors, whole)}
         if distributed:
@@ -49,11 +49,11 @@ def read(folder: Path, layout: Layout) -> dict[str, Any]:
     state = read_tensors(path)
     if "progress" not in state or "sizes" not in state:
         raise no_training_state(folder)
-    here = [layout.tp_size, layout.pp_size, layout.dp_size]
-    if state["sizes"] != here:
+    if state["sizes"] != layout.sizes:
         raise CheckpointError(
-            f"{folder} is in the classic format, saved with TP, PP, DP = {state['sizes']}; this run has {here}: resume with the same "
-            f"sizes, or take the weights into any others: megatron-ft reshard, then --finetune (--ckpt_format torch_dist resumes in all)"
+            f"{folder} is in the classic format, saved with TP, PP, DP = {state['sizes']}; this run has {layout.sizes}: resume with "
+            f"the same sizes, or take the weights into any others: megatron-ft reshard, then --finetune (--ckpt_format torch_dist resumes "
+            f"in all)"
         )
     return state | {"rng": state["rng"][layout.dp_rank]}
 
@@ -92,13 +92,13 @@ def _path(folder: Path, layout: Layout) -> Path:
     return rank_file(folder, layout.tp_rank, layout.pp_rank, layout.tp_size, layout.pp_size)
 
 
-def _own(value: Any) -> Any:
+def own(value: Any) -> Any:
     """The same with every tensor in host memory and with a storage of its own: a view would be stored with all that it views."""
     if isinstance(value, torch.Tensor):
         here = value.detach().cpu()
         return here.clone() if here.untyped_storage().nbytes() != here.nbytes else here
     if isinstance(value, dict):
-        return {key: _own(entry) for key, entry in value.items()}
+        return {key: own(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_own(entry) for entry in value)
+        return type(value)(own(entry) for entry in value)
     return value

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Any
+
+from megatron_ft.log import logger
+
+log = logger("training")
 
 METRICS = "metrics.jsonl"
 
@@ -20,7 +25,7 @@ class Hook:
 
 
 class MetricsFile(Hook):
-    """One JSON object a line, flushed at once; resumed runs append."""
+    """One JSON object a line, flushed at once; resumed runs append. A disk that refuses is said once and does not end the run."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,5 +45,14 @@ class MetricsFile(Hook):
 
     def _write(self, iteration: int, metrics: dict[str, Any]) -> None:
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in metrics.items()}
-        self.file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
-        self.file.flush()
+        if self.file.closed:
+            return
+        try:
+            self.file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            log.warning(
+                f"{self.file.name}: {(error.strerror or str(error)).lower()}; no more metrics are written there"
+            )
+            with contextlib.suppress(OSError):  # what is still to be flushed is refused again
+                self.file.close()

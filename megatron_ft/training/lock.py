@@ -6,6 +6,7 @@ Background writers share it, so that a folder is free only when the last process
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from megatron_ft.errors import CheckpointError
+from megatron_ft.errors import CheckpointError, PassingFault
 from megatron_ft.log import logger
 from megatron_ft.parallel import Layout
 from megatron_ft.together import raise_together
@@ -26,25 +27,30 @@ log = logger("checkpoint")
 LOCK = ".lock"
 _PATIENCE = 5.0
 """Seconds that a job which was just killed has for its last process to end."""
+_PATIENCE_WITH_OURSELVES = 120.0
+"""The same for an earlier start of this very SLURM job, which the scheduler has ended or is about to."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
 class FolderLock:
     """A context manager, on all ranks together. Raises CheckpointError on all where another job holds the folder, or it cannot be
-    written.
+    written. A folder that it made is gone again if nothing came into it.
     """
 
     def __init__(self, root: Path, layout: Layout):
         self.root, self.layout = Path(root), layout
         self._file: IO | None = None
+        self._made = False
 
     def __enter__(self) -> FolderLock:
         problem = None
         if self.layout.is_main:
             try:
+                self._made = not self.root.exists()
                 self.root.mkdir(parents=True, exist_ok=True)
-                self._file = _acquire(self.root / LOCK)
-                sweep(self.root)
+                self._file, locked = _acquire(self.root / LOCK)
+                if locked:
+                    sweep(self.root)
             except (CheckpointError, OSError) as error:
                 problem = error
         raise_together(problem)
@@ -53,42 +59,63 @@ class FolderLock:
     def __exit__(self, *_) -> None:
         if self._file:
             self._file.truncate(0)
+            if self._made and [path.name for path in self.root.iterdir()] == [LOCK]:
+                with contextlib.suppress(OSError):
+                    (self.root / LOCK).unlink()
+                    self.root.rmdir()
             self._file.close()
 
 
-def _acquire(path: Path) -> IO:
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for the whole run
-    deadline = time.monotonic() + _PATIENCE
+def _acquire(path: Path) -> tuple[IO, bool]:
+    """(the lock file, whether it is locked: some file systems cannot). Raises CheckpointError where another job holds it."""
+    started = time.monotonic()
     while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        locked = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # else its holder took it away with the folder
+                locked = True
+                break
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 log.warning(f"{path.parent} lies where files cannot be locked: take care that no other job saves there")
                 break
-            if time.monotonic() > deadline:
-                holder = _holder(file)
+            holder = _holder(file)
+            ours = holder.get("job") is not None and holder["job"] == os.environ.get("SLURM_JOB_ID")
+            if time.monotonic() - started > (_PATIENCE_WITH_OURSELVES if ours else _PATIENCE):
                 file.close()
-                raise CheckpointError(
-                    f"{path.parent} is in use by another job{holder}: give this one a --save folder of its own, or end that one first"
-                ) from error
+                raise _in_use(path.parent, holder, ours) from error
+        file.close()
         time.sleep(0.2)
     file.truncate(0)
     json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}, file)
     file.flush()
-    return file
+    return file, locked
 
 
-def _holder(file: IO) -> str:
-    """Who says to hold it: " (process 12 on node3)"."""
+def _holder(file: IO) -> dict:
+    """Who says to hold it: pid, host, job; {} where nobody does."""
     file.seek(0)
     try:
         said = json.loads(file.read())
-        job = f", job {said['job']}" if said.get("job") else ""
-        return f" (process {said['pid']} on {said['host']}{job})"
+        return {"pid": said["pid"], "host": said["host"], "job": said.get("job")}
     except (ValueError, KeyError, TypeError):
-        return ""
+        return {}
+
+
+def _in_use(root: Path, holder: dict, ours: bool) -> CheckpointError:
+    job = f", job {holder['job']}" if holder.get("job") else ""
+    who = f" (process {holder['pid']} on {holder['host']}{job})" if holder else ""
+    if ours:  # this job was started again while a part of its last start still lives
+        return PassingFault(
+            f"{root} is still in use by an earlier start of this job{who}: end that process, then start again"
+        )
+    return CheckpointError(
+        f"{root} is in use by another job{who}: give this one a --save folder of its own, or end that one first"
+    )
 
 
 def sweep(root: Path) -> None:

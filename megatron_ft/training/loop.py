@@ -70,7 +70,12 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 )
             stopping = stop.agreed(progress.iteration)
             last = progress.iteration == run.train_iters
-            if run.valid_set and not stopping and (last or _due(progress.iteration, run.eval_interval)):
+            if (
+                run.valid_set
+                and run.eval_iters
+                and not stopping
+                and (last or _due(progress.iteration, run.eval_interval))
+            ):
                 _evaluate(run, progress)
             if run.saver:
                 _save(run, progress, due=_due(progress.iteration, run.save_interval), leaving=last or stopping)

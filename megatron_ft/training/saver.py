@@ -13,6 +13,7 @@ writers the same happens at the first step after the last of them is done.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_ft import device
 from megatron_ft.digests import Entry, write_manifest
-from megatron_ft.errors import UserError
+from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import replace_folder, temporary_name
 from megatron_ft.log import logger
 from megatron_ft.models.checkpoint_layout import find_checkpoint, iteration_folder, iterations_in, write_tracker
@@ -31,6 +32,9 @@ from megatron_ft.together import raise_together
 from megatron_ft.training.writing import Forked, Here, Part, Written
 
 log = logger("checkpoint")
+
+_PATIENCE = 10.0
+"""Seconds that a shared disk has to show what another machine wrote."""
 
 
 class Plan(NamedTuple):
@@ -129,6 +133,7 @@ class Saver:
                 digests = pending.plan.finish([rank.places for rank in everyone])
                 for rank in everyone:
                     digests |= rank.digests
+                _check_there(pending.folder, digests)
                 write_manifest(pending.folder, digests)
                 replace_folder(pending.folder, target, overwrite=True)
                 write_tracker(self.root, pending.iteration)
@@ -170,6 +175,20 @@ class Saver:
                 if names[number] != tracked.name and not (self.keep.every and number % self.keep.every == 0):
                     _remove(self.root / names[number])
         dist.barrier()
+
+
+def _check_there(folder: Path, entries: dict[str, Entry]) -> None:
+    """Raises CheckpointError unless the main rank sees every rank's files: what lies on another machine's own disk is no checkpoint."""
+    deadline = time.monotonic() + _PATIENCE
+    for name, entry in entries.items():
+        path = folder / name
+        while not (path.is_file() and path.stat().st_size == entry.bytes):
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{path} was written by a process, and the first one does not see it: --save has to lie on a disk that all "
+                    f"machines share"
+                )
+            time.sleep(0.2)
 
 
 class _Pending(NamedTuple):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from typing import Any
 import torch
 
 from megatron_ft.digests import Entry, digest_files
-from megatron_ft.errors import CheckpointError
+from megatron_ft.errors import CheckpointError, PassingFault, UserError
 from megatron_ft.together import refusal
 
 _PR_SET_PDEATHSIG = 1
+_PATIENCE = 10.0
+"""Seconds in which a killed writer ends, unless the system keeps it waiting for a disk that does not answer."""
 
 
 @dataclass
@@ -48,15 +51,32 @@ class Written:
 
 
 def write(part: Part) -> Written:
-    """Write all files of a part, flushed to the disk. Raises OSError where the disk refuses."""
+    """Write all files of a part, flushed to the disk. Raises OSError where the disk refuses, CheckpointError where there is no such
+    folder.
+    """
+    if not part.folder.is_dir():  # made by the main rank: not to be made again, on another disk
+        raise CheckpointError(
+            f"{part.folder.parent} is not the folder that the first process writes to: --save has to lie on a disk that all machines share"
+        )
     for name, put in part.put.items():
         path = part.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        put(path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            put(path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     places = _write_buckets(part)
     return Written(digest_files(part.folder, [*part.put, *(name for _, name, _ in part.buckets)]), places)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError from within says of which file it speaks: one from a write does not know."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def save_tensors(value: Any, path: Path) -> None:
@@ -91,7 +111,8 @@ def _write_buckets(part: Part) -> list:
         FileSystemWriterAsync.write_preloaded_data(part.transforms, number, bucket, answers, pending, use_fsync=True)
         _, found = answers.get()
         if isinstance(found, Exception):
-            raise _what_the_disk_said(found, Path(bucket[0])) from found
+            with _named(Path(bucket[0])):
+                raise _what_the_disk_said(found, Path(bucket[0])) from found
         places += found
     return places
 
@@ -136,17 +157,17 @@ class Forked:
             self._receive()
 
     def abandon(self) -> None:
-        """Kill the writer; what it wrote is not believed by anyone."""
+        """Kill the writer; what it wrote is not believed by anyone. One that a disk holds fast is not waited for."""
         if self._process.is_alive():
             os.kill(self._process.pid, signal.SIGKILL)
-        self._process.join()
+        self._process.join(_PATIENCE)
 
     def _receive(self) -> None:
         try:
             found = self._answer.recv()
         except EOFError:
             self._process.join()
-            found = CheckpointError(
+            found = PassingFault(
                 f"the process that wrote a checkpoint in the background ended with {_ending(self._process.exitcode)}: "
                 f"earlier checkpoints are intact; run again with --auto_resume (without --async_save if it was short of memory)"
             )
@@ -163,8 +184,11 @@ def _serve(part: Part, answer) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    gc.disable()  # what the trainer had on a GPU cannot be taken down from here
     try:
         found: Any = write(part)
+    except UserError as error:
+        found = error
     except OSError as error:
         found = refusal(error)
     except Exception as error:

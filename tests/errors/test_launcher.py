@@ -15,7 +15,7 @@ import pytest
 
 from megatron_ft.config.sections import Launching
 from megatron_ft.errors import ConfigError
-from megatron_ft.launch.places import places
+from megatron_ft.launch.places import is_rank, join_srun, places
 from megatron_ft.launch.stacks import is_waiting
 from megatron_ft.launch.supervise import exit_code
 from tests.errors.conftest import ROOT, copy, cut, finetune
@@ -175,17 +175,19 @@ def test_one_exit_code_for_all(codes, asked, expected):
 
 
 def test_who_is_who(monkeypatch):
-    for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     alone = places(Launching(nproc_per_node=4))
     assert (alone.world_size, alone.address) == (4, "localhost") and alone.port > 0
-    with pytest.raises(ConfigError, match="needs --master_addr and --master_port"):
+    with pytest.raises(ConfigError, match="--nnodes 4 needs --node_rank, another one on every machine: 0 to 3"):
         places(Launching(nproc_per_node=8, nnodes=4))
+    with pytest.raises(ConfigError, match="needs --master_addr and --master_port"):
+        places(Launching(nproc_per_node=8, nnodes=4, node_rank=0))
     with pytest.raises(ConfigError, match="numbered from 0 to 3"):
         places(Launching(nproc_per_node=8, nnodes=4, node_rank=4, master_addr="a", master_port=1))
     for name, value in {
         "SLURM_PROCID": 2,
-        "SLURM_NNODES": 4,
+        "SLURM_STEP_NUM_NODES": 4,
         "SLURM_NODEID": 2,
         "MASTER_ADDR": "n0",
         "MASTER_PORT": 29500,
@@ -193,6 +195,28 @@ def test_who_is_who(monkeypatch):
         monkeypatch.setenv(name, str(value))
     third = places(Launching(nproc_per_node=8)).environment(5)
     assert third["RANK"] == "21" and third["WORLD_SIZE"] == "32" and third["MASTER_ADDR"] == "n0"
+
+
+def test_what_srun_started_are_ranks(monkeypatch):
+    """One task a GPU under srun, no launcher: they are one run, not as many alone; a batch script itself is no rank."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "x")  # to be put back
+        monkeypatch.delenv(name)
+    tasks = {"SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_NTASKS": 8, "SLURM_JOB_ID": 31}
+    for name, value in tasks.items():
+        monkeypatch.setenv(name, str(value))
+    join_srun(Launching())
+    assert not is_rank()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    join_srun(Launching(nproc_per_node=4))
+    assert not is_rank()
+    with pytest.raises(ConfigError, match="8 processes on 2 machines, and MASTER_ADDR is not set"):
+        join_srun(Launching())
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+    join_srun(Launching())
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["5", "8", "1", "localhost", "20031"]
 
 
 def test_a_stack_that_waits_for_others(tmp_path):

@@ -91,6 +91,16 @@ def test_a_mistake_is_not_requeued(tmp_path):
     assert len(starts(tmp_path)) == 2
 
 
+def test_a_mistake_found_by_one_node_first(tmp_path):
+    """srun ends the other node, and reports that one's code: the highest. The mistake is still the job's."""
+    body = """[ "$SLURM_NODEID" = 0 ] && { sleep 0.5; : > "$MEGATRON_FT_MISTAKE"; exit 2; }
+    trap 'exit 143' TERM
+    while :; do sleep 0.1; done"""
+    done = submit(tmp_path, body, timeout=60)
+    assert done.returncode == 2 and "not requeued" in done.stdout, done.stdout
+    assert len(starts(tmp_path)) == 2
+
+
 def test_three_restarts_without_progress(tmp_path):
     """A run that dies before its first save: started four times in all, then given up with a code of its own."""
     done = submit(tmp_path, "exit 1", timeout=120)

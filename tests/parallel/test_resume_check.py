@@ -28,6 +28,12 @@ def test_the_same_layout_is_the_same_to_the_bit(run, four_ranks, shards):
     )
 
 
+def test_a_run_that_was_to_end_where_it_is(run, four_ranks, shards):
+    """Its --train_iters are done: the schedule of all three runs then ends where the check does."""
+    said = four_ranks.run(check, str(run), shards, {"train_iters": 2})[0]
+    assert said["error"] is None and "to the bit" in said["out"]
+
+
 def test_another_layout_is_close(run, four_ranks, shards):
     there = {"resume_tensor_model_parallel_size": 4, "resume_pipeline_model_parallel_size": 1}
     said = four_ranks.run(check, str(run), shards, there)[0]
@@ -50,13 +56,16 @@ DROPOUTS = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
 def check(load, shards, settings, forget=None):
-    """resume-check over four steps, as a rank; {"error", "out"}. forget: what resuming leaves out."""
+    """resume-check over four steps, as a rank; {"error", "out"}. settings: the check's own, and train_iters. forget: what resuming
+    leaves out.
+    """
     from megatron_ft.commands import resume_check
     from megatron_ft.training import checkpoint, loop
 
+    settings = dict(settings)
     values = {
         "load": load, "data_path": [shards], "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
-        "seq_length": SEQ_LENGTH, "global_batch_size": 8, "train_iters": 12, "lr": 1e-3,
+        "seq_length": SEQ_LENGTH, "global_batch_size": 8, "train_iters": settings.pop("train_iters", 12), "lr": 1e-3,
         "hidden_dropout": 0.1, "attention_dropout": 0.0 if settings else 0.1,
     }  # fmt: skip
     sections = [kind(**{k: v for k, v in values.items() if k in kind.__dataclass_fields__}) for kind in TRAINING]

@@ -5,13 +5,13 @@ import logging
 
 import pytest
 
-from megatron_ft.config.sections import Data, Kernels, Model, Numerics
+from megatron_ft.config.sections import Data, Kernels, Model, Numerics, Optimizer
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.models.kernels import Machine, choose
 from megatron_ft.models.rope import extend
-from megatron_ft.training.agreement import check_model_flags, report_kernels, warn_of_other_rows
+from megatron_ft.training.agreement import check_model_flags, report_kernels, tell_changes
 
 ARCH = Architecture(
     family="llama", num_layers=4, hidden_size=64, ffn_hidden_size=160, num_attention_heads=8, num_query_groups=4,
@@ -82,12 +82,26 @@ def test_resuming_with_other_rows_is_said(tmp_path, caplog):
     saved = Data(data_path=["a"], seq_length=64)
     (tmp_path / "training.yaml").write_text(write_sections([saved]))
     with caplog.at_level(logging.WARNING):
-        warn_of_other_rows(tmp_path / "training.yaml", saved)
-        warn_of_other_rows(tmp_path / "nothing.yaml", saved)
+        tell_changes(tmp_path / "training.yaml", saved)
+        tell_changes(tmp_path / "nothing.yaml", saved)
     assert not caplog.messages
     with caplog.at_level(logging.WARNING):
-        warn_of_other_rows(tmp_path / "training.yaml", dataclasses.replace(saved, seq_length=32, seed=7))
+        tell_changes(tmp_path / "training.yaml", dataclasses.replace(saved, seq_length=32, seed=7))
     assert len(caplog.messages) == 2 and "--seq_length 32, saved with 64" in caplog.text
+
+
+def test_resuming_with_other_settings_is_said(tmp_path, caplog):
+    from megatron_ft.config.cli import write_sections
+
+    saved = tmp_path / "training.yaml"
+    saved.write_text(write_sections([Data(), Optimizer(lr=1e-3), Numerics(hidden_dropout=0.1)]))
+    with caplog.at_level(logging.INFO):
+        tell_changes(saved, Data(), Optimizer(lr=1e-3), Numerics(hidden_dropout=0.1))
+        assert not caplog.messages
+        tell_changes(saved, Data(), Optimizer(lr=1e-5), Numerics())
+    assert caplog.messages == ["changed since the checkpoint: --lr 0.001 -> 1e-05, --hidden_dropout 0.1 -> 0.0"]
+    saved.write_text("a: [1")
+    tell_changes(saved, Data(), Optimizer(), Numerics())
 
 
 def test_kernels_are_logged_once_and_flags_without_effect_named(caplog):
