@@ -129,6 +129,8 @@ def prepare_engine() -> None:
 
     Raises ConfigError when the installed megatron-core is of a release this file was not checked against.
     """
+    # torch's C++ warns of every connection that another process's end closes, with its own stack. Read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import megatron.core

@@ -116,6 +116,27 @@ def test_one_rank_is_silent(what, message, shop, tmp_path):
     assert done.seconds < 2 * 6 + 5 + SLACK  # a wait may begin when another one ends
 
 
+def test_ctrl_c(shop, tmp_path):
+    """The terminal tells the launcher and the ranks: one line, no diagnosis, no stack, and everybody is gone at once."""
+    done = trouble("[os.kill(pid, signal.SIGINT) for pid in (os.getppid(), os.getpid())]", tmp_path, shop)
+    assert done.code == 130
+    assert done.err.count("megatron-ft finetune: stopped by Ctrl-C") == 1
+    assert not any(words in done.err for words in ("Traceback", "frame #", ": error: ")), done.err
+    assert done.seconds < 5 + SLACK
+
+
+def test_logs_that_cannot_be_written(shop, tmp_path):
+    """A full disk takes no more of rank 0's log, nor the metrics: said once each, and the run goes on to its end."""
+    for name in ("logs/rank-000.log", "run/metrics.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to("/dev/full")
+    words = finetune(shop, shop.split, None, None, *layout(2, 2), "--nproc_per_node", 4, iters=2)
+    done = start(PLAIN, *words, "--log_dir", tmp_path / "logs", "--run_dir", tmp_path / "run", "--no_report")
+    assert done.code == 0, done.err
+    assert done.err.count("rank-000.log: no space left on device; no more is logged there") == 1
+    assert done.err.count("metrics.jsonl: no space left on device; no more metrics are written there") == 1
+
+
 def test_one_rank_raises_before_any_collective(shop, tmp_path):
     """A file of one rank is damaged: its line alone, exit code 2, and nobody waits for the timeout of half an hour."""
     broken = copy(shop.split, tmp_path / "broken")
