@@ -101,7 +101,6 @@ def run(
     recompute_groups_fit(numerics, [len(chunk) for stage in split.chunks for chunk in stage])
     if not _starts_anew(described, checkpointing):
         check_training_state(source, described)
-        agreement.tell_changes(source / SETTINGS, data, batch, parallel, optimizer, numerics)
     train_set, valid_set = datasets.make_datasets(data, described)
     described = datasets.with_chat_format(described, train_set)
     if starts and (code := launch(starts, launching.log_dir, prepare_engine)) is not None:
@@ -178,6 +177,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
         progress = checkpoint.Progress(samples_hash=consumed.beginning(train_set))
     else:
         progress = checkpoint.resume(source, described, setup.bare(model), adam, schedule, layout, data.seed)
+        agreement.tell_changes(source / SETTINGS, data, batch, parallel, optimizer, numerics)
         kept = consumed.check_resumed(progress.samples_hash, train_set, progress.consumed_samples)
         progress = dataclasses.replace(progress, samples_hash=kept)
     if settings.launching.dry_run:

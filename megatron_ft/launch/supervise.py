@@ -74,6 +74,8 @@ def supervise(ranks: Sequence[Rank], folder: Path, asked: Asked, relay: Relay) -
         _say_who(ranks, folder, asked)
     codes = [1 if rank.killed else rank.code or 0 for rank in ranks]
     if signal.SIGINT in asked.ever and any(codes) and 2 not in codes:
+        if launched.claim(folder):  # no rank came to say so
+            print("megatron-ft: stopped by Ctrl-C", file=sys.stderr, flush=True)
         return 130
     return exit_code(codes, bool(asked.ever - {signal.SIGINT}))
 

@@ -51,8 +51,6 @@ class MetricsFile(Hook):
             self.file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
             self.file.flush()
         except OSError as error:
-            log.error(
-                f"{self.file.name}: {(error.strerror or str(error)).lower()}; no more metrics are written there"
-            )
+            log.error(f"{self.file.name}: {(error.strerror or str(error)).lower()}; no more metrics are written there")
             with contextlib.suppress(OSError):  # what is still to be flushed is refused again
                 self.file.close()

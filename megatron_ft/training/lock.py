@@ -70,15 +70,19 @@ def _acquire(path: Path) -> tuple[IO, bool]:
     """(the lock file, whether it is locked: some file systems cannot). Raises CheckpointError where another job holds it."""
     started = time.monotonic()
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        try:
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        except FileNotFoundError:  # its holder took it away, with the folder that it had made
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         locked = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # else its holder took it away with the folder
+            if path.exists() and os.path.samestat(
+                os.fstat(file.fileno()), os.stat(path)
+            ):  # else it was taken away meanwhile
                 locked = True
                 break
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 log.warning(f"{path.parent} lies where files cannot be locked: take care that no other job saves there")

@@ -110,7 +110,7 @@ def test_our_bug_is_a_traceback_and_exit_code_1():
 
 def test_stopped_by_the_user_is_130():
     done = script("--name", "stop")
-    assert (done.returncode, done.stderr) == (130, "megatron-ft try: stopped\n")
+    assert (done.returncode, done.stderr) == (130, "megatron-ft try: stopped by Ctrl-C\n")
 
 
 def test_a_command_s_own_exit_code():

@@ -120,7 +120,7 @@ def test_ctrl_c(shop, tmp_path):
     """The terminal tells the launcher and the ranks: one line, no diagnosis, no stack, and everybody is gone at once."""
     done = trouble("[os.kill(pid, signal.SIGINT) for pid in (os.getppid(), os.getpid())]", tmp_path, shop)
     assert done.code == 130
-    assert done.err.count("megatron-ft finetune: stopped by Ctrl-C") == 1
+    assert done.err.count(": stopped by Ctrl-C") == 1
     assert not any(words in done.err for words in ("Traceback", "frame #", ": error: ")), done.err
     assert done.seconds < 5 + SLACK
 
