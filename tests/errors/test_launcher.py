@@ -130,7 +130,7 @@ def test_logs_that_cannot_be_written(shop, tmp_path):
     for name in ("logs/rank-000.log", "run/metrics.jsonl"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).symlink_to("/dev/full")
-    words = finetune(shop, shop.split, None, None, *layout(2, 2), "--nproc_per_node", 4, iters=2)
+    words = finetune(shop, shop.dist, None, None, "--nproc_per_node", 1, iters=2)
     done = start(PLAIN, *words, "--log_dir", tmp_path / "logs", "--run_dir", tmp_path / "run", "--no_report")
     assert done.code == 0, done.err
     assert done.err.count("rank-000.log: no space left on device; no more is logged there") == 1
@@ -160,7 +160,7 @@ def test_time_limit_then_on_to_an_interval(shop, tmp_path):
     words = finetune(
         shop, shop.split, None, tmp_path / "run", *layout(2, 2), "--nproc_per_node", 4, "--auto_resume", iters=1000
     )
-    done = start(PLAIN, *words, "--exit_duration_in_mins", 0.02)
+    done = start(PLAIN, *words, "--exit_duration_in_mins", 0.15)
     assert done.code == 75 and "stopped by its time limit at iteration" in done.err, done.err
     iteration = int((tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text())
     done = start(PLAIN, *words, "--exit_interval", 2, "--log_dir", tmp_path / "logs")

@@ -9,7 +9,9 @@ LAYOUTS = [pytest.param((4, 1), marks=pytest.mark.thorough), (1, 4), (2, 2), (2,
 """TP x PP on four processes; what is left is data parallel: TP4, PP4, TP2xPP2, TP2xDP2, DP4."""
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["packed", "unpacked"])
+@pytest.fixture(
+    scope="module", params=[True, pytest.param(False, marks=pytest.mark.thorough)], ids=["packed", "unpacked"]
+)
 def reference(request, one_rank, checkpoint, shards, tmp_path_factory):
     """(packing, folder with the metrics of one process)."""
     folder = tmp_path_factory.mktemp("one")

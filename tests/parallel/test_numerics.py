@@ -13,7 +13,11 @@ from tests.ranks import RankFailed, Ranks
 FP16 = {"fp16": True, "initial_loss_scale": 2.0**30, "hysteresis": 1, "lr_warmup_iters": 0, "lr": 1e-3}
 
 
-@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed-optimizer"])
+@pytest.mark.parametrize(
+    "distributed_optimizer",
+    [pytest.param(False, marks=pytest.mark.thorough), True],
+    ids=["plain", "distributed-optimizer"],
+)
 def test_fp16_finds_its_scale_and_trains(distributed_optimizer, one_rank, four_ranks, checkpoint, shards, tmp_path):
     """Too high a scale overflows, halves, and costs steps that do not count as broken; then losses are those of fp32, nearly."""
     settings = FP16 | {"train_iters": 24, "max_skipped_iters": 1, "use_distributed_optimizer": distributed_optimizer}
@@ -32,7 +36,11 @@ def test_fp16_finds_its_scale_and_trains(distributed_optimizer, one_rank, four_r
         np.testing.assert_allclose(half, full, rtol=tolerance)
 
 
-@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed-optimizer"])
+@pytest.mark.parametrize(
+    "distributed_optimizer",
+    [pytest.param(False, marks=pytest.mark.thorough), True],
+    ids=["plain", "distributed-optimizer"],
+)
 def test_fp16_resumes_to_the_bit(distributed_optimizer, four_ranks, checkpoint, shards, tmp_path):
     """The scale, and how long it has held, come back: after the stop it rises in the same step as without one."""
     settings = FP16 | {
