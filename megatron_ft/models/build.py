@@ -135,8 +135,21 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         variable_seq_lengths=options.variable_seq_lengths,
         moe_token_dispatcher_type="alltoall",  # no experts here, but the engine's default refuses variable lengths
         overlap_p2p_comm=options.overlap_p2p,
-        batch_p2p_comm=device.has_gpu() and not options.overlap_p2p,
+        batch_p2p_comm=_batches_exchanges(layout, options),
+        batch_p2p_sync=False,  # a wait for the whole device after every exchange; needed by torch before 1.13 only
     )
+
+
+def _batches_exchanges(layout: Layout, options: BuildOptions) -> bool:
+    """Return whether a stage's sends and receives go to NCCL as one group.
+
+    Sends and receives between the same two processes are matched in the order in which they are posted. With two interleaved
+    stages the previous and the next stage are the same process, which posts "to previous, from previous, to next, from next": the
+    two processes' orders do not match, and activations arrive as gradients. Posted one by one, the engine takes a group for each
+    direction. Over gloo they are always posted one by one.
+    """
+    same_neighbour = layout.pp_size == 2 and layout.vp_size > 1
+    return device.has_gpu() and not options.overlap_p2p and not same_neighbour
 
 
 def _softmax_scale(arch: Architecture) -> float | None:
