@@ -244,4 +244,5 @@ def _block_spec(
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     layer.module = ParallelBlock if arch.parallel_block else RowLayer
+    layer.params = layer.params | {"fused": bool(kernels and kernels.fused)}
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

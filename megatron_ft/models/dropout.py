@@ -21,8 +21,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_ft import device
-
 _WRAP = 1 << 32
 
 
@@ -49,20 +47,48 @@ def _mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def kept(keys: Tensor, channels: int, place: int, p: float) -> Tensor:
-    """Which entries stay, [s, b, channels] bool. keys [2, s, b]; place: a number for the layer and its residual add."""
-    first, second = (int(half) for half in token_keys(place, np.zeros(1), 1).ravel())
+@dataclass(frozen=True)
+class Place:
+    """One residual add's numbers, made on the host: the compiled kernel below takes them as plain arguments, so that it is
+    compiled once for all layers and rates.
+    """
+
+    first: int
+    second: int
+    """The place's two words, int32: mixed into the halves of every token's key."""
+    floor: int
+    """int32: entries whose bits are below are dropped."""
+    scale: float
+    """1 / (1 - p)"""
+
+
+@functools.lru_cache(maxsize=4096)
+def place_of(number: int, p: float) -> Place:
+    """Return the numbers of the residual add `number` (0: the embedding) at rate p, 0 <= p < 1."""
+    first, second = (int(half) for half in token_keys(number, np.zeros(1), 1).ravel())
+    return Place(first, second, round(p * _WRAP) - _WRAP // 2, 1 / (1 - p))
+
+
+def kept(keys: Tensor, channels: int, number: int, p: float) -> Tensor:
+    """Return which entries stay, [s, b, channels] bool. keys [2, s, b]; number: of the residual add."""
+    place = place_of(number, p)
+    return _stays(keys, channel_bits(channels, keys.device), place.first, place.second, place.floor)
+
+
+def _stays(keys: Tensor, channels: Tensor, first: int, second: int, floor: int) -> Tensor:
+    """channels [h]: channel_bits; the rest: see Place."""
     token = _mix32(keys[0] ^ first)[..., None]
-    bits = token ^ _channel_bits(channels, keys.device)
+    bits = token ^ channels
     bits *= _signed(0x7FEB352D)
     bits ^= (bits >> 15) & 0x1FFFF
     bits += _mix32(keys[1] ^ second)[..., None]
     bits *= _signed(0x846CA68B)
-    return bits >= round(p * _WRAP) - _WRAP // 2  # the high bits are the best mixed ones, and decide
+    return bits >= floor  # the high bits are the best mixed ones, and decide
 
 
 @functools.cache
-def _channel_bits(channels: int, where: torch.device) -> Tensor:
+def channel_bits(channels: int, where: torch.device) -> Tensor:
+    """Return a hash of each channel's number, [channels] int32."""
     return _mix32(torch.arange(1, channels + 1, dtype=torch.int32, device=where))
 
 
@@ -77,21 +103,27 @@ def _signed(word: int) -> int:
     return word - _WRAP if word >= _WRAP // 2 else word
 
 
-def dropped(x: Tensor, keys: Tensor, place: int, p: float) -> Tensor:
-    """x [s, b, h] with entries dropped at rate p and the others scaled by 1 / (1 - p)."""
-    if p >= 1:
-        return x * 0
-    return torch.where(kept(keys, x.shape[-1], place, p), x, x.new_zeros(())) * (1 / (1 - p))
+def _dropped(x: Tensor, keys: Tensor, channels: Tensor, first: int, second: int, floor: int, scale: float) -> Tensor:
+    return torch.where(_stays(keys, channels, first, second, floor), x, x.new_zeros(())) * scale
 
 
-def _dropped_add(x: Tensor, residual: Tensor, keys: Tensor, place: int, p: float) -> Tensor:
-    return residual + dropped(x, keys, place, p)
+def _dropped_add(
+    x: Tensor, residual: Tensor, keys: Tensor, channels: Tensor, first: int, second: int, floor: int, scale: float
+) -> Tensor:
+    return residual + _dropped(x, keys, channels, first, second, floor, scale)
 
 
 @functools.cache
-def _joined() -> Callable[..., Tensor]:
-    """On a GPU one fused kernel, on a CPU the operations one by one."""
-    return torch.compile(_dropped_add, dynamic=True) if device.has_gpu() else _dropped_add
+def compiled_add() -> Callable[..., Tensor]:
+    """Return _dropped_add as one fused kernel, forward and backward."""
+    return torch.compile(_dropped_add, dynamic=True)
+
+
+def dropped(x: Tensor, keys: Tensor, number: int, p: float) -> Tensor:
+    """Return x [s, b, h] with entries dropped at rate p and the others scaled by 1 / (1 - p). number: of the residual add."""
+    if p >= 1:
+        return x * 0
+    return _dropped(x, keys, channel_bits(x.shape[-1], x.device), **vars(place_of(number, p)))
 
 
 class RowDropout(nn.Module):
@@ -111,12 +143,16 @@ class RowDropout(nn.Module):
 
 
 class RowLayer(TransformerLayer):
-    """The engine's layer with residual dropout by token keys. `hidden_dropout` is read at every call, as in the engine."""
+    """The engine's layer with residual dropout by token keys. `hidden_dropout` is read at every call, as in the engine.
+
+    fused: whether dropout and residual add are one compiled kernel (kernels.Choice.fused).
+    """
 
     keys: Tensor | None = None
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, fused: bool = False, **options):
         super().__init__(*args, **options)
+        self.fused = fused
         self.self_attn_bda = functools.partial(self._join, 0)
         self.mlp_bda = functools.partial(self._join, 1)
 
@@ -133,6 +169,10 @@ class RowLayer(TransformerLayer):
             if not (training and p):
                 return residual + x
             assert self.keys is not None, "dropout needs the microbatch's token keys (RowParams)"
-            return _joined()(x, residual, self.keys, 2 * self.layer_number + number, p)
+            place = 2 * self.layer_number + number
+            if p >= 1 or not self.fused:
+                return residual + dropped(x, self.keys, place, p)
+            channels = channel_bits(x.shape[-1], x.device)
+            return compiled_add()(x, residual, self.keys, channels, **vars(place_of(place, p)))
 
         return join
