@@ -62,6 +62,17 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if has_gpu() else None
 
 
+def capability() -> tuple[int, int]:
+    """The GPU's compute capability, as (major, minor). Only where there is one."""
+    import torch
+
+    return torch.cuda.get_device_capability()
+
+
+GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
+"""The module of apex (built with --cpp_ext --cuda_ext) that megatron-core asks for to fuse gradient accumulation."""
+
+
 def select(local_rank: int) -> None:
     """Bind this process to its GPU, by its rank on the machine. Nothing to do on a CPU."""
     if not has_gpu():

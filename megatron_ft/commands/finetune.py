@@ -63,7 +63,8 @@ def run(
     from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
-    from megatron_ft.models.kernels import check_context_parallel, machine
+    from megatron_ft.models.kernels import check_context_parallel
+    from megatron_ft.models.machine import glance
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.parallel import process_groups, world_size
     from megatron_ft.training import agreement, choosing, datasets
@@ -84,7 +85,7 @@ def run(
     check_training(checkpointing, data, batch, parallel, optimizer, numerics, logging, world_size=processes)
     overlaps_have_a_subject(kernels, parallel)
     if parallel.context_parallel_size > 1:
-        check_context_parallel(parallel, machine())
+        check_context_parallel(parallel, glance())
     # Whatever can be told without torch is told before the processes wait for each other.
     for flag, place in places_to_write(checkpointing, logging, launching).items():
         check_writable(flag, place)
@@ -151,6 +152,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     from megatron_ft.commands.report import write_at_end
     from megatron_ft.log import logger
     from megatron_ft.log import setup as log_to_file
+    from megatron_ft.models.build import attention_needs
     from megatron_ft.models.checkpoint_layout import vocab_rows
     from megatron_ft.models.kernels import choose, machine
     from megatron_ft.models.load import load_weights
@@ -186,7 +188,8 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
         log_to_file(file=folder / LOG)
     log.info(f"{layout} on {device.describe()}; weights from {source}")
     if layout.is_main:
-        agreement.report_kernels(kernels, choose(kernels, numerics, machine()), device.has_gpu())
+        choice = choose(kernels, numerics, machine(), attention_needs(described.architecture))
+        agreement.report_kernels(kernels, choice, device.has_gpu())
     if progress.iteration:
         log.info(f"resuming at iteration {progress.iteration}, {progress.consumed_samples} rows consumed")
     if progress.iteration >= batch.train_iters:

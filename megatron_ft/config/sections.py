@@ -227,7 +227,10 @@ class Kernels:
     use_flash_attn: bool = False
     """flash-attn for packed rows where it is installed, else torch's own flash attention"""
     fused_kernels: bool = True
-    """on a GPU, activation, loss and dropout compiled into one kernel each; --no_fused_kernels: torch's operations one by one"""
+    """on a GPU, activation, loss, rotary embedding and dropout compiled into one kernel each; --no_fused_kernels: torch's operations
+    one by one"""
+    gradient_accumulation_fusion: bool = True
+    """add weight gradients to their buffer within the matrix product, where apex's extension for it is installed (GPU)"""
     no_bias_gelu_fusion: bool = False
     """accepted as written in Megatron command lines: nothing is fused with a bias here"""
     no_bias_dropout_fusion: bool = False

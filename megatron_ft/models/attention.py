@@ -16,19 +16,22 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_ft.models.kernels import varlen_attention
+
 
 class SdpaAttention(MegatronModule):
     """A drop-in for megatron-core's DotProductAttention."""
 
     def __init__(
         self, config, layer_number, attn_mask_type, attention_type,
-        attention_dropout=None, softmax_scale=None, cp_comm_type=None, pg_collection=None, varlen=None,
+        attention_dropout=None, softmax_scale=None, cp_comm_type=None, pg_collection=None, kernels=None,
     ):  # fmt: skip
-        """varlen: what attends to all samples of a packed row at once (see kernels.py); None: one after another."""
+        """kernels: a kernels.Choice; None: torch's operations, packed samples one after another."""
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.attn_mask_type, self.varlen = attn_mask_type, varlen
+        self.attn_mask_type, self.kernels = attn_mask_type, kernels
+        self.varlen = varlen_attention(kernels) if kernels else None
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
 
@@ -79,6 +82,8 @@ class SdpaAttention(MegatronModule):
         return torch.cat(blocks, dim=2)
 
     def _sdpa(self, query, key, value, **mask):
+        if self.kernels and query.shape[1] != key.shape[1] and self.kernels.repeats(masked="attn_mask" in mask):
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         return scaled_dot_product_attention(
             query, key, value, scale=self.scale, dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=query.shape[1] != key.shape[1], **mask,

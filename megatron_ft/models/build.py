@@ -21,7 +21,7 @@ from megatron_ft import device
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.attention import SdpaAttention
 from megatron_ft.models.dropout import RowDropout, RowLayer
-from megatron_ft.models.kernels import Choice, varlen_attention
+from megatron_ft.models.kernels import Attention, Choice
 from megatron_ft.models.norms import NORMS
 from megatron_ft.models.parallel_block import ParallelBlock
 from megatron_ft.models.pipeline import PipelineSplit, plain_split
@@ -122,7 +122,7 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=bool(options.kernels and options.kernels.accumulates),
         masked_softmax_fusion=False,
         bias_activation_fusion=fused and arch.activation in ("swiglu", "geglu"),
         cross_entropy_loss_fusion=fused
@@ -150,6 +150,15 @@ def _batches_exchanges(layout: Layout, options: BuildOptions) -> bool:
     """
     same_neighbour = layout.pp_size == 2 and layout.vp_size > 1
     return device.has_gpu() and not options.overlap_p2p and not same_neighbour
+
+
+def attention_needs(arch: Architecture) -> Attention:
+    """Return what the model asks of an attention kernel."""
+    return Attention(
+        grouped=arch.num_query_groups != arch.num_attention_heads,
+        window=arch.sliding_window is not None,
+        scaled=_softmax_scale(arch) is not None,
+    )
 
 
 def _softmax_scale(arch: Architecture) -> float | None:
@@ -235,8 +244,7 @@ def _block_spec(
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = IdentityOp if arch.shared_norm else norm
     attention = layer.submodules.self_attention.submodules
-    varlen = varlen_attention(kernels) if kernels else None
-    attention.core_attention = ModuleSpec(module=SdpaAttention, params={"varlen": varlen})
+    attention.core_attention = ModuleSpec(module=SdpaAttention, params={"kernels": kernels})
     if config.context_parallel_size > 1:  # kernels.check_context_parallel has seen that it is installed
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 

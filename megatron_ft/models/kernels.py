@@ -6,25 +6,25 @@ packages, torch's own operations do. `doctor` prints the choice, training logs i
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_ft.config.sections import Kernels, Numerics, Parallelism
 from megatron_ft.errors import ConfigError
+from megatron_ft.models.machine import FLASH_CAPABILITY, Machine, dotted, machine, varlen_arguments
+
+__all__ = ["Attention", "Choice", "Machine", "check_context_parallel", "choose", "machine", "varlen_attention"]
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What choices depend on."""
+class Attention:
+    """What a model asks of an attention kernel."""
 
-    has_gpu: bool = False
-    flash_attn: bool = False
-    torch_varlen: bool = False
-    """torch.nn.attention.varlen, in torch 2.10 and later"""
-    transformer_engine: bool = False
-    apex: bool = False
-    """NVIDIA's, with its optimizers; another project of that name is on the package index"""
+    grouped: bool = True
+    """fewer key-value heads than query heads"""
+    window: bool = False
+    scaled: bool = False
+    """scores are scaled by something else than 1 / sqrt(head size)"""
 
 
 @dataclass(frozen=True)
@@ -34,76 +34,114 @@ class Choice:
     packed_attention: str
     """flash-attn, torch-varlen, or by-sample (scaled_dot_product_attention, once a sample)."""
     fused: bool
-    """Activation, loss and residual dropout as compiled kernels, each one pass over its data."""
+    """Activation, loss, rotary embedding and residual dropout as compiled kernels, each one pass over its data."""
     optimizer: str
+    accumulates: bool = False
+    """A weight's gradient is added to its buffer within the matrix product."""
+    repeats_heads: str = "never"
+    """Whether key-value heads are repeated for scaled_dot_product_attention, whose kernels without a matrix of n x n do not all
+    know grouped heads: never, masked (where there is a mask), always.
+    """
+    on_gpu: bool = False
     reasons: tuple[str, ...] = ()
     """What was asked for and is not used, and why."""
 
+    def repeats(self, masked: bool) -> bool:
+        """Return whether key-value heads are repeated in a call with (masked) or without a mask."""
+        return self.repeats_heads == "always" or (masked and self.repeats_heads == "masked")
+
     def lines(self) -> list[tuple[str, str]]:
-        """(what, by what) for people."""
+        """Return (what, by what) for people."""
         packed = {
             "flash-attn": "flash-attn, all samples of a row in one call",
             "torch-varlen": "torch's variable-length flash attention, all samples of a row in one call",
             "by-sample": "torch scaled_dot_product_attention, once a sample",
         }
+        kernel = "its memory-efficient kernel" if self.repeats_heads == "always" else "its flash kernel"
         compiled = "compiled by torch, one kernel each" if self.fused else "torch"
         return [
             (
                 "attention",
-                "torch scaled_dot_product_attention (its flash kernel where it has one); never a mask of n x n",
+                f"torch scaled_dot_product_attention ({kernel})"
+                if self.on_gpu
+                else "torch scaled_dot_product_attention",
             ),
             ("packed attention", packed[self.packed_attention]),
             ("norms", "torch"),
             ("activation, loss", compiled),
+            (
+                "weight gradients",
+                "added within the matrix product" if self.accumulates else "added to their buffer after it",
+            ),
             ("optimizer", self.optimizer),
         ]
 
 
-def machine() -> Machine:
-    """This one."""
-    from megatron_ft import device
-
-    return Machine(
-        has_gpu=device.has_gpu(),
-        flash_attn=_has("flash_attn"),
-        torch_varlen=_has("torch.nn.attention.varlen"),
-        transformer_engine=_has("transformer_engine"),
-        apex=_has("apex") and _has("apex.optimizers"),
-    )
-
-
-def _has(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
-
-
-def choose(kernels: Kernels, numerics: Numerics, here: Machine) -> Choice:
-    """Pure: the same answer for the same machine and flags."""
-    reasons = []
+def choose(kernels: Kernels, numerics: Numerics, here: Machine, attention: Attention = Attention()) -> Choice:
+    """Return what computes what. Pure: the same answer for the same machine, flags and model."""
+    packed, reasons = _packed_attention(kernels, numerics, here, attention)
     half = numerics.bf16 or numerics.fp16
-    packed = "by-sample"
-    if not here.has_gpu:
-        reasons += ["--use_flash_attn: this machine has no GPU"] if kernels.use_flash_attn else []
-    elif not half:
-        reasons += ["--use_flash_attn: flash kernels need --bf16 or --fp16"] if kernels.use_flash_attn else []
-    elif numerics.attention_dropout and not (kernels.use_flash_attn and here.flash_attn):
+    if here.has_gpu and kernels.fused_kernels and not here.compiles:
         reasons.append(
-            "--attention_dropout: torch's variable-length attention has none, so samples are attended one by one"
+            f"compiled kernels: {here.why_not('compiles')}; torch's operations are used one by one, which is slower"
         )
-    elif kernels.use_flash_attn and here.flash_attn:
-        packed = "flash-attn"
-    elif here.torch_varlen:
-        packed = "torch-varlen"
-        if kernels.use_flash_attn:
-            reasons.append("--use_flash_attn: flash-attn is not installed, torch's own flash attention is used")
+    if here.has_gpu and numerics.bf16 and here.capability < FLASH_CAPABILITY:
+        reasons.append(
+            f"--bf16: this GPU (compute capability {dotted(here.capability)}) has no units for it and will be slow: use --fp16"
+        )
     optimizer = "torch's fused AdamW"
     if here.transformer_engine:
         optimizer = "Transformer Engine's FusedAdam"
     elif here.apex:
         optimizer = "apex's FusedAdam"
-    return Choice(packed, here.has_gpu and kernels.fused_kernels, optimizer, tuple(reasons))
+    grouped = "always" if not (half and here.flash) else "masked"
+    return Choice(
+        packed,
+        fused=here.compiles and kernels.fused_kernels,
+        optimizer=optimizer,
+        accumulates=here.accumulates and kernels.gradient_accumulation_fusion,
+        repeats_heads=grouped if here.has_gpu else "never",
+        on_gpu=here.has_gpu,
+        reasons=tuple(reasons),
+    )
+
+
+def _packed_attention(
+    kernels: Kernels, numerics: Numerics, here: Machine, attention: Attention
+) -> tuple[str, list[str]]:
+    """Return the kernel, and why it is not the one that was asked for."""
+    half = numerics.bf16 or numerics.fp16
+    if not here.has_gpu:
+        return "by-sample", ["--use_flash_attn: this machine has no GPU"] if kernels.use_flash_attn else []
+    if not half:
+        return "by-sample", ["--use_flash_attn: flash kernels need --bf16 or --fp16"] if kernels.use_flash_attn else []
+    if not here.flash:
+        found = dotted(here.capability)
+        return "by-sample", [
+            f"flash kernels need compute capability 8.0, this GPU has {found}: samples are attended one by one"
+        ]
+    if kernels.use_flash_attn and here.flash_attn:
+        return "flash-attn", []
+    reasons = []
+    if kernels.use_flash_attn:
+        reasons.append(f"--use_flash_attn: flash-attn is {here.why_not('flash_attn')}; torch's own attention is used")
+    if numerics.attention_dropout:
+        why = "--attention_dropout: torch's variable-length attention has none"
+    else:
+        why = _varlen_lacks(here, attention)
+    if why is None:
+        return "torch-varlen", reasons
+    return "by-sample", [*reasons, f"{why}, so samples are attended one by one"]
+
+
+def _varlen_lacks(here: Machine, attention: Attention) -> str | None:
+    """Return what torch's variable-length attention cannot do of what the model asks; None: it can all."""
+    if not here.varlen:
+        return "this torch has no variable-length attention (2.10 has)"
+    asked = {"enable_gqa": attention.grouped, "window_size": attention.window, "scale": attention.scaled}
+    if lacking := [name for name, needed in asked.items() if needed and name not in here.varlen]:
+        return f"the variable-length attention of this torch has no {', '.join(lacking)} (2.12 has)"
+    return None
 
 
 def check_context_parallel(parallel: Parallelism, here: Machine) -> None:
@@ -135,11 +173,17 @@ def _flash_attn(query, key, value, boundaries, longest, scale, window, dropout):
 
 
 def _torch_varlen(query, key, value, boundaries, longest, scale, window, dropout):
+    """By the installed torch's signature: 2.10 has is_causal, no scale and no window; 2.11 no enable_gqa; 2.12 all of them.
+
+    `choose` has seen that what the model needs can be said.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     assert not dropout, "torch's variable-length attention has no dropout"
-    left = -1 if window is None else window - 1
-    return varlen_attn(
-        query, key, value, boundaries, boundaries, longest, longest, scale=scale, window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    known, left = varlen_arguments(), -1 if window is None else window - 1
+    asked: dict[str, object] = {"window_size": (left, 0)} if "window_size" in known else {"is_causal": True}
+    if "scale" in known:
+        asked["scale"] = scale
+    if "enable_gqa" in known:
+        asked["enable_gqa"] = query.shape[1] != key.shape[1]
+    return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **asked)

@@ -8,7 +8,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_ft.config.sections import Data, Kernels, Numerics, Parallelism
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.build import BuildOptions, build_chunks
+from megatron_ft.models.build import BuildOptions, attention_needs, build_chunks
 from megatron_ft.models.kernels import choose, machine
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.parallel import Layout
@@ -39,7 +39,7 @@ def make_model(
         variable_seq_lengths=data.variable_seq_lengths,
         # Over gloo, exchanges under way at the same time take each other's messages: the numbers come out wrong.
         overlap_p2p=kernels.overlap_p2p_communication and here.has_gpu,
-        kernels=choose(kernels, numerics, here),
+        kernels=choose(kernels, numerics, here, attention_needs(arch)),
         split=split_layers(arch.num_layers, parallel),
     )
     ddp = DistributedDataParallelConfig(
