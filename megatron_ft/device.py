@@ -1,26 +1,19 @@
-"""The only file that says cuda or gloo: which device a rank computes on, and megatron-core's CPU backend.
+"""Which device a rank computes on, facts about it, and megatron-core made ready for it (on the CPU by cpu_engine.py).
 
-megatron-core asks `torch.cuda` for its device, its random state and its synchronisation points. On a machine without a GPU those
-questions are answered here for the CPU: every `megatron.core` module sees a stand-in for `torch` (`_EngineTorch`) in which
-`device="cuda"` and `torch.cuda.current_device()` mean the CPU. The real `torch` module is left alone, except for four methods that
-only a tensor or a module can carry (`Tensor.cuda`, `Tensor.type`, `Tensor.to("cuda")`, `Module.cuda`).
-
-The random stream that megatron-core calls "cuda" is, on the CPU, torch's default generator: dropout draws from it, and the tensor
-parallel RNG tracker forks it exactly as it forks a GPU's.
-
-Knows nothing of models, data or training.
+This file and cpu_engine.py are the only ones that say cuda or gloo. Knows nothing of models, data or training.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import glob
 import os
 import queue
-import sys
-import types
+import re
+import socket
 import warnings
 
+from megatron_ft.cpu_engine import answer_for_cpu
 from megatron_ft.errors import ConfigError
 
 SUPPORTED_ENGINE = "0.16."
@@ -73,18 +66,106 @@ GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 """The module of apex (built with --cpp_ext --cuda_ext) that megatron-core asks for to fuse gradient accumulation."""
 
 
+def check_usable() -> None:
+    """Raise ConfigError where this machine has a GPU that torch cannot use: training would go on, on the CPU, without a word."""
+    import torch
+
+    if has_gpu() or _hidden() or not (driver := installed_driver()):
+        return
+    wheel = f"torch {torch.__version__}"
+    if torch.version.cuda is None:
+        why = f"{wheel} is a build for CPUs: install torch's CUDA build"
+    else:
+        why = (
+            f"{wheel} was built for CUDA {torch.version.cuda}, and the driver may be too old for it (nvidia-smi shows which CUDA it "
+            f"knows): update the driver, or install a torch for an older CUDA"
+        )
+    raise ConfigError(
+        f"this machine has an NVIDIA GPU (driver {driver}) that torch cannot use. {why}; or set MEGATRON_FT_DEVICE=cpu to compute on "
+        f"the CPU"
+    )
+
+
+def _hidden() -> bool:
+    """Whether GPUs are hidden on purpose."""
+    return os.environ.get("MEGATRON_FT_DEVICE") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+
+
+_DRIVER = "/proc/driver/nvidia/version"
+_NODES = "/dev/nvidia[0-9]*"
+
+
+def installed_driver() -> str | None:
+    """Return the version of NVIDIA's driver where this process may open one of its GPUs; None where there is none."""
+    if not any(map(_opens, glob.glob(_NODES))):
+        return None
+    try:
+        with open(_DRIVER) as file:
+            found = re.search(r"\b\d+\.\d+(\.\d+)?\b", file.readline())
+    except OSError:
+        found = None
+    return found[0] if found else "of an unknown version"
+
+
+def _opens(path: str) -> bool:
+    """Whether the device is this process's to use: a SLURM job without GPUs sees the file, but may not open it."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def order_streams() -> None:
+    """Have kernels start in the order in which they were queued, as tensor parallelism's overlap of communication counts on.
+
+    Read by the driver when a process first uses its GPU, and by the engine, which warns without it. A user's own value stays.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def select(local_rank: int) -> None:
-    """Bind this process to its GPU, by its rank on the machine. Nothing to do on a CPU."""
+    """Bind this process to its GPU, by its rank on the machine. Nothing to do on a CPU.
+
+    Where something like `srun --gpus-per-task=1` has shown each process GPUs of its own, they are numbered from 0 in every process.
+    Raises ConfigError where there is no GPU for this rank.
+    """
+    check_usable()
     if not has_gpu():
         return
     import torch
 
-    if local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if local_rank >= count and not _given_its_own(count):
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            f"local rank {local_rank} has no GPU: this machine has {count}; "
             f"start at most that many processes on it (--nproc_per_node), or set MEGATRON_FT_DEVICE=cpu"
         )
-    torch.cuda.set_device(local_rank)
+    torch.cuda.set_device(0 if _given_its_own(count) else local_rank)
+
+
+def _given_its_own(count: int) -> bool:
+    """Whether srun has given this process its own GPUs. A launcher that shows all of them to all says LOCAL_WORLD_SIZE."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return False
+    return count == 1 or "SLURM_GPUS_PER_TASK" in os.environ
+
+
+def claim(store) -> None:
+    """Raise ConfigError where another process of this run has the same GPU: NCCL would end, or hang, at the first exchange.
+
+    store: torch.distributed's, that all processes share.
+    """
+    if not has_gpu():
+        return
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    if uuid is not None and store.add(f"GPU {socket.gethostname()} {uuid}", 1) > 1:
+        raise ConfigError(
+            f"two processes of this run were given the same GPU of {socket.gethostname()}: give each its own (srun --gpus-per-task=1), "
+            f"or start one process a machine with --nproc_per_node"
+        )
 
 
 def synchronize() -> None:
@@ -162,7 +243,7 @@ def prepare_engine() -> None:
     _recompute_norms_without_fp8()
     _read_objects_without_running_them()
     if not has_gpu():
-        _answer_for_cpu()
+        answer_for_cpu()
 
 
 def _keep_write_results_here() -> None:
@@ -208,109 +289,3 @@ def _recompute_norms_without_fp8() -> None:
             super().__init__(None)
 
     tensor_parallel.CheckpointWithoutOutput = WithoutFp8
-
-
-def _answer_for_cpu() -> None:
-    import torch
-
-    stand_in = _engine_torch()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = stand_in
-    from megatron.core.tensor_parallel import random as engine_random
-
-    engine_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    engine_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    _patch_tensor_methods(torch)
-
-
-def _engine_torch() -> types.ModuleType:
-    """A copy of the torch namespace in which the device named cuda is the CPU."""
-    import torch
-
-    stand_in = types.ModuleType("torch")
-    stand_in.__dict__.update(torch.__dict__)
-    stand_in.__getattr__ = lambda name: getattr(torch, name)
-    for factory in (
-        "tensor",
-        "zeros",
-        "ones",
-        "empty",
-        "full",
-        "rand",
-        "randn",
-        "arange",
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-    ):
-        setattr(stand_in, factory, _on_cpu(getattr(torch, factory)))
-    stand_in.cuda = _engine_cuda(torch)
-    return stand_in
-
-
-def _on_cpu(factory):
-    @functools.wraps(factory)
-    def call(*args, **kwargs):
-        if "device" in kwargs and _names_gpu(kwargs["device"]):
-            kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
-
-    return call
-
-
-def _names_gpu(device) -> bool:
-    return device is not None and (isinstance(device, int) or str(device).startswith("cuda"))
-
-
-def _engine_cuda(torch) -> types.ModuleType:
-    nothing = lambda *args, **kwargs: None  # noqa: E731
-    stand_in = types.ModuleType("torch.cuda")
-    stand_in.__dict__.update(torch.cuda.__dict__)
-    stand_in.__getattr__ = lambda name: getattr(torch.cuda, name)
-    stream = types.SimpleNamespace(wait_stream=nothing, wait_event=nothing, synchronize=nothing, record_event=nothing)
-    answers = {
-        "current_device": lambda: torch.device("cpu"),
-        "device_count": lambda: 1,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "manual_seed": torch.manual_seed,
-        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
-        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
-        "current_stream": lambda *args: stream,
-        "default_stream": lambda *args: stream,
-        "Stream": lambda *args, **kwargs: stream,
-        "stream": lambda *args: contextlib.nullcontext(),
-        "nvtx": types.SimpleNamespace(range_push=nothing, range_pop=nothing),
-    }
-    stand_in.__dict__.update(answers)
-    return stand_in
-
-
-def _patch_tensor_methods(torch) -> None:
-    """Tensor.cuda and friends stay on the CPU; Tensor.type() reports the names megatron-core's optimizers compare with."""
-    to, kind = torch.Tensor.to, torch.Tensor.type
-
-    def to_cpu(self, *args, **kwargs):
-        if args and (isinstance(args[0], (str, torch.device))) and _names_gpu(args[0]):
-            args = ("cpu", *args[1:])
-        if _names_gpu(kwargs.get("device")):
-            kwargs["device"] = "cpu"
-        return to(self, *args, **kwargs)
-
-    def type_name(self, dtype=None, *args, **kwargs):
-        name = kind(self) if dtype is None else None
-        if name is None:
-            return kind(self, dtype, *args, **kwargs)
-        return (
-            name.replace("torch.", "torch.cuda.", 1)
-            if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core")
-            else name
-        )
-
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.to = to_cpu
-    torch.Tensor.type = type_name

@@ -106,6 +106,8 @@ def process_groups(
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    if tp > 1:
+        device.order_streams()
     device.select(local_rank())
     timeout = datetime.timedelta(minutes=distributed_timeout_minutes)
     started_here = not dist.is_initialized()
@@ -125,8 +127,9 @@ def process_groups(
         raise
     finally:
         # The engine forgets its groups without ending them, and each holds threads and connections.
-        for group in _groups(dist) - older:
-            dist.destroy_process_group(group)
+        for group in _groups(dist):
+            if group not in older:
+                dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
         if started_here:
             dist.destroy_process_group()
@@ -135,13 +138,17 @@ def process_groups(
 def _init_process_group(dist, timeout) -> None:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(device.backend(), timeout=timeout)
+        device.claim(dist.distributed_c10d._get_default_store())
     else:  # one process without a launcher: no port to agree on
         dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _groups(dist) -> set:
-    """Every process group of this process, the default one included."""
-    return set(dist.distributed_c10d._world.pg_map)
+def _groups(dist) -> list:
+    """Return every process group of this process, the default one included, in the order in which they were made.
+
+    That order is the same on all ranks, and ending a group may wait for its other members.
+    """
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 def _layout(parallel_state, sequence_parallel: bool, virtual_pipeline_size: int) -> Layout:

@@ -59,7 +59,7 @@ def run(
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
     from megatron_ft.commands import rehearse
-    from megatron_ft.device import prepare_engine
+    from megatron_ft.device import order_streams, prepare_engine
     from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
@@ -78,6 +78,8 @@ def run(
         checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels, launching, stopping
     )
     join_srun(launching)
+    if parallel.tensor_model_parallel_size > 1:
+        order_streams()
     if rehearse.wanted(launching):
         return rehearse.rehearse(settings, run)
     starts = planned(launching)

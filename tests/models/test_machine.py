@@ -27,9 +27,7 @@ def test_packages_are_imported_not_looked_for(package):
     assert machine.try_import(package("whole_package", "x = 1")) is None
     assert machine.try_import("no_such_package_here") == "not installed"
     broken = package("broken_package", "raise OSError('libfoo.so: undefined symbol: _ZN3c10\\nand more')")
-    assert (
-        machine.try_import(broken) == "installed but cannot be imported (libfoo.so: undefined symbol: _ZN3c10)"
-    )
+    assert machine.try_import(broken) == "installed but cannot be imported (libfoo.so: undefined symbol: _ZN3c10)"
     assert machine.try_import(package("half_package", "import no_such_part_of_it")) == (
         "incomplete: No module named 'no_such_part_of_it'"
     )

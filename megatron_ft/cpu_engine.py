@@ -1,0 +1,124 @@
+"""megatron-core's CPU backend.
+
+megatron-core asks `torch.cuda` for its device, its random state and its synchronisation points. On a machine without a GPU those
+questions are answered here for the CPU: every `megatron.core` module sees a stand-in for `torch` (`_engine_torch`) in which
+`device="cuda"` and `torch.cuda.current_device()` mean the CPU. The real `torch` module is left alone, except for four methods that
+only a tensor or a module can carry (`Tensor.cuda`, `Tensor.type`, `Tensor.to("cuda")`, `Module.cuda`).
+
+The random stream that megatron-core calls "cuda" is, on the CPU, torch's default generator: dropout draws from it, and the tensor
+parallel RNG tracker forks it exactly as it forks a GPU's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import types
+
+
+def answer_for_cpu() -> None:
+    """Answer the engine's questions about its GPU for the CPU, in every module of it that is loaded."""
+    import torch
+
+    stand_in = _engine_torch()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = stand_in
+    from megatron.core.tensor_parallel import random as engine_random
+
+    engine_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    engine_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _patch_tensor_methods(torch)
+
+
+def _engine_torch() -> types.ModuleType:
+    """A copy of the torch namespace in which the device named cuda is the CPU."""
+    import torch
+
+    stand_in = types.ModuleType("torch")
+    stand_in.__dict__.update(torch.__dict__)
+    stand_in.__getattr__ = lambda name: getattr(torch, name)
+    for factory in (
+        "tensor",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "rand",
+        "randn",
+        "arange",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+    ):
+        setattr(stand_in, factory, _on_cpu(getattr(torch, factory)))
+    stand_in.cuda = _engine_cuda(torch)
+    return stand_in
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def call(*args, **kwargs):
+        if "device" in kwargs and _names_gpu(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _names_gpu(device) -> bool:
+    return device is not None and (isinstance(device, int) or str(device).startswith("cuda"))
+
+
+def _engine_cuda(torch) -> types.ModuleType:
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    stand_in = types.ModuleType("torch.cuda")
+    stand_in.__dict__.update(torch.cuda.__dict__)
+    stand_in.__getattr__ = lambda name: getattr(torch.cuda, name)
+    stream = types.SimpleNamespace(wait_stream=nothing, wait_event=nothing, synchronize=nothing, record_event=nothing)
+    answers = {
+        "current_device": lambda: torch.device("cpu"),
+        "device_count": lambda: 1,
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "current_stream": lambda *args: stream,
+        "default_stream": lambda *args: stream,
+        "Stream": lambda *args, **kwargs: stream,
+        "stream": lambda *args: contextlib.nullcontext(),
+        "nvtx": types.SimpleNamespace(range_push=nothing, range_pop=nothing),
+    }
+    stand_in.__dict__.update(answers)
+    return stand_in
+
+
+def _patch_tensor_methods(torch) -> None:
+    """Tensor.cuda and friends stay on the CPU; Tensor.type() reports the names megatron-core's optimizers compare with."""
+    to, kind = torch.Tensor.to, torch.Tensor.type
+
+    def to_cpu(self, *args, **kwargs):
+        if args and (isinstance(args[0], (str, torch.device))) and _names_gpu(args[0]):
+            args = ("cpu", *args[1:])
+        if _names_gpu(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return to(self, *args, **kwargs)
+
+    def type_name(self, dtype=None, *args, **kwargs):
+        name = kind(self) if dtype is None else None
+        if name is None:
+            return kind(self, dtype, *args, **kwargs)
+        return (
+            name.replace("torch.", "torch.cuda.", 1)
+            if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core")
+            else name
+        )
+
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.to = to_cpu
+    torch.Tensor.type = type_name
