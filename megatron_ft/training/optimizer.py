@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import torch
 from megatron.core import optimizer as engine
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as base_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch.optim.adamw import adamw
 
 from megatron_ft.config.sections import Batch, Numerics, Optimizer
@@ -42,24 +44,55 @@ class FusedAdam(torch.optim.Optimizer):
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             adamw(
                 params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params], [],
-                [torch.tensor(float(group["step"]), device=p.device) for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params], [], _steps(group["step"], params),
                 fused=bool(params), amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
                 weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
             group["step"] += 1
 
 
-def _offer_adam_to_engine() -> None:
-    """Idempotent; leaves Transformer Engine's or apex's FusedAdam in place where there is one."""
+def _steps(step: int, params: list) -> list[torch.Tensor]:
+    """Return the step for each parameter, as the fused kernel wants it: on its device, filled there and not copied from the host."""
+    return list(torch.full((len(params),), float(step), device=params[0].device).unbind()) if params else []
+
+
+def norm_of_all(_chunk: int, _overflow, tensors: list[list[torch.Tensor]], _each: bool):
+    """apex's multi_tensor_l2norm over torch's foreach operations: ([1] fp32 norm of all tensors together, on their device; None)."""
+    return torch.stack(torch._foreach_norm(tensors[0])).norm().float()[None], None
+
+
+def scale_all(_chunk: int, _overflow, tensors: list[list[torch.Tensor]], scale: float) -> None:
+    """apex's multi_tensor_scale: tensors[1] = tensors[0] * scale, in the types that tensors[1] have. In place where both are one."""
+    source, target = tensors
+    same = all(one is other for one, other in zip(source, target, strict=True))
+    if same and source:
+        torch._foreach_mul_(target, scale)
+    elif source:
+        torch._foreach_copy_(target, source if scale == 1.0 else torch._foreach_mul(source, scale))
+
+
+def copy_all(this: list[torch.Tensor], that: list[torch.Tensor], overflow_buf=None) -> None:
+    """Copy each tensor of `this` into `that`."""
+    scale_all(0, overflow_buf, [this, that], 1.0)
+
+
+def offer_to_engine() -> None:
+    """Give the engine what it takes from Transformer Engine or apex, where there is neither. Idempotent.
+
+    Its own stand-ins go through the tensors one by one, and the norm's makes the host wait for each.
+    """
     if engine.USING_PYTORCH_OPTIMIZER:
         engine.Adam, engine.USING_PYTORCH_OPTIMIZER = FusedAdam, False
         distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = FusedAdam, True
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = norm_of_all
+        clip_grads.multi_tensor_scale_impl = base_optimizer.multi_tensor_scale_impl = scale_all
+        base_optimizer._multi_tensor_copy_this_to_that = copy_all
 
 
 def make_optimizer(model_chunks: list, section: Optimizer, numerics: Numerics, distributed: bool):
     """The engine's optimizer over DDP-wrapped model chunks; weight decay on matrices only."""
-    _offer_adam_to_engine()
+    offer_to_engine()
     config = engine.OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -80,7 +113,16 @@ def make_optimizer(model_chunks: list, section: Optimizer, numerics: Numerics, d
         use_distributed_optimizer=distributed,
         overlap_param_gather=model_chunks[0].ddp_config.overlap_param_gather,
     )
-    return engine.get_megatron_optimizer(config, model_chunks)
+    made = engine.get_megatron_optimizer(config, model_chunks)
+    _make_state(made)
+    return made
+
+
+def _make_state(optimizer) -> None:
+    """Make the moments now, not at the first update: a checkpoint may be saved before it, as while an fp16 loss scale still falls."""
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None and part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
 
 
 def make_schedule(optimizer, section: Optimizer, batch: Batch) -> OptimizerParamScheduler:

@@ -60,6 +60,37 @@ def test_fp16_resumes_to_the_bit(distributed_optimizer, four_ranks, checkpoint, 
     assert any(after == 2 * before for before, after in itertools.pairwise(scale[5:])), scale
 
 
+@pytest.mark.parametrize(
+    ("distributed_optimizer", "ckpt_format"),
+    [
+        (True, "torch_dist"),
+        (False, "torch_dist"),
+        pytest.param(True, "torch", marks=pytest.mark.thorough),
+        pytest.param(False, "torch", marks=pytest.mark.thorough),
+    ],
+)
+def test_fp16_is_saved_before_its_first_update(
+    distributed_optimizer, ckpt_format, one_rank, checkpoint, shards, tmp_path
+):
+    """While the scale still falls, nothing has been updated and a stop is as likely as ever: it comes back, and goes on the same."""
+    settings = FP16 | {
+        "lr_decay_iters": 30, "initial_loss_scale": 2.0**34, "use_distributed_optimizer": distributed_optimizer,
+        "ckpt_format": ckpt_format, "max_skipped_iters": 100,
+    }  # fmt: skip
+    for folder, load, until in (("straight", checkpoint, 24), ("run", checkpoint, 2), ("run", None, 24)):
+        load = load or str(tmp_path / "run")
+        one_rank.run(
+            train, (1, 1), load, shards, None, settings | {"save": str(tmp_path / folder), "train_iters": until}
+        )
+    skipped = read_metrics(tmp_path / "straight", "train/skipped")
+    assert all(skipped[:3]) and not all(skipped)
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "straight")
+    assert (
+        read_metrics(tmp_path / "run", "train/grad_norm")[-1]
+        == read_metrics(tmp_path / "straight", "train/grad_norm")[-1]
+    )
+
+
 def test_a_fixed_scale_that_overflows_is_broken(checkpoint, shards):
     ranks = Ranks(1)
     settings = {"fp16": True, "loss_scale": 2.0**40, "max_skipped_iters": 3}
