@@ -20,6 +20,7 @@ from torch.nn import functional
 from megatron_ft import device
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.attention import SdpaAttention
+from megatron_ft.models.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ft.models.dropout import RowDropout, RowLayer
 from megatron_ft.models.kernels import Attention, Choice
 from megatron_ft.models.norms import NORMS
@@ -41,6 +42,8 @@ class ChatModel(GPTModel):
     """
 
     true_vocab_size: int
+    fused: bool = False
+    """whether the loss is computed by compiled kernels"""
 
     def forward(self, *args, packed_seq_params=None, **options):
         if self.pre_process:
@@ -49,11 +52,10 @@ class ChatModel(GPTModel):
 
     def compute_language_model_loss(self, labels, logits):
         """Labels [b, s], logits [s, b, v/tp] -> loss per token [b, s]."""
-        first = logits.shape[-1] * self.pg_collection.tp.rank()
-        padding_from = max(0, self.true_vocab_size - first)
-        if padding_from < logits.shape[-1]:
-            logits[..., padding_from:] = float("-inf")
-        return super().compute_language_model_loss(labels, logits)
+        losses = vocab_parallel_cross_entropy(
+            logits, labels.transpose(0, 1), self.true_vocab_size, self.pg_collection.tp, self.fused
+        )
+        return losses.transpose(0, 1).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +127,6 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         gradient_accumulation_fusion=bool(options.kernels and options.kernels.accumulates),
         masked_softmax_fusion=False,
         bias_activation_fusion=fused and arch.activation in ("swiglu", "geglu"),
-        cross_entropy_loss_fusion=fused
-        and options.dtype == torch.bfloat16,  # its gradients are bf16, whatever the logits
-        cross_entropy_fusion_impl="native",
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
@@ -212,7 +211,7 @@ def _chunk(arch: Architecture, layout: Layout, options: BuildOptions, config, nu
         rotary_base=arch.rope_theta,
         vp_stage=number if layout.vp_size > 1 else None,
     )
-    model.true_vocab_size = arch.vocab_size
+    model.true_vocab_size, model.fused = arch.vocab_size, bool(options.kernels and options.kernels.fused)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(
         arch.head_dim, arch.rope_theta, arch.rope_scaling, arch.max_position_embeddings
     ).to(device.current_device())
