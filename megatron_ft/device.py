@@ -168,6 +168,19 @@ def claim(store) -> None:
         )
 
 
+def adopt(where) -> None:
+    """Have the calling thread use this device, which a new thread does not by itself: it would take the machine's first GPU."""
+    if has_gpu():
+        import torch
+
+        torch.cuda.set_device(where)
+
+
+def pinned(tensor):
+    """Return the tensor in memory from which a GPU copies without the host waiting; on a CPU as it is."""
+    return tensor.pin_memory() if has_gpu() else tensor
+
+
 def synchronize() -> None:
     """Wait for the device's queued work, so that a host clock reads true."""
     if has_gpu():

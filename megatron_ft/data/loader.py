@@ -7,6 +7,7 @@ data-parallel ranks draws the same rows in the same order. numpy only; knows not
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,7 @@ class ChatDataset:
         self._counts = self._pieces_per_epoch()
         self._epoch_starts = [0]
         self._plans: dict[int, tuple[packing.Rows, np.ndarray]] = {}
+        self._planning = threading.RLock()  # microbatches are built by one thread, samples hashed by another
 
     def _pieces_per_epoch(self) -> np.ndarray:
         """Pieces of each set of shards in an epoch."""
@@ -154,6 +156,10 @@ class ChatDataset:
 
     def epoch_rows(self, epoch: int) -> packing.Rows:
         """The rows of one epoch. Packed, its emptiest row is held back and packed with the next epoch's samples."""
+        with self._planning:
+            return self._planned(epoch)
+
+    def _planned(self, epoch: int) -> packing.Rows:
         if epoch not in self._plans:
             known = max((e for e in self._plans if e < epoch), default=-1)
             held = self._plans[known][1] if known >= 0 else _NOTHING
@@ -194,9 +200,10 @@ class ChatDataset:
 
     def locate(self, index: int) -> tuple[int, int]:
         """(epoch, row in that epoch) of the index-th row since the start of training."""
-        while self._epoch_starts[-1] <= index:
-            rows = len(self.epoch_rows(len(self._epoch_starts) - 1))
-            self._epoch_starts.append(self._epoch_starts[-1] + rows)
+        with self._planning:
+            while self._epoch_starts[-1] <= index:
+                rows = len(self.epoch_rows(len(self._epoch_starts) - 1))
+                self._epoch_starts.append(self._epoch_starts[-1] + rows)
         epoch = int(np.searchsorted(self._epoch_starts, index, side="right")) - 1
         return epoch, index - self._epoch_starts[epoch]
 

@@ -1,8 +1,8 @@
 """Core attention over torch's scaled_dot_product_attention: causal, grouped KV heads, packed samples, sliding window.
 
 Everything around it (QKV projection, rotary embedding, KV cache, output projection) is megatron-core's SelfAttention. A packed batch
-comes as one long row whose sample boundaries are in PackedSeqParams.cu_seqlens_q; each sample is attended on its own, so that no
-token sees another sample (equal to separate forwards, not merely close).
+comes as one long row whose sample boundaries are in RowParams; each sample is attended on its own, so that no token sees another sample
+(equal to separate forwards, not merely close).
 """
 
 from __future__ import annotations
@@ -38,26 +38,25 @@ class SdpaAttention(MegatronModule):
     def forward(
         self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        """Query [s, b, n, d], key and value [s_k, b, g, d] with g dividing n; packed: [t, n, d] and [t, g, d].
+        """Query [s, b, n, d], key and value [s_k, b, g, d] with g dividing n; of a packed row b is 1.
 
-        Returns the context, [s, b, n*d] or packed [t, n*d]. Only causal masks and, when decoding from a KV cache, no mask.
+        Returns the context, [s, b, n*d]. Only causal masks and, when decoding from a KV cache, no mask.
         """
         assert attention_bias is None and attention_mask is None, "SdpaAttention knows causal and packed masks only"
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         with self._dropout_stream():
-            if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-                return self._packed(query, key, value, packed_seq_params)
+            if getattr(packed_seq_params, "boundaries", None) is not None:
+                return self._packed(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params)[:, None]
             context = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=causal)
             return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    def _packed(self, query, key, value, packed):
-        boundaries = packed.cu_seqlens_q
+    def _packed(self, query, key, value, rows):
+        """Query [t, n, d], key and value [t, g, d] -> [t, n*d]."""
         if self.varlen is not None:
             dropout = self.dropout if self.training else 0.0
-            options = (boundaries, packed.max_seqlen_q, self.scale, self.window, dropout)
+            options = (rows.boundaries, rows.max_seqlen_q, self.scale, self.window, dropout)
             return self.varlen(query, key, value.contiguous(), *options).reshape(query.shape[0], -1)
-        lengths = (boundaries[1:] - boundaries[:-1]).tolist()
-        samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        samples = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (query, key, value)), strict=True)
         context = [self._attend(q[None], k[None], v[None], causal=True) for q, k, v in samples]
         return torch.cat(context, dim=2)[0].transpose(0, 1).reshape(query.shape[0], -1)
 

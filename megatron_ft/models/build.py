@@ -26,8 +26,8 @@ from megatron_ft.models.kernels import Attention, Choice
 from megatron_ft.models.norms import NORMS
 from megatron_ft.models.parallel_block import ParallelBlock
 from megatron_ft.models.pipeline import PipelineSplit, plain_split
-from megatron_ft.models.rope import LENGTH_METHODS, attention_factor, inverse_frequencies, method_of
-from megatron_ft.models.rotary import LengthRotary
+from megatron_ft.models.rope import attention_factor
+from megatron_ft.models.rotary import Rotary, turn_by_table
 from megatron_ft.parallel import Layout
 
 _FUNCTIONS = {"swiglu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
@@ -48,6 +48,7 @@ class ChatModel(GPTModel):
     def forward(self, *args, packed_seq_params=None, **options):
         if self.pre_process:
             self.embedding.embedding_dropout.keys = getattr(packed_seq_params, "keys", None)
+        self.rotary_pos_emb.positions = getattr(packed_seq_params, "positions", None)
         return super().forward(*args, packed_seq_params=packed_seq_params, **options)
 
     def compute_language_model_loss(self, labels, logits):
@@ -193,6 +194,9 @@ def build_chunks(arch: Architecture, layout: Layout, options: BuildOptions) -> l
     assert (split.stages, split.virtual_size) == (layout.pp_size, layout.vp_size), "the split is of another layout"
     check_layout(arch, layout.tp_size)
     config = transformer_config(arch, layout, options)
+    # Not given to the constructor, which would ask for Transformer Engine: it is `turn` that reads it.
+    config.apply_rope_fusion = bool(options.kernels and options.kernels.fused)
+    turn_by_table()
     return [_chunk(arch, layout, options, config, number) for number in range(layout.vp_size)]
 
 
@@ -212,11 +216,7 @@ def _chunk(arch: Architecture, layout: Layout, options: BuildOptions, config, nu
         vp_stage=number if layout.vp_size > 1 else None,
     )
     model.true_vocab_size, model.fused = arch.vocab_size, bool(options.kernels and options.kernels.fused)
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(
-        arch.head_dim, arch.rope_theta, arch.rope_scaling, arch.max_position_embeddings
-    ).to(device.current_device())
-    if method_of(arch.rope_scaling) in LENGTH_METHODS:
-        model.rotary_pos_emb = LengthRotary(model.rotary_pos_emb, arch)
+    model.rotary_pos_emb = Rotary(arch, options.dtype, options.max_sequence_length or 0, model.rotary_pos_emb.cp_group)
     if model.pre_process:
         model.embedding.embedding_dropout = RowDropout(options.hidden_dropout)
     if options.lima_dropout:

@@ -17,19 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 _WRAP = 1 << 32
-
-
-@dataclass
-class RowParams(PackedSeqParams):
-    """What the engine hands to every layer about a microbatch, also when it recomputes a layer; with our token keys."""
-
-    keys: Tensor | None = None
-    """[2, s, b] int32: a token's key in two halves, for the positions of this rank; None: nothing is dropped."""
 
 
 def token_keys(seed: int, rows: np.ndarray, length: int) -> np.ndarray:

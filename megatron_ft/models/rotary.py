@@ -1,25 +1,97 @@
-"""megatron-core's rotary module for methods whose frequencies depend on how long the text is (dynamic NTK, longrope)."""
+"""Rotary embedding by position: cosine and sine once a microbatch, and one operation that turns queries or keys with them.
+
+The engine computes cosine and sine of the same angles in every layer, for queries and for keys, and of packed rows sample by sample.
+Here a table of both is made once, a packed row looks its positions up in it, and every layer is handed the result. Equal to the engine's
+own to the bit where nothing is compiled.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import attention
+from torch import Tensor
 
+from megatron_ft import device
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.rope import inverse_frequencies
+from megatron_ft.models.rope import LENGTH_METHODS, inverse_frequencies, method_of
+
+_TABLES = 32
+"""Tables that are kept where frequencies depend on the length."""
 
 
-class LengthRotary(RotaryEmbedding):
-    """Frequencies follow the longest text of a batch, packed or padded, as in transformers; with a KV cache, the room in the cache,
-    so that keys read early fit those read late."""
+class Rotary(RotaryEmbedding):
+    """The model's rotary module. `positions` [s] is set by whoever calls the model; None: tokens are counted from 0.
 
-    def __init__(self, plain: RotaryEmbedding, arch: Architecture):
-        super().__init__(arch.head_dim, rotary_percent=1.0, rotary_base=arch.rope_theta, cp_group=plain.cp_group)
-        self.inv_freq, self.arch = plain.inv_freq, arch
+    Of methods whose frequencies depend on how long the text is (dynamic NTK, longrope), they follow the longest text of a batch, packed or
+    padded, as in transformers; with a KV cache, the room in the cache, so that keys read early fit those read late.
+    """
 
-    def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0):
-        """[max_seq_len, head_dim / 2] angles."""
-        arch = self.arch
-        self.inv_freq = inverse_frequencies(
-            arch.head_dim, arch.rope_theta, arch.rope_scaling, arch.max_position_embeddings, max_seq_len + offset
-        ).to(self.inv_freq.device)
-        return super().get_freqs_non_repeated(max_seq_len, offset)
+    positions: Tensor | None = None
+
+    def __init__(self, arch: Architecture, dtype: torch.dtype, least: int, cp_group):
+        """least: positions for which the table is made at once."""
+        super().__init__(arch.head_dim, rotary_percent=1.0, rotary_base=arch.rope_theta, cp_group=cp_group)
+        self.arch, self.dtype, self.least = arch, dtype, least
+        self._by_length = method_of(arch.rope_scaling) in LENGTH_METHODS
+        self._tables: dict[int, Tensor] = {}
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> Tensor:
+        """Return cosines and sines side by side, [s, 1, 1, 2 x head_dim]. max_seq_len: the longest text; the rest is the engine's."""
+        assert not offset and not packed_seq, "rows are described by RowParams"
+        table = self._table(max_seq_len)
+        if self.positions is not None:
+            return table.index_select(0, self.positions)
+        group = self.cp_group if cp_group is None else cp_group
+        shared = group is not None and group.size() > 1
+        return get_pos_emb_on_this_cp_rank(table[:max_seq_len], 0, group) if shared else table[:max_seq_len]
+
+    def _table(self, length: int) -> Tensor:
+        """[at least length, 1, 1, 2 x head_dim]. A longer table begins like a shorter one, unless frequencies depend on the length."""
+        known = self._tables.get(length) if self._by_length else next(iter(self._tables.values()), None)
+        if known is None or len(known) < length:
+            if not self._by_length or len(self._tables) == _TABLES:
+                self._tables.clear()
+            known = self._tables[length] = self._made(length if self._by_length else max(length, self.least))
+        return known
+
+    def _made(self, length: int) -> Tensor:
+        arch, here = self.arch, device.current_device()
+        frequencies = inverse_frequencies(
+            arch.head_dim, arch.rope_theta, arch.rope_scaling, arch.max_position_embeddings, length
+        ).to(here)
+        angles = torch.outer(torch.arange(length, device=here, dtype=torch.float32), frequencies)
+        angles = torch.cat([angles, angles], dim=-1)[:, None, None]
+        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(self.dtype)
+
+
+def turn(x: Tensor, table: Tensor, config, cu_seqlens=None, mscale: float = 1.0, cp_group=None) -> Tensor:
+    """Return x [s, b, n, d] turned by its positions. In the place of the engine's apply_rotary_pos_emb, whose arguments it takes.
+
+    table: cosines and sines as Rotary gives them, [s, 1, 1, 2 x d]. config.apply_rope_fusion: by one compiled kernel.
+    """
+    cos, sin = table.to(x.dtype).chunk(2, dim=-1)
+    return (_compiled() if config.apply_rope_fusion else _turned)(x, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_turned, dynamic=True)
+
+
+def turn_by_table() -> None:
+    """Have the engine's attention turn queries and keys by `turn`. Idempotent.
+
+    Its own function takes angles, and computes their cosine and sine in every layer; there is no setting for another.
+    """
+    assert hasattr(attention, "apply_rotary_pos_emb"), "megatron-core's attention no longer has apply_rotary_pos_emb"
+    attention.apply_rotary_pos_emb = turn

@@ -106,7 +106,8 @@ def _due(iteration: int, interval: int | None) -> bool:
 def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
     rate = run.optimizer.param_groups[0]["lr"]
     start = time.perf_counter()
-    result = run.stepper.train(run.train_set, progress.consumed_samples, run.optimizer)
+    last = progress.iteration + 1 == run.train_iters
+    result = run.stepper.train(run.train_set, progress.consumed_samples, run.optimizer, last)
     device.synchronize()
     if not result.skipped:
         run.schedule.step(increment=1)

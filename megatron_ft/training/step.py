@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ft import device
-from megatron_ft.data.loader import ChatDataset, Microbatch, step_rows
-from megatron_ft.models.dropout import RowParams, token_keys
+from megatron_ft.data.loader import ChatDataset, step_rows
 from megatron_ft.parallel import Layout
+from megatron_ft.training.inputs import Inputs, InputStream
 from megatron_ft.training.loss import GlobalWeight, breakdown, weighted_sum
-from megatron_ft.training.throughput import pairs
 from megatron_ft.training.update import Update, update
 
 
@@ -44,10 +44,6 @@ class StepResult:
     """By which the loss was multiplied (fp16)."""
     breakdown: dict[str, float] = field(default_factory=dict)
     """Mean loss by role, source and position, all tokens counted alike: {"loss_by_role/assistant": 1.2, ...}."""
-
-
-_Batch = tuple[Microbatch, list[int]]
-"""A microbatch, and the running numbers of its rows."""
 
 
 class Phases(dict):
@@ -76,17 +72,17 @@ class Stepper:
         self, model: list, layout: Layout, micro_batch_size: int, global_batch_size: int, exact_phases: bool = False,
         dropout_seed: int | None = None,
     ):  # fmt: skip
-        self.model, self.layout, self.dropout_seed = model, layout, dropout_seed
+        self.model, self.layout = model, layout
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.weight = GlobalWeight()
         self.device = device.current_device()
         self.phases = Phases(exact_phases)
         size = model[0].config.window_size
-        self.window = None if size is None else size[0] + 1
+        self.inputs = InputStream(layout, dropout_seed, None if size is None else size[0] + 1)
         model[0].config.finalize_model_grads_func = self.weight.finalize
 
-    def train(self, dataset: ChatDataset, consumed: int, optimizer) -> StepResult:
-        """Forward, backward, update on the rows that follow `consumed`."""
+    def train(self, dataset: ChatDataset, consumed: int, optimizer, last: bool = False) -> StepResult:
+        """Forward, backward, update on the rows that follow `consumed`. last: no step follows, so that no rows are built for it."""
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -95,7 +91,7 @@ class Stepper:
             self.model[0].config.grad_scale_func = optimizer.scale_loss
         self.phases.clear()
         with self.phases("forward_backward"):
-            sums = self._run(dataset, consumed, forward_only=False)
+            sums = self._run(dataset, consumed, forward_only=False, last=last)
         with self.phases("optimizer"):
             empty = not float(self.weight.total)  # by now summed over all ranks
             done = Update(False, 0.0) if empty else update(optimizer)
@@ -122,22 +118,36 @@ class Stepper:
             chunk.eval()
         rows = len(dataset.epoch_rows(0))
         batches = min(iters, -(-rows // self.global_batch_size))
-        sums = sum(self._run(dataset, i * self.global_batch_size, forward_only=True, end=rows) for i in range(batches))
+        sums = sum(
+            self._run(dataset, i * self.global_batch_size, forward_only=True, end=rows, last=i == batches - 1)
+            for i in range(batches)
+        )
         for chunk in self.model:
             chunk.train()
         return self._result(dataset, sums)
 
-    def _run(self, dataset: ChatDataset, consumed: int, forward_only: bool, end: int | None = None) -> torch.Tensor:
-        """[tokens, supervised tokens, pairs that see each other, then what weighted_sum logs] of this rank's share of one global
-        batch; rows from `end` on are empty.
+    def _run(
+        self, dataset: ChatDataset, consumed: int, forward_only: bool, end: int | None = None, last: bool = False
+    ) -> torch.Tensor:  # fmt: skip
+        """Return [tokens, supervised tokens, pairs that see each other, then what weighted_sum logs], fp64 on the device, of this
+        rank's share of one global batch; rows from `end` on are empty.
         """
-        mine = step_rows(
-            consumed, self.global_batch_size, self.micro_batch_size, self.layout.dp_rank, self.layout.dp_size
+        mine, following = (
+            step_rows(first, self.global_batch_size, self.micro_batch_size, self.layout.dp_rank, self.layout.dp_size)
+            for first in (consumed, consumed + self.global_batch_size)
         )
         sizes = [len(names) for names in dataset.group_names.values()]
-        counts = torch.zeros(3, dtype=torch.float64)
+        counts = np.zeros(3)
         self.weight.start_step(self.device)
-        batches = itertools.tee(self._batches(dataset, mine, end), len(self.model))  # every chunk sees every microbatch
+        inputs = self.inputs.step(
+            dataset,
+            mine,
+            end,
+            dropping=not forward_only,
+            waiting=partial(self.phases, "data"),
+            then=() if last else following,
+        )
+        batches = itertools.tee(inputs, len(self.model))  # every chunk sees every microbatch
         logs = get_forward_backward_func()(
             forward_step_func=partial(self._forward, counts=counts, sizes=sizes),
             data_iterator=list(batches) if len(self.model) > 1 else batches[0],
@@ -146,61 +156,21 @@ class Stepper:
             **self._shape(dataset),
             forward_only=forward_only,
         )
-        losses = torch.stack(logs).sum(0).cpu() if logs else torch.zeros(2 + 2 * sum(sizes), dtype=torch.float64)
-        return torch.cat([counts, losses])
+        counted = device.pinned(torch.from_numpy(counts)).to(self.device, non_blocking=True)
+        unknown = torch.zeros(2 + 2 * sum(sizes), dtype=torch.float64, device=self.device)
+        return torch.cat([counted, torch.stack(logs).sum(0) if logs else unknown])
 
-    def _batches(self, dataset: ChatDataset, rows_of: list[list[int]], end: int | None) -> Iterator[_Batch]:
-        for rows in rows_of:
-            with self.phases("data"):
-                batch = dataset.microbatch(rows, end)
-            yield batch, rows
-
-    def _forward(self, batches: Iterator[_Batch], model, counts: torch.Tensor, sizes: list[int]):
+    def _forward(self, batches: Iterator[Inputs], model, counts: np.ndarray, sizes: list[int]):
         """The engine's forward step: one microbatch through one chunk of this rank's stage."""
-        batch, rows = next(batches)
-        weights, groups = (self._here(x) for x in (batch.weights, batch.groups))
-        tokens, labels = self._here(batch.tokens), self._here(batch.labels)
-        if self.layout.cp_size > 1:
-            tokens, labels, weights, groups = (self._own_positions(x, -1) for x in (tokens, labels, weights, groups))
+        batch = next(batches)
         if model is self.model[0]:  # what is counted is counted by a stage's first chunk
-            seen = pairs(batch.sample_lengths, self.window)
             if self.layout.cp_rank == 0:  # the others have the same rows
-                counts += torch.tensor([batch.real_tokens, batch.supervised_tokens, seen], dtype=torch.float64)
-            self.weight.add(weights)
-        if batch.segments is not None:  # the rows of a packed batch are one long row
-            tokens, labels, weights, groups = (x.flatten(-2).unsqueeze(-2) for x in (tokens, labels, weights, groups))
-        described = self._describe(batch, rows, dropping=model.training)
-        losses = model(tokens, _position_ids(tokens), None, labels=labels, packed_seq_params=described)
-        return losses, partial(weighted_sum, weights=weights, groups=groups, sizes=sizes)
-
-    def _describe(self, batch: Microbatch, rows: list[int], dropping: bool) -> RowParams | None:
-        """What layers need to know of a microbatch beside its activations; None: nothing."""
-        drops = dropping and self.dropout_seed is not None
-        keys = self._keys(batch, rows) if drops else None
-        if batch.segments is not None:
-            return packed_params(batch.segments, self.device, keys)
-        length = batch.tokens.shape[1]
-        return RowParams("sbhd", max_seqlen_q=length, max_seqlen_kv=length, keys=keys) if drops else None
-
-    def _keys(self, batch: Microbatch, rows: list[int]) -> torch.Tensor:
-        """The microbatch's dropout keys as the layers see its tokens: [2, s, b], this rank's stretch under sequence parallelism."""
-        keys = self._here(token_keys(self.dropout_seed, rows, batch.tokens.shape[1]))
-        keys = keys.transpose(1, 2) if batch.segments is None else keys.flatten(1)[..., None]
-        if self.layout.cp_size > 1:
-            keys = self._own_positions(keys, 1)
-        if self.layout.sequence_parallel:
-            keys = keys.chunk(self.layout.tp_size, dim=1)[self.layout.tp_rank]
-        return keys.contiguous()
-
-    def _own_positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part of the rows under context parallelism: of 2 x CP stretches one from the front and its mirror from the
-        back, so that causal attention is the same work for all. As the engine cuts its rotary table.
-        """
-        stretches = x.chunk(2 * self.layout.cp_size, dim=dim)
-        return torch.cat([stretches[self.layout.cp_rank], stretches[-1 - self.layout.cp_rank]], dim=dim)
-
-    def _here(self, array) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+                counts += batch.counts
+            self.weight.add(batch.weights)
+        losses = model(
+            batch.tokens, _position_ids(batch.tokens), None, labels=batch.labels, packed_seq_params=batch.rows
+        )
+        return losses, partial(weighted_sum, weights=batch.weights, groups=batch.groups, sizes=sizes)
 
     def _shape(self, dataset: ChatDataset) -> dict:
         """What passes between pipeline stages: [s, b, h]; a packed batch is one row of b * s."""
@@ -209,22 +179,11 @@ class Stepper:
         return {"seq_length": dataset.seq_length, "micro_batch_size": self.micro_batch_size}
 
     def _result(self, dataset: ChatDataset, sums: torch.Tensor, **more) -> StepResult:
-        sums = sums.to(self.device)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         tokens, supervised, seen, loss, weight, *rest = sums.tolist()
         groups = breakdown(rest, dataset.group_names)
         counted = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seen": seen}
         return StepResult(loss / max(weight, 1e-12), breakdown=groups, **counted, **more)
-
-
-def packed_params(segments, device: torch.device, keys: torch.Tensor | None = None) -> RowParams:
-    """Sample lengths [k] -> the engine's description of a packed row. The longest length bounds the rotary table."""
-    lengths = torch.as_tensor(segments, dtype=torch.int32)
-    boundaries = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
-    longest = int(lengths.max())
-    return RowParams(
-        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest, keys=keys
-    )  # fmt: skip
 
 
 def _position_ids(tokens: torch.Tensor) -> torch.Tensor:

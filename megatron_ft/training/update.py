@@ -30,8 +30,9 @@ def update(optimizer) -> Update:
 
     All ranks decide alike, also where only one replica's machine made a number that is not finite.
     """
-    scale = float(optimizer.get_loss_scale())
-    can_fall = _can_fall(optimizer)
+    scaler = getattr(optimizer.chained_optimizers[0], "grad_scaler", None)
+    scale = float(scaler.scale) if scaler else 1.0
+    can_fall = _can_fall(scaler)
     overflow = optimizer.prepare_grads()
     norm = math.nan if overflow else float(optimizer.get_grad_norm())
     if _any_rank(not math.isfinite(norm)):
@@ -45,13 +46,14 @@ def update(optimizer) -> Update:
 
 def _any_rank(mine: bool) -> bool:
     """Whether it is so on any rank: the engine's norm is the same within a replica of the model, not over all of them."""
-    found = torch.tensor([int(mine)], device=device.current_device())
+    found = torch.full(
+        [1], int(mine), device=device.current_device()
+    )  # filled there: nothing is copied, the host goes on
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found.item())
 
 
-def _can_fall(optimizer) -> bool:
+def _can_fall(scaler) -> bool:
     """Whether the loss scale is dynamic and above its floor."""
-    scaler = getattr(optimizer.chained_optimizers[0], "grad_scaler", None)
     floor = getattr(scaler, "min_scale", None)
     return floor is not None and float(scaler.scale) > float(floor)

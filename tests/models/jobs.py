@@ -48,15 +48,13 @@ def _same(output, non_loss_data=False):
 
 def packed(roots: list[str], lengths: list[int], ids) -> list[tuple[np.ndarray, np.ndarray]]:
     """Logits [s, true vocabulary] of samples packed into a row, and of each alone, for each checkpoint. ids: [s], of all samples."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
     from megatron_ft.models.build import build_model
     from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
     from megatron_ft.models.load import load_weights
+    from megatron_ft.models.rows import packed_on
     from megatron_ft.parallel import process_groups
 
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    params = PackedSeqParams("thd", ends, ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+    params = packed_on(lengths, torch.device("cpu"))
     ids = torch.from_numpy(ids)[None]
     found = []
     with process_groups(1, 1) as here, torch.no_grad():
@@ -77,8 +75,9 @@ def lima(root: str) -> tuple[float, float, bool]:
     """(dropout of the first layer, of the last, whether the last layer's output is its input) when it may reach 1."""
     from megatron_ft.models.build import BuildOptions, build_model
     from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
-    from megatron_ft.models.dropout import RowParams, token_keys
+    from megatron_ft.models.dropout import token_keys
     from megatron_ft.models.load import load_weights
+    from megatron_ft.models.rows import one_sample_a_row
     from megatron_ft.parallel import process_groups
 
     folder = find_checkpoint(Path(root))
@@ -94,7 +93,7 @@ def lima(root: str) -> tuple[float, float, bool]:
         )
         ids = torch.arange(16)[None]
         keys = torch.from_numpy(token_keys(0, np.arange(1), 16)).transpose(1, 2)
-        model(ids, ids, None, packed_seq_params=RowParams("sbhd", max_seqlen_q=16, max_seqlen_kv=16, keys=keys))
+        model(ids, ids, None, packed_seq_params=one_sample_a_row(16, keys))
         return first.hidden_dropout, last.hidden_dropout, seen[0]
 
 

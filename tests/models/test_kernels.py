@@ -102,17 +102,17 @@ def both_ways(window, groups):
     import torch
 
     from megatron_ft.models.attention import SdpaAttention
-    from megatron_ft.training.step import packed_params
+    from megatron_ft.models.rows import packed_on
 
     torch.manual_seed(0)
-    query, key, value = (torch.randn(29, heads, 16) for heads in (8, groups, groups))
-    packed = packed_params([7, 1, 13, 8], torch.device("cpu"))
+    query, key, value = (torch.randn(29, 1, heads, 16) for heads in (8, groups, groups))
+    packed = packed_on([7, 1, 13, 8], torch.device("cpu"))
     outputs = []
     for varlen in (None, masked):
         attention = SdpaAttention(_config(window), 1, None, "self").eval()
         attention.varlen = varlen
         outputs.append(attention(query, key, value, packed_seq_params=packed))
-    assert outputs[0].shape == (29, 8 * 16)
+    assert outputs[0].shape == (29, 1, 8 * 16)
     return float((outputs[0] - outputs[1]).abs().max())
 
 

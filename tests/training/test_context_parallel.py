@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 
 from megatron_ft.config.checks import check_training
 from megatron_ft.config.sections import Batch, Checkpointing, Data, Logging, Numerics, Optimizer, Parallelism
@@ -12,21 +12,19 @@ from megatron_ft.models.kernels import Machine, check_context_parallel
 
 
 def test_ranks_share_a_row_evenly(one_rank):
-    assert one_rank.run(shares)[0]
+    """Every position once, as the engine cuts its rotary table, and each rank sees equally many pairs."""
+    parts = one_rank.run(shares)[0]
+    assert sorted(position for part in parts for position in part) == list(range(32))
+    assert parts[1] == [4, 5, 6, 7, 24, 25, 26, 27]
+    assert len({sum(part) for part in parts}) == 1
 
 
 def shares():
-    """Every position once, as the engine cuts its rotary table, and each rank sees equally many pairs."""
-    from megatron_ft.training.step import Stepper
+    """Return the positions of each of four ranks."""
+    from megatron_ft.training.inputs import own_positions
 
-    parts = []
-    for rank in range(4):
-        me = SimpleNamespace(layout=SimpleNamespace(cp_size=4, cp_rank=rank))
-        parts.append(Stepper._own_positions(me, torch.arange(32)[None], -1)[0])
-    assert sorted(torch.cat(parts).tolist()) == list(range(32))
-    assert parts[1].tolist() == [4, 5, 6, 7, 24, 25, 26, 27]
-    assert len({int(part.sum()) for part in parts}) == 1
-    return True
+    ranks = [SimpleNamespace(cp_size=4, cp_rank=rank) for rank in range(4)]
+    return [own_positions(np.arange(32)[None], rank, -1)[0].tolist() for rank in ranks]
 
 
 ROWS = {"packing": False, "seq_length": 64}

@@ -54,7 +54,8 @@ def dropped_share(hf):
 
     from megatron_ft.models import llama as family
     from megatron_ft.models.build import BuildOptions, build_model
-    from megatron_ft.models.dropout import RowParams, token_keys
+    from megatron_ft.models.dropout import token_keys
+    from megatron_ft.models.rows import one_sample_a_row
     from megatron_ft.parallel import process_groups
 
     arch = family.from_hf(json.loads((Path(hf) / "config.json").read_text()))
@@ -67,6 +68,6 @@ def dropped_share(hf):
         last.register_forward_hook(lambda m, args, out: seen.update(after=out[0].detach().clone()))
         ids = torch.randint(0, 203, (4, 64))
         keys = torch.from_numpy(token_keys(0, np.arange(4), 64)).transpose(1, 2)
-        described = RowParams("sbhd", max_seqlen_q=64, max_seqlen_kv=64, keys=keys)
+        described = one_sample_a_row(64, keys)
         model(ids, torch.arange(64).expand_as(ids), None, packed_seq_params=described)
         return float((seen["after"] == seen["before"]).float().mean())
