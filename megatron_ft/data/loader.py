@@ -217,7 +217,7 @@ class ChatDataset:
 
     def microbatch(self, rows: Sequence[int], end: int | None = None) -> Microbatch:
         """The rows with these running numbers, as one microbatch; those from `end` on are left empty."""
-        pieces = [self._row(row) if end is None or row < end else _NOTHING for row in rows]
+        pieces = self._pieces_of(rows, end)
         shape = (len(rows), self._width(pieces))
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         weights = np.zeros(shape, np.float32)
@@ -238,6 +238,13 @@ class ChatDataset:
             if at < shape[1]:
                 segments.append(shape[1] - at)
         return Microbatch(tokens, labels, weights, groups, np.array(segments, np.int32) if self.packed else None)
+
+    def width(self, rows: Sequence[int], end: int | None = None) -> int:
+        """Return the positions in each row of the microbatch of these rows, without building it."""
+        return self._width(self._pieces_of(rows, end))
+
+    def _pieces_of(self, rows: Sequence[int], end: int | None) -> list[np.ndarray]:
+        return [self._row(row) if end is None or row < end else _NOTHING for row in rows]
 
     def _width(self, rows: Sequence[np.ndarray]) -> int:
         """Positions in a row: seq_length, or with `variable` the longest of these rows of pieces, rounded up to 16."""

@@ -1,7 +1,8 @@
 """Microbatches on their way to the device: built ahead by a thread, cut to this rank's part, copied without the host waiting.
 
-Building a packed row of 4,096 positions takes the host about as long as it takes a small model's GPU to compute it. The thread works one or
-two microbatches ahead, over the end of a step into the next, whose rows are known: they are a function of how many were consumed.
+A packed row of 4,096 positions takes the host 0.3 ms to read and lay out, and longer from a slow disk, while the GPU's queue runs dry. The
+thread works two microbatches ahead, over the end of a step into the next, whose rows are known: they are a function of how many were
+consumed.
 """
 
 from __future__ import annotations

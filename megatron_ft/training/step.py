@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_ft import device
 from megatron_ft.data.loader import ChatDataset, step_rows
 from megatron_ft.parallel import Layout
+from megatron_ft.training.exchange import known_shapes
 from megatron_ft.training.inputs import Inputs, InputStream
 from megatron_ft.training.loss import GlobalWeight, breakdown, weighted_sum
 from megatron_ft.training.update import Update, update
@@ -154,6 +155,7 @@ class Stepper:
             model=self.model,
             num_microbatches=len(mine),
             **self._shape(dataset),
+            **self._exchange(dataset, mine, end),
             forward_only=forward_only,
         )
         counted = device.pinned(torch.from_numpy(counts)).to(self.device, non_blocking=True)
@@ -177,6 +179,15 @@ class Stepper:
         if dataset.packed:
             return {"seq_length": dataset.seq_length * self.micro_batch_size, "micro_batch_size": 1}
         return {"seq_length": dataset.seq_length, "micro_batch_size": self.micro_batch_size}
+
+    def _exchange(self, dataset: ChatDataset, rows_of: list[list[int]], end: int | None) -> dict:
+        """How stages exchange microbatches of different lengths; {}: they do not differ, or there is one stage."""
+        config = self.model[0].config
+        if not (config.variable_seq_lengths and self.layout.pp_size > 1):
+            return {}
+        cut = self.layout.tp_size if self.layout.sequence_parallel else 1
+        lengths = [dataset.width(rows, end) for rows in rows_of]
+        return known_shapes(config, [(s // cut, self.micro_batch_size, config.hidden_size) for s in lengths])
 
     def _result(self, dataset: ChatDataset, sums: torch.Tensor, **more) -> StepResult:
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -1,0 +1,45 @@
+"""What pipeline stages exchange where microbatches differ in length (--variable_seq_lengths).
+
+The engine has each stage tell the next the shape of every tensor before it sends it, and wait for the answer and the device. Here every
+stage knows the shapes already: it builds the same microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+Shape = tuple[int, int, int]
+
+
+class KnownShapes(P2PCommunicator):
+    """The engine's exchange for the schedule without interleaving, told the shape [s, b, h] of every microbatch of a step beforehand.
+
+    A stage receives activations, and gradients likewise, in the order of the microbatches.
+    """
+
+    def __init__(self, group, config, shapes: Sequence[Shape]):
+        super().__init__(group, config)
+        self._activations, self._gradients = iter(shapes), iter(shapes)
+
+    def _communicate_shapes(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next):
+        """Return the shapes of what comes from the previous and from the next stage. In the place of the engine's exchange."""
+        from_previous = next(self._activations) if recv_prev else (0, 0, 0)
+        from_next = next(self._gradients) if recv_next else (0, 0, 0)
+        return list(from_previous), list(from_next)
+
+
+def known_shapes(config, shapes: Sequence[Shape]) -> dict:
+    """Return the arguments that have the engine's schedule use KnownShapes: it takes them together with all groups, or not at all."""
+    assert hasattr(P2PCommunicator, "_communicate_shapes"), "megatron-core exchanges shapes in another way"
+    groups = ProcessGroupCollection()
+    groups.tp = parallel_state.get_tensor_model_parallel_group()
+    groups.pp = parallel_state.get_pipeline_model_parallel_group()
+    groups.cp = parallel_state.get_context_parallel_group()
+    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
+    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
+    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
+    return {"p2p_communicator": KnownShapes(groups.pp, config, shapes), "pg_collection": groups}
