@@ -83,6 +83,7 @@ MISTAKES = {
 }
 ON_THE_WAY = {
     "steps in a row": (2, ["--lr", "1e30", "--max_skipped_iters", 2], {}),
+    "torch cannot use": (2, [], {"hook": "tests.errors.test_troubleshooting:a_gpu_out_of_reach"}),
     "stopped by a signal": (75, ["--log_interval", 100000], {"hook": "tests.errors.test_troubleshooting:stop_soon"}),
 }
 """A word of the entry's text -> (exit code, more words of a long run, hook)."""
@@ -91,6 +92,18 @@ ON_THE_WAY = {
 def stop_soon() -> None:
     """A signal in a few seconds, wherever the run is by then."""
     threading.Timer(4, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+def a_gpu_out_of_reach() -> None:
+    """A machine with a GPU and a driver, and a torch that was built for CPUs."""
+    import tempfile
+
+    from megatron_ft import device
+
+    folder = tempfile.mkdtemp()
+    Path(folder, "nvidia0").touch()
+    os.environ.pop("MEGATRON_FT_DEVICE")
+    device._NODES = f"{folder}/nvidia[0-9]*"
 
 
 @pytest.mark.parametrize("word", MISTAKES)
