@@ -181,6 +181,13 @@ def pinned(tensor):
     return tensor.pin_memory() if has_gpu() else tensor
 
 
+def handed(values):
+    """Return numbers of the host as a tensor on the device; the host goes on at once. values: a list, or a tensor."""
+    import torch
+
+    return pinned(torch.as_tensor(values)).to(current_device(), non_blocking=True)
+
+
 def synchronize() -> None:
     """Wait for the device's queued work, so that a host clock reads true."""
     if has_gpu():

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from megatron_ft import device
@@ -117,7 +116,7 @@ class Saver:
         """Whether any rank's writer is at work and none has failed."""
         writer = self._pending.writer
         running = writer.running()
-        state = torch.tensor([int(running), int(writer.problem is not None)], device=device.current_device())
+        state = device.handed([int(running), int(writer.problem is not None)])
         dist.all_reduce(state, op=dist.ReduceOp.MAX)
         anyone_runs, anyone_failed = state.tolist()
         if anyone_failed and running:

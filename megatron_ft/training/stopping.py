@@ -62,11 +62,10 @@ class StopRequest:
 
         reason and exit_code then say why and how to leave.
         """
-        import torch  # not above: signals are heeded from the start, before it is there
-        import torch.distributed as dist
+        import torch.distributed as dist  # not above: signals are heeded from the start, before torch is there
 
         late = self.until is not None and time.time() >= self.until
-        asked = torch.tensor([int(self.received is not None), int(late)], device=device.current_device())
+        asked = device.handed([int(self.received is not None), int(late)])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         signalled, late = asked.tolist()
         if late and not signalled:
