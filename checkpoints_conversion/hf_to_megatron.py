@@ -112,7 +112,7 @@ def convert(options: HfToMegatron) -> Report:
 
     files = write_checkpoint(
         target, config, source.rules, full, lambda one: dtype or source.dtype_of(one), tokenizer,
-        {"options": asdict(options), "source": identity([*set(source.files.values())])}, options.overwrite,
+        {"options": asdict(options), "source": identity(source.files.values())}, options.overwrite,
     )  # fmt: skip
     parameters, tensors = count(config.architecture, source.rules)
     return Report(target, parameters, tensors, files, time.monotonic() - started)

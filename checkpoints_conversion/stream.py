@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,6 +212,6 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def identity(paths: Sequence[Path]) -> list:
-    """Name, size and time of change of files: another source is another conversion."""
-    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+def identity(paths: Iterable[Path]) -> list:
+    """Return name, size and time of change of files, in the order of their names: another source is another conversion."""
+    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(set(paths))]

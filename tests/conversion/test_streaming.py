@@ -232,3 +232,13 @@ def test_a_flipped_bit_in_a_rank_file_is_noticed(tmp_path):
     with pytest.raises(UserError, match=r"the numbers of archive/data/\d+ are not those that were written"):
         export(MegatronToHf(str(tmp_path / "made"), str(tmp_path / "back"), digests=False))
     assert not (tmp_path / "back").exists()
+
+
+def test_a_source_is_the_same_in_every_process(tmp_path):
+    """Else a conversion of several files that was killed would begin anew: the order of a set differs from process to process."""
+    from checkpoints_conversion.stream import identity
+
+    files = [tmp_path / f"model-{number}.safetensors" for number in range(5)]
+    for path in files:
+        path.touch()
+    assert identity(files) == identity([*reversed(files), files[2]]) and len(identity(files)) == 5
