@@ -83,6 +83,22 @@ def local_rank() -> int:
 
 
 @contextlib.contextmanager
+def joined():
+    """One group for all that the ranks of a launcher do in turn: process_groups would each time make and end its own, and a
+    launcher's meeting place serves once.
+    """
+    device.prepare_engine()
+    import torch.distributed as dist
+
+    device.select(local_rank())
+    dist.init_process_group(device.backend())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def process_groups(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,

@@ -39,6 +39,7 @@ FLOORS = {
     "megatron_ft.rehearsal": 4,
     "megatron_ft.report": 4,
     "megatron_ft.evaluation": 5,
+    "megatron_ft.doctor": 5,  # starts commands as processes too
     "megatron_ft.demo": 5,  # starts the commands as processes, so it stands below them
     "megatron_ft.commands": 6,
     "megatron_ft.__main__": 7,

@@ -1,4 +1,4 @@
-"""megatron-ft doctor: what this machine has, what training will use, and what is missing for what. To paste into a bug report."""
+"""megatron-ft doctor: what this machine has, what training will use, what is missing for what; --check tries it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Kernels, Numerics
+from megatron_ft.errors import ConfigError
+from megatron_ft.files import check_writable
 
 
 @dataclass
 class Doctor:
-    """Nothing to choose"""
+    """What to do"""
+
+    check: bool = False
+    """try this machine: small real runs, five minutes at most, one line each"""
+    check_report: str = "megatron-ft-doctor.txt"
+    """with --check: file that gets all of it, to paste into a bug report"""
 
 
 COMMAND = Command(
     name="doctor",
-    summary="what is installed, what will be used, what is missing for what",
+    summary="what is installed, what will be used, what is missing for what; --check tries it",
     sections=(Doctor,),
-    examples=("megatron-ft doctor",),
+    examples=("megatron-ft doctor", "megatron-ft doctor --check"),
 )
 
 NEEDED = ("torch", "megatron-core", "numpy", "sentencepiece", "tokenizers", "safetensors", "pydantic")
@@ -39,22 +48,59 @@ OPTIONAL = {
 """Distribution -> what it is for."""
 
 
-def run(_: Doctor) -> int:
-    """Print the report; 2 where something that is needed is missing."""
+def run(options: Doctor) -> int:
+    """Print what is there, and with --check what came of trying it. Returns 2 where something that is needed is missing, 1 where a
+    check failed, else 0.
+    """
+    if options.check:
+        check_writable("--check_report", Path(options.check_report).parent)
+    elif options.check_report != Doctor.check_report:
+        raise ConfigError("--check_report is written by --check: add it")
+    listing = inventory()
+    print(*listing, sep="\n", flush=True)
+    if any(_version(name) is None for name in NEEDED):
+        return 2
+    if options.check:
+        return check_machine(listing, Path(options.check_report))
+    print("\nto try all this: megatron-ft doctor --check")
+    return 0
+
+
+def inventory() -> list[str]:
+    """Lines: this machine, what is installed, what will be used."""
     import megatron_ft
 
-    print(f"megatron_ft {megatron_ft.__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}")
-    print(f"{os.cpu_count()} CPU cores, {_memory_gb():.0f} GB of memory\n")
-    missing = [name for name in NEEDED if _version(name) is None]
+    lines = [
+        f"megatron_ft {megatron_ft.__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}",
+        f"{os.cpu_count()} CPU cores, {_memory_gb():.0f} GB of memory",
+        "",
+    ]
     for name in NEEDED:
-        print(f"  {name:20} {_version(name) or 'MISSING: pip install megatron_ft again'}")
+        lines.append(f"  {name:20} {_version(name) or 'MISSING: pip install megatron_ft again'}")
     for name, purpose in OPTIONAL.items():
-        print(f"  {name:20} {_version(name) or 'not installed'}{'' if _version(name) else f'  (for {purpose})'}")
-    if not missing:
-        print()
-        for name, choice in choices():
-            print(f"  {name:20} {choice}")
-    return 2 if missing else 0
+        lines.append(f"  {name:20} {_version(name) or f'not installed  (for {purpose})'}")
+    if all(_version(name) for name in NEEDED):
+        lines += ["", *(f"  {name:20} {choice}" for name, choice in choices())]
+    return lines
+
+
+def check_machine(listing: list[str], report: Path) -> int:
+    """Run the checks, print a line for each as it ends, then a verdict; write all of it to the report."""
+    from megatron_ft.doctor.checks import CHECKS
+    from megatron_ft.doctor.desk import desk
+    from megatron_ft.doctor.verdict import verdict, write_report
+
+    width = max(len(check.name) for check in CHECKS)
+    print(f"\n{len(CHECKS)} checks, up to five minutes in all; each is a small real run of its own", flush=True)
+    results, began = [], time.monotonic()
+    with desk() as checking:
+        for result in checking.results():
+            print(result.line(width), flush=True)
+            results.append(result)
+    said = verdict(results, time.monotonic() - began)
+    write_report(report, listing, results, said)
+    print(f"\n{said}\n{report}: all of this, to paste into a bug report")
+    return int(any(result.outcome == "fail" for result in results))
 
 
 def choices() -> list[tuple[str, str]]:

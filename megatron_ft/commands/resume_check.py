@@ -64,7 +64,9 @@ def run(check: ResumeCheck, *sections: Any) -> int:
         raise ConfigError(f"--check_steps {check.check_steps}: at least 2, one before the stop and one after it")
     join_srun(_section(sections, Launching))
     if is_rank():  # a launcher started the processes
-        with _joined():
+        from megatron_ft.parallel import joined
+
+        with joined():
             return _on_this_rank((check, sections))
     parallel = _section(sections, Parallelism)
     processes = check.check_processes or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -72,22 +74,6 @@ def run(check: ResumeCheck, *sections: Any) -> int:
     from megatron_ft.forked import run_forked
 
     return run_forked(processes, _on_this_rank, (check, sections))[0]
-
-
-@contextlib.contextmanager
-def _joined():
-    """One group for the three runs: each would end its own, and a launcher's meeting place serves once."""
-    from megatron_ft import device
-
-    device.prepare_engine()
-    import torch.distributed as dist
-
-    device.select(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(device.backend())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _on_this_rank(work: tuple[ResumeCheck, tuple]) -> int:

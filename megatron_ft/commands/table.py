@@ -17,7 +17,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, dict[str, Entry]] = {
     "Try it": {
         "demo": Entry("megatron_ft.commands.demo", "all of it with a tiny model on this machine, in minutes"),
-        "doctor": Entry("megatron_ft.commands.doctor", "what is installed, what will be used, what is missing"),
+        "doctor": Entry("megatron_ft.commands.doctor", "what is installed, what will be used; --check tries it"),
     },
     "Prepare": {
         "pretokenize": Entry("tools.pretokenizer.pretokenize", "chat files to shards of tokens and their roles"),

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
-from megatron_ft.config.sections import Batch, Data, Numerics, Optimizer, Parallelism
+from megatron_ft.config.sections import Batch, Data, Kernels, Numerics, Optimizer, Parallelism
 from megatron_ft.data.loader import ChatDataset, Choices
 from megatron_ft.data.manifest import Manifest
 from megatron_ft.data.roles import ASSISTANT, PROMPTER, code_weights, loss_weights
@@ -46,6 +46,7 @@ class Case:
     parallel: Parallelism = field(default_factory=Parallelism)
     micro_batch_size: int = 1
     packing: bool = True
+    kernels: Kernels = field(default_factory=Kernels)
     broken: bool = False
     """Norms under sequence parallelism whose gradients nobody sums: a comparison that does not notice is worth nothing."""
 
@@ -131,7 +132,7 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
         parallel.tensor_model_parallel_size, split.stages, parallel.sequence_parallel, seed=problem.seed,
         virtual_pipeline_size=split.virtual_size,
     ) as layout:  # fmt: skip
-        chunks = setup.make_model(arch, layout, data, parallel, numerics)
+        chunks = setup.make_model(arch, layout, data, parallel, numerics, case.kernels)
         bare = setup.bare(chunks)
         section = Optimizer(
             lr=1e-3, lr_decay_style="constant", clip_grad=0.0

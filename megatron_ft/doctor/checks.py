@@ -1,0 +1,57 @@
+"""The list of all checks, in the order in which they run. To add one: write its function, add its line.
+
+A function takes the folder in which it may write (removed at the end) and returns a Found. It runs in a process of its own, and so may
+crash or hang. Imported by name where it runs: this file knows neither torch nor the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from megatron_ft.doctor.result import Found
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    """As the report has it."""
+    function: str
+    """module:function, the module within this package (with dots: anywhere)."""
+    seconds: float = 120.0
+    """After which it counts as hanging."""
+
+    @property
+    def needs_engine(self) -> bool:
+        """Whether megatron-core has to be importable; what looks at the machine alone answers even where it is not."""
+        return not self.function.partition(":")[0].endswith("machine")
+
+    def load(self) -> Callable[[Path], Found]:
+        module, function = self.function.split(":")
+        return getattr(import_module(module if "." in module else f"megatron_ft.doctor.{module}"), function)
+
+
+CHECKS = (
+    Check("driver and torch", "machine:driver", 60),
+    Check("compute capability", "machine:capability", 60),
+    Check("compiler", "machine:compiler"),
+    Check("communication", "several:communication"),
+    Check("attention by sample", "attention:by_sample"),
+    Check("torch varlen attention", "attention:torch_varlen"),
+    Check("flash-attn", "attention:flash_attn"),
+    Check("bf16 steps", "training:plain_steps", 180),
+    Check("bf16 steps, LIMA dropout", "training:lima_steps", 180),
+    Check("fp16 from its first scale", "resuming:fp16", 180),
+    Check("layouts TP2, SP, DP2", "layouts:tensor_and_data", 180),
+    Check("layout PP2", "layouts:pipeline", 180),
+    Check("layout PP2 interleaved", "layouts:interleaved", 180),
+    Check("clean exit", "jobs:clean_exit", 180),
+    Check("a rank is killed", "jobs:killed_rank", 180),
+    Check("save and resume", "resuming:resume", 240),
+    Check("save in background", "resuming:resume_async", 240),
+    Check("host waits", "efficiency:host_waits", 180),
+    Check("recompilations", "efficiency:recompilations", 240),
+    Check("memory against plan", "efficiency:memory", 180),
+)

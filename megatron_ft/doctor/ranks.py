@@ -1,0 +1,98 @@
+"""Starts the several processes of a check, with the project's own launcher: forked on a CPU, one anew for each GPU.
+
+`python -m megatron_ft.doctor.ranks --job layouts:on_ranks --folder F --nproc_per_node 2` runs that function on each of two ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from megatron_ft import device
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import Processes
+from megatron_ft.doctor.result import Ended
+from megatron_ft.launch.places import Places, is_rank, places
+from megatron_ft.launch.run import launch, planned
+from megatron_ft.parallel import joined
+
+
+@dataclass
+class Job:
+    """What each process does"""
+
+    job: str = field(default="", metadata={"required": True})
+    """module:function of megatron_ft.doctor; it is given the folder"""
+    folder: str = field(default="", metadata={"required": True})
+    """where it reads and writes"""
+
+
+COMMAND = Command(name="doctor", summary="a check of several processes", sections=(Job, Processes))
+
+
+def run(job: Job, processes: Processes) -> int:
+    here = planned(processes)
+    if here and (code := launch(here, None, device.prepare_engine)) is not None:
+        return code
+    device.prepare_engine()
+    module, function = job.job.split(":")
+    with joined() if is_rank() else contextlib.nullcontext():
+        getattr(import_module(f"megatron_ft.doctor.{module}"), function)(Path(job.folder))
+    return 0
+
+
+def several() -> int:
+    """Processes of a check that needs more than one: two, or the one GPU's."""
+    return min(2, len(device.gpus())) if device.has_gpu() else 2
+
+
+def run_on_ranks(job: str, folder: Path, processes: int, seconds: float) -> Ended:
+    """Run module:function on each of some ranks; what it prints on failure also goes to our own standard error."""
+    words = ["megatron_ft.doctor.ranks", "--job", job, "--folder", str(folder), "--nproc_per_node", str(processes)]
+    return run_module(words, seconds)
+
+
+def run_module(words: Sequence[str], seconds: float, **environment: str) -> Ended:
+    """`python -m WORDS`, ended after so many seconds; the ranks of a launcher end with it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    return _wait(process, seconds)
+
+
+def run_as_ranks(words: Sequence[str], processes: int, seconds: float, **environment: str) -> Ended:
+    """The same, as the ranks of one run that some other launcher has started. The first that failed speaks for all."""
+    here: Places = places(Processes(nproc_per_node=processes, nnodes=1))
+    assert not is_rank()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", *words], text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**os.environ, **here.environment(local), **environment},
+        )
+        for local in range(processes)
+    ]  # fmt: skip
+    ended = [_wait(process, seconds) for process in started]
+    return next((one for one in ended if one.code), next((one for one in ended if one.code is None), ended[0]))
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> Ended:
+    try:
+        out, err = process.communicate(timeout=seconds)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        process.kill()
+        (out, err), code = process.communicate(), None
+    if code != 0:
+        print(out, err, sep="\n", file=sys.stderr, flush=True)
+    return Ended(code, out, err)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))

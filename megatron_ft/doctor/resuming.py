@@ -1,0 +1,47 @@
+"""Saving and going on: to the bit, written at once or in the background, and with fp16 before its first update."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_ft.doctor.judge import FP16_SAVED_AT, FP16_STEPS, judge_fp16
+from megatron_ft.doctor.ranks import run_as_ranks, run_module, several
+from megatron_ft.doctor.result import Found, failed, passed
+from megatron_ft.doctor.stand_ins import finetune, settings
+
+STEPS = 4
+
+
+def resume(folder: Path) -> Found:
+    return _resume_check(folder)
+
+
+def resume_async(folder: Path) -> Found:
+    return _resume_check(folder, "--async_save")
+
+
+def _resume_check(folder: Path, *more: str) -> Found:
+    """`megatron-ft resume-check` with dropout and a sharded optimizer: without a stop against a stop, a save and a new start."""
+    words = ["megatron_ft", "resume-check", *settings(folder, STEPS), "--check_steps", str(STEPS), "--bf16",
+             "--hidden_dropout", "0.1", "--use_distributed_optimizer", *more]  # fmt: skip
+    # cuBLAS promises the same bits again only with a workspace of its own.
+    count = several()
+    ended = run_as_ranks(words, count, 200, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    if ended.code != 0:
+        return failed(f"{count} processes: {ended.said}")
+    tensors = next((line for line in ended.out.splitlines() if line.startswith("tensors of the last checkpoint")), "")
+    if "of which 0 differ" not in tensors:
+        return failed(f"{count} processes: no word of equal tensors: {ended.said}")
+    return passed(f"{STEPS} steps = {STEPS // 2}, save, resume, {STEPS // 2} to the bit, {count} processes: {tensors}")
+
+
+def fp16(folder: Path) -> Found:
+    """A run that saves while its loss scale is still falling, and another that goes on from there until it trains."""
+    more = ("--fp16", "--save", folder / "fp16", "--lr_decay_iters", FP16_STEPS)
+    for iters, resumes in ((FP16_SAVED_AT, ()), (FP16_STEPS, ("--auto_resume",))):
+        ended = run_module(finetune(folder, *more, *resumes, iters=iters, rows=1), 80)
+        if ended.code != 0:
+            return failed(f"{'resumed' if resumes else 'first'} run: {ended.said}")
+    lines = map(json.loads, (folder / "fp16" / "metrics.jsonl").read_text().splitlines())
+    return judge_fp16([line for line in lines if "train/loss" in line])

@@ -1,0 +1,110 @@
+"""The process in which checks run: `python -m megatron_ft.doctor.worker --folder F` reads their functions from standard input.
+
+On a CPU it imports the engine once and forks for every check. A process that uses a GPU cannot be forked, so there checks run in the
+worker itself, and after one that failed the desk starts another worker: an error of the GPU stays with the process.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megatron_ft import device
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.doctor.checks import Check
+from megatron_ft.doctor.result import Found, failed
+from megatron_ft.errors import UserError
+from megatron_ft.files import read_json, write_json
+from megatron_ft.forked import die_with_parent
+
+
+@dataclass
+class Worker:
+    """Where to work"""
+
+    folder: str = field(default="", metadata={"required": True})
+    """where checks write, and their answers go"""
+
+
+COMMAND = Command(name="doctor", summary="runs checks", sections=(Worker,))
+
+
+def answer_file(folder: Path, check: Check) -> Path:
+    return folder / f"{check.function.replace(':', '-')}.json"
+
+
+def run(options: Worker) -> int:
+    die_with_parent()
+    folder = Path(options.folder)
+    for line in sys.stdin:
+        check = Check("", line.strip())
+        found = serve(check, folder)
+        sys.stderr.flush()
+        write_json(answer_file(folder, check), asdict(found))
+    return 0
+
+
+def serve(check: Check, folder: Path) -> Found:
+    """In a fork on a CPU, here on a GPU."""
+    try:
+        if check.needs_engine:
+            device.prepare_engine()
+        in_a_fork = not device.has_gpu()
+    except Exception as error:
+        return _explained(error)
+    if in_a_fork:
+        return _forked(check, folder)
+    found = outcome(check, folder)
+    gc.collect()
+    device.empty_cache()
+    return found
+
+
+def outcome(check: Check, folder: Path) -> Found:
+    """What the check's function returns, or how it failed."""
+    try:
+        return check.load()(folder)
+    except Exception as error:
+        return _explained(error)
+
+
+def _explained(error: Exception) -> Found:
+    traceback.print_exc()
+    line = " ".join(str(error).split())[:300]
+    return failed(line if isinstance(error, UserError) else f"{type(error).__name__}: {line}")
+
+
+def _forked(check: Check, folder: Path) -> Found:
+    theirs = folder / "found.json"
+    theirs.unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            die_with_parent()
+            write_json(theirs, asdict(outcome(check, folder)))
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return died(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) or Found(**read_json(theirs))
+
+
+def died(code: int) -> Found | None:
+    """What an exit code says of a process that was to answer; None: it has. Negative: a signal, as subprocess has it."""
+    if code == 0:
+        return None
+    return failed(
+        f"the process was ended by {signal.Signals(-code).name}"
+        if code < 0
+        else f"the process ended with exit code {code}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))
