@@ -5,14 +5,12 @@ This file and cpu_engine.py are the only ones that say cuda or gloo. Knows nothi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import glob
 import os
 import queue
 import re
 import socket
-import subprocess
 import warnings
 
 from megatron_ft.cpu_engine import answer_for_cpu
@@ -311,92 +309,3 @@ def _recompute_norms_without_fp8() -> None:
             super().__init__(None)
 
     tensor_parallel.CheckpointWithoutOutput = WithoutFp8
-
-
-# What `megatron-ft doctor --check` asks of the device; nothing else uses it.
-
-
-def hidden() -> bool:
-    """Whether GPUs are hidden on purpose, by MEGATRON_FT_DEVICE or CUDA_VISIBLE_DEVICES."""
-    return _hidden()
-
-
-def hardware_seen() -> list[str]:
-    """Return signs of NVIDIA GPUs that do not depend on torch: device files that open, what nvidia-smi lists. Empty: none."""
-    nodes = sorted(filter(_opens, glob.glob(_NODES)))
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-        listed = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
-    except (OSError, subprocess.SubprocessError):
-        listed = []
-    return nodes + listed
-
-
-def wheel_architectures() -> list[str]:
-    """Return what torch's kernels were compiled for: sm_80 (one GPU generation, from that minor release on), compute_90 (any later)."""
-    import torch
-
-    return torch.cuda.get_arch_list()
-
-
-def wheel_version() -> str | None:
-    """The CUDA that the installed torch was built with, as "12.8"; None for a CPU build."""
-    import torch
-
-    return torch.version.cuda
-
-
-def driver_version() -> str | None:
-    """The newest CUDA that the installed driver supports, as "12.4"; None where there is no driver."""
-    import ctypes
-
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    number = ctypes.c_int(0)
-    failed = library.cuDriverGetVersion(ctypes.byref(number))
-    return None if failed or not number.value else f"{number.value // 1000}.{number.value % 1000 // 10}"
-
-
-def gpus() -> list[tuple[str, tuple[int, int]]]:
-    """(name, compute capability) of each GPU that this process may use."""
-    import torch
-
-    if not has_gpu():
-        return []
-    numbers = range(torch.cuda.device_count())
-    return [(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)) for number in numbers]
-
-
-def backend_version() -> str:
-    """What carries messages between processes, for people: "NCCL 2.27.3" on GPUs, "gloo" on a CPU."""
-    import torch
-
-    return f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if has_gpu() else backend()
-
-
-@contextlib.contextmanager
-def host_waits():
-    """Yield a list that gets the stack (traceback.StackSummary) of each operation that makes the host wait for the GPU.
-
-    torch warns of them itself (set_sync_debug_mode). What the backward pass does in C++ is reported from the line that started it.
-    """
-    import traceback
-
-    import torch
-
-    stacks: list[traceback.StackSummary] = []
-
-    def seen(message, category, filename, lineno, file=None, line=None) -> None:
-        if "synchronizing CUDA operation" in str(message):
-            stacks.append(traceback.extract_stack()[:-1])
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = seen
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield stacks
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

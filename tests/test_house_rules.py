@@ -22,6 +22,7 @@ FLOORS = {
     "megatron_ft.config": 0,
     "megatron_ft.device": 0,
     "megatron_ft.cpu_engine": 0,
+    "megatron_ft.gpu_facts": 0,
     "megatron_ft.errors": 0,
     "megatron_ft.log": 0,
     "megatron_ft.files": 0,
@@ -57,6 +58,7 @@ GROUND = [
     "megatron_ft.config",
     "megatron_ft.cpu_engine",
     "megatron_ft.device",
+    "megatron_ft.gpu_facts",
 ]
 OUTSIDE = ("checkpoints_conversion", "tools.pretokenizer")
 SOURCE_FOLDERS = ("megatron_ft", "checkpoints_conversion", "tools/pretokenizer")
@@ -168,7 +170,7 @@ FOREIGN_NAMES = {'"argparse"'}
 """What stands in others' checkpoints: the name of a module that a pickle asks for and does not get."""
 
 
-DEVICE = ("megatron_ft/device.py", "megatron_ft/cpu_engine.py")
+DEVICE = ("megatron_ft/device.py", "megatron_ft/cpu_engine.py", "megatron_ft/gpu_facts.py")
 
 
 @pytest.mark.parametrize(

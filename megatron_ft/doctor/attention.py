@@ -18,9 +18,9 @@ from megatron_ft.doctor.result import Found, failed, passed, skipped
 from megatron_ft.doctor.small_model import LLAMA
 from megatron_ft.models.attention import SdpaAttention
 from megatron_ft.models.build import BuildOptions, transformer_config
-from megatron_ft.models.dropout import RowParams
 from megatron_ft.models.kernels import Attention, Choice, choose, varlen_attention
 from megatron_ft.models.machine import FLASH_CAPABILITY, machine
+from megatron_ft.models.rows import packed_on
 from megatron_ft.parallel import Layout
 
 LENGTHS = (1, 7, 64, 65, 130, 33)
@@ -144,5 +144,5 @@ def _by_sample(query, key, value, boundaries, longest, scale, window) -> Tensor:
         packed_attention="by-sample",
     )
     layer = SdpaAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale, kernels=choice).eval()
-    row = RowParams(qkv_format="thd", cu_seqlens_q=boundaries, max_seqlen_q=longest)
-    return layer(query, key, value, packed_seq_params=row).view(query.shape)
+    row = packed_on(boundaries.diff().tolist(), query.device)
+    return layer(query[:, None], key[:, None], value[:, None], packed_seq_params=row).view(query.shape)

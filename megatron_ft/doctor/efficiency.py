@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ft import device
+from megatron_ft import device, gpu_facts
 from megatron_ft.config.sections import Kernels, Numerics
 from megatron_ft.doctor.judge import judge_compilations, judge_memory, judge_waits
 from megatron_ft.doctor.result import Found, skipped
@@ -27,7 +27,7 @@ def host_waits(folder: Path) -> Found:
         return skipped("the host waits for a GPU, and there is none")
     with training(LLAMA, BF16_LIMA, Kernels(use_flash_attn=True)) as step:
         step(0)
-        with device.host_waits() as stacks:
+        with gpu_facts.host_waits() as stacks:
             step(ROWS)
     return judge_waits(stacks)
 

@@ -20,7 +20,7 @@ NORMS_APART = 0.005
 TOLERANCE = 1e-4
 """As verify-invariance has it: fp32, relative."""
 LEAVES = 30.0
-"""Seconds from the last step, or from the death of a rank, until all processes have to be gone. On a quiet CPU it takes two, on a busy one eight."""
+"""Seconds from the last step, or from the death of a rank, until all processes have to be gone: two on a quiet CPU, eight on a busy one."""
 FP16_STEPS, FP16_SAVED_AT = 40, 2
 """A scale of 2^32 halves after each overflow but the first; 2^16 and below overflow nothing here."""
 SETTLED = 5

@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ft import device
+from megatron_ft import device, gpu_facts
 from megatron_ft.config.sections import Kernels, Parallelism
 from megatron_ft.doctor.judge import judge_layouts
 from megatron_ft.doctor.ranks import run_on_ranks
@@ -50,7 +50,7 @@ def interleaved(folder: Path) -> Found:
 
 def compared(folder: Path, cases: Sequence[Case]) -> Found:
     """The reference is computed here, the cases by two ranks, one after another."""
-    if device.has_gpu() and len(device.gpus()) < PROCESSES:
+    if device.has_gpu() and len(gpu_facts.gpus()) < PROCESSES:
         return skipped("one GPU here, a layout needs two; MEGATRON_FT_DEVICE=cpu tries it on CPU processes")
     reference = measure(PROBLEM, Case("one process", 1))
     (folder / GIVEN).write_bytes(pickle.dumps((reference, list(cases))))

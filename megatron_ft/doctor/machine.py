@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ft import device
+from megatron_ft import device, gpu_facts
 from megatron_ft.doctor.result import Found, failed, passed, skipped
 from megatron_ft.models.machine import FLASH_CAPABILITY, Machine, machine
 
@@ -31,9 +31,9 @@ class DriverFacts:
 
 def driver(folder: Path) -> Found:
     """A GPU that torch cannot use is the first thing to know: everything else follows from it."""
-    seen = tuple(device.hardware_seen())
+    seen = tuple(gpu_facts.hardware_seen())
     return judge_driver(
-        DriverFacts(seen, device.wheel_version(), device.driver_version(), device.has_gpu(), device.hidden())
+        DriverFacts(seen, gpu_facts.wheel_version(), gpu_facts.driver_version(), device.has_gpu(), gpu_facts.hidden())
     )
 
 
@@ -65,11 +65,11 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def capability(folder: Path) -> Found:
-    return judge_capability(device.gpus(), device.wheel_architectures() if device.has_gpu() else [])
+    return judge_capability(gpu_facts.gpus(), gpu_facts.wheel_architectures() if device.has_gpu() else [])
 
 
 def judge_capability(gpus: Sequence[tuple[str, tuple[int, int]]], compiled_for: Sequence[str]) -> Found:
-    """Pure. gpus: (name, compute capability) of each. compiled_for: see device.wheel_architectures."""
+    """Pure. gpus: (name, compute capability) of each. compiled_for: see gpu_facts.wheel_architectures."""
     if not gpus:
         return skipped(ON_CPU)
     kinds = dict(gpus)

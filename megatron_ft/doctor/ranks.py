@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from megatron_ft import device
+from megatron_ft import device, gpu_facts
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.doctor.result import Ended
@@ -49,7 +49,7 @@ def run(job: Job, processes: Processes) -> int:
 
 def several() -> int:
     """Processes of a check that needs more than one: two, or the one GPU's."""
-    return min(2, len(device.gpus())) if device.has_gpu() else 2
+    return min(2, len(gpu_facts.gpus())) if device.has_gpu() else 2
 
 
 def run_on_ranks(job: str, folder: Path, processes: int, seconds: float) -> Ended:

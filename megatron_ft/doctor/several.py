@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_ft import device
+from megatron_ft import device, gpu_facts
 from megatron_ft.doctor.ranks import run_on_ranks
 from megatron_ft.doctor.result import Found, failed, passed
 from megatron_ft.files import read_json, write_json
@@ -17,9 +17,9 @@ ROUNDS = 5
 
 
 def communication(folder: Path) -> Found:
-    processes = len(device.gpus()) or 2
+    processes = len(gpu_facts.gpus()) or 2
     ended = run_on_ranks("several:sum_on_ranks", folder, processes, 90)
-    what = f"{device.backend_version()}, {processes} process{'es' if processes > 1 else ''}"
+    what = f"{gpu_facts.backend_version()}, {processes} process{'es' if processes > 1 else ''}"
     if ended.code != 0:
         return failed(f"{what}: {ended.said}")
     found = read_json(folder / FOUND)
