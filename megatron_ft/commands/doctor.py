@@ -35,6 +35,11 @@ COMMAND = Command(
 
 NEEDED = ("torch", "megatron-core", "numpy", "sentencepiece", "tokenizers", "safetensors", "pydantic")
 """Distributions without which nothing works."""
+TRIED = {
+    "torch": "tests run with 2.13; of 2.10 to 2.12 the signatures of attention are tested",
+    "megatron-core": "tests run with 0.16.1; others than 0.16 are refused",
+}
+"""Distribution -> which of its versions have been tried."""
 OPTIONAL = {
     "transformers": "checking exports (demo, verify)",
     "tensorboard": "--tensorboard_dir",
@@ -76,7 +81,8 @@ def inventory() -> list[str]:
         "",
     ]
     for name in NEEDED:
-        lines.append(f"  {name:20} {_version(name) or 'MISSING: pip install megatron_ft again'}")
+        tried = f"  ({TRIED[name]})" if name in TRIED else ""
+        lines.append(f"  {name:20} {_version(name) or 'MISSING: pip install megatron_ft again'}{tried}")
     for name, purpose in OPTIONAL.items():
         lines.append(f"  {name:20} {_version(name) or f'not installed  (for {purpose})'}")
     if all(_version(name) for name in NEEDED):
@@ -115,10 +121,21 @@ def choices() -> list[tuple[str, str]]:
         ("device", device.describe()),
         ("processes", ("one a GPU" if gpu else "any number on this machine") + f", over {device.backend()}"),
         *choice.lines(),
-        ("apex", "NVIDIA's" if here.apex else "not installed  (its optimizer; without it torch's fused AdamW)"),
+        (
+            "apex",
+            "NVIDIA's" if here.apex else f"{here.why_not('apex')}  (its optimizer; without it torch's fused AdamW)",
+        ),
+        *([("gradient fusion", _gradient_fusion(here))] if gpu else []),
         ("precision", "fp32 (default), bf16, fp16"),
         *(("not used", reason) for reason in choice.reasons),
     ]
+
+
+def _gradient_fusion(here) -> str:
+    """Whether weight gradients are added within the matrix product, and what that needs."""
+    if here.accumulates:
+        return "apex's extension"
+    return f"{here.why_not('accumulates')}  (apex built with --cpp_ext --cuda_ext; without it two passes over each gradient)"
 
 
 def _version(distribution: str) -> str | None:

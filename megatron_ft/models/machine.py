@@ -48,7 +48,7 @@ class Machine:
 
     def why_not(self, name: str) -> str:
         """Return why the field `name` is not so."""
-        return self.lacks.get(name, "not found")
+        return self.lacks.get(name, "not installed")
 
 
 @functools.cache

@@ -23,7 +23,7 @@ DROPS = Numerics(fp16=True, attention_dropout=0.1)
 CHOICES = [
     (FLASH, HALF, Machine(flash_attn=True, varlen=V212), "by-sample", "torch", False, "no GPU"),
     (Kernels(), HALF, GPU, "torch-varlen", "torch", True, None),
-    (FLASH, HALF, GPU, "torch-varlen", "torch", True, "flash-attn is not found"),
+    (FLASH, HALF, GPU, "torch-varlen", "torch", True, "flash-attn is not installed"),
     (FLASH, HALF, BROKEN, "torch-varlen", "torch", True, "cannot be imported (undefined symbol)"),
     (FLASH, HALF, FULL, "flash-attn", "Transformer Engine", True, None),
     (Kernels(), HALF, FULL, "torch-varlen", "Transformer Engine", True, None),
