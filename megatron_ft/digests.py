@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from megatron_ft.errors import DamagedError
 from megatron_ft.files import digest, read_json, sync_all, write_json
+from megatron_ft.shares import deal
 
 MANIFEST = "digests.json"
 FORMAT_VERSION = 1
@@ -123,15 +124,10 @@ def _fault(folder: Path, entries: dict[str, Entry], name: str) -> str | None:
 
 
 def _dealt(entries: dict[str, Entry], which: int, of: int) -> list[str]:
-    """One share of the names: largest first, each to whoever has least so far."""
-    loads = [0] * of
-    mine = []
-    for name in sorted(entries, key=lambda n: (-entries[n].bytes, n)):
-        to = loads.index(min(loads))
-        loads[to] += entries[name].bytes + 1
-        if to == which:
-            mine.append(name)
-    return sorted(mine)
+    """One share of the names, about equal in bytes."""
+    names = sorted(entries)
+    owners = deal([entries[name].bytes + 1 for name in names], of)
+    return [name for name, owner in zip(names, owners, strict=True) if owner == which]
 
 
 def _threaded(work: Callable[[str], Any], names: Iterable[str]) -> dict[str, Any]:
