@@ -33,10 +33,12 @@ from megatron_ft.models.checkpoint_layout import (
     no_training_state,
     write_config,
 )
-from megatron_ft.models.load import chunks_of, engine_load, fill_chunks, sharded_weights, sharding_metadata
+from megatron_ft.models.load import chunks_of, engine_load, fill_chunks, sharded_weights
 from megatron_ft.models.verified import check_tensors, read_common, vet
 from megatron_ft.parallel import Layout, seed_everything
+from megatron_ft.together import raise_together
 from megatron_ft.training import classic
+from megatron_ft.training.owned_state import optimizer_state
 from megatron_ft.training.saver import Keep, Plan, Saver
 from megatron_ft.training.writing import Part, save_tensors
 
@@ -109,18 +111,20 @@ def plan_save(contents: Contents, ckpt_format: str, folder: Path, progress: Prog
     if ckpt_format == "torch":
         return classic.plan_save(state | {"rng": _streams()}, put, own.model, own.optimizer, folder, layout)
     weights, streams = sharded_weights(own.model), _rng_tensors(layout)
-    state |= {
-        "model": weights,
-        "optimizer": own.optimizer.sharded_state_dict(weights, metadata=sharding_metadata()),
-        "streams": sorted(streams),
-        "rng": streams,
-    }
-    return plan_sharded(state, put, folder, layout.is_main)
+    optimizer = optimizer_state(own.optimizer, weights)
+    state |= {"model": weights, "optimizer": optimizer.to_save(), "streams": sorted(streams), "rng": streams}
+    return plan_sharded(state, put, folder, layout.is_main, optimizer.has_one_writer_each)
 
 
-def plan_sharded(state: dict[str, Any], put: dict[str, Callable[[Path], Any]], folder: Path, is_main: bool) -> Plan:
-    """The same for a state of the engine's sharded tensors and of what is alike on all ranks. put: the main rank's other files."""
-    tensors, common = save_preprocess(state)
+def plan_sharded(
+    state: dict[str, Any], put: dict[str, Callable[[Path], Any]], folder: Path, is_main: bool, has_one_writer_each: bool = False
+) -> Plan:  # fmt: skip
+    """The same for a state of the engine's sharded tensors and of what is alike on all ranks. put: the main rank's other files.
+
+    has_one_writer_each: by construction, every tensor. Else the engine tells all ranks what all ranks hold, to check that; a part of a
+    tensor that nobody writes the main rank finds in either case, in the plan of who writes what.
+    """
+    tensors, common = save_preprocess(state, validate_access_integrity=not has_one_writer_each)
     writer, metadata = _Planner("torch_dist", 1).async_save(tensors, folder)
     if is_main:
         put = put | {"common.pt": partial(save_tensors, classic.own(common))}
@@ -176,9 +180,9 @@ def resume(
         fill_chunks(model, state["model"], folder)
         classic.load_optimizer(folder, state, optimizer, layout)
     else:
-        state = _read_sharded(folder, model, optimizer, layout)
+        state, put_back = _read_sharded(folder, model, optimizer, layout)
         fill_chunks(model, state["model"], folder)
-        optimizer.load_state_dict(state["optimizer"])
+        put_back(state["optimizer"])
     for group in optimizer.param_groups:
         group.update(flags)
     schedule.load_state_dict(state["schedule"])
@@ -193,23 +197,33 @@ def resume(
     return progress
 
 
-def _read_sharded(folder: Path, model, optimizer, layout: Layout) -> dict[str, Any]:
-    """This rank's part of a torch_dist checkpoint; "rng" only where layout and kind of device are the same."""
+def _read_sharded(folder: Path, model, optimizer, layout: Layout) -> tuple[dict[str, Any], Callable]:
+    """This rank's part of a torch_dist checkpoint, and what takes its "optimizer"; "rng" only where layout and kind of device are the
+    same.
+    """
     metadata, common = vet(folder), read_common(folder)
     if "progress" not in common:
         raise no_training_state(folder)
     weights, streams = sharded_weights(model), _rng_tensors(layout)
-    state = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=sharding_metadata()),
-    }
+    saved = optimizer_state(optimizer, weights)
+    state = {"model": weights, "optimizer": saved.to_load()}
     same_layout = common["sizes"] == layout.sizes
     same_device = common.get("streams", sorted(streams)) == sorted(streams)  # a GPU has a stream more than a CPU
     if same_layout and same_device:
         state["rng"] = streams
-    check_tensors(metadata, state, folder, cast_weights=False)
+    _check_together(metadata, state, folder)
     state = engine_load(state, folder)
-    return state | {"rng": {name: row[0] for name, row in state.get("rng", {}).items()}}
+    return state | {"rng": {name: row[0] for name, row in state.get("rng", {}).items()}}, saved.put_back
+
+
+def _check_together(metadata, state: dict[str, Any], folder: Path) -> None:
+    """check_tensors, raised on every rank: each asks for tensors of its own."""
+    problem = None
+    try:
+        check_tensors(metadata, state, folder, cast_weights=False)
+    except CheckpointError as error:
+        problem = error
+    raise_together(problem)
 
 
 def _streams() -> dict[str, torch.Tensor]:

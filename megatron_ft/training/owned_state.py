@@ -1,0 +1,249 @@
+"""The distributed optimizer's state to and from torch_dist checkpoints, each parameter through the memory of one rank: its owner.
+
+The engine (megatron-core 0.16.1, `fully_reshardable`) puts the whole state together on every data-parallel rank at a save, and reads
+all of it on every rank at a load. Here parameters are dealt to the ranks of a data-parallel group by size. At a save the owner collects
+one parameter at a time from the ranks that hold its pieces; at a load it reads its own parameters and hands the pieces out. A rank's
+host memory grows by its share and one parameter. Keys, shapes and files are the engine's, and either way reads what the other wrote.
+
+To be replaced by an engine whose `fully_reshardable` collects by owner. 0.16.1 has only `distrib_optim_fully_reshardable_mem_efficient`
+(data-parallel rank 0 holds everything), and `fully_sharded_model_space` (no exchange at all), which it calls deprecated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_ft import device
+from megatron_ft.models.load import sharding_metadata
+from megatron_ft.shares import deal
+
+KEYS = ("param", "exp_avg", "exp_avg_sq")
+"""What is kept of a parameter, fp32, as the engine's checkpoints call it."""
+STATE_BYTES = 4 * len(KEYS)
+
+
+class Piece(NamedTuple):
+    """A part of a flattened parameter: the numbers [start, end), and the data-parallel rank that holds their state."""
+
+    rank: int
+    start: int
+    end: int
+
+
+def pieces(start: int, end: int, first: int, shard: int) -> list[Piece]:
+    """Return who holds which part of a parameter that lies at [start, end) of a buffer.
+
+    first: where its bucket begins in the buffer. shard: numbers of the bucket that each rank holds, in the order of ranks.
+    """
+    holders = range((start - first) // shard, (end - 1 - first) // shard + 1)
+    begins = [max(start, first + rank * shard) - start for rank in holders]
+    return [Piece(*piece) for piece in zip(holders, begins, [*begins[1:], end - start], strict=True)]
+
+
+def exchange(parts: list[Piece], owner: int, whole, mine, group: dist.ProcessGroup, to_owner: bool) -> None:
+    """Move a parameter between its owner, who has all of it, and the ranks that hold its pieces, in either direction.
+
+    whole: flat, on the owner, else None. mine: this rank's piece, or None. Only they talk; the others may call it all the same. Point to
+    point, so that a rank that is not concerned goes on; no two ranks wait for each other as long as all take parameters in one order.
+    """
+    me, operations = group.rank(), []
+    give, take = (dist.irecv, dist.isend) if to_owner else (dist.isend, dist.irecv)
+    if me == owner:
+        for piece in parts:
+            part = whole[piece.start : piece.end]
+            if piece.rank != me:
+                operations.append(dist.P2POp(give, part, group=group, group_peer=piece.rank))
+            elif to_owner:
+                part.copy_(mine)
+            else:
+                mine.copy_(part)
+    elif mine is not None:
+        operations.append(dist.P2POp(take, mine, group=group, group_peer=owner))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+
+
+class _Parameter(NamedTuple):
+    """A parameter of this rank's model. All ranks of its data-parallel group have the same ones, in the same order."""
+
+    weight: torch.nn.Parameter
+    described: ShardedTensor | ShardedTensorFactory
+    """By the engine: the weight within the whole model."""
+    pieces: list[Piece]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a rank of this data-parallel group writes it: not where another tensor-parallel rank or stage has the same."""
+        return not any(self.described.replica_id[:-1])
+
+
+def optimizer_state(optimizer, weights: dict) -> ByOwner | Whole:
+    """Return what takes the optimizer's state to and from torch_dist checkpoints. weights: as sharded_weights describes them.
+
+    By owner where data-parallel ranks share the state, else the engine's own way. All ranks call each method together.
+    """
+    parts = optimizer.chained_optimizers  # one, unless a model has experts
+    if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) and parts[0].data_parallel_group.size() > 1:
+        return ByOwner(parts[0], weights)
+    return Whole(optimizer, weights)
+
+
+class Whole:
+    """The engine's own way: each rank has the state of all its parameters."""
+
+    has_one_writer_each = False
+    """Whether it is certain, without asking all ranks, that each tensor has a rank that writes it, and one only."""
+
+    def __init__(self, optimizer, weights: dict):
+        self.optimizer, self.weights = optimizer, weights
+
+    def to_save(self) -> dict[str, Any]:
+        """Return the state as sharded tensors."""
+        return self.optimizer.sharded_state_dict(self.weights, metadata=sharding_metadata())
+
+    def to_load(self) -> dict[str, Any]:
+        """Return what to ask the checkpoint for."""
+        return self.optimizer.sharded_state_dict(self.weights, is_loading=True, metadata=sharding_metadata())
+
+    def put_back(self, state: dict[str, Any]) -> None:
+        """Take over what was read."""
+        self.optimizer.load_state_dict(state)
+
+
+class ByOwner:
+    """The state of a distributed optimizer's parameters, each through its owner. Methods as of `Whole`."""
+
+    has_one_writer_each = True
+
+    def __init__(self, optimizer: DistributedOptimizer, weights: dict):
+        self.optimizer, self.group = optimizer, optimizer.data_parallel_group
+        self.parameters = _parameters(optimizer, weights)
+
+    def to_save(self) -> dict[str, Any]:
+        """Return this rank's own parameters' state as sharded tensors in host memory; make the owners write the weights too."""
+        sizes = [
+            p.weight.numel() * (STATE_BYTES + p.weight.element_size()) if p.is_written else 0 for p in self.parameters
+        ]
+        held, own = [self._held(parameter) for parameter in self.parameters], {}
+        self._connect()
+        for index, owner in enumerate(deal(sizes, self.group.size())):
+            parameter = self.parameters[index]
+            if not parameter.is_written:
+                continue
+            is_mine = owner == self.group.rank()
+            parameter.described.replica_id = (*parameter.described.replica_id[:-1], int(not is_mine))
+            found = {key: self._collect(parameter, owner, held[index].get(key)) for key in KEYS}
+            if is_mine:
+                own[index] = {key: _separate(parameter.described, key, flat) for key, flat in found.items()}
+        state = self.optimizer.state_dict() | {"param_state_sharding_type": "fully_reshardable"}
+        return state | _filled(own)
+
+    def to_load(self) -> dict[str, Any]:
+        """Return the request for this rank's own parameters' state; memory for it is taken when it is read."""
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # makes the moments where there are none yet
+        described = [parameter.described for parameter in self.parameters]
+        me, owners = self.group.rank(), self._readers()
+        own = {
+            index: {key: _request(described[index], key) for key in KEYS}
+            for index in range(len(owners))
+            if owners[index] == me
+        }
+        return _filled(own)
+
+    @torch.no_grad()  # in fp32 the engine's main parameters are views of the parameters themselves
+    def put_back(self, state: dict[str, Any]) -> None:
+        """Take over what was read: all but the tensors are alike on all ranks, those go to the ranks that hold their pieces."""
+        own = state.pop("param_state", {})
+        self.optimizer.load_state_dict(state)
+        self._connect()
+        for index, owner in enumerate(self._readers()):
+            parameter, read = self.parameters[index], own.pop(index, {})
+            held = self._held(parameter)
+            for key in KEYS:
+                whole = _flat(parameter.described, read.pop(key)) if read else None
+                exchange(parameter.pieces, owner, whole, held.get(key), self.group, to_owner=False)
+
+    def _readers(self) -> list[int]:
+        """The owner of each parameter at a load."""
+        return deal([parameter.weight.numel() for parameter in self.parameters], self.group.size())
+
+    def _held(self, parameter: _Parameter) -> dict[str, torch.Tensor]:
+        """This rank's piece of a parameter's state, the optimizer's own tensors; {} where it has none."""
+        if all(piece.rank != self.group.rank() for piece in parameter.pieces):
+            return {}
+        found = self.optimizer._get_main_param_and_optimizer_states(parameter.weight)
+        return {key: found[key].detach() for key in KEYS}
+
+    def _collect(self, parameter: _Parameter, owner: int, mine: torch.Tensor | None) -> torch.Tensor | None:
+        """One of KEYS of a parameter in host memory, flat, on its owner; None elsewhere."""
+        is_mine = owner == self.group.rank()
+        whole = torch.empty(parameter.weight.numel(), device=device.current_device()) if is_mine else None
+        exchange(parameter.pieces, owner, whole, mine, self.group, to_owner=True)
+        return whole.cpu() if is_mine else None
+
+    def _connect(self) -> None:
+        """NCCL wants the first call of a group to be of all its ranks, and after a resume nothing may have been called yet."""
+        dist.barrier(self.group)
+
+
+def _parameters(optimizer: DistributedOptimizer, weights: dict) -> list[_Parameter]:
+    """In the engine's order: its checkpoints number parameters so."""
+    tensors, _ = extract_sharded_tensors_and_factories(weights)
+    described = {entry.data: entry for entry in nested_values(tensors)}
+    found = []
+    for buffer in optimizer.buffers:
+        for weight, (start, end, bucket_id) in buffer.param_index_map.items():
+            bucket = buffer.buckets[bucket_id]
+            shard = bucket.grad_data.numel() // optimizer.data_parallel_group.size()
+            found.append(_Parameter(weight, described[weight], pieces(start, end, bucket.offset, shard)))
+    return found
+
+
+def _filled(own: dict[int, dict]) -> dict[str, dict]:
+    """A rank that owns nothing has no entry: an empty one would count as something to save besides tensors."""
+    return {"param_state": own} if own else {}
+
+
+def _describe(described: ShardedTensor | ShardedTensorFactory, key: str, data: torch.Tensor) -> dict:
+    """Sharded tensors of one of KEYS, under "": like its weight, which lies on the disk in several parts where a factory cuts it."""
+    changes = {
+        "key": f"optimizer.state.{key}.{described.key}",
+        "data": data.view(described.data.shape),
+        "replica_id": (*described.replica_id[:-1], 0),  # no other rank of the data-parallel group has it
+    }
+    if isinstance(described, ShardedTensor):
+        changes["dtype"] = data.dtype
+    state = {"": replace(described, **changes)}
+    apply_factories(state)
+    return state
+
+
+def _separate(described: ShardedTensor | ShardedTensorFactory, key: str, flat: torch.Tensor) -> Any:
+    """The same, each part with a storage of its own: the engine would copy those of all parameters at once."""
+    state = _describe(described, key, flat)
+    for part in nested_values(state):
+        if part.data.numel() < flat.numel():
+            part.data = part.data.clone()
+    return state[""]
+
+
+def _request(described: ShardedTensor | ShardedTensorFactory, key: str) -> Any:
+    """The same without numbers."""
+    state = _describe(described, key, torch.empty(described.data.numel(), device="meta"))
+    dict_list_map_inplace(lambda part: part.without_data(), state)
+    return state[""]
+
+
+def _flat(described: ShardedTensor | ShardedTensorFactory, read: Any) -> torch.Tensor:
+    """What was read of a parameter in one piece, on this rank's device."""
+    whole = described.merge_fn(read) if isinstance(described, ShardedTensorFactory) else read
+    return whole.reshape(-1).to(device.current_device())
