@@ -70,7 +70,7 @@ def test_fp16_resumes_to_the_bit(distributed_optimizer, four_ranks, checkpoint, 
     ],
 )
 def test_fp16_is_saved_before_its_first_update(
-    distributed_optimizer, ckpt_format, one_rank, checkpoint, shards, tmp_path
+    distributed_optimizer, ckpt_format, one_rank, four_ranks, checkpoint, shards, tmp_path
 ):
     """While the scale still falls, nothing has been updated and a stop is as likely as ever: it comes back, and goes on the same."""
     settings = FP16 | {
@@ -79,9 +79,8 @@ def test_fp16_is_saved_before_its_first_update(
     }  # fmt: skip
     for folder, load, until in (("straight", checkpoint, 24), ("run", checkpoint, 2), ("run", None, 24)):
         load = load or str(tmp_path / "run")
-        one_rank.run(
-            train, (1, 1), load, shards, None, settings | {"save": str(tmp_path / folder), "train_iters": until}
-        )
+        ranks, layout = (four_ranks, (2, 1)) if distributed_optimizer else (one_rank, (1, 1))
+        ranks.run(train, layout, load, shards, None, settings | {"save": str(tmp_path / folder), "train_iters": until})
     skipped = read_metrics(tmp_path / "straight", "train/skipped")
     assert all(skipped[:3]) and not all(skipped)
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "straight")
