@@ -86,6 +86,7 @@ def run(plan: Plan, parallel: Parallelism) -> int:
         "tokens_per_step": job.global_batch * job.seq_length,
         "seconds_per_step": asdict(figures.step_time(arch, job, kind, plan.gpus_per_node)),
         "checkpoint": {**asdict(saved := figures.checkpoint(arch, job)), "bytes": saved.bytes},
+        "host_memory_at_a_save": memory.host_memory(arch, job, plan.gpus_per_node),
         "train_iters": plan.train_iters,
         "proposals": [
             {"flags": search.flags(one.job), "seconds": one.seconds, "memory": one.memory,

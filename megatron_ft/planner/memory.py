@@ -14,6 +14,7 @@ from typing import Literal
 from megatron_ft.models.architecture import Architecture, padded_vocab_size
 from megatron_ft.models.families import family_of
 from megatron_ft.models.pipeline import PipelineSplit
+from megatron_ft.shares import deal
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -74,17 +75,21 @@ class Stage:
         return self.weights + self.gradients + self.optimizer + self.activations + self.working + int(RESERVE)
 
 
-def parameters(arch: Architecture, tp: int, layers: int, first: bool, last: bool) -> int:
-    """Of one rank: exact, padding rows and the last stage's copy of tied embeddings included."""
+def parameter_sizes(arch: Architecture, tp: int, layers: int, first: bool, last: bool) -> list[int]:
+    """Numbers in each parameter of one rank: exact, padding rows and the last stage's copy of tied embeddings included."""
     rows = padded_vocab_size(arch.vocab_size, tp)
-    total = 0
+    sizes = []
     for rule in family_of(arch).rules(arch):
-        size = prod(rule.part_shape(arch, tp, rows))
         times = {"first": int(first), "layer": layers, "last": int(last)}[rule.stage]
         if arch.tied_embeddings and rule.cut == "vocab_rows":
             times = int(first or last)
-        total += times * size
-    return total
+        sizes += [prod(rule.part_shape(arch, tp, rows))] * times
+    return sizes
+
+
+def parameters(arch: Architecture, tp: int, layers: int, first: bool, last: bool) -> int:
+    """Of one rank, in all."""
+    return sum(parameter_sizes(arch, tp, layers, first, last))
 
 
 def stages(arch: Architecture, job: Job) -> list[Stage]:
@@ -109,6 +114,33 @@ def optimizer_bytes(count: int, job: Job) -> int:
     """Adam's two moments in fp32, and an fp32 copy of bf16 weights; divided over data-parallel ranks by ZeRO-1."""
     each = 12 if job.bf16 else 8
     return each * (-(-count // job.dp) if job.distributed_optimizer else count)
+
+
+def host_memory(arch: Architecture, job: Job, gpus_per_node: int) -> int:
+    """Bytes of host memory that the fullest node takes at a torch_dist save, for what its ranks are to write.
+
+    Norms that tensor-parallel ranks have alike are counted on each, and the last stage's copy of tied embeddings too: an upper bound.
+    """
+    ranks = []  # in the order of the world: tensor parallel first, then data parallel, then stages
+    for number in range(job.pp):
+        layers = len(job.split.layers_of(number))
+        sizes = parameter_sizes(arch, job.tp, layers, number == 0, number == job.pp - 1)
+        ranks += [share for share in _held_at_a_save(sizes, job) for _ in range(job.tp)]
+    return max(sum(ranks[first : first + gpus_per_node]) for first in range(0, len(ranks), gpus_per_node))
+
+
+def _held_at_a_save(sizes: list[int], job: Job) -> list[int]:
+    """Of each data-parallel rank. Distributed optimizer: its own parameters, and in fp32 the one that it is collecting."""
+    if not job.distributed_optimizer:  # the first has what all have
+        return [sum(sizes) * (job.width + (12 if job.bf16 else 8))] + [0] * (job.dp - 1)
+    if (
+        job.dp == 1
+    ):  # the engine's way, which copies the state twice: as benchmarks/checkpoint_memory.py --ranks 1 --bf16 measured
+        return [sum(sizes) * 36]
+    owners, loads = deal(sizes, job.dp), [4 * max(sizes)] * job.dp
+    for size, owner in zip(sizes, owners, strict=True):
+        loads[owner] += size * (job.width + 12)
+    return loads
 
 
 def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None = None) -> int:

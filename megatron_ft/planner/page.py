@@ -93,6 +93,7 @@ def _figures(plan: dict[str, Any], gpu: Gpu) -> list[str]:
         time,
         f"checkpoint   {saved['bytes'] / _GB:,.0f} GB in about {saved['files']} files: weights {saved['weights'] / _GB:,.0f}, "
         f"optimizer {saved['optimizer'] / _GB:,.0f}",
+        f"host memory  {plan['host_memory_at_a_save'] / _GB:,.1f} GB a node at a save, at most twice that with --async_save",
     ]
 
 

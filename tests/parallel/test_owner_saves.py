@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.pipeline import plain_split
+from megatron_ft.planner import memory
 from megatron_ft.shares import deal
 from tests.parallel import owner_jobs as jobs
 
@@ -43,6 +46,15 @@ def test_either_reads_what_the_other_wrote(mix, ask):
     """Our checkpoint through the engine's plain load and the engine's through ours: weights and state of every rank, to the bit."""
     for rank in ask(jobs.read_each_other, MIX[mix]):
         assert rank["engine reads ours"] and rank["we read the engine's"]
+
+
+def test_the_planner_knows_what_a_rank_holds(ask):
+    """Four nodes of one process each: the fullest holds what the fullest rank's plan holds, and one parameter in fp32."""
+    found = ask(jobs.save_both_ways, MIX["DP4, bf16"])
+    arch = Architecture(**jobs.ARCH)
+    job = memory.Job(plain_split(arch.num_layers, 1), 1, 4, 32, 1, 4, distributed_optimizer=True)
+    largest = max(memory.parameter_sizes(arch, 1, arch.num_layers, True, True))
+    assert memory.host_memory(arch, job, 1) == max(rank["held"] for rank in found) + 4 * largest
 
 
 def test_a_rank_reads_its_own_parameters_only(ask):

@@ -1,6 +1,7 @@
 """Plans against the engine: parameters of every rank, what a layer keeps, what a checkpoint weighs; and the command."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,6 +73,21 @@ def test_optimizer_and_microbatches_in_flight():
     assert [round(stage.activations / one / 20) for stage in plain] == [4, 3, 2, 1]
 
 
+def test_host_memory_at_a_save():
+    """By owner a node of one data-parallel group holds the state once and a parameter a rank; plain, the first rank alone holds it."""
+    arch = known.architecture("llama3-8b")
+    count = memory.parameters(arch, 1, 32, True, True)
+    one = 4 * 128256 * 4096  # the embedding, fp32
+    shared = job(arch, dp=8, distributed_optimizer=True)
+    assert memory.host_memory(arch, shared, 8) == 14 * count + 8 * one
+    assert 14 * count / 2 <= memory.host_memory(arch, shared, 4) - 4 * one <= 14 * (count / 2 + 128256 * 4096)
+    assert memory.host_memory(arch, job(arch, dp=8), 8) == 14 * count
+    assert memory.host_memory(arch, job(arch, dp=8, bf16=False), 4) == 12 * count
+    stages = job(arch, 2, 2, 2, distributed_optimizer=True)  # a node of 4: all of a stage's ranks
+    last = memory.parameter_sizes(arch, 2, 16, False, True)
+    assert memory.host_memory(arch, stages, 4) == 2 * (14 * sum(last) + 2 * 4 * max(last))
+
+
 def test_bubble():
     """Four stages, eight microbatches: 3 of 11 slots; chunks divide the waiting."""
     arch = known.architecture("llama2-70b")
@@ -103,6 +119,7 @@ def test_the_command_without_torch(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "68,976,648,192 parameters on 32 x a100-80gb" in done.stdout and "2,172,977,152" in done.stdout
+    assert re.search(r"host memory  [\d,.]+ GB a node at a save", done.stdout)
     assert "fits" in done.stdout and "262,144 tokens a step, in 32 microbatches of 2" in done.stdout
     done = plan("falcon-40b", "--json")
     assert json.loads(done.stdout)["stages"][0]["parameters"] == json.loads(done.stdout)["parameters"]
@@ -120,8 +137,6 @@ def test_the_command_without_torch(tmp_path):
     ],
 )  # fmt: skip
 def test_mistakes(words, message):
-    import re
-
     done = plan(*words)
     assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
 
