@@ -100,4 +100,6 @@ def checkpoint(arch: Architecture, job: Job) -> Saved:
     """torch_dist: the whole model once, padding included, whatever the layout; its Adam state; two files a rank that writes."""
     rows = -(-arch.vocab_size // (128 * job.tp)) * 128 * job.tp - arch.vocab_size
     count = whole_model(arch) + rows * arch.hidden_size * (1 if arch.tied_embeddings else 2)
-    return Saved(count * job.width, count * (12 if job.bf16 else 8), 2 * job.gpus + _OTHER_FILES)
+    return Saved(
+        count * job.width, count * (12 if job.bf16 or job.distributed_optimizer else 8), 2 * job.gpus + _OTHER_FILES
+    )

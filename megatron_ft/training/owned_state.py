@@ -89,10 +89,11 @@ class _Parameter(NamedTuple):
 def optimizer_state(optimizer, weights: dict) -> ByOwner | Whole:
     """Return what takes the optimizer's state to and from torch_dist checkpoints. weights: as sharded_weights describes them.
 
-    By owner where data-parallel ranks share the state, else the engine's own way. All ranks call each method together.
+    By owner where the optimizer is distributed, also over one rank: the engine's own way puts copies of it together there too. Else the
+    engine's way. All ranks call each method together.
     """
     parts = optimizer.chained_optimizers  # one, unless a model has experts
-    if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) and parts[0].data_parallel_group.size() > 1:
+    if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer):
         return ByOwner(parts[0], weights)
     return Whole(optimizer, weights)
 

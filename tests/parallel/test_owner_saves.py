@@ -17,6 +17,7 @@ MIX = {
     "PP2xDP2, bf16, tied": {"pp": 2, "bf16": True, "tied": True},
     "PP2xDP2, interleaved": {"pp": 2, "chunks": 2},
     "DP4, bf16, gradients in buckets": {"bf16": True, "buckets": True},
+    "TP4, bf16": {"tp": 4, "bf16": True},
 }
 """Layouts of four ranks, the optimizer distributed."""
 
@@ -38,10 +39,11 @@ def test_the_same_on_disk_as_the_engine_writes(mix, ask, tmp_path):
     assert ours == engines
     for rank in found:
         assert rank["held"] <= rank["share"] + rank["largest"], rank
-    assert max(rank["held"] for rank in found) < max(rank["held_by_engine"] for rank in found) * 0.7
+    if MIX[mix].get("tp") != 4:  # one rank alone holds its state either way
+        assert max(rank["held"] for rank in found) < max(rank["held_by_engine"] for rank in found) * 0.7
 
 
-@pytest.mark.parametrize("mix", ["DP4", "TP2xDP2, bf16, tied", "PP2xDP2, interleaved", "TP2xDP2, fp16"])
+@pytest.mark.parametrize("mix", ["DP4", "TP2xDP2, bf16, tied", "PP2xDP2, interleaved", "TP2xDP2, fp16", "TP4, bf16"])
 def test_either_reads_what_the_other_wrote(mix, ask):
     """Our checkpoint through the engine's plain load and the engine's through ours: weights and state of every rank, to the bit."""
     for rank in ask(jobs.read_each_other, MIX[mix]):
