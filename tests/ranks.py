@@ -1,4 +1,4 @@
-"""A pool of gloo ranks for tests: the engine is imported once, the ranks are forked from it and kept for a whole module.
+"""A pool of ranks for tests: the engine is imported once, the ranks are forked from it and kept for a whole module.
 
 Every wait has a deadline; a rank that fails, dies or hangs makes `run` raise with that rank's own traceback, and the pool is gone.
 """
@@ -27,7 +27,7 @@ class RankFailed(AssertionError):
 
 
 class Ranks:
-    """`size` processes joined by gloo. run(function, ...) calls a module-level function on each and gathers what they return."""
+    """`size` processes, joined. run(function, ...) calls a module-level function on each and gathers what they return."""
 
     def __init__(self, size: int):
         device.prepare_engine()
@@ -85,7 +85,7 @@ class Ranks:
 def _serve(rank: int, size: int, store: str, pipe) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the tests
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    dist.init_process_group(device.backend(), store=dist.FileStore(store, size), rank=rank, world_size=size)
     while True:
         with contextlib.suppress(EOFError):
             function, args = pipe.recv()
