@@ -1,0 +1,9 @@
+"""Names only."""
+
+
+class Recipe:
+    pass
+
+
+class DelayedScaling(Recipe):
+    pass

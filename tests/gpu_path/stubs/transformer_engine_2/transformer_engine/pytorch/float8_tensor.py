@@ -1,0 +1,7 @@
+"""The older name of the same."""
+
+from transformer_engine.pytorch.tensor import QuantizedTensor
+
+
+class Float8Tensor(QuantizedTensor):
+    pass
