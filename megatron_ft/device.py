@@ -70,7 +70,7 @@ def check_usable() -> None:
     """Raise ConfigError where this machine has a GPU that torch cannot use: training would go on, on the CPU, without a word."""
     import torch
 
-    if has_gpu() or _hidden() or not (driver := installed_driver()):
+    if has_gpu() or hidden() or not (driver := installed_driver()):
         return
     wheel = f"torch {torch.__version__}"
     if torch.version.cuda is None:
@@ -86,8 +86,8 @@ def check_usable() -> None:
     )
 
 
-def _hidden() -> bool:
-    """Whether GPUs are hidden on purpose."""
+def hidden() -> bool:
+    """Return whether GPUs are hidden on purpose, by MEGATRON_FT_DEVICE or CUDA_VISIBLE_DEVICES."""
     return os.environ.get("MEGATRON_FT_DEVICE") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
 
 
@@ -97,7 +97,7 @@ _NODES = "/dev/nvidia[0-9]*"
 
 def installed_driver() -> str | None:
     """Return the version of NVIDIA's driver where this process may open one of its GPUs; None where there is none."""
-    if not any(map(_opens, glob.glob(_NODES))):
+    if not device_files():
         return None
     try:
         with open(_DRIVER) as file:
@@ -105,6 +105,11 @@ def installed_driver() -> str | None:
     except OSError:
         found = None
     return found[0] if found else "of an unknown version"
+
+
+def device_files() -> list[str]:
+    """Return the files of NVIDIA GPUs that this process may open."""
+    return sorted(filter(_opens, glob.glob(_NODES)))
 
 
 def _opens(path: str) -> bool:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import subprocess
 import warnings
 
 from megatron_ft import device
 
 
-def hidden() -> bool:
-    """Whether GPUs are hidden on purpose, by MEGATRON_FT_DEVICE or CUDA_VISIBLE_DEVICES."""
-    return device._hidden()
-
-
 def hardware_seen() -> list[str]:
     """Return signs of NVIDIA GPUs that do not depend on torch: device files that open, what nvidia-smi lists. Empty: none."""
-    nodes = sorted(filter(device._opens, glob.glob(device._NODES)))
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
         listed = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
     except (OSError, subprocess.SubprocessError):
         listed = []
-    return nodes + listed
+    return device.device_files() + listed
 
 
 def wheel_architectures() -> list[str]:

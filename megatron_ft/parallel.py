@@ -91,7 +91,7 @@ def joined():
     import torch.distributed as dist
 
     device.select(local_rank())
-    dist.init_process_group(device.backend())
+    _init_process_group(dist, None)
     try:
         yield
     finally:
@@ -151,7 +151,8 @@ def process_groups(
             dist.destroy_process_group()
 
 
-def _init_process_group(dist, timeout) -> None:
+def _init_process_group(dist, timeout: datetime.timedelta | None) -> None:
+    """timeout: None is torch's own."""
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(device.backend(), timeout=timeout)
         device.claim(dist.distributed_c10d._get_default_store())

@@ -33,7 +33,7 @@ def driver(folder: Path) -> Found:
     """A GPU that torch cannot use is the first thing to know: everything else follows from it."""
     seen = tuple(gpu_facts.hardware_seen())
     return judge_driver(
-        DriverFacts(seen, gpu_facts.wheel_version(), gpu_facts.driver_version(), device.has_gpu(), gpu_facts.hidden())
+        DriverFacts(seen, gpu_facts.wheel_version(), gpu_facts.driver_version(), device.has_gpu(), device.hidden())
     )
 
 

@@ -104,23 +104,22 @@ def _peak(rows: Tensor, valid: int) -> Tensor:
     return rows[:, :valid].amax(-1).float()
 
 
-def _exponentials(rows: Tensor, peak: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Return rows - peak in fp32, with nothing computed of columns that do not count, and its exponential."""
+def _shifted(rows: Tensor, peak: Tensor, valid: int) -> Tensor:
+    """Return rows - peak in fp32, a new tensor; -inf in columns that do not count."""
     shifted = rows - peak[:, None]
     shifted[:, valid:] = float("-inf")
-    return shifted, shifted.exp()
+    return shifted
 
 
 def _sums(rows: Tensor, targets: Tensor, peak: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    shifted, exponentials = _exponentials(rows, peak, valid)
+    shifted = _shifted(rows, peak, valid)
     mine = (targets >= 0) & (targets < rows.shape[1])
     predicted = shifted.gather(1, targets.where(mine, 0)[:, None])[:, 0]
-    return exponentials.sum(-1), predicted.where(mine, 0.0)
+    return shifted.exp_().sum(-1), predicted.where(mine, 0.0)
 
 
 def _gradient(out, rows, targets, peak, total, factor, valid: int) -> None:
-    _, softmax = _exponentials(rows, peak, valid)
-    softmax.div_(total[:, None])
+    softmax = _shifted(rows, peak, valid).exp_().div_(total[:, None])
     mine = (targets >= 0) & (targets < rows.shape[1])
     softmax.scatter_add_(1, targets.where(mine, 0)[:, None], -mine[:, None].float())
     out.copy_(softmax.mul_(factor[:, None]))

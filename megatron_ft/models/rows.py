@@ -49,7 +49,7 @@ def places(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return positions.astype(np.int64), boundaries.astype(np.int32)
 
 
-def packed_on(lengths: Sequence[int], where: torch.device, keys: Tensor | None = None) -> RowParams:
+def packed_on(lengths: Sequence[int], where: torch.device) -> RowParams:
     """The same from lengths alone; copies to the device and waits for it."""
     positions, boundaries = (torch.from_numpy(x).to(where) for x in places(np.asarray(lengths)))
-    return packed_rows(list(lengths), positions, boundaries, keys)
+    return packed_rows(lengths, positions, boundaries)

@@ -111,7 +111,7 @@ def test_one_rank_is_silent(what, message, shop, tmp_path):
     lines = said(done)
     assert done.code == 1
     assert lines[0].startswith("megatron-ft: error: rank 1 (process ") and message in lines[0]
-    assert any("in trouble" in line for line in lines[1:6]), lines
+    assert any("in trouble" in line for line in lines[1:6]), "\n".join(lines)
     assert "timed out" not in done.err.lower()
     assert done.seconds < 2 * 6 + 5 + SLACK  # a wait may begin when another one ends
 
