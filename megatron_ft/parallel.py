@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 import random
+import socket
 from dataclasses import dataclass
 
 from megatron_ft import device
@@ -154,10 +155,31 @@ def process_groups(
 def _init_process_group(dist, timeout: datetime.timedelta | None) -> None:
     """timeout: None is torch's own."""
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(device.backend(), timeout=timeout)
+        try:
+            dist.init_process_group(device.backend(), timeout=timeout, **_held_store(dist, timeout))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ConfigError(
+                f"port {os.environ['MASTER_PORT']} of {socket.gethostname()}, where the processes of this run are to meet, is another "
+                f"program's: name a free one with --master_port or MASTER_PORT"
+            ) from error
         device.claim(dist.distributed_c10d._get_default_store())
     else:  # one process without a launcher: no port to agree on
         dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _held_store(dist, timeout: datetime.timedelta | None) -> dict:
+    """What rank 0 says more where the launcher holds the port that the ranks meet at: torch's own store, on that very socket."""
+    held = os.environ.pop(launched.MEETING, None)
+    if held is None:
+        return {}
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size(), True,
+        timeout or dist.default_pg_timeout, master_listen_fd=int(held),
+    )  # fmt: skip
+    # The others come by the environment, and torch puts this before their keys.
+    return {"store": dist.PrefixStore("default_pg", store), "rank": rank(), "world_size": world_size()}
 
 
 def _groups(dist) -> list:

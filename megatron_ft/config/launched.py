@@ -17,6 +17,8 @@ from pathlib import Path
 
 FOLDER = "MEGATRON_FT_RANKS"
 """Environment variable: the folder that our own launcher shares with the processes it started."""
+MEETING = "MEGATRON_FT_MEETING"
+"""Environment variable, in rank 0: the descriptor of a socket that the launcher has bound, to listen on."""
 STACK_SIGNAL = signal.SIGUSR2
 """Makes a process that our launcher started write where it is, even one that waits outside Python."""
 

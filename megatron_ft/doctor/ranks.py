@@ -16,9 +16,11 @@ from pathlib import Path
 
 from megatron_ft import device, gpu_facts
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.launched import MEETING
 from megatron_ft.config.sections import Processes
 from megatron_ft.doctor.result import Ended
-from megatron_ft.launch.places import Places, is_rank, places
+from megatron_ft.launch.meeting import meeting_place
+from megatron_ft.launch.places import is_rank, places
 from megatron_ft.launch.run import launch, planned
 from megatron_ft.parallel import joined
 
@@ -69,15 +71,16 @@ def run_module(words: Sequence[str], seconds: float, **environment: str) -> Ende
 
 def run_as_ranks(words: Sequence[str], processes: int, seconds: float, **environment: str) -> Ended:
     """The same, as the ranks of one run that some other launcher has started. The first that failed speaks for all."""
-    here: Places = places(Processes(nproc_per_node=processes, nnodes=1))
     assert not is_rank()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", *words], text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env={**os.environ, **here.environment(local), **environment},
-        )
-        for local in range(processes)
-    ]  # fmt: skip
+    with meeting_place(places(Processes(nproc_per_node=processes, nnodes=1))) as (here, held):
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", *words], text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, pass_fds=[] if local else [held],
+                env={**os.environ, **here.environment(local), **({} if local else {MEETING: str(held)}), **environment},
+            )
+            for local in range(processes)
+        ]  # fmt: skip
     ended = [_wait(process, seconds) for process in started]
     return next((one for one in ended if one.code), next((one for one in ended if one.code is None), ended[0]))
 

@@ -6,7 +6,6 @@ torch.distributed reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_POR
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 
 from megatron_ft.config.sections import Processes
@@ -28,6 +27,7 @@ class Places:
     address: str
     """Machine of rank 0."""
     port: int
+    """0 on a machine alone: one that the launcher finds and holds, see meeting.py."""
 
     @property
     def world_size(self) -> int:
@@ -95,10 +95,4 @@ def places(launching: Processes) -> Places:
             f"--nnodes {nodes} needs --master_addr and --master_port, the same on every machine: the name of the first and a free "
             f"port on it (or MASTER_ADDR and MASTER_PORT in the environment)"
         )
-    return Places(launching.nproc_per_node or 1, nodes, node, address or "localhost", port or _free_port())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    return Places(launching.nproc_per_node or 1, nodes, node, address or "localhost", port)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ft.config.launched import FOLDER
+from megatron_ft.config.launched import FOLDER, MEETING
 from megatron_ft.launch.places import Places
 
 _PR_SET_PDEATHSIG = 1
@@ -48,21 +48,23 @@ class Rank:
                 os.kill(self.pid, number)
 
 
-def start(places: Places, folder: Path, piped: bool, prepare: Callable[[], None]) -> list[Rank] | None:
+def start(
+    places: Places, folder: Path, piped: bool, prepare: Callable[[], None], held: int | None = None
+) -> list[Rank] | None:
     """Start this machine's ranks. Returns them in the launcher, None in a forked rank, which goes on as such.
 
     folder: where these processes and the launcher leave each other notes, see config/launched.py.
-    piped: catch what they print. prepare: what is done once before forking.
+    piped: catch what they print. prepare: what is done once before forking. held: the socket that rank 0 listens on, its own.
     """
     _share_cores(places.here)
     if any(Path(device).exists() for device in _GPU) and os.environ.get("MEGATRON_FT_DEVICE") != "cpu":
-        return [_anew(places, local, folder, piped) for local in range(places.here)]
+        return [_anew(places, local, folder, piped, held) for local in range(places.here)]
     prepare()
     sys.stdout.flush()
     sys.stderr.flush()
     ranks: list[Rank] = []
     for local in range(places.here):
-        rank = _fork(places, local, folder, piped, ranks)
+        rank = _fork(places, local, folder, piped, held, ranks)
         if rank is None:
             return None
         ranks.append(rank)
@@ -75,16 +77,18 @@ def _share_cores(processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
-def _environment(places: Places, local: int, folder: Path) -> dict[str, str]:
-    return {**places.environment(local), FOLDER: str(folder), "PYTHONUNBUFFERED": "1"}
+def _environment(places: Places, local: int, folder: Path, held: int | None) -> dict[str, str]:
+    meeting = {} if held is None or places.rank(local) else {MEETING: str(held)}
+    return {**places.environment(local), FOLDER: str(folder), "PYTHONUNBUFFERED": "1", **meeting}
 
 
-def _anew(places: Places, local: int, folder: Path, piped: bool) -> Rank:
+def _anew(places: Places, local: int, folder: Path, piped: bool, held: int | None) -> Rank:
     """The very command line that started us, as torchrun would start it."""
     ends = subprocess.PIPE if piped else None
+    environment = _environment(places, local, folder, held)
     process = subprocess.Popen(
-        sys.orig_argv, env={**os.environ, **_environment(places, local, folder)}, stdin=subprocess.DEVNULL,
-        stdout=ends, stderr=ends, preexec_fn=_die_with_parent,
+        sys.orig_argv, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
+        stdout=ends, stderr=ends, preexec_fn=_die_with_parent, pass_fds=[held] if MEETING in environment else [],
     )  # fmt: skip
     outputs = {1: os.dup(process.stdout.fileno()), 2: os.dup(process.stderr.fileno())} if piped else {}
     for pipe in (process.stdout, process.stderr):
@@ -94,7 +98,7 @@ def _anew(places: Places, local: int, folder: Path, piped: bool) -> Rank:
     return Rank(places.rank(local), process.pid, outputs=outputs)
 
 
-def _fork(places: Places, local: int, folder: Path, piped: bool, older: list[Rank]) -> Rank | None:
+def _fork(places: Places, local: int, folder: Path, piped: bool, held: int | None, older: list[Rank]) -> Rank | None:
     pipes = {number: os.pipe() for number in (1, 2)} if piped else {}
     pid = os.fork()
     if pid:
@@ -114,7 +118,9 @@ def _fork(places: Places, local: int, folder: Path, piped: bool, older: list[Ran
         os.close(theirs)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # what a rank says last must not be lost with it
-    os.environ.update(_environment(places, local, folder))
+    os.environ.update(_environment(places, local, folder, held))
+    if MEETING in os.environ:
+        os.environ[MEETING] = str(os.dup(held))  # the launcher's code, in this process too, will close its own
     return None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_ft.config import launched
 from megatron_ft.config.sections import Processes
+from megatron_ft.launch.meeting import meeting_place
 from megatron_ft.launch.output import Relay
 from megatron_ft.launch.places import Places, is_rank, places
 from megatron_ft.launch.ranks import Rank, start
@@ -34,7 +35,8 @@ def launch(here: Places, log_dir: str | None, prepare: Callable[[], None]) -> in
     ranks: list[Rank] | None = []
     try:
         with Asked() as asked:
-            ranks = start(here, folder, logs is not None, prepare)
+            with meeting_place(here) as (met, held):
+                ranks = start(met, folder, logs is not None, prepare, held)
             if ranks is not None:
                 return supervise(ranks, folder, asked, Relay(ranks, logs))
     finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_ft.config import launched
 from megatron_ft.launch.ranks import Rank
 
+_THREADS = re.compile(r"\n+(?=(?:Current thread|Thread) )")
 _FRAME = re.compile(r'File "(.+?)", line (\d+) in')
 _IN_FILE = re.compile(r"torch/distributed/|p2p_communication")
 _IN_LINE = re.compile(r"\.wait\(|all_reduce|all_gather|reduce_scatter|broadcast|barrier|\b[a-z_]*(send|recv)\w*\(")
@@ -51,7 +52,7 @@ def look(ranks: Sequence[Rank], folder: Path) -> list[Sighting]:
 
 def is_waiting(stack: str) -> bool:
     """Whether any thread of a stack that faulthandler wrote is inside communication."""
-    for thread in re.split(r"\n(?=(?:Current thread|Thread) )", stack):
+    for thread in _THREADS.split(stack):
         frames = _FRAME.findall(thread)[:_INNERMOST]
         if any(_IN_FILE.search(path) for path, _ in frames):
             return True
@@ -66,7 +67,12 @@ def _stack(folder: Path, rank: Rank) -> str:
         text = launched.stack_file(folder, rank.number).read_text(errors="replace").strip()
     except OSError:
         text = ""
-    return text or "  (no stack: it has not begun, or does not answer)"
+    return oldest_first(text) or "  (no stack: it has not begun, or does not answer)"
+
+
+def oldest_first(stack: str) -> str:
+    """The main thread before those that it started: Python writes the newest first, and the answer is hardly ever there."""
+    return "\n\n".join(reversed(_THREADS.split(stack)))
 
 
 def _is_stopped(pid: int) -> bool:

@@ -4,10 +4,12 @@ takes, and what a user reads first.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,9 @@ import pytest
 
 from megatron_ft.config.sections import Launching
 from megatron_ft.errors import ConfigError
+from megatron_ft.launch.meeting import meeting_place
 from megatron_ft.launch.places import is_rank, join_srun, places
-from megatron_ft.launch.stacks import is_waiting
+from megatron_ft.launch.stacks import is_waiting, oldest_first
 from megatron_ft.launch.supervise import exit_code
 from tests.errors.conftest import ROOT, copy, cut, finetune
 from tests.errors.test_before_torch import layout
@@ -200,7 +203,7 @@ def test_who_is_who(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     alone = places(Launching(nproc_per_node=4))
-    assert (alone.world_size, alone.address) == (4, "localhost") and alone.port > 0
+    assert (alone.world_size, alone.address, alone.port) == (4, "localhost", 0)
     with pytest.raises(ConfigError, match="--nnodes 4 needs --node_rank, another one on every machine: 0 to 3"):
         places(Launching(nproc_per_node=8, nnodes=4))
     with pytest.raises(ConfigError, match="needs --master_addr and --master_port"):
@@ -247,3 +250,41 @@ def test_a_stack_that_waits_for_others(tmp_path):
     line = 'Current thread 0x1 (most recent call first):\n  File "{}", line {} in f\n  File "a.py", line 2 in g\n'
     assert is_waiting(line.format(code, 1)) and is_waiting(line.format("x/torch/distributed/c10d.py", 5))
     assert not is_waiting(line.format(code, 2))
+
+
+def test_main_thread_first(tmp_path):
+    """Python writes the newest thread first, and the main one, where the answer is, last."""
+    one = '{} (most recent call first):\n  File "a.py", line 1 in f'
+    stack = "\n\n".join((one.format("Thread 0x2"), one.format("Current thread 0x1")))
+    first, second = oldest_first(stack).split("\n\n")
+    assert first.startswith("Current thread 0x1") and second.startswith("Thread 0x2")
+    assert oldest_first(oldest_first(stack)) == stack and oldest_first("") == ""
+
+
+def test_nobody_takes_the_port_that_ranks_meet_at():
+    """Between the launcher's choice and rank 0, which listens after it has imported torch: nobody else gets it; rank 0 does."""
+    with meeting_place(places(Launching(nproc_per_node=2))) as (here, held):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", here.port))
+        os.set_inheritable(held, True)
+        code = (
+            "import sys, torch.distributed as dist\n"
+            "port, held = map(int, sys.argv[1:])\n"
+            "store = dist.TCPStore('localhost', port, 1, True, master_listen_fd=held)\n"
+            "store.set('a', 'b'); print(store.get('a').decode())"
+        )
+        words = [sys.executable, "-c", code, str(here.port), str(held)]
+        done = subprocess.run(words, close_fds=False, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "b\n", done.stderr
+    with meeting_place(replace(here, port=4711)) as (named, held):
+        assert (named.port, held) == (4711, None)
+
+
+def test_a_port_that_another_program_has(shop, tmp_path):
+    """One line that names it, and exit code 2."""
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = finetune(shop, shop.dist, None, None, "--nproc_per_node", 2, "--master_port", port, iters=2)
+        done = start(PLAIN, *words)
+    assert done.code == 2 and len(said(done)) == 1, done.err
+    assert f"port {port} of {socket.gethostname()}" in done.err and "--master_port" in done.err
