@@ -13,6 +13,8 @@ import os
 import signal
 import sys
 import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = "MEGATRON_FT_RANKS"
@@ -28,7 +30,14 @@ _FAILING = "failing-"
 _PATIENCE = 1.5  # seconds in which a process that failed first has said why, or our launcher has found it
 _BROKEN = (
     *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "timed out"),
-    *("timeout", "socket timeout", "communicator was aborted", "remote process exited"),
+    *("timeout", "socket timeout", "communicator was aborted", "remote process exited", "connection aborted"),
+    *(
+        "no route to host",
+        "network is unreachable",
+        "host is down",
+        "endpoint is not connected",
+        "connection was closed",
+    ),
 )
 """In what torch.distributed raises where another process is gone or does not answer."""
 
@@ -43,10 +52,12 @@ def say(line: str) -> None:
 def speaks_first(error: BaseException) -> bool:
     """Whether this process should print what went wrong: it is the first of this machine.
 
-    Where another process's end or silence is all that went wrong, that process, or the launcher, has a while to say why.
+    Where another process's end or silence is all that went wrong, it leaves that to our launcher, which finds the cause, or, under
+    another launcher, waits a while for the process that is the cause.
     """
     if is_loss(error):
-        _note(_LOST + os.environ.get("RANK", "0"))
+        if _leave_to_launcher(error):
+            return False
         if _somebody_speaks(_PATIENCE):
             return False
     return _first(_SAID + "first") if not _somebody_speaks(0) else False
@@ -55,9 +66,12 @@ def speaks_first(error: BaseException) -> bool:
 def is_loss(error: BaseException) -> bool:
     """Whether an error is what torch.distributed raises about another process that is gone or does not answer."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    text = str(error).lower()
-    network = bool(kinds & {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"})
-    return network or (isinstance(error, RuntimeError | OSError) and any(words in text for words in _BROKEN))
+    if kinds & {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}:
+        return True
+    broken = any(words in str(error).lower() for words in _BROKEN)
+    if isinstance(error, OSError):  # a file server, a web service: not another process of the run
+        return broken and error.filename is None and _raised_in_communication(error)
+    return broken and isinstance(error, RuntimeError)
 
 
 def about_to_fail(error: BaseException) -> None:
@@ -89,9 +103,21 @@ def ready(folder: Path, rank: int) -> bool:
     return stack_file(folder, rank).exists()
 
 
-def lost(folder: Path) -> set[int]:
+@dataclass(frozen=True)
+class Loss:
+    """at: when a rank found another one gone or silent (s, Unix time). reason: the library's words."""
+
+    at: float
+    reason: str
+
+
+def lost(folder: Path) -> dict[int, Loss]:
     """Launcher's side: ranks that have found another one gone or silent."""
-    return {int(path.name.removeprefix(_LOST)) for path in folder.glob(f"{_LOST}*")}
+    found = {}
+    for path in folder.glob(f"{_LOST}*"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found[int(path.name.removeprefix(_LOST))] = Loss(**json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
 def failing(folder: Path) -> bool:
@@ -99,12 +125,38 @@ def failing(folder: Path) -> bool:
     return any(folder.glob(f"{_FAILING}*"))
 
 
+def said(folder: Path) -> bool:
+    """Launcher's side: whether a rank has said what is wrong."""
+    return any(folder.glob(f"{_SAID}*"))
+
+
 def claim(folder: Path) -> bool:
     """Launcher's side: whether nobody has spoken; from now on the launcher has."""
-    if any(folder.glob(f"{_SAID}*")):
+    if said(folder):
         return False
     (folder / f"{_SAID}first").touch()
     return True
+
+
+def _leave_to_launcher(error: BaseException) -> bool:
+    """Note a loss for our launcher; returns whether there is one."""
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        return False
+    name = _LOST + os.environ.get("RANK", "0")
+    note = {"at": time.time(), "reason": " ".join(str(error).split())[-200:]}
+    try:
+        unfinished = Path(folder, f".{name}")
+        unfinished.write_text(json.dumps(note), encoding="utf-8")
+        unfinished.replace(Path(folder, name))
+    except OSError:
+        return False
+    return True
+
+
+def _raised_in_communication(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and "torch/distributed/" in frames[-1].filename.replace(os.sep, "/")
 
 
 def _somebody_speaks(patience: float) -> bool:

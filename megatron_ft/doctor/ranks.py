@@ -76,8 +76,8 @@ def run_as_ranks(words: Sequence[str], processes: int, seconds: float, **environ
         started = [
             subprocess.Popen(
                 [sys.executable, "-m", *words], text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, pass_fds=[] if local else [held],
-                env={**os.environ, **here.environment(local), **({} if local else {MEETING: str(held)}), **environment},
+                stderr=subprocess.PIPE, pass_fds=[] if local else [held.fileno()],
+                env={**os.environ, **here.environment(local), **({} if local else {MEETING: str(held.fileno())}), **environment},
             )
             for local in range(processes)
         ]  # fmt: skip

@@ -14,13 +14,16 @@ from megatron_ft.launch.places import Places
 
 
 @contextlib.contextmanager
-def meeting_place(places: Places) -> Iterator[tuple[Places, int | None]]:
-    """Yield the places with a port, and the descriptor of the socket that holds it; None where the user named the port."""
-    if places.port:
+def meeting_place(places: Places) -> Iterator[tuple[Places, socket.socket | None]]:
+    """Yield the places and the socket that rank 0 is to listen on; None where that is on another machine, or the user named the port.
+
+    Of one machine the places come with the port. Of several they keep that of the launchers, who tell each other the ranks' (nodes.py).
+    """
+    if places.node or (places.nodes == 1 and places.port):
         yield places, None
         return
     with _held() as held:
-        yield replace(places, port=held.getsockname()[1]), held.fileno()
+        yield replace(places, port=places.port or held.getsockname()[1]), held
 
 
 def _held() -> socket.socket:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ft.config import launched
 from megatron_ft.config.sections import Processes
+from megatron_ft.launch.blame import EXIT_REQUEUE
 from megatron_ft.launch.meeting import meeting_place
+from megatron_ft.launch.nodes import Alone, meet
 from megatron_ft.launch.output import Relay
 from megatron_ft.launch.places import Places, is_rank, places
 from megatron_ft.launch.ranks import Rank, start
@@ -33,13 +36,21 @@ def launch(here: Places, log_dir: str | None, prepare: Callable[[], None]) -> in
         logs.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="megatron_ft-ranks-"))
     ranks: list[Rank] | None = []
+    link: Alone | None = None
     try:
         with Asked() as asked:
-            with meeting_place(here) as (met, held):
-                ranks = start(met, folder, logs is not None, prepare, held)
+            with meeting_place(here) as (here, held):
+                met = meet(here, held, lambda: bool(asked.numbers))
+                if met is None:  # told to stop before there was anything
+                    ranks = []
+                    return 130 if signal.SIGINT in asked.ever else EXIT_REQUEUE
+                where, link = met
+                ranks = start(where, folder, logs is not None, prepare, held and held.fileno())
             if ranks is not None:
-                return supervise(ranks, folder, asked, Relay(ranks, logs))
+                return supervise(ranks, folder, asked, Relay(ranks, logs), link)
     finally:
+        if link is not None:
+            link.close()
         if ranks is not None:  # in a rank it is the launcher's to remove
             shutil.rmtree(folder, ignore_errors=True)
     setup()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import linecache
 import re
 import signal
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,37 +16,68 @@ from pathlib import Path
 from megatron_ft.config import launched
 from megatron_ft.launch.ranks import Rank
 
+_WRITING = 0.3  # seconds without another line, and a stack is whole
+_NO_STACK = "  (no stack: it has not begun, or does not answer)"
 _THREADS = re.compile(r"\n+(?=(?:Current thread|Thread) )")
 _FRAME = re.compile(r'File "(.+?)", line (\d+) in')
 _IN_FILE = re.compile(r"torch/distributed/|p2p_communication")
 _IN_LINE = re.compile(r"\.wait\(|all_reduce|all_gather|reduce_scatter|broadcast|barrier|\b[a-z_]*(send|recv)\w*\(")
 """A rank waits for others where the innermost calls are in such a file, or the innermost is of such a line."""
 _INNERMOST = 3  # frames at the top of a thread's stack that tell whether it waits
-_PATIENCE = 1.5  # seconds for ranks to report their own loss, then to write their stacks
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """A rank that the others wait for."""
+    """Where a rank is."""
 
     rank: Rank
     stopped: bool
     stack: str
     """Of all its threads, innermost call first; says so where there is none."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for others."""
+        return is_waiting(self.stack)
 
-def look(ranks: Sequence[Rank], folder: Path) -> list[Sighting]:
-    """The stopped ranks, else those that do not wait for others; empty where all of this machine do."""
-    time.sleep(_PATIENCE / 3)  # those that waited as long as the first to report will do so now
-    there = [rank for rank in ranks if rank.poll() is None and rank.number not in launched.lost(folder)]
-    stopped = {rank.number for rank in there if _is_stopped(rank.pid)}
-    for rank in there:
-        if launched.ready(folder, rank.number):
-            rank.send(launched.STACK_SIGNAL)
-            rank.send(signal.SIGCONT)
-    time.sleep(_PATIENCE / 3)
-    seen = [Sighting(rank, rank.number in stopped, _stack(folder, rank)) for rank in there]
-    return [one for one in seen if one.stopped] or [one for one in seen if not is_waiting(one.stack)]
+
+class Stacks:
+    """Asks ranks where they are, and collects the answers as they come."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._asked: set[int] = set()
+        self.stopped: dict[int, Rank] = {}
+        """Ranks that were stopped when they were asked. They go on then, and may lose the others or end: they stay the ones to look at."""
+        self._came: dict[int, tuple[str, float]] = {}  # rank -> its answer so far, since when that has not grown
+        self.seen: list[Sighting] = []
+        """The answers so far; of a rank that cannot be asked yet, that it has no stack."""
+
+    def ask(self, ranks: Sequence[Rank], now: float) -> bool:
+        """Ask those that were not asked yet; returns whether all of these have answered, or never can. now: s, of any clock."""
+        for rank in ranks:
+            if rank.number not in self._asked:
+                self._asked.add(rank.number)
+                if _is_stopped(rank.pid):
+                    self.stopped[rank.number] = rank
+                if launched.ready(self._folder, rank.number):
+                    rank.send(launched.STACK_SIGNAL)
+                    rank.send(signal.SIGCONT)
+        looked_at = list({rank.number: rank for rank in [*ranks, *self.stopped.values()]}.values())
+        for rank in looked_at:
+            text = _stack(self._folder, rank)
+            if text != self._came.get(rank.number, ("", now))[0]:
+                self._came[rank.number] = text, now
+        self.seen = [
+            Sighting(rank, rank.number in self.stopped, self._came.get(rank.number, (_NO_STACK, now))[0])
+            for rank in looked_at
+        ]
+        return all(self._is_whole(rank, now) for rank in looked_at)
+
+    def _is_whole(self, rank: Rank, now: float) -> bool:
+        if rank.number in self._came:
+            return now - self._came[rank.number][1] >= _WRITING
+        return not launched.ready(self._folder, rank.number) or _is_gone(rank.pid)
 
 
 def is_waiting(stack: str) -> bool:
@@ -67,7 +97,7 @@ def _stack(folder: Path, rank: Rank) -> str:
         text = launched.stack_file(folder, rank.number).read_text(errors="replace").strip()
     except OSError:
         text = ""
-    return oldest_first(text) or "  (no stack: it has not begun, or does not answer)"
+    return oldest_first(text)
 
 
 def oldest_first(stack: str) -> str:
@@ -76,8 +106,17 @@ def oldest_first(stack: str) -> str:
 
 
 def _is_stopped(pid: int) -> bool:
+    return _state(pid) in ("T", "t")
+
+
+def _is_gone(pid: int) -> bool:
+    state = _state(pid)
+    return state in ("Z", "X") or (not state and Path("/proc/self").exists())
+
+
+def _state(pid: int) -> str:
+    """The letter of proc(5); empty where there is no such process, or no /proc."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return False
-    return state in ("T", "t")
+        return ""

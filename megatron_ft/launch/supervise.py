@@ -1,8 +1,7 @@
-"""Watches the ranks of one machine until all have ended: passes on signals, ends all when one fails, says which one it was.
+"""Watches the ranks of one machine until all have ended: passes on signals, ends all when one fails, names the cause.
 
 A rank that is killed says nothing, and one that is stopped or hangs is noticed by the others alone, when their patience
-(--distributed_timeout_minutes) ends. So the launcher looks: at how each process ended, and, once others report a loss, at where
-those are that did not.
+(--distributed_timeout_minutes) ends. So the launcher looks (blame.py), with the launchers of other machines (nodes.py).
 """
 
 from __future__ import annotations
@@ -10,21 +9,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ft.config import launched
+from megatron_ft.launch.blame import LIMIT, Finding, Inquest, Sureness
+from megatron_ft.launch.judge import Report
+from megatron_ft.launch.nodes import Alone
 from megatron_ft.launch.output import Relay
 from megatron_ft.launch.ranks import Rank
-from megatron_ft.launch.stacks import Sighting, look
 
-EXIT_REQUEUE = 75
-"""A rank stopped on purpose, everything saved: start it again. (EX_TEMPFAIL of sysexits.h)"""
 PATIENCE = 2.0
-"""Seconds that the others have, once one has failed, to end by themselves."""
+"""Seconds that the others have, once the cause is known, to end by themselves."""
+_OTHERS = 60.0
+"""Seconds after our ranks' end in which the other machines' have to end too, where something is wrong. Else they may take their time."""
 _POLL = 0.05  # seconds
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -55,78 +55,117 @@ class Asked:
                 rank.send(number)
 
 
-def supervise(ranks: Sequence[Rank], folder: Path, asked: Asked, relay: Relay) -> int:
-    """Wait for all ranks; returns the exit code. folder: what they share with us, see config/launched.py."""
-    failed_at = None
+def supervise(ranks: Sequence[Rank], folder: Path, asked: Asked, relay: Relay, link: Alone) -> int:
+    """Wait for all ranks, of all machines; returns the exit code. folder: what ranks share with us, see config/launched.py."""
+    cause = _Cause(Inquest(ranks, folder, asked.ever), folder, link)
+    deadline = None
     while None in [rank.poll() for rank in ranks]:
         asked.pass_on(ranks)
         relay.copy(_POLL)
+        link.poll()
         now = time.monotonic()
-        if failed_at is None and signal.SIGINT in asked.ever:  # nobody has to be named, nor waited for
-            failed_at = now
-        if failed_at is None and (any(map(_failed, ranks)) or launched.lost(folder)):
-            failed_at = now
-            _say_who(ranks, folder, asked)
-        if failed_at is not None and now - failed_at > PATIENCE:
+        if signal.SIGINT in asked.ever:  # nobody has to be named, nor waited for
+            deadline = deadline or now + PATIENCE
+        elif cause.is_sought(now):
+            deadline = min(deadline or now + LIMIT + PATIENCE, now + (PATIENCE if cause.is_known else LIMIT + PATIENCE))
+        if deadline is not None and now > deadline:
             _end(ranks)
     relay.finish()
-    if failed_at is None and any(map(_failed, ranks)):
-        _say_who(ranks, folder, asked)
-    codes = [1 if rank.killed else rank.code or 0 for rank in ranks]
-    if signal.SIGINT in asked.ever and any(codes) and 2 not in codes:
+    return _leave(ranks, folder, asked, cause, link)
+
+
+class _Cause:
+    """What is known of the cause here, and whether it is ours to name."""
+
+    def __init__(self, inquest: Inquest, folder: Path, link: Alone):
+        self._inquest, self._folder, self._link = inquest, folder, link
+        self._finding: Finding | None = None
+        self._said = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is decided who names it."""
+        return self._link.news.speaker is not None
+
+    def is_sought(self, now: float) -> bool:
+        """Look, where there is reason to, tell the others, and say it where it is ours to say. now: s. Returns whether there is reason."""
+        inquest, link = self._inquest, self._link
+        if inquest.began is None:
+            if not (link.news.trouble or inquest.signs()):
+                return False
+            inquest.began = now
+            link.trouble()
+        if self._finding is None or (self._finding.sureness is not Sureness.SURE and not self.is_known):
+            self._tell(inquest.look(now))
+        self._speak()
+        return True
+
+    def conclude(self) -> None:
+        """All ranks of this machine have ended."""
+        if self._inquest.began is None and self._inquest.signs():
+            self._link.trouble()
+            self._inquest.began = time.monotonic()
+        if self._inquest.began is not None and not self.is_known:
+            self._tell(self._inquest.conclude())
+
+    def speak(self, in_the_end: bool) -> None:
+        """Say it where it is ours to say. in_the_end: also that nobody knows it."""
+        self._speak(in_the_end)
+
+    def _tell(self, finding: Finding | None) -> None:
+        if finding is None or (self._finding is not None and finding.sureness is self._finding.sureness):
+            return
+        if finding.sureness is Sureness.NOTHING and self._finding is not None:
+            return  # a suspect that has ended since stays one
+        self._finding = finding
+        self._link.found(finding.sureness)
+
+    def _speak(self, in_the_end: bool = False) -> None:
+        if self._said or self._link.news.speaker != self._link.node:
+            return
+        finding = self._finding
+        if finding is None or finding.sureness is Sureness.NOTHING:
+            line, stack = self._link.gone() or (self._inquest.loss() if in_the_end else None), None
+        else:
+            line, stack = finding.line, finding.stack
+        if line is None:
+            self._said = finding is not None and finding.sureness is Sureness.SURE
+            return
+        self._said = True
+        if launched.claim(self._folder):
+            print(f"megatron-ft: error: {line}", file=sys.stderr, flush=True)
+            if stack:
+                print(stack, file=sys.stderr, flush=True)
+
+
+def _leave(ranks: Sequence[Rank], folder: Path, asked: Asked, cause: _Cause, link: Alone) -> int:
+    """Wait until all machines' ranks have ended, so that launchers leave together. Returns the exit code of all."""
+    codes = tuple(1 if rank.killed else rank.code or 0 for rank in ranks)
+    told = asked.ever & {-code for code in codes}  # ended by what the launcher was sent: there is no cause to name
+    interrupted = signal.SIGINT in asked.ever
+    if not told and not interrupted:
+        cause.conclude()
+    lost = not told and bool(launched.lost(folder))
+    link.ended(Report(codes, bool(asked.ever - {signal.SIGINT}), interrupted, lost))
+    link.poll()
+    ended = time.monotonic()
+    while link.news.code is None and signal.SIGINT not in asked.ever:
+        if link.news.trouble and time.monotonic() - ended > _OTHERS:
+            break
+        time.sleep(_POLL)
+        link.poll()
+        cause.speak(in_the_end=False)
+    for number in _PASSED_ON:  # srun ends those that are still there when the first leaves
+        signal.signal(number, signal.SIG_IGN)
+    code = link.news.code
+    if code is None:
+        code = 130 if interrupted or signal.SIGINT in asked.ever else 1
+    if code == 130:
         if launched.claim(folder):  # no rank came to say so
             print("megatron-ft: stopped by Ctrl-C", file=sys.stderr, flush=True)
-        return 130
-    return exit_code(codes, bool(asked.ever - {signal.SIGINT}))
-
-
-def exit_code(codes: Sequence[int], asked_to_stop: bool) -> int:
-    """One for all ranks. codes: of each, negative for a signal, 1 where we killed it because of another."""
-    by_signal = {-signal.SIGTERM, -signal.SIGUSR1}
-    if 2 in codes:
-        return 2
-    if -signal.SIGINT in codes or 130 in codes:
-        return 130
-    if asked_to_stop and by_signal & set(codes):  # before there was anything to save
-        return EXIT_REQUEUE
-    if set(codes) <= {0, EXIT_REQUEUE}:
-        return EXIT_REQUEUE if EXIT_REQUEUE in codes else 0
-    return 1
-
-
-def _failed(rank: Rank) -> bool:
-    return rank.code not in (None, 0, EXIT_REQUEUE)
-
-
-def _say_who(ranks: Sequence[Rank], folder: Path, asked: Asked) -> None:
-    """Print which rank it was, where it cannot say so itself."""
-    dead = [rank for rank in ranks if (rank.code or 0) < 0 and -rank.code not in {signal.SIGABRT, *asked.ever}]
-    if dead:
-        number = -(dead[0].code or 0)
-        why = " (often the machine's way to say that its memory is full)" if number == signal.SIGKILL else ""
-        _claim(folder, f"{_name(dead[0])} was ended by {signal.Signals(number).name}{why}; the others are ended too")
-    elif launched.lost(folder) or any(rank.code == -signal.SIGABRT for rank in ranks):
-        silent = look(ranks, folder)
-        if silent and not launched.failing(folder) and _claim(folder, _describe(silent[0])):
-            for sighting in silent:
-                print(sighting.stack, file=sys.stderr, flush=True)
-
-
-def _describe(silent: Sighting) -> str:
-    what = "is stopped, it answers nobody" if silent.stopped else "did not come where the others waited for it"
-    return f"{_name(silent.rank)} {what}; the others are ended. It was here:"
-
-
-def _name(rank: Rank) -> str:
-    return f"rank {rank.number} (process {rank.pid} on {socket.gethostname()})"
-
-
-def _claim(folder: Path, line: str) -> bool:
-    """Say it, unless a rank has said what went wrong."""
-    mine = launched.claim(folder)
-    if mine:
-        print(f"megatron-ft: error: {line}", file=sys.stderr, flush=True)
-    return mine
+    elif code == 1:
+        cause.speak(in_the_end=True)
+    return code
 
 
 def _end(ranks: Sequence[Rank]) -> None:

@@ -17,10 +17,10 @@ import pytest
 
 from megatron_ft.config.sections import Launching
 from megatron_ft.errors import ConfigError
+from megatron_ft.launch.judge import exit_code
 from megatron_ft.launch.meeting import meeting_place
 from megatron_ft.launch.places import is_rank, join_srun, places
 from megatron_ft.launch.stacks import is_waiting, oldest_first
-from megatron_ft.launch.supervise import exit_code
 from tests.errors.conftest import ROOT, copy, cut, finetune
 from tests.errors.test_before_torch import layout
 
@@ -193,6 +193,7 @@ def test_the_end_of_a_slurm_job_is_a_time_limit(monkeypatch):
     [
         ([0, 0], False, 0), ([75, 75], True, 75), ([0, 75], False, 75), ([1, 1, 2], False, 2), ([-9, 1, 1], False, 1),
         ([-signal.SIGTERM] * 2, True, 75), ([-signal.SIGTERM, 0], False, 1), ([-signal.SIGTERM, 2], True, 2), ([130, 1], False, 130),
+        ([75, -9, 75], True, 1), ([-signal.SIGTERM, -9], True, 1), ([-signal.SIGTERM, 1], True, 75),
     ],
 )  # fmt: skip
 def test_one_exit_code_for_all(codes, asked, expected):
@@ -266,14 +267,14 @@ def test_nobody_takes_the_port_that_ranks_meet_at():
     with meeting_place(places(Launching(nproc_per_node=2))) as (here, held):
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("", here.port))
-        os.set_inheritable(held, True)
+        os.set_inheritable(held.fileno(), True)
         code = (
             "import sys, torch.distributed as dist\n"
             "port, held = map(int, sys.argv[1:])\n"
             "store = dist.TCPStore('localhost', port, 1, True, master_listen_fd=held)\n"
             "store.set('a', 'b'); print(store.get('a').decode())"
         )
-        words = [sys.executable, "-c", code, str(here.port), str(held)]
+        words = [sys.executable, "-c", code, str(here.port), str(held.fileno())]
         done = subprocess.run(words, close_fds=False, capture_output=True, text=True, timeout=120)
     assert done.stdout == "b\n", done.stderr
     with meeting_place(replace(here, port=4711)) as (named, held):
