@@ -117,19 +117,92 @@ def test_restarts_with_progress_go_on(tmp_path):
     assert len(starts(tmp_path)) == 12
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_signals_reach_the_processes(number, tmp_path):
-    """SLURM tells the batch shell; every node's launcher hears of it, saves, leaves with 75; the job is requeued and done."""
-    body = """[ "$SLURM_RESTART_COUNT" -gt 0 ] && exit 0
-    trap 'echo 5 > {}/latest_checkpointed_iteration.txt; echo "$SLURM_NODEID saved" >> "$RECORD"; exit 75' USR1 TERM
-    while :; do sleep 0.1; done""".format(tmp_path / "save")
-    job = submit(tmp_path, body, start=subprocess.Popen)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "record").exists() or len(starts(tmp_path)) < 2:
-        assert time.monotonic() < deadline
+SAVES = """[ "$SLURM_RESTART_COUNT" -gt 0 ] && exit 0
+    save() {{ sleep {}; echo 5 > {}/latest_checkpointed_iteration.txt; echo "$SLURM_NODEID saved" >> "$RECORD"; exit 75; }}
+    trap save USR1 TERM
+    echo "$SLURM_NODEID ready" >> "$RECORD"
+    while :; do sleep 0.1; done"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A job whose launchers are ready and save when they are told, which takes a second; its number."""
+    number = str(1_000_000 + os.getpid())
+    monkeypatch.setenv("STAND_IN_JOB", number)
+    started = submit(tmp_path, SAVES.format(1, tmp_path / "save"), start=subprocess.Popen)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "record").exists() or sum("ready" in line for line in starts(tmp_path)) < 2:
+        assert time.monotonic() < deadline and started.poll() is None
         time.sleep(0.1)
-    time.sleep(0.5)  # for the traps
-    job.send_signal(number)
-    out, _ = job.communicate(timeout=60)
-    assert job.returncode == 0 and "exit code 75, 5 saved: requeued" in out, out
-    assert sorted(line for line in starts(tmp_path) if "saved" in line) == ["0 saved", "1 saved"]
+    yield started, number
+    if started.poll() is None:
+        subprocess.run([str(SLURM / "stand_in" / "scancel"), number])
+        started.communicate(timeout=60)
+
+
+def saved(tmp_path: Path) -> list[str]:
+    return sorted(line for line in starts(tmp_path) if "saved" in line)
+
+
+def as_slurm(*words: str) -> None:
+    subprocess.run([str(SLURM / "stand_in" / words[0]), *words[1:]], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_reach_the_processes(number, tmp_path, job):
+    """SLURM tells the batch shell alone; every node's launcher hears of it, saves, leaves with 75; the job is requeued and done. srun would
+    kill them at once if it were sent the SIGTERM.
+    """
+    started, _ = job
+    started.send_signal(number)
+    out, _ = started.communicate(timeout=60)
+    assert started.returncode == 0 and "exit code 75, 5 saved: requeued" in out, out
+    assert saved(tmp_path) == ["0 saved", "1 saved"] and len(starts(tmp_path)) == 8
+
+
+def test_cancelled_means_cancelled(tmp_path, job):
+    """Everything saved, nothing started again."""
+    started, number = job
+    as_slurm("scancel", number)
+    out, _ = started.communicate(timeout=60)
+    assert started.returncode == 75 and "5 saved: cancelled, not requeued" in out, out
+    assert saved(tmp_path) == ["0 saved", "1 saved"] and len(starts(tmp_path)) == 6
+
+
+def test_requeued_by_slurm_itself(tmp_path, job):
+    """A preemption, or an administrator's requeue: SLURM starts it again, once, whatever the script says."""
+    started, number = job
+    as_slurm("scontrol", "requeue", number)
+    out, _ = started.communicate(timeout=60)
+    assert started.returncode == 0 and "5 saved: SLURM starts it again" in out and ": requeued" not in out, out
+    assert [line.split()[1] for line in starts(tmp_path) if line.endswith("7")] == ["0", "0", "1", "1"]
+
+
+def test_the_time_limit_is_no_cancellation(tmp_path, job):
+    """SLURM ends the job for good, and leaves it to the script to start it again."""
+    started, number = job
+    end = f"source {SLURM / 'stand_in' / 'common.sh'}; end_job {number} TimeLimit 0"
+    subprocess.run(["bash", "-c", end], check=True, timeout=60)
+    out, _ = started.communicate(timeout=60)
+    assert started.returncode == 0 and "exit code 75, 5 saved: requeued" in out, out
+    assert saved(tmp_path) == ["0 saved", "1 saved"]
+
+
+def test_the_end_that_only_scontrol_knows(tmp_path):
+    """SLURM 22.05 sets no SLURM_JOB_END_TIME: it comes from scontrol, and what has no end gets none."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "scontrol"
+    for said, expected in (
+        ("2099-01-02T03:04:05", True),
+        ("Unknown", False),
+        ("2001-01-01T00:00:00", False),
+        ("", False),
+    ):
+        fake.write_text(f"#!/bin/sh\necho 'JobId=7 JobState=RUNNING EndTime={said} Other=1'\n")
+        fake.chmod(0o755)
+        words = f'source {SLURM / "job.sh"}; end_of_job; echo "${{SLURM_JOB_END_TIME:-none}} $(date -d {said or "now"} +%s 2>/dev/null)"'
+        environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        environment.pop("SLURM_JOB_END_TIME", None)
+        done = subprocess.run(["bash", "-euc", words], env=environment, capture_output=True, text=True, timeout=60)
+        end, then = done.stdout.split(" ", 1)
+        assert done.returncode == 0 and (end == then.strip() if expected else end == "none"), (said, done)
