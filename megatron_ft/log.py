@@ -3,12 +3,15 @@
 Knows the process's rank only from the environment that a launcher sets, so that it works before torch is there.
 """
 
+import contextlib
 import logging
 import os
 import sys
 
 _ROOT = "megatron_ft"
 _screen_level = "INFO"  # until setup is told another
+FROM_ANY_RANK = {"from_any_rank": True}
+"""Given as `extra`: the line is shown on the screen whichever rank says it, since no other does."""
 _FILE_FORMAT = "%(asctime)s %(levelname)s rank{rank} %(name)s: %(message)s"
 
 
@@ -35,15 +38,16 @@ def setup(level: str | None = None, file: str | os.PathLike | None = None) -> No
             handler.close()
     logging.captureWarnings(True)  # warnings.warn of the libraries becomes log lines
 
-    screen = logging.StreamHandler(sys.stderr)
-    screen.setLevel(_screen_level if rank == 0 else logging.ERROR)
+    screen = _Screen(sys.stderr)
+    screen.setLevel(_screen_level)
+    if rank:
+        screen.addFilter(lambda record: record.levelno >= logging.ERROR or hasattr(record, "from_any_rank"))
     screen.setFormatter(_Short())
     _add(ours, screen)
     # A handler on the root, even one that drops everything, keeps Python from printing libraries' warnings itself.
     rest: logging.Handler = logging.NullHandler()
     if file is not None:
-        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-        rest = logging.FileHandler(file, mode="a", encoding="utf-8", delay=True)
+        rest = _LogFile(file, mode="a", encoding="utf-8", delay=True)
         rest.setFormatter(logging.Formatter(_FILE_FORMAT.format(rank=rank)))
         rest.setLevel(logging.NOTSET if rank == 0 else logging.WARNING)  # what all do alike is said once
     _add(everything, rest)
@@ -53,6 +57,48 @@ def setup(level: str | None = None, file: str | os.PathLike | None = None) -> No
 def _add(log: logging.Logger, handler: logging.Handler) -> None:
     handler.megatron_ft = True  # type: ignore[attr-defined]
     log.addHandler(handler)
+
+
+class _Screen(logging.StreamHandler):
+    """Standard error, which may be a pipe whose reader has ended: then nobody is left to be told."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            return super().handleError(record)  # a line that cannot be made
+        with contextlib.suppress(OSError, ValueError):  # nor is what it did not take to be tried again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+class _LogFile(logging.FileHandler):
+    """Its folder is made with its first line. A file that cannot be written is said once a machine, and left alone."""
+
+    given_up = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.given_up:
+            return
+        try:
+            super().emit(record)
+        except Exception:
+            self.handleError(record)
+
+    def _open(self):
+        os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+        return super()._open()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        self.given_up = True
+        reason = error.strerror or str(error)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            line = f"warning: {self.baseFilename}: {reason.lower()}; no more is logged there, the run goes on"
+            with contextlib.suppress(OSError):
+                print(line, file=sys.stderr, flush=True)
+        stream, self.stream = self.stream, None
+        with contextlib.suppress(OSError, AttributeError):  # what is still to be flushed is refused again
+            stream.close()
 
 
 class _Short(logging.Formatter):

@@ -159,6 +159,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     from megatron_ft.models.kernels import choose, machine
     from megatron_ft.models.load import load_weights
     from megatron_ft.training import agreement, checkpoint, consumed, facts, setup
+    from megatron_ft.training.guard import attempt
     from megatron_ft.training.loop import Run, train
     from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
@@ -229,7 +230,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     )
     reports_to = folder if layout.is_reporter else None
     if reports_to:
-        facts.record(reports_to, start)
+        attempt(str(reports_to / facts.RUN), lambda: facts.record(reports_to, start))
 
     plan = Run(
         stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, resolved),
@@ -273,20 +274,28 @@ def _hooks(layout, settings: Settings, resolved: str) -> list:
     from megatron_ft.files import atomic_file
     from megatron_ft.training.boards import TensorBoard, WeightsAndBiases
     from megatron_ft.training.console import make_console
-    from megatron_ft.training.hooks import MetricsFile
+    from megatron_ft.training.guard import Aside, Guarded, attempt
+    from megatron_ft.training.hooks import METRICS, MetricsFile
 
     logging = settings.logging
     folder = _run_folder(settings.checkpointing, logging)
-    hooks = [make_console(settings.batch.train_iters, logging.log_interval)]
-    if folder:
-        hooks.append(MetricsFile(folder))
+
+    def write_settings() -> None:
         with atomic_file(folder / SETTINGS, "w") as file:
             file.write(resolved)
+
+    hooks = [
+        Guarded("the progress on the screen", lambda: make_console(settings.batch.train_iters, logging.log_interval))
+    ]
+    if folder:
+        hooks.append(Guarded(str(folder / METRICS), lambda: MetricsFile(folder)))
+        attempt(str(folder / SETTINGS), write_settings)
     if logging.tensorboard_dir:
-        hooks.append(TensorBoard(logging.tensorboard_dir))
+        hooks.append(Aside(f"TensorBoard in {logging.tensorboard_dir}", lambda: TensorBoard(logging.tensorboard_dir)))
     if logging.wandb_logger:
         values = {k: v for section in settings for k, v in vars(section).items()}
-        hooks.append(WeightsAndBiases(logging.wandb_project, logging.wandb_name, folder, values))
+        name = logging.wandb_name
+        hooks.append(Aside("wandb", lambda: WeightsAndBiases(logging.wandb_project, name, folder, values)))
     return hooks
 
 

@@ -1,7 +1,8 @@
 """finetune --rehearse: look at what the command names, then run the same command small, with the same processes, on this machine.
 
 The small run is `finetune` itself with shrunk settings, so that everything a launch script can get wrong (names, numbers of processes,
-who finds whom, places to write) is met before there are nodes. Nothing is written where the real run would write.
+who finds whom, places to write) is met before there are nodes. Nothing is written where the real run would write; on several machines
+the small run lives in a hidden folder beside that, since they share no other place.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_ft.config.checks import check_training, data_parallel_size, places_to_write
 from megatron_ft.errors import ConfigError, UserError
@@ -22,10 +24,11 @@ from megatron_ft.models.architecture import Architecture, padded_vocab_size
 from megatron_ft.models.checkpoint_layout import TOKENIZER_FOLDER, CheckpointConfig, check_sizes, describe
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.rehearsal import make_up, shrink
+from megatron_ft.rehearsal.meeting import AT_ONCE, BY_HAND, Meeting, shared_place
 
+T = TypeVar("T")
 VARIABLE, MODEL_VARIABLE = "MEGATRON_FT_REHEARSE", "MEGATRON_FT_MAKE_BELIEVE"
 """As --rehearse and --make_believe, for a launch script that is not to be touched."""
-_READY, _PATIENCE = "ready", 300.0  # a file; seconds that other machines' launchers wait for it
 
 
 def wanted(launching) -> bool:
@@ -47,6 +50,51 @@ def rehearse(settings, run: Callable[..., int]) -> int:
         flush=True,
     )
 
+    meeting = None if alone else _meet(lambda: _meeting(settings, here))
+    folder = meeting.folder if meeting else Path(tempfile.mkdtemp(prefix="megatron_ft-rehearsal-"))
+    scratch = Path(tempfile.mkdtemp(prefix="megatron_ft-rehearsal-")) if meeting else folder
+    before = os.environ.get("TMPDIR"), tempfile.tempdir
+    # Where wandb and the launcher leave something: on this machine, since sockets are not for shared folders.
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+    try:
+        if meeting:
+            _meet(meeting.begin)
+        found = _look(settings, real, say)
+        dp = data_parallel_size(settings.parallel, real)
+        dp = shrink.data_parallel(settings.parallel, real) if alone else dp
+        count = real // data_parallel_size(settings.parallel, real) * dp
+        small = _shrunk(settings, found, folder, dp, count if alone else None)
+        if speaks:
+            _prepare(folder, found, small)
+            changed = shrink.changes(found.described.architecture, found.small, settings, small, (real, count))
+            say(f"  shrunk         {', '.join(map(str, changed))}", flush=True)
+            if meeting:
+                meeting.open()
+        else:
+            _meet(meeting.wait)
+        code = run(*small)
+        if is_rank() and not was_rank:
+            return code  # one of the processes; the launcher goes on below
+        say(_verdict(code, count, settings, time.monotonic() - started), flush=True)
+        return code
+    finally:
+        if is_rank() == was_rank:
+            shutil.rmtree(scratch, ignore_errors=True)
+            _temporary(*before)
+            if speaks and meeting:
+                meeting.end()
+
+
+def _temporary(variable: str | None, folder: str | None) -> None:
+    tempfile.tempdir = folder
+    if variable is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = variable
+
+
+def _look(settings, real: int, say: Callable[..., None]) -> _Findings:
+    """Tell what there is. Raises ConfigError where something is missing."""
     found = _Findings(settings, real, settings.launching.make_believe or os.environ.get(MODEL_VARIABLE))
     for line in found.lines:
         say(f"  {line}", flush=True)
@@ -54,26 +102,7 @@ def rehearse(settings, run: Callable[..., int]) -> int:
         raise ConfigError(
             f"{'; '.join(found.missing)}: correct the command, or let the rehearsal make up what is not there yet with --make_believe MODEL"
         )
-    dp = data_parallel_size(settings.parallel, real)
-    dp = shrink.data_parallel(settings.parallel, real) if alone else dp
-    count = real // data_parallel_size(settings.parallel, real) * dp
-    folder = _folder(here, was_rank, alone)
-    small = _shrunk(settings, found, folder, dp, count if alone else None)
-    if speaks:
-        _prepare(folder, found, small)
-        changed = shrink.changes(found.described.architecture, found.small, settings, small, (real, count))
-        say(f"  shrunk         {', '.join(map(str, changed))}", flush=True)
-    else:
-        _wait(folder / _READY)
-    try:
-        code = run(*small)
-        if is_rank() and not was_rank:
-            return code  # one of the processes; the launcher goes on below
-        say(_verdict(code, count, settings, time.monotonic() - started), flush=True)
-        return code
-    finally:
-        if speaks and is_rank() == was_rank:
-            shutil.rmtree(folder, ignore_errors=True)
+    return found
 
 
 def _processes(settings) -> Places:
@@ -187,13 +216,40 @@ def _imagined(model: str) -> CheckpointConfig:
     return CheckpointConfig(arch, "torch_dist", 1, 1, arch.vocab_size, "release", "bf16")
 
 
-def _folder(here: Places | None, was_rank: bool, alone: bool) -> Path:
-    """Where the small run lives: any place for one launcher, one that all can name where several launchers or ranks take part."""
-    if alone:
-        return Path(tempfile.mkdtemp(prefix="megatron_ft-rehearsal-"))
-    port = os.environ["MASTER_PORT"] if was_rank else here.port
+def _meeting(settings, here: Places | None) -> Meeting:
+    """Of several launchers, or (here is None) of ranks that something else has started: in a folder that all of them can name."""
     job = os.environ.get("SLURM_JOB_ID", os.environ.get("TORCHELASTIC_RUN_ID", "none"))
-    return Path(tempfile.gettempdir(), f"megatron_ft-rehearsal-{os.getuid()}-{job}-{port}")
+    port = here.port if here else os.environ["MASTER_PORT"]
+    number, processes = (here.node, here.nodes) if here else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    flag, place = "--save", Path(tempfile.gettempdir())
+    if _several_machines(here):
+        flag, place = shared_place(places_to_write(settings.checkpointing, settings.logging, settings.launching))
+    return Meeting(
+        place / f".megatron_ft-rehearsal-{os.getuid()}-{job}-{port}",
+        number, processes, here.address if here else os.environ["MASTER_ADDR"], flag,
+        AT_ONCE if "SLURM_PROCID" in os.environ else BY_HAND,
+    )  # fmt: skip
+
+
+def _several_machines(here: Places | None) -> bool:
+    """As far as the environment tells; where it does not, yes."""
+    if here:
+        return here.nodes > 1
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]
+    if "SLURM_STEP_NUM_NODES" in os.environ:
+        return os.environ["SLURM_STEP_NUM_NODES"] != "1"
+    return os.environ["MASTER_ADDR"] not in ("localhost", "127.0.0.1", "::1")
+
+
+def _meet(step: Callable[[], T]) -> T:
+    """Of the ranks of one machine, the first alone says what went wrong."""
+    try:
+        return step()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(error.exit_code) from None
+        raise
 
 
 def _shrunk(settings, found: _Findings, folder: Path, dp: int, processes: int | None):
@@ -212,12 +268,8 @@ def _shrunk(settings, found: _Findings, folder: Path, dp: int, processes: int | 
 
 def _prepare(folder: Path, found: _Findings, small) -> None:
     """The small checkpoint and, where asked for, shards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _READY).unlink(missing_ok=True)
-    shutil.rmtree(folder / "model", ignore_errors=True)
     described = found.described
     os.environ.setdefault("WANDB_DIR", str(folder))
-    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)  # where wandb leaves more
     if found.made_up_data:
         for kind in ("train", "val"):
             make_up.shards(folder / "data" / f"made_up-{kind}", found.small.vocab_size, described.tokenizer)
@@ -227,17 +279,6 @@ def _prepare(folder: Path, found: _Findings, small) -> None:
         padded_vocab_size=padded_vocab_size(found.small.vocab_size, 1), iteration="release", dtype=dtype,
     )  # fmt: skip
     make_up.model(folder / "model", made_up, found.source / TOKENIZER_FOLDER if found.source else None)
-    (folder / _READY).touch()
-
-
-def _wait(ready: Path) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not ready.exists():
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"{ready.parent}: the first machine of the rehearsal did not prepare it within {_PATIENCE:.0f} s"
-            )
-        time.sleep(0.2)
 
 
 def _verdict(code: int, processes: int, settings, seconds: float) -> str:

@@ -38,13 +38,14 @@ def run(options: Report) -> int:
 
 def write_at_end(folder: Path) -> None:
     """The page of a run that has just ended. Never the run's failure: what goes wrong is a warning."""
-    from megatron_ft.log import logger
+    from megatron_ft.log import FROM_ANY_RANK, logger
     from megatron_ft.report.run_page import write_run_report
 
     try:
         print(f" report in {write_run_report(folder)}", flush=True)  # on the rank that prints the progress
     except Exception as error:  # the training is done and saved
-        logger("finetune").warning(f"no report ({type(error).__name__}: {error}); try megatron-ft report {folder}")
+        why = f"no report ({type(error).__name__}: {error}); try megatron-ft report {folder}"
+        logger("finetune").warning(why, extra=FROM_ANY_RANK)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
 import math
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +36,27 @@ class TensorBoard(Hook):
 
 
 class WeightsAndBiases(Hook):
-    """A wandb run with the resolved settings. Raises ConfigError where wandb is not installed."""
+    """A wandb run with the resolved settings. Raises ConfigError where wandb is not installed, or does not know whose run it is.
+
+    wandb is a process of its own beside this one. What it would do when Python ends, waiting for that process above all, is done in
+    on_end: what does not come back there must not hold the end of the program either.
+    """
 
     def __init__(self, project: str, name: str | None, folder: Path | None, settings: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("--wandb_logger needs wandb: pip install 'megatron_ft[logging]'") from error
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(project=project, name=name, dir=folder and str(folder), config=settings)
+        with _nothing_at_exit("wandb"):
+            try:
+                import wandb
+            except ImportError as error:
+                raise ConfigError("--wandb_logger needs wandb: pip install 'megatron_ft[logging]'") from error
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.run = wandb.init(project=project, name=name, dir=folder and str(folder), config=settings)
+            except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+                raise ConfigError(
+                    f"--wandb_logger: {error} (or set WANDB_API_KEY; WANDB_MODE=offline logs to this machine alone)"
+                ) from error
+        self.teardown: Callable[[], None] = wandb.teardown
 
     def on_step(self, iteration, metrics):
         self.run.log(dict(_numbers(metrics)), step=iteration)
@@ -49,6 +65,28 @@ class WeightsAndBiases(Hook):
 
     def on_end(self):
         self.run.finish()
+        self.teardown()
+
+    def abandon(self):
+        # It goes on to listen to what is printed, and would note in our log file, at every line, that nobody takes it.
+        logging.getLogger("wandb").propagate = False
+
+
+@contextlib.contextmanager
+def _nothing_at_exit(package: str) -> Iterator[None]:
+    """What a package asks Python meanwhile to call at its end, it does not get; its changes of sys.exit and the like are undone."""
+    register, before = atexit.register, (sys.exit, sys.excepthook)
+
+    def selective(function: Callable, *args: Any, **named: Any) -> Callable:
+        theirs = (getattr(function, "__module__", None) or "").split(".")[0] == package
+        return function if theirs else register(function, *args, **named)
+
+    atexit.register = selective  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        atexit.register = register
+        sys.exit, sys.excepthook = before
 
 
 def _numbers(metrics: dict[str, Any]):

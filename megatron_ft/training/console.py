@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -36,6 +37,10 @@ class Console(Hook):
 
     def on_save(self, iteration, folder):
         self.print(f" saved checkpoint {folder}")
+
+    def abandon(self):
+        with contextlib.suppress(OSError, ValueError):  # what it did not take is not to be tried again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())
 
     def _line(self, iteration: int) -> str:
         last, count = self.window[-1], len(self.window)

@@ -1,11 +1,21 @@
 """--rehearse and --dry_run: alone and under a batch script, with what is there and with what is not; nothing is left behind."""
 
+import concurrent.futures
 import os
+import socket
 import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+
+from megatron_ft.errors import ConfigError
+from megatron_ft.rehearsal.meeting import Meeting, shared_place
 from tests.errors.conftest import ROOT, finetune
 from tests.errors.test_before_torch import layout
 from tests.errors.test_launcher import PLAIN, start
+
+PORT = 20_000 + os.getpid() % 10_000
 
 
 def temporary(tmp_path) -> dict[str, str]:
@@ -79,6 +89,122 @@ def test_made_up_under_the_batch_script(tmp_path):
         and "checkpoints/llama2-70b-tp8-pp4-oasst_pre10: NOT THERE, made up" in done.stdout
     )
     assert_nothing_left(tmp_path)
+
+
+IMPATIENT = """
+from megatron_ft.commands import rehearse
+from megatron_ft.rehearsal import meeting
+rehearse.AT_ONCE, meeting.MORE = 6.0, 3.0
+"""
+
+
+def node(number: int, tmp_path, program: str, *words, before: tuple[str, ...] = (), **more) -> subprocess.Popen:
+    """A process as srun starts it, one of two machines'."""
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "MASTER", "SLURM"))
+    }
+    slurm = {
+        "SLURM_PROCID": number,
+        "SLURM_NODEID": number,
+        "SLURM_STEP_NUM_NODES": 2,
+        "SLURM_STEP_NUM_TASKS": 2,
+        "SLURM_JOB_ID": 7,
+    }
+    met = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": PORT,
+        "SLURM_LOCALID": 0,
+        "TMPDIR": tmp_path / "tmp" / str(number),
+    }
+    (tmp_path / "tmp" / str(number)).mkdir(parents=True)
+    return subprocess.Popen(
+        [*before, sys.executable, "-c", program, *map(str, words), "--rehearse"], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**clean, **{name: str(value) for name, value in {**slurm, **met, **more}.items()}},
+    )  # fmt: skip
+
+
+def ended(*nodes: subprocess.Popen) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and error of each."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        try:
+            said = list(pool.map(lambda one: one.communicate(timeout=170), nodes))
+        finally:
+            for one in nodes:
+                one.kill()
+    return [(one.returncode, *texts) for one, texts in zip(nodes, said, strict=True)]
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "error: " in line]
+
+
+@pytest.mark.parametrize("launcher", [True, False], ids=["launchers", "ranks"])
+def test_several_machines(launcher, shop, tmp_path):
+    """Each with its own place for temporary files: they meet beside --save, and leave nothing there."""
+    more = ("--nproc_per_node", 1) if launcher else ()
+    words = finetune(shop, shop.dist, None, tmp_path / "runs" / "one", *layout(2, 1), *more, iters=900)
+    (tmp_path / "runs").mkdir()
+    for code, _, err in (said := ended(*(node(number, tmp_path, PLAIN, *words) for number in range(2)))):
+        assert code == 0, err
+    assert "rehearsal passed" in said[0][1] and "2 processes found each other" in said[0][1]
+    assert not list((tmp_path / "runs").iterdir())
+    assert not [path for path in (tmp_path / "tmp").rglob("*megatron_ft*")]
+
+
+def test_machines_that_do_not_share_the_folder(shop, tmp_path):
+    """The second one has a disk of its own where the first one's --save lies."""
+    (tmp_path / "runs").mkdir()
+    own = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {tmp_path / "runs"} && exec "$@"', "sh")
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    words = finetune(shop, shop.dist, None, tmp_path / "runs" / "one", *layout(2, 1), "--nproc_per_node", 1, iters=900)
+    program = f"{IMPATIENT}{PLAIN}"
+    first, second = ended(node(0, tmp_path, program, *words), node(1, tmp_path, program, *words, before=own))
+    for code, _, err in (first, second):
+        (line,) = errors(err)
+        assert code == 2 and len(err.splitlines()) == 1
+        assert (
+            f"{tmp_path}/runs/.megatron_ft-rehearsal-" in line
+            and "set --save to a folder that all machines see" in line
+        )
+        assert socket.gethostname() in line
+    assert "is not answered there" in first[2] and "sees nothing there of what localhost writes" in second[2]
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_ranks_that_do_not_share_the_folder(shop, tmp_path):
+    """Of each machine, one says so."""
+    nodes = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        words = finetune(shop, shop.dist, None, tmp_path / str(number) / "one", *layout(2, 1), iters=900)
+        nodes.append(node(number, tmp_path, f"{IMPATIENT}{PLAIN}", *words, SLURM_LOCALID=number))
+    first, second = ended(*nodes)
+    assert (first[0], len(errors(first[2]))) == (2, 1) and (second[0], second[2]) == (2, "")
+
+
+def test_what_the_first_machine_lacks_ends_the_others(shop, tmp_path):
+    """It is not waited for what will never come."""
+    words = finetune(shop, shop.dist, None, tmp_path / "one", *layout(2, 1), "--nproc_per_node", 1, iters=900)
+    lacking = [tmp_path / "gone" if word == shop.dist else word for word in words]
+    program = "from megatron_ft.rehearsal import meeting; meeting.GONE = 1.0\n" + PLAIN
+    first, second = ended(node(0, tmp_path, program, *lacking), node(1, tmp_path, program, *words))
+    assert first[0] == 2 and "gone: no such folder" in errors(first[2])[0]
+    assert second[0] == 2 and "localhost has ended the rehearsal" in errors(second[2])[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+
+
+def test_no_place_to_meet(tmp_path, monkeypatch):
+    """Beside --save, whose own folder stays untouched."""
+    (tmp_path / "run").mkdir()
+    assert shared_place({"--save": str(tmp_path / "run" / "a" / "b"), "--run_dir": "x"}) == ("--save", tmp_path / "run")
+    assert shared_place({"--run_dir": str(tmp_path / "run")}) == ("--run_dir", tmp_path)
+    with pytest.raises(ConfigError, match=r"rehearsal-7: no such file or directory; .* goes beside --save"):
+        Meeting(Path("/proc/.rehearsal-7"), 0, 2, "localhost", "--save", 1.0).begin()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"run: cannot be written to; .* goes beside --save"):
+        shared_place({"--save": str(tmp_path / "run" / "a")})
 
 
 def test_dry_run(shop, tmp_path):
