@@ -124,7 +124,7 @@ def one(folder: Path, kind: str, rank: int, ranks: int, tp: int, step: int, late
     code, words = EXPECTED[kind]
     said = [line for line in err.read_text().splitlines() if "error:" in line and line.startswith("megatron-ft")]
     ended_with = os.waitstatus_to_exitcode(ended[1])
-    if ended_with != code or len(said) != 1 or words.format(rank=rank) not in said[0]:
+    if ended_with != code or len(said) != 1 or words.format(rank=rank) not in said[0].lower():
         return took, f"exit code {ended_with}, said {said}"
     return took, None if took < IN_TIME else f"took {took:.1f} s"
 

@@ -22,6 +22,16 @@ _CHUNK = 8 << 20  # bytes hashed at a time
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError from within says of which file it speaks: one from a write, a flush or a close does not know."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a file for writing that appears under `path` only if the block ends without an error.
 
@@ -33,7 +43,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     temporary = temporary_name(target)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(temporary, mode.replace("w", "x"), **text) as file:
+        with naming(target), open(temporary, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -190,11 +200,12 @@ def _sync(path: Path) -> None:
     if path.is_symlink():
         return
     try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with naming(path):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise

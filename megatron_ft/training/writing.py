@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 
 from megatron_ft.digests import Entry, digest_files
 from megatron_ft.errors import CheckpointError, PassingFault, UserError
+from megatron_ft.files import naming
 from megatron_ft.together import refusal
 
 _PR_SET_PDEATHSIG = 1
@@ -60,23 +61,13 @@ def write(part: Part) -> Written:
         )
     for name, put in part.put.items():
         path = part.folder / name
-        with _named(path):
+        with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             put(path)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     places = _write_buckets(part)
     return Written(digest_files(part.folder, [*part.put, *(name for _, name, _ in part.buckets)]), places)
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """An OSError from within says of which file it speaks: one from a write does not know."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def save_tensors(value: Any, path: Path) -> None:
@@ -111,7 +102,7 @@ def _write_buckets(part: Part) -> list:
         FileSystemWriterAsync.write_preloaded_data(part.transforms, number, bucket, answers, pending, use_fsync=True)
         _, found = answers.get()
         if isinstance(found, Exception):
-            with _named(Path(bucket[0])):
+            with naming(Path(bucket[0])):
                 raise _what_the_disk_said(found, Path(bucket[0])) from found
         places += found
     return places
