@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
+from megatron_ft.log import setup
 
 _STEP_NODES, _STEP_TASKS = "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"
 """What srun alone sets; much else is in a batch script's environment too."""
@@ -73,6 +74,7 @@ def join_srun(launching: Processes) -> None:
     os.environ.update(
         RANK=slurm["SLURM_PROCID"], WORLD_SIZE=slurm[_STEP_TASKS], LOCAL_RANK=slurm.get("SLURM_LOCALID", "0")
     )
+    setup()  # from now on what all ranks do alike is said by one of them
 
 
 def places(launching: Processes) -> Places:
