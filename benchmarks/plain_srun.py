@@ -1,6 +1,6 @@
-"""Starts short trainings by a plain `srun -N2 --ntasks-per-node=2`, without our launcher, under a real SLURM on a busy machine: does each end?
+"""Starts short trainings by a plain `srun -N2 --ntasks-per-node=2`, without our launcher, on a busy machine: does each end?
 
-    python benchmarks/plain_srun.py [--runs 200] [--load 8] [--apart] [--seconds 1e9]
+    python benchmarks/plain_srun.py [--runs 200] [--load 8] [--apart] [--seconds 1e9]      under a real SLURM
 
 --load: so many processes do nothing but compute meanwhile. One that has not ended after --patience seconds is a hang: every one of its
 processes is then made to show where it is (SIGABRT, Python's fault handler), and the output is kept. Needs what slurm_cluster.py needs.
