@@ -1,0 +1,203 @@
+"""Which rank a launcher takes for the cause, however late and in whatever order the news comes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ft.config import launched
+from megatron_ft.launch.blame import DOUBT, LIMIT, Inquest, Sureness
+from megatron_ft.launch.ranks import Rank
+from tests.errors.conftest import ROOT
+
+PROGRAM = """
+import sys, threading, time
+from megatron_ft.config import launched
+launched.be_seen()
+{}
+print(flush=True)
+time.sleep(100)
+"""
+WAITS = "from torch.distributed import somewhere"
+"""What waiting for others looks like: the innermost calls are in a file of torch/distributed."""
+COMPUTES = "threading.Thread(target=time.sleep, args=(100,), daemon=True).start()"
+
+
+class Late(Rank):
+    """A rank whose end is seen only after so many looks: a process that is killed is gone later, on a busy machine much later."""
+
+    looks = 0
+    then: int | None = None
+
+    def poll(self):
+        self.looks -= 1
+        if self.looks < 0:
+            self.code = self.then
+        return self.code
+
+
+def dying(number: int, code: int, looks: int) -> Late:
+    rank = Late(number, pid=0)
+    rank.looks, rank.then = looks, code
+    return rank
+
+
+def lost(folder: Path, number: int, at: float = 1.0, reason: str = "Connection closed by peer") -> None:
+    (folder / f"lost-{number}").write_text(json.dumps({"at": at, "reason": reason}))
+
+
+def begun(ranks, folder: Path, asked=()) -> Inquest:
+    inquest = Inquest(ranks, folder, set(asked))
+    inquest.began = 0.0
+    return inquest
+
+
+@pytest.fixture
+def process(tmp_path, monkeypatch):
+    """Start a process that shows where it is when it is asked; a rank of it."""
+    started = []
+
+    def start(number: int, what: str = "pass") -> Rank:
+        fake = tmp_path / "torch" / "distributed"
+        fake.mkdir(parents=True, exist_ok=True)
+        for package in (fake.parent, fake):
+            (package / "__init__.py").touch()
+        (fake / "somewhere.py").write_text("import time; print(flush=True); time.sleep(100)")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            launched.FOLDER: str(tmp_path),
+            "RANK": str(number),
+        }
+        words = [sys.executable, "-c", PROGRAM.format(what)]
+        one = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE)
+        one.stdout.readline()
+        started.append(one)
+        return Rank(number, one.pid)
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("looks", [0, 1, 5])
+def test_a_death_that_is_seen_after_its_consequences(looks, tmp_path):
+    ranks = [Rank(0, 0, code=1), dying(1, -signal.SIGKILL, looks)]
+    lost(tmp_path, 0)
+    inquest = begun(ranks, tmp_path)
+    found = None
+    for look in range(20):
+        for rank in ranks:
+            rank.poll() if isinstance(rank, Late) else None
+        found = found or inquest.look(0.05 * look)
+    assert (
+        found.sureness is Sureness.SURE and found.line.startswith("rank 1 (process 0 on ") and "SIGKILL" in found.line
+    )
+
+
+def test_a_rank_that_is_about_to_speak_is_waited_for(tmp_path):
+    """Its connections are down, its traceback is not yet printed."""
+    ranks = [Rank(0, 0, code=1), dying(1, 1, 10**6)]
+    lost(tmp_path, 0)
+    (tmp_path / "failing-1").touch()
+    inquest = begun(ranks, tmp_path)
+    assert inquest.look(DOUBT + 1) is None
+    (tmp_path / "said-first").touch()
+    found = inquest.look(DOUBT + 2)
+    assert (found.sureness, found.line) == (Sureness.SURE, None)
+
+
+@pytest.mark.parametrize(
+    "code, words", [(3, "ended with exit code 3 and did not say why"), (-11, "was ended by SIGSEGV")]
+)
+def test_a_rank_that_ends_without_a_word(code, words, tmp_path):
+    ranks = [Rank(0, 0, code=1), Rank(1, 0, code=code)]
+    lost(tmp_path, 0)
+    assert words in begun(ranks, tmp_path).look(0.0).line
+
+
+def test_consequences_are_no_causes(tmp_path):
+    """Losses, aborts of the libraries, those that the launcher killed, and those that were told to end."""
+    ranks = [
+        Rank(0, 0, code=1),
+        Rank(1, 0, code=-signal.SIGABRT),
+        Rank(2, 0, code=-9, killed=True),
+        Rank(3, 0, code=-15),
+    ]
+    lost(tmp_path, 0)
+    lost(tmp_path, 1, at=0.5, reason="Timed out")
+    inquest = begun(ranks, tmp_path, asked=[signal.SIGTERM])
+    assert inquest.conclude().sureness is Sureness.NOTHING
+    assert inquest.loss().startswith("rank 1 on ") and "Timed out" in inquest.loss()  # of the first that noticed
+
+
+def test_a_library_s_abort_is_named_where_nothing_else_is_known(tmp_path):
+    found = begun([Rank(0, 0, code=-signal.SIGABRT), Rank(1, 0, code=-9, killed=True)], tmp_path).conclude()
+    assert found.sureness is Sureness.SUSPECT and "rank 0 (process 0 on " in found.line and "SIGABRT" in found.line
+
+
+def _until_found(inquest: Inquest):
+    began = time.monotonic()
+    while (found := inquest.look(time.monotonic() - began)) is None:
+        assert time.monotonic() - began < 3 * LIMIT
+        time.sleep(0.05)
+    return found
+
+
+def test_the_one_that_is_elsewhere(tmp_path, process):
+    """Rank 1 waits for others, rank 2 computes: rank 2 is who they wait for, and its main thread is shown first."""
+    ranks = [Rank(0, 0, code=1), process(1, WAITS), process(2, COMPUTES)]
+    lost(tmp_path, 0)
+    found = _until_found(begun(ranks, tmp_path))
+    assert (
+        found.sureness is Sureness.SUSPECT
+        and found.line.startswith("rank 2 (process ")
+        and "did not come" in found.line
+    )
+    assert found.stack.startswith("Current thread") and "in <module>" in found.stack.split("\n\n")[0]
+
+
+def test_the_one_that_was_stopped(tmp_path, process):
+    """It goes on so that it can show where it was; that it loses the others then, or ends, does not make another one the cause."""
+    stopped = process(1)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
+    inquest = begun([Rank(0, 0, code=1), stopped], tmp_path)
+    lost(tmp_path, 0)
+    assert inquest.look(1.0) is None
+    lost(tmp_path, 1)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "stack-1").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    found = inquest.conclude()
+    assert (
+        found.sureness is Sureness.SUSPECT and found.line.startswith("rank 1 (process ") and "is stopped" in found.line
+    )
+
+
+def test_all_wait(tmp_path, process):
+    """Then the cause is on another machine."""
+    lost(tmp_path, 0)
+    found = _until_found(begun([Rank(0, 0, code=1), process(1, WAITS)], tmp_path))
+    assert (found.sureness, found.line) == (Sureness.NOTHING, None)
+
+
+def test_what_counts_as_a_loss():
+    """What another process's end looks like; a file server that does not answer, or a bug, is an error of one's own."""
+    gloo = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
+    assert launched.is_loss(RuntimeError(gloo)) and launched.is_loss(
+        RuntimeError("Timed out waiting 6000ms for recv operation")
+    )
+    assert not launched.is_loss(RuntimeError("the cat sat on it"))
+    assert not launched.is_loss(TimeoutError(110, "Connection timed out", "/nfs/model.bin"))
+    try:
+        raise ConnectionResetError(104, "Connection reset by peer")  # not raised in torch.distributed
+    except OSError as error:
+        assert not launched.is_loss(error)
