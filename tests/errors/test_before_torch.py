@@ -83,7 +83,7 @@ class TestPretokenize:
 
     def test_finished_shards_are_kept(self, refused, shop):
         prefix = shop.shards.removesuffix("-train")
-        words = ["--input", shop.chats, "--tokenizer", shop.tokenizer, "--output_prefix", prefix]
+        words = ["--input", shop.chats, "--tokenizer", shop.tokenizer, "--output_prefix", prefix, "--val_split", 0]
         refused(r"c-train-manifest\.json: these shards exist already; add --overwrite", "pretokenize", *words)
 
     def test_nothing_to_do(self, refused):

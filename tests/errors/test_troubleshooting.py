@@ -61,7 +61,7 @@ def an_earlier_run(shop, tmp_path) -> list:
 
 
 def finished_shards(shop, tmp_path) -> list:
-    return [*pretokenize(shop, tmp_path, shop.chats)[:-1], shop.shards.removesuffix("-train")]
+    return [*pretokenize(shop, tmp_path, shop.chats)[:-1], shop.shards.removesuffix("-train"), "--val_split", 0]
 
 
 # A word of the entry's text -> what has to be done wrong for it.

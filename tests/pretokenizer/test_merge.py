@@ -4,6 +4,7 @@ import pytest
 
 from megatron_ft.config.cli import run_script
 from megatron_ft.data.shards import open_shards
+from tests.pretokenizer.test_finished import contents, damage
 from tests.pretokenizer.test_pretokenize import place, pretokenize  # noqa: F401 - a fixture
 from tests.pretokenizer.test_selection import write_chats
 from tools.pretokenizer import merge
@@ -56,6 +57,29 @@ def test_what_does_not_belong_together_is_refused(parts, capsys):
     assert run("--prefixes", "parts/a-train", "parts/a-train", "--output", "all/x", "--allow_repeats") == 0
     assert run("--prefixes", "parts/a-train", "--output", "all/x") == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_started_again_it_has_nothing_to_do(parts, capsys):
+    """What is there is what it would write: parts, settings and the merged shards themselves are compared."""
+    flags = ("--prefixes", "parts/a-train", "parts/b-train", "--output", "all/x")
+    assert run(*flags) == 0
+    before = contents(parts / "all")
+    capsys.readouterr()
+    assert run(*flags) == 0
+    assert (
+        capsys.readouterr().out == "all/x: made of the same shards with the same settings, and whole; nothing to do\n"
+    )
+    assert contents(parts / "all") == before
+    assert run(*flags, "--duplicates", "exact") == 2
+    again = ("--input", "b.jsonl", "--tokenizer", "tokenizer.model", "--val_split", 0, "--max_count", 6, "--overwrite")
+    assert pretokenize(*again, "--output_prefix", "parts/b") == 0
+    assert run(*flags) == 2
+    assert capsys.readouterr().err.count("exists already; add --overwrite") == 2
+    assert contents(parts / "all") == before
+    assert run(*flags, "--overwrite") == 0 and run(*flags) == 0
+    damage(parts / "all/x-text.bin")
+    assert run(*flags) == 2
+    assert "not those that were written" in capsys.readouterr().err
 
 
 def test_samples_of_several_tasks_once_and_none_of_the_validation_set(parts, capsys):

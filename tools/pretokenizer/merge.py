@@ -7,18 +7,21 @@ may be dropped over all parts, since the tasks could not know of each other's.
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_ft import __version__, files
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.data.manifest import check_tokenizer, manifest_path
 from megatron_ft.data.roles import weight_table
 from megatron_ft.data.shards import Shards, ShardWriter, open_shards
 from megatron_ft.data.verify import verify_shards
-from megatron_ft.errors import ConfigError, DataError
+from megatron_ft.errors import ConfigError, DataError, UserError
 from megatron_ft.log import logger
 from tools.pretokenizer.duplicates import first_of_each
+from tools.pretokenizer.finished import ENDING as SETTINGS_ENDING
 
 
 @dataclass
@@ -55,7 +58,12 @@ def run(options: Merge) -> int:
     if options.output in options.prefixes:
         raise ConfigError(f"--output {options.output} is one of the prefixes; give another")
     if manifest_path(options.output).exists() and not options.overwrite:
-        raise DataError(f"{manifest_path(options.output)}: exists already; add --overwrite, or choose another --output")
+        if not _same_as_before(options):
+            raise DataError(
+                f"{manifest_path(options.output)}: exists already; add --overwrite, or choose another --output"
+            )
+        print(f"{options.output}: made of the same shards with the same settings, and whole; nothing to do")
+        return 0
     parts = [open_shards(prefix) for prefix in options.prefixes]
     for other in parts[1:]:
         check_alike(parts[0], other)
@@ -67,7 +75,8 @@ def run(options: Merge) -> int:
     if options.verify:
         verify_shards([*parts, *others], "--no_verify")
     kept, dropped = chosen(parts, others, options.duplicates == "exact")
-    first = parts[0].manifest
+    first, asked = parts[0].manifest, _asked(options)
+    _settings_file(options).unlink(missing_ok=True)  # an earlier run's: it says nothing of what is written now
     weights = weight_table(sorted({weight for part in parts for weight in part.manifest.weights}))
     with ShardWriter(options.output, parts[0].vocab_size, first.tokenizer, first.chat_format, weights) as writer:
         for part, keep in zip(parts, kept, strict=True):
@@ -75,11 +84,36 @@ def run(options: Merge) -> int:
                 writer.source(source["name"], source["file"], source["digest"])
                 start, end = source.get("documents", (0, len(part)))
                 _copy(writer, part, start, end, keep)
+        files.write_json(_settings_file(options), asked)  # before the manifest, which makes the shards finished ones
     counts = writer.manifest.counts
     print(f"{len(parts)} shards, {counts['samples']:,} samples, {counts['tokens']:,} tokens -> {options.output}")
     if options.without or options.duplicates != "keep":
         print("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
     return 0
+
+
+def _settings_file(options: Merge) -> Path:
+    return Path(f"{options.output}{SETTINGS_ENDING}")
+
+
+def _asked(options: Merge) -> dict[str, Any]:
+    """What the result depends on: settings, and the parts by their manifests, which hold the hashes of all their files."""
+    keys = ("prefixes", "without", "duplicates", "allow_repeats")
+    parts = [files.digest(manifest_path(prefix)) for prefix in (*options.prefixes, *options.without)]
+    return {"megatron_ft": __version__, "settings": {key: getattr(options, key) for key in keys}, "manifests": parts}
+
+
+def _same_as_before(options: Merge) -> bool:
+    """Whether the finished shards there are what this run would write: a job that is started again has nothing to do."""
+    try:
+        same = files.read_json(_settings_file(options)) == _asked(options)
+    except (UserError, OSError):
+        return False
+    if same:
+        merged = open_shards(options.output)
+        if options.verify:
+            verify_shards([merged], "--no_verify")
+    return same
 
 
 def check_alike(one: Shards, other: Shards) -> None:

@@ -18,6 +18,8 @@ from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
 from megatron_ft.errors import ConfigError, DataError
 from megatron_ft.files import write_json
 from tools.pretokenizer.counting import count
+from tools.pretokenizer.finished import ENDING as SETTINGS_ENDING
+from tools.pretokenizer.finished import difference, record
 from tools.pretokenizer.flags import Pretokenize
 from tools.pretokenizer.pool import Pool, cores
 from tools.pretokenizer.progress import Progress
@@ -50,13 +52,19 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(str(settings.vocab_file), extra)
     chat_format = get_format(settings.chat_format, tokenizer)
     sources = make_sources(settings)
-    if not flags.overwrite:
-        _refuse_finished(settings.prefix)
     text = (".jsonl.gz" if flags.compress else ".jsonl") if flags.write_json or flags.compress else None
     if text and settings.mix_by:
         raise ConfigError(
             "--write_json and mix_by: the text is written before samples are mixed; leave one of them out"
         )
+    finished = manifest_path(f"{settings.prefix}-train")  # written last: without it a run was interrupted
+    if finished.exists() and not flags.overwrite:
+        if why := difference(settings, text, tokenizer, chat_format, sources):
+            raise DataError(
+                f"{finished}: these shards exist already; add --overwrite to replace them, or choose another output ({why})"
+            )
+        print(f"{settings.prefix}-train: made of the same input with the same settings, and whole; nothing to do")
+        return
     clean(settings.prefix)
     orders = Orders(
         [source.job for source in sources], str(settings.vocab_file), extra, settings.chat_format,
@@ -77,6 +85,7 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
                     write_stats(prefix, written[split], sources, settings.mix_by)
                 else:
                     _remove_split(prefix)  # an earlier run's: it would not belong to what is there now
+            record(settings, text, list(written))
 
         written = write(settings, tokenizer, chat_format, sources, weights, pool, progress, text, beside)
     for split in SPLITS:
@@ -97,17 +106,9 @@ def _workers(settings: Settings, sources: list[Source]) -> int:
     return cores() if sum(source.bytes for source in sources) >= WORTH_WORKERS else 1
 
 
-def _refuse_finished(prefix: Path) -> None:
-    path = manifest_path(f"{prefix}-train")  # written last: without it a run was interrupted
-    if path.exists():
-        raise DataError(
-            f"{path}: these shards exist already; add --overwrite to replace them, or choose another output"
-        )
-
-
 def _remove_split(prefix: Path) -> None:
     remove_shards(prefix)
-    for ending in ("_stats.json", "_stats.txt", "_stats.html", ".jsonl", ".jsonl.gz"):
+    for ending in ("_stats.json", "_stats.txt", "_stats.html", SETTINGS_ENDING, ".jsonl", ".jsonl.gz"):
         Path(f"{prefix}{ending}").unlink(missing_ok=True)
 
 
