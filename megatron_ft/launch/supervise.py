@@ -30,7 +30,7 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Asked:
-    """Signals that this launcher got, to be passed on. A context manager: the handlers are taken down again."""
+    """Signals that this launcher got, to be passed on. A context manager: the handlers are taken down again, but for hear_no_more()."""
 
     def __init__(self):
         self.numbers: list[int] = []
@@ -43,6 +43,12 @@ class Asked:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def hear_no_more(self) -> None:
+        """To the end of this process: srun sends SIGTERM to those that are still there when the first leaves."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+        self._before = {}
 
     def _note(self, number, frame) -> None:
         self.numbers.append(number)
@@ -155,8 +161,7 @@ def _leave(ranks: Sequence[Rank], folder: Path, asked: Asked, cause: _Cause, lin
         time.sleep(_POLL)
         link.poll()
         cause.speak(in_the_end=False)
-    for number in _PASSED_ON:  # srun ends those that are still there when the first leaves
-        signal.signal(number, signal.SIG_IGN)
+    asked.hear_no_more()
     code = link.news.code
     if code is None:
         code = 130 if interrupted or signal.SIGINT in asked.ever else 1

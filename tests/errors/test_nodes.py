@@ -129,27 +129,27 @@ def test_the_port_of_the_meeting_is_taken():
         come(0, taken.getsockname()[1])
 
 
+LATE = """
+code = main()
+if "RANK" not in os.environ:
+    os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(code)
+"""
+
+
 def run(shop, tmp_path: Path, port: int, what: str, *more) -> list[subprocess.Popen]:
-    """Two launchers of two ranks each, TP2 x PP2. Rank 1 does `what` before its third step."""
-    program = TROUBLE.format(what)
+    """Two launchers of two ranks each, TP2 x PP2. Rank 1 does `what` before its third step. A launcher that has nothing left to do gets
+    a SIGTERM, as srun's --kill-on-bad-exit sends it to those that are still there when the first leaves.
+    """
+    program = TROUBLE.format(what).replace("sys.exit(main())", LATE)
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "MASTER", "SLURM"))
     }
     started = []
     for node in range(2):
         words = finetune(shop, shop.split, None, tmp_path / "run", *layout(2, 2), iters=500)
-        words += [
-            "--nproc_per_node",
-            2,
-            "--nnodes",
-            2,
-            "--node_rank",
-            node,
-            "--master_addr",
-            "localhost",
-            "--master_port",
-            port,
-        ]
+        words += ["--nproc_per_node", 2, "--nnodes", 2, "--node_rank", node]
+        words += ["--master_addr", "localhost", "--master_port", port]
         started.append(
             subprocess.Popen(
                 [sys.executable, "-c", program, *map(str, [*words, *more])], cwd=ROOT, text=True,
