@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all rehearse lint docs clean
+.PHONY: help venv demo test test-all test-slurm rehearse lint docs clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 venv: $(STAMP)  ## make .venv and install megatron_ft into it
 
@@ -27,10 +27,13 @@ demo: $(STAMP)  ## a tiny model learns to answer, split as on a cluster; minutes
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
 test: $(STAMP)  ## the tests, under a quarter of an hour on 2 cores
-	$(PYTEST) -m "not thorough"
+	$(PYTEST) -m "not thorough and not slurm"
 
 test-all: $(STAMP)  ## those too that show again, at more length, what others show
-	$(PYTEST)
+	$(PYTEST) -m "not slurm"
+
+test-slurm: $(STAMP)  ## jobs of a real SLURM on this machine; needs its programs (CONTRIBUTING.md) and root; 12 minutes
+	$(BIN)/pytest tests/slurm
 
 # 32 processes as 4 nodes x 8, then 16 as 2 nodes x 8 (of 16: one of its 8 replicas).
 rehearse: $(STAMP)  ## the batch scripts for 32 and 128 GPUs, on this machine; minutes, 24 GB of memory

@@ -217,7 +217,9 @@ class Cluster:
         self._processes[f"slurmd-{node}"].send(number)
 
     def start(self, node: str) -> None:
-        self._start(f"slurmd-{node}", node, "slurmd", "-D", "-N", node, "-f", str(self._conf))
+        """A node's slurmd, where it does not run."""
+        if not self._alive(name := f"slurmd-{node}"):
+            self._start(name, node, "slurmd", "-D", "-N", node, "-f", str(self._conf))
 
     def cut(self, node: str) -> None:
         """Take a node's network away, nothing else. Only where nodes are apart."""

@@ -1,0 +1,98 @@
+"""A real SLURM, one for a module; a small model and shards; jobs that run the 70B script on them, two nodes with two ranks each."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks.slurm_cluster import Cluster, missing
+from tests.errors.conftest import EXTRA, ROOT, Desk, train_tokenizer, write_chats
+from tests.slurm.jobs import STEPS, Job, Shop
+
+GRACE = 15
+"""Seconds of the partition `low`."""
+KILL_WAIT = 8
+FORMAT = ("--ckpt_format", "torch_dist")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All here need a SLURM. Skipped, with the reason, where there is none."""
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    why = missing(apart=True) if here else None
+    for item in here:
+        item.add_marker(pytest.mark.slurm)
+        if why:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """A folder that the nodes see; its path is short, since sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(shared):
+    """Two nodes of 8 GPUs that are files, each with a host name, a /tmp and a network of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="c", dir=shared))
+    share = (str(shared), str(ROOT), sys.prefix)
+    with Cluster(folder, nodes=2, cpus=64, gpus=8, apart=True, share=share, grace=GRACE, kill_wait=KILL_WAIT) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def shop(shared) -> Shop:
+    root = shared / "shop"
+    root.mkdir()
+    tokenizer, chats = train_tokenizer(root / "t", 300), write_chats(root / "chats.jsonl", 200)
+    engine, desk = Desk("engine"), Desk()
+    try:
+        sizes = ("--hidden_size", 64, "--max_position_embeddings", 128)
+        for done in (
+            engine(tokenizer, root / "hf", *sizes, module="examples.oasst.make_tiny_llama"),
+            engine("hf-to-megatron", root / "hf", root / "model", "--vocab_extra_ids_list", EXTRA, *FORMAT),
+            desk("pretokenize", "--input", chats, "--tokenizer", tokenizer, "--output_prefix", root / "d" / "c"),
+        ):
+            assert done.code == 0, done.err
+    finally:
+        engine.close()
+        desk.close()
+    return Shop(root, tokenizer, root / "model", f"{root}/d/c-train", chats)
+
+
+@pytest.fixture
+def start(cluster, shop, shared, request):
+    """Start a job: start(*flags, **sbatch's options). Cancelled at the end, and the nodes are idle again."""
+    jobs = []
+
+    def begin(*flags, **options) -> Job:
+        folder = Path(tempfile.mkdtemp(prefix="job", dir=shared))
+        jobs.append(Job(cluster, shop, folder, *flags, **options))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.thaw()
+        cluster.run("scancel", job.number)
+    for node in cluster.nodes:
+        cluster.mend(node)
+        cluster.start(node)
+    cluster.ready(90)
+
+
+@pytest.fixture(scope="session")
+def straight(shop, shared):
+    """The numbers of a run that nobody disturbs; made when first asked for, on a cluster of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="c", dir=shared))
+    share = (str(shared), str(ROOT), sys.prefix)
+    with Cluster(folder, nodes=2, cpus=64, gpus=8, apart=True, share=share) as made:
+        job = Job(made, shop, Path(tempfile.mkdtemp(prefix="job", dir=shared)))
+        assert job.wait(180) == ("COMPLETED", "0:0"), job.output
+        assert len(job.metrics()) == STEPS and job.saved() == STEPS
+        return job.numbers()
