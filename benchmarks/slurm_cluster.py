@@ -298,21 +298,9 @@ class Cluster:
             # The pair is made in one namespace, and one end moved.
             there = str(self._processes[f"holder-{node}"].pid)
             self._must("ip", "link", "add", f"v{n}", "type", "veth", "peer", "name", f"p{n}")
-            subprocess.run(
-                [
-                    "nsenter",
-                    "-t",
-                    str(self._processes["holder-head"].pid),
-                    "--net",
-                    "ip",
-                    "link",
-                    "set",
-                    f"p{n}",
-                    "netns",
-                    there,
-                ],
-                check=True,
-            )
+            head = str(self._processes["holder-head"].pid)
+            move = ["ip", "link", "set", f"p{n}", "netns", there]
+            subprocess.run(["nsenter", "-t", head, "--net", *move], check=True)
             self._must("ip", "link", "set", f"v{n}", "master", "bridge", "up")
             self._must("ip", "link", "set", f"p{n}", "name", "eth0", on=node)
             self._must("ip", "addr", "add", f"{self.shape.address(node)}/24", "dev", "eth0", on=node)

@@ -51,11 +51,13 @@ def test_flags_in_running_text_exist():
     known |= {"--help", "--version", "--key", "--no_key", "--x", "--no_x"} | {f"--{name}" for name in HUGGING_FACE}
     known |= {"--filename_prefix", "--no_min_assistant_tokens"}  # settings of the pretokenizer's own files
     theirs = {"--nproc_per_node", "--nnodes", "--signal", "--rdzv_backend", "--node_rank", "--constraint", "--array"}
+    theirs |= {"--kill_on_bad_exit", "--dependency"}
     wrong = []
     for page in PAGES:
         if page.suffix == ".md" and page.name not in FOREIGN:
             spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text(encoding="utf-8"))
-            ours = [span for span in spans if not span.startswith("benchmarks/")]  # a script's flags are its own
+            others = ("benchmarks/", "srun ", "sbatch ", "scancel ", "scontrol ")  # whose flags are their own
+            ours = [span for span in spans if not span.startswith(others)]
             flags = {flag for span in ours for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
             wrong += [
                 f"{page.name}: {flag}" for flag in flags if f"--{flag[2:].replace('-', '_')}" not in known | theirs

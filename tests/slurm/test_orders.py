@@ -107,8 +107,8 @@ def test_time_is_nearly_over(name, says, cluster, straight, start):
 
 
 def test_looks_at_the_clock_itself(cluster, straight, start):
-    """SLURM 22.05 does not tell a job its end; the script asks. 0.6 minutes before it the run saves and leaves."""
-    job = start("--exit_before_end_in_mins", 0.6, time=1, signal="B:USR1@1")
+    """SLURM 22.05 does not tell a job its end; the script asks. 0.8 minutes before it the run saves and leaves."""
+    job = start("--exit_before_end_in_mins", 0.8, time=1, signal="B:USR1@1")
     assert job.until_requeued() == 0, job.output
     assert job.said()[0] == ("75", "requeued") and "time is nearly over" not in job.output
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
