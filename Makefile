@@ -32,7 +32,7 @@ test: $(STAMP)  ## the tests, under a quarter of an hour on 2 cores
 test-all: $(STAMP)  ## those too that show again, at more length, what others show
 	$(PYTEST) -m "not slurm"
 
-test-slurm: $(STAMP)  ## jobs of a real SLURM on this machine; needs its programs (CONTRIBUTING.md) and root; 12 minutes
+test-slurm: $(STAMP)  ## jobs of a real SLURM on this machine; needs its programs (CONTRIBUTING.md) and root; 10 minutes
 	$(BIN)/pytest tests/slurm
 
 # 32 processes as 4 nodes x 8, then 16 as 2 nodes x 8 (of 16: one of its 8 replicas).

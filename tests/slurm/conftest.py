@@ -1,4 +1,4 @@
-"""A real SLURM, one for a module; a small model and shards; jobs that run the 70B script on them, two nodes with two ranks each."""
+"""A real SLURM, one for all tests here; a small model and shards; jobs that run the 70B script on them, two nodes with two ranks each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shared():
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(shared):
     """Two nodes of 8 GPUs that are files, each with a host name, a /tmp and a network of its own."""
     folder = Path(tempfile.mkdtemp(prefix="c", dir=shared))
@@ -63,11 +63,11 @@ def shop(shared) -> Shop:
     finally:
         engine.close()
         desk.close()
-    return Shop(root, tokenizer, root / "model", f"{root}/d/c-train", chats)
+    return Shop(tokenizer, root / "model", f"{root}/d/c-train")
 
 
 @pytest.fixture
-def start(cluster, shop, shared, request):
+def start(cluster, shop, shared):
     """Start a job: start(*flags, **sbatch's options). Cancelled at the end, and the nodes are idle again."""
     jobs = []
 
@@ -87,12 +87,9 @@ def start(cluster, shop, shared, request):
 
 
 @pytest.fixture(scope="session")
-def straight(shop, shared):
-    """The numbers of a run that nobody disturbs; made when first asked for, on a cluster of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="c", dir=shared))
-    share = (str(shared), str(ROOT), sys.prefix)
-    with Cluster(folder, nodes=2, cpus=64, gpus=8, apart=True, share=share) as made:
-        job = Job(made, shop, Path(tempfile.mkdtemp(prefix="job", dir=shared)))
-        assert job.wait(180) == ("COMPLETED", "0:0"), job.output
-        assert len(job.metrics()) == STEPS and job.saved() == STEPS
-        return job.numbers()
+def straight(cluster, shop, shared):
+    """The numbers of a run that nobody disturbs; made when first asked for."""
+    job = Job(cluster, shop, Path(tempfile.mkdtemp(prefix="job", dir=shared)))
+    assert job.wait(180) == ("COMPLETED", "0:0"), job.output
+    assert len(job.metrics()) == STEPS and job.saved() == STEPS
+    return job.numbers()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.slurm_cluster import Cluster, ClusterError
+from benchmarks.slurm_cluster import ENDED, Cluster, ClusterError
 from tests.errors.conftest import ROOT
 
 SCRIPT = ROOT / "examples" / "oasst_llama2_70b" / "stage1.sbatch"
@@ -26,23 +26,21 @@ SAVES = 5
 class Shop:
     """What jobs need: paths."""
 
-    root: Path
     tokenizer: Path
     checkpoint: Path
     shards: str
-    chats: Path
 
 
 class Job:
     """The 70B script as a job of this cluster, on a small model."""
 
-    def __init__(self, cluster: Cluster, shop: Shop, folder: Path, *flags, env: dict | None = None, **options):
+    def __init__(self, cluster: Cluster, shop: Shop, folder: Path, *flags, **options):
         """flags: of finetune, after the script's own. options: of sbatch."""
         self.cluster, self.folder = cluster, folder
         self.save, self.logs = folder / "save", folder / "logs"
         environment = {
             "SAVE": str(self.save), "LOGS": str(self.logs), "PYTHON": sys.executable, "GPUS_PER_NODE": "2",
-            "MEGATRON_FT_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_DIR": str(folder),
+            "MEGATRON_FT_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline",
         }  # fmt: skip
         words = [
             "--tensor_model_parallel_size", 2, "--pipeline_model_parallel_size", 2, "--load", shop.checkpoint,
@@ -50,11 +48,11 @@ class Job:
             "--seq_length", 128, "--global_batch_size", 4, "--micro_batch_size", 1, "--train_iters", STEPS,
             "--save_interval", SAVES, "--lr_warmup_iters", 2, "--lr", "1e-3", "--no_wandb_logger", *flags,
         ]  # fmt: skip
-        self._words, self._options = words, {"nodes": 2, "cwd": ROOT, "env": environment | (env or {})} | options
+        self._words, self._options = words, {"nodes": 2, "cwd": ROOT, "env": environment} | options
         self.submit()
 
     def submit(self) -> None:
-        """Once more, as another job of the same run."""
+        """Again: as another job of the same run."""
         self.number = self.cluster.submit(SCRIPT, *self._words, **self._options)
         self._requeued = 0
 
@@ -88,7 +86,7 @@ class Job:
     def until(self, what: Callable[[], object], seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         while not what():
-            if time.monotonic() > deadline or self.cluster.state(self.number) in ("COMPLETED", "FAILED"):
+            if time.monotonic() > deadline or self.cluster.state(self.number) in ENDED:
                 raise ClusterError(f"job {self.number}, step {self.reached()}: it did not come to that\n{self.output}")
             time.sleep(0.05)
 
@@ -104,11 +102,6 @@ class Job:
 
     # Disturbances
 
-    def ranks(self, node: str) -> list[int]:
-        """Process numbers of the ranks of a node, in their order: the children of its launcher."""
-        here = set(self.cluster.processes(self.number, node))
-        return sorted(pid for pid in here if _parent(pid) in here)
-
     def freeze(self) -> None:
         """Stop all processes of the step, so that nothing happens until thaw()."""
         self._send(signal.SIGSTOP)
@@ -119,6 +112,7 @@ class Job:
     @contextlib.contextmanager
     def frozen_for_good(self) -> Iterator[None]:
         """SLURM sends SIGCONT before SIGTERM: they are stopped again and again, and only SIGKILL ends them."""
+        self.freeze()
         over = threading.Event()
 
         def again() -> None:
@@ -157,9 +151,3 @@ class Job:
     def said(self) -> list[tuple[str, str]]:
         """(exit code, what became of it) as the script said at each end but the good one."""
         return re.findall(r"exit code (\d+),? .*?saved: (.*)", self.output)
-
-
-def _parent(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0

@@ -7,7 +7,6 @@ from tests.slurm.jobs import SAVES
 
 AT = 8
 """A step after which jobs are disturbed; no checkpoint is due then."""
-LIMITED = ("--exit_before_end_in_mins", 0)
 
 
 def ends_as_undisturbed(job, straight, restarts: int = 1) -> None:
@@ -41,29 +40,20 @@ def test_cancelled_while_it_starts(cluster, start):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "order, flags",
     [
-        ["scontrol", "requeue"],
-        ["scancel", "--signal=TERM"],  # all processes of the step, ranks too
-        ["scancel", "--batch", "--signal=TERM"],  # the script alone
-        ["scancel", "--batch", "--signal=USR1"],
+        ("scontrol requeue", ()),
+        ("scancel --signal=TERM", ()),  # all processes of the step, ranks too
+        ("scancel --signal=TERM", ("--wandb_logger",)),  # wandb's own process is told too, and may be gone before ours
+        ("scancel --batch --signal=TERM", ()),  # the script alone
+        ("scancel --batch --signal=USR1", ()),
     ],
-    ids=" ".join,
 )
-def test_told_to_stop(words, cluster, straight, start):
-    job = start()
+def test_told_to_stop(order, flags, cluster, straight, start):
+    job = start(*flags)
     job.until_step(AT)
-    cluster.run(*words, job.number)
-    assert job.until_requeued() == 0, job.output
-    assert job.said()[0][0] == "75", job.output
-    ends_as_undisturbed(job, straight)
-
-
-def test_told_to_stop_with_wandb(cluster, straight, start):
-    """Its own process is told too, and may be gone before ours."""
-    job = start("--wandb_logger")
-    job.until_step(AT)
-    cluster.run("scancel", "--signal=TERM", job.number)
+    assert any((job.save / "wandb").glob("offline-run*")) == bool(flags)  # it is really on, or really off
+    cluster.run(*order.split(), job.number)
     assert job.until_requeued() == 0, job.output
     assert job.said()[0][0] == "75", job.output
     ends_as_undisturbed(job, straight)
@@ -96,7 +86,8 @@ def test_makes_room_too_slowly(cluster, straight, start):
 
 @pytest.mark.parametrize("name, says", [("USR1", "time is nearly over"), ("TERM", "told to stop")])
 def test_time_is_nearly_over(name, says, cluster, straight, start):
-    job = start(*LIMITED, time=1, signal=f"B:{name}@20")  # told at some moment of the first 40 seconds
+    """Told at some moment of the job's first 40 seconds."""
+    job = start("--exit_before_end_in_mins", 0, time=1, signal=f"B:{name}@20")
     job.until_step(AT, or_until=says)
     job.freeze()  # so that it is not done before
     job.until(lambda: says in job.output)
