@@ -64,15 +64,13 @@ train_on_all_nodes() {
 }
 
 # who_ends_it RESTART: nobody, us (SLURM leaves it to the script to start the job again), slurm (it starts it again itself), user.
-# While a job is being ended its state is COMPLETING whatever the reason; what differs is the number of restarts, and the reason.
+# While a job is being ended its state is COMPLETING whatever the reason; what differs is the number of restarts, and the reason. A script
+# whose node was cut off finds the job started again elsewhere, in any state.
 who_ends_it() {
   local restarts=''
-  case $(job_field JobState) in
-    COMPLETING) ;;
-    *) echo nobody; return ;;
-  esac
   restarts=$(job_field Restarts)
   if [ "${restarts:-0}" -gt "$1" ]; then echo slurm
+  elif [ "$(job_field JobState)" != COMPLETING ]; then echo nobody
   elif [ "$(job_field Reason)" = TimeLimit ]; then echo us
   else echo user; fi
 }

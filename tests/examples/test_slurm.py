@@ -178,6 +178,17 @@ def test_requeued_by_slurm_itself(tmp_path, job):
     assert [line.split()[1] for line in starts(tmp_path) if line.endswith("7")] == ["0", "0", "1", "1"]
 
 
+def test_started_again_elsewhere_meanwhile(tmp_path, job):
+    """The script's node was cut off, SLURM has restarted the job on others, where it runs: left alone when the node is back."""
+    started, number = job
+    folder = f'"$(source {SLURM / "stand_in" / "common.sh"}; state_of {number})"'
+    again = f"echo 1 > {folder}/restarts; for task in $(cat {folder}/tasks); do kill -KILL $task; done"
+    subprocess.run(["bash", "-c", again], check=True, timeout=60)
+    out, _ = started.communicate(timeout=60)
+    assert "nothing saved: SLURM starts it again" in out and ": requeued" not in out, out
+    assert [line.split()[1] for line in starts(tmp_path) if line.endswith("7")] == ["0", "0", "1", "1"]
+
+
 def test_the_time_limit_is_no_cancellation(tmp_path, job):
     """SLURM ends the job for good, and leaves it to the script to start it again."""
     started, number = job

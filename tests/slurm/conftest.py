@@ -1,4 +1,4 @@
-"""A real SLURM, one for all tests here; a small model and shards; jobs that run the 70B script on them, two nodes with two ranks each."""
+"""A real SLURM of four nodes, one for all tests here; a small model and shards; jobs that run the 70B script on them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.slurm_cluster import Cluster, missing
-from tests.errors.conftest import EXTRA, ROOT, Desk, train_tokenizer, write_chats
-from tests.slurm.jobs import STEPS, Job, Shop
+from tests.errors.conftest import ROOT
+from tests.slurm.jobs import STEPS, Job, Shop, make_shop
 
 GRACE = 15
 """Seconds of the partition `low`."""
 KILL_WAIT = 8
-FORMAT = ("--ckpt_format", "torch_dist")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,39 +38,24 @@ def shared():
 
 @pytest.fixture(scope="session")
 def cluster(shared):
-    """Two nodes of 8 GPUs that are files, each with a host name, a /tmp and a network of its own."""
+    """Four nodes of 8 GPUs that are files, each with a host name, a /tmp and a network of its own."""
     folder = Path(tempfile.mkdtemp(prefix="c", dir=shared))
     share = (str(shared), str(ROOT), sys.prefix)
-    with Cluster(folder, nodes=2, cpus=64, gpus=8, apart=True, share=share, grace=GRACE, kill_wait=KILL_WAIT) as made:
+    with Cluster(folder, nodes=4, cpus=64, gpus=8, apart=True, share=share, grace=GRACE, kill_wait=KILL_WAIT) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def shop(shared) -> Shop:
-    root = shared / "shop"
-    root.mkdir()
-    tokenizer, chats = train_tokenizer(root / "t", 300), write_chats(root / "chats.jsonl", 200)
-    engine, desk = Desk("engine"), Desk()
-    try:
-        sizes = ("--hidden_size", 64, "--max_position_embeddings", 128)
-        for done in (
-            engine(tokenizer, root / "hf", *sizes, module="examples.oasst.make_tiny_llama"),
-            engine("hf-to-megatron", root / "hf", root / "model", "--vocab_extra_ids_list", EXTRA, *FORMAT),
-            desk("pretokenize", "--input", chats, "--tokenizer", tokenizer, "--output_prefix", root / "d" / "c"),
-        ):
-            assert done.code == 0, done.err
-    finally:
-        engine.close()
-        desk.close()
-    return Shop(tokenizer, root / "model", f"{root}/d/c-train")
+    return make_shop(shared / "shop")
 
 
 @pytest.fixture
 def start(cluster, shop, shared):
-    """Start a job: start(*flags, **sbatch's options). Cancelled at the end, and the nodes are idle again."""
+    """Start a job: start(*flags, **Job's options). Cancelled at the end, and the nodes are idle again."""
     jobs = []
 
-    def begin(*flags, **options) -> Job:
+    def begin(*flags, shop: Shop = shop, **options) -> Job:
         folder = Path(tempfile.mkdtemp(prefix="job", dir=shared))
         jobs.append(Job(cluster, shop, folder, *flags, **options))
         return jobs[-1]

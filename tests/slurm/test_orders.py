@@ -3,16 +3,7 @@
 import pytest
 
 from tests.slurm.conftest import GRACE, KILL_WAIT
-from tests.slurm.jobs import SAVES
-
-AT = 8
-"""A step after which jobs are disturbed; no checkpoint is due then."""
-
-
-def ends_as_undisturbed(job, straight, restarts: int = 1) -> None:
-    assert job.wait() == ("COMPLETED", "0:0"), job.output
-    assert job.restarts == restarts, job.output
-    assert job.numbers() == straight
+from tests.slurm.jobs import AT, SAVES, ends_as_undisturbed, make_room
 
 
 def test_undisturbed(straight, start):
@@ -104,10 +95,3 @@ def test_looks_at_the_clock_itself(cluster, straight, start):
     assert job.said()[0] == ("75", "requeued") and "time is nearly over" not in job.output
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     ends_as_undisturbed(job, straight)
-
-
-def make_room(cluster) -> str:
-    """A job with priority that wants all nodes; returns its number."""
-    script = cluster.folder / "jobs" / "priority.sh"
-    script.write_text("#!/bin/bash\nsleep 1\n")
-    return cluster.submit(script, nodes=len(cluster.nodes), partition="high", exclusive=True)
