@@ -129,13 +129,15 @@ class _Cause:
     def _speak(self, in_the_end: bool = False) -> None:
         if self._said or self._link.news.speaker != self._link.node:
             return
-        finding = self._finding
-        if finding is None or finding.sureness is Sureness.NOTHING:
-            line, stack = self._link.gone() or (self._inquest.loss() if in_the_end else None), None
-        else:
-            line, stack = finding.line, finding.stack
+        finding = self._finding or Finding(Sureness.NOTHING)
+        line, stack = finding.line, finding.stack
+        # A launcher that is gone is a fact; a rank that is elsewhere may be so because of it.
+        if finding.sureness is not Sureness.SURE and (gone := self._link.gone()):
+            line, stack = gone, None
+        elif finding.sureness is Sureness.NOTHING and in_the_end:
+            line = self._inquest.loss()
         if line is None:
-            self._said = finding is not None and finding.sureness is Sureness.SURE
+            self._said = finding.sureness is Sureness.SURE
             return
         self._said = True
         if launched.claim(self._folder):

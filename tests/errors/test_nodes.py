@@ -174,6 +174,21 @@ def test_a_rank_killed_on_one_machine(shop, tmp_path, port):
     assert len(errors) == 1 and "rank 1 (process " in errors[0] and "SIGKILL" in errors[0], said
 
 
+def test_a_launcher_is_killed_while_a_rank_is_elsewhere(shop, tmp_path, port):
+    """The launcher that is gone is named, and no rank is suspected that might have come later."""
+    here = tmp_path / "here"
+    first, second = started = run(shop, tmp_path, port, f"open({str(here)!r}, 'w'), time.sleep(60)")
+    deadline = time.monotonic() + 60
+    while not here.exists():
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.05)
+    second.kill()
+    codes, said = ends(started)
+    errors = [line for line in said.splitlines() if ": error: " in line]
+    assert codes == [1, -signal.SIGKILL]
+    assert len(errors) == 1 and f"the launcher of node 1 ({socket.gethostname()}) is gone" in errors[0], said
+
+
 def test_a_signal_to_one_machine_s_launcher(shop, tmp_path, port):
     """All ranks save; both launchers leave with 75, and the checkpoint is the last step's."""
     started = run(shop, tmp_path, port, "pass")
