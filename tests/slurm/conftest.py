@@ -16,6 +16,8 @@ from tests.slurm.jobs import STEPS, Job, Shop, make_shop
 GRACE = 15
 """Seconds of the partition `low`."""
 KILL_WAIT = 8
+SHORT = ("test_cancelled",)
+"""In `make test` too: a job is cancelled, saves, and the next goes on; the rest is for `make test-slurm`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,7 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     why = missing(apart=True) if here else None
     for item in here:
-        item.add_marker(pytest.mark.slurm)
+        if item.name not in SHORT:
+            item.add_marker(pytest.mark.slurm)
         if why:
             item.add_marker(pytest.mark.skip(reason=why))
 
