@@ -38,7 +38,7 @@ class Plan:
     fp32: bool = False
     """compute in fp32 rather than bf16"""
     hidden_dropout: float = 0.0
-    """dropout on the residual stream; above 0 its masks take memory"""
+    """dropout on the residual stream; above 0 its masks take memory where kernels are not fused"""
     train_iters: int | None = None
     """optimizer steps, to say how long they take"""
     proposals: int = 5

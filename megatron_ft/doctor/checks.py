@@ -42,6 +42,7 @@ CHECKS = (
     Check("torch varlen attention", "attention:torch_varlen"),
     Check("flash-attn", "attention:flash_attn"),
     Check("bf16 steps", "training:plain_steps", 180),
+    Check("dropout masks", "training:masks"),
     Check("bf16 steps, LIMA dropout", "training:lima_steps", 180),
     Check("fp16 from its first scale", "resuming:fp16", 180),
     Check("layouts TP2, SP, DP2", "layouts:tensor_and_data", 180),

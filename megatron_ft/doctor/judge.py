@@ -63,6 +63,18 @@ def judge_steps(used: Course, plain: Course | None) -> Found:
     return passed(apart)
 
 
+def judge_masks(found: dict[float, tuple[float, int, int]]) -> Found:
+    """Pure. found: rate -> (share of entries kept, entries with another fate than on the CPU forward, backward)."""
+    kept = ", ".join(f"{share:.2%} kept at rate {rate}" for rate, (share, *_) in found.items())
+    forward, backward = (sum(one[part] for one in found.values()) for part in (1, 2))
+    if forward or backward:
+        return failed(
+            f"{kept}; {forward} entries have another fate than on the CPU, and {backward} of the gradient's: "
+            "train with --no_fused_kernels"
+        )
+    return passed(f"{kept}; the same entries as on the CPU, forward and backward")
+
+
 def judge_layouts(found: dict[str, list]) -> Found:
     """Pure. found: as on_ranks writes it."""
     far = {name: where for name, (apart, where) in found.items() if not apart <= TOLERANCE}

@@ -6,13 +6,38 @@ from pathlib import Path
 
 from megatron_ft import device
 from megatron_ft.config.sections import Kernels, Numerics
-from megatron_ft.doctor.judge import STEPS, Course, judge_steps
-from megatron_ft.doctor.result import Found
+from megatron_ft.doctor.judge import STEPS, Course, judge_masks, judge_steps
+from megatron_ft.doctor.result import Found, skipped
 from megatron_ft.doctor.small_model import LLAMA, training
 
 
 def plain_steps(folder: Path) -> Found:
     return _fused_against_plain(Numerics(bf16=True))
+
+
+def masks(folder: Path) -> Found:
+    """Which entries compiled dropout drops, forward and backward, against the same hash computed on the CPU."""
+    if not device.has_gpu():
+        return skipped("nothing is compiled on a CPU")
+    return judge_masks({rate: compare_masks(rate) for rate in (0.1, 0.3)})
+
+
+def compare_masks(rate: float) -> tuple[float, int, int]:
+    """Return (share of entries kept, entries whose fate is another than on the CPU forward, and backward) of 512 x 4 x 2048."""
+    import numpy as np
+    import torch
+
+    from megatron_ft.models.dropout import FusedDroppedAdd, channel_bits, kept, place_of, token_keys
+
+    here, number = device.current_device(), 5
+    keys = torch.from_numpy(token_keys(1, np.arange(4), 512)).transpose(1, 2).contiguous()
+    right = kept(keys, 2048, number, rate)
+    x = torch.ones(right.shape, dtype=torch.bfloat16, device=here, requires_grad=True)
+    place = place_of(number, rate, here)
+    joined = FusedDroppedAdd.apply(x, torch.zeros_like(x), keys.to(here), channel_bits(2048, here), *place)
+    joined.sum().backward()
+    stays, passes = joined.detach().cpu() != 0, x.grad.cpu() != 0
+    return float(stays.float().mean()), int((stays != right).sum()), int((passes != right).sum())
 
 
 def lima_steps(folder: Path) -> Found:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,43 +38,43 @@ def _mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-@dataclass(frozen=True)
-class Place:
-    """One residual add's numbers, made on the host: the compiled kernel below takes them as plain arguments, so that it is
-    compiled once for all layers and rates.
+class Place(NamedTuple):
+    """One residual add's numbers. The compiled kernel below takes them as arguments, so that it is compiled once for all layers and
+    rates.
     """
 
-    first: int
-    second: int
-    """The place's two words, int32: mixed into the halves of every token's key."""
-    floor: int
-    """int32: entries whose bits are below are dropped."""
+    words: Tensor
+    """[3] int32. Two that are mixed into the halves of every token's key, and a bound: entries whose bits are below it are dropped.
+
+    A tensor, not three Python integers. In a compiled kernel those may be 64 bits wide (Inductor of torch 2.11 computes with them in
+    the type of its indices); arithmetic then no longer wraps at 32 bits, and other entries are dropped.
+    """
     scale: float
     """1 / (1 - p)"""
 
 
 @functools.lru_cache(maxsize=4096)
-def place_of(number: int, p: float) -> Place:
+def place_of(number: int, p: float, where: torch.device) -> Place:
     """Return the numbers of the residual add `number` (0: the embedding) at rate p, 0 <= p < 1."""
     first, second = (int(half) for half in token_keys(number, np.zeros(1), 1).ravel())
-    return Place(first, second, round(p * _WRAP) - _WRAP // 2, 1 / (1 - p))
+    bound = round(p * _WRAP) - _WRAP // 2
+    return Place(torch.tensor([first, second, bound], dtype=torch.int32, device=where), 1 / (1 - p))
 
 
 def kept(keys: Tensor, channels: int, number: int, p: float) -> Tensor:
     """Return which entries stay, [s, b, channels] bool. keys [2, s, b]; number: of the residual add."""
-    place = place_of(number, p)
-    return _stays(keys, channel_bits(channels, keys.device), place.first, place.second, place.floor)
+    return _stays(keys, channel_bits(channels, keys.device), place_of(number, p, keys.device).words)
 
 
-def _stays(keys: Tensor, channels: Tensor, first: int, second: int, floor: int) -> Tensor:
-    """channels [h]: channel_bits; the rest: see Place."""
-    token = _mix32(keys[0] ^ first)[..., None]
+def _stays(keys: Tensor, channels: Tensor, words: Tensor) -> Tensor:
+    """channels [h]: channel_bits; words: see Place. All int32."""
+    token = _mix32(keys[0] ^ words[0])[..., None]
     bits = token ^ channels
     bits *= _signed(0x7FEB352D)
     bits ^= (bits >> 15) & 0x1FFFF
-    bits += _mix32(keys[1] ^ second)[..., None]
+    bits += _mix32(keys[1] ^ words[1])[..., None]
     bits *= _signed(0x846CA68B)
-    return bits >= floor  # the high bits are the best mixed ones, and decide
+    return bits >= words[2]  # the high bits are the best mixed ones, and decide
 
 
 @functools.cache
@@ -94,27 +94,42 @@ def _signed(word: int) -> int:
     return word - _WRAP if word >= _WRAP // 2 else word
 
 
-def _dropped(x: Tensor, keys: Tensor, channels: Tensor, first: int, second: int, floor: int, scale: float) -> Tensor:
-    return torch.where(_stays(keys, channels, first, second, floor), x, x.new_zeros(())) * scale
+def _dropped(x: Tensor, keys: Tensor, channels: Tensor, words: Tensor, scale: float) -> Tensor:
+    return torch.where(_stays(keys, channels, words), x, x.new_zeros(())) * scale
 
 
-def _dropped_add(
-    x: Tensor, residual: Tensor, keys: Tensor, channels: Tensor, first: int, second: int, floor: int, scale: float
-) -> Tensor:
-    return residual + _dropped(x, keys, channels, first, second, floor, scale)
+def _dropped_add(x: Tensor, residual: Tensor, keys: Tensor, channels: Tensor, words: Tensor, scale: float) -> Tensor:
+    return residual + _dropped(x, keys, channels, words, scale)
+
+
+class FusedDroppedAdd(torch.autograd.Function):
+    """residual + dropped x by one compiled kernel, and its gradient by another, which computes the mask again: none is kept.
+
+    Two small graphs without a graph of gradients between them: torch 2.11 took a minute on a GPU to compile them as one.
+    """
+
+    @staticmethod
+    def forward(ctx, x, residual, keys, channels, words, scale):
+        ctx.save_for_backward(keys, channels, words)
+        ctx.scale, ctx.dtype = scale, x.dtype
+        # Detached: one that needs a gradient and one that does not would be two graphs to Dynamo.
+        return _compiled(_dropped_add)(x.detach(), residual.detach(), keys, channels, words, scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _compiled(_dropped)(grad.to(ctx.dtype), *ctx.saved_tensors, ctx.scale), grad, None, None, None, None
 
 
 @functools.cache
-def compiled_add() -> Callable[..., Tensor]:
-    """Return _dropped_add as one fused kernel, forward and backward."""
-    return torch.compile(_dropped_add, dynamic=True)
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)
 
 
 def dropped(x: Tensor, keys: Tensor, number: int, p: float) -> Tensor:
     """Return x [s, b, h] with entries dropped at rate p and the others scaled by 1 / (1 - p). number: of the residual add."""
     if p >= 1:
         return x * 0
-    return _dropped(x, keys, channel_bits(x.shape[-1], x.device), **vars(place_of(number, p)))
+    return _dropped(x, keys, channel_bits(x.shape[-1], x.device), *place_of(number, p, x.device))
 
 
 class RowDropout(nn.Module):
@@ -164,6 +179,6 @@ class RowLayer(TransformerLayer):
             if p >= 1 or not self.fused:
                 return residual + dropped(x, self.keys, place, p)
             channels = channel_bits(x.shape[-1], x.device)
-            return compiled_add()(x, residual, self.keys, channels, **vars(place_of(place, p)))
+            return FusedDroppedAdd.apply(x, residual, self.keys, channels, *place_of(place, p, x.device))
 
         return join

@@ -61,6 +61,30 @@ def test_steps(rank):
     assert found.outcome == "fail" and "does not fall" in found.detail
 
 
+def masks(wide: bool):
+    """wide: with whole numbers of 64 bits, as a compiled kernel on a GPU once had them."""
+    from unittest import mock
+
+    from megatron_ft.doctor import training
+    from megatron_ft.models import dropout
+
+    stays = dropout._stays
+    with mock.patch.object(dropout, "_compiled", lambda function: function):
+        if not wide:
+            return training.compare_masks(0.3)
+        with mock.patch.object(
+            dropout, "_dropped", lambda x, *numbers: x * stays(*(n.long() for n in numbers[:3])) * numbers[3]
+        ):
+            return training.compare_masks(0.3)
+
+
+def test_masks_of_wider_arithmetic_are_noticed(rank):
+    share, *wrong = rank.run(masks, False)[0]
+    assert abs(share - 0.7) < 0.002 and wrong == [0, 0]
+    share, *wrong = rank.run(masks, True)[0]
+    assert abs(share - 0.5) < 0.002 and min(wrong) > 10**6
+
+
 def memory(factor: float):
     from pathlib import Path
     from unittest import mock

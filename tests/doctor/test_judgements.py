@@ -133,6 +133,14 @@ def stack(*files: str) -> list[traceback.FrameSummary]:
     return [traceback.FrameSummary(f"/x/{name}", 7, "f") for name in files]
 
 
+def test_masks():
+    found = judge.judge_masks({0.1: (0.9, 0, 0), 0.3: (0.7, 0, 0)})
+    assert found.outcome == "pass" and "70.00% kept at rate 0.3" in found.detail
+    for wrong in ((0.5, 12, 0), (0.7, 0, 12)):
+        found = judge.judge_masks({0.1: (0.9, 0, 0), 0.3: wrong})
+        assert found.outcome == "fail" and "12" in found.detail and "--no_fused_kernels" in found.detail
+
+
 def test_host_waits():
     step = ("megatron_ft/doctor/efficiency.py", "megatron_ft/training/step.py", "torch/_tensor.py")
     found = judge.judge_waits([stack(*step), stack(*step), stack("torch/other.py")])
