@@ -36,7 +36,7 @@ COMMAND = Command(
 NEEDED = ("torch", "megatron-core", "numpy", "sentencepiece", "tokenizers", "safetensors", "pydantic")
 """Distributions without which nothing works."""
 TRIED = {
-    "torch": "tests run with 2.13; of 2.10 to 2.12 the signatures of attention are tested",
+    "torch": "tests run with 2.13, one H200 with 2.11; of 2.10 to 2.12 the signatures of attention are tested",
     "megatron-core": "tests run with 0.16.1; others than 0.16 are refused",
 }
 """Distribution -> which of its versions have been tried."""
