@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch.distributed as dist
 
+from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.sections import Batch, Data, Numerics, Optimizer, Parallelism
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.models.pipeline import plain_split
 from megatron_ft.planner import known, memory
 from tests.ranks import Ranks
@@ -70,12 +70,12 @@ def _bytes_read() -> int:
 
 def job(root: str, hidden: int, layers: int, bf16: bool, engines_way: bool) -> dict:
     """Save a run after a step, then load it again; what it cost this rank."""
-    from megatron_ft.parallel import process_groups
-    from megatron_ft.training import checkpoint
-    from megatron_ft.training.optimizer import make_optimizer, make_schedule
-    from megatron_ft.training.owned_state import Whole
+    from megatron_ft.checkpoints import training_state
+    from megatron_ft.checkpoints.owned_state import Whole
+    from megatron_ft.checkpoints.writer import Here
+    from megatron_ft.engine.optimizer import make_optimizer, make_schedule
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.training.setup import bare, make_model
-    from megatron_ft.training.writing import Here
 
     arch = Architecture(
         family="llama", num_layers=layers, hidden_size=hidden, ffn_hidden_size=4 * hidden, num_attention_heads=8,
@@ -91,11 +91,11 @@ def job(root: str, hidden: int, layers: int, bf16: bool, engines_way: bool) -> d
         optimizer.step()
         schedule = make_schedule(optimizer, section, Batch(train_iters=2))
         config = CheckpointConfig(arch, "torch_dist", 1, 1, arch.vocab_size, 1, "bf16" if bf16 else "fp32")
-        contents = checkpoint.Contents(config, bare(model), optimizer, schedule, layout, {})
-        way = mock.patch.object(checkpoint, "optimizer_state", Whole) if engines_way else mock.MagicMock()
+        contents = training_state.Contents(config, bare(model), optimizer, schedule, layout, {})
+        way = mock.patch.object(training_state, "optimizer_state", Whole) if engines_way else mock.MagicMock()
         with way:
             with Growth() as save:
-                plan = checkpoint.plan_save(contents, "torch_dist", folder, checkpoint.Progress(1, 8))
+                plan = training_state.plan_save(contents, "torch_dist", folder, training_state.Progress(1, 8))
                 writer = Here(plan.part)
             assert writer.problem is None, writer.problem
             everyone = [None] * layout.world_size
@@ -105,7 +105,7 @@ def job(root: str, hidden: int, layers: int, bf16: bool, engines_way: bool) -> d
             del plan, writer
             dist.barrier()
             with Growth() as load:
-                checkpoint.resume(folder, config, bare(model), optimizer, schedule, layout, 1)
+                training_state.resume(folder, config, bare(model), optimizer, schedule, layout, 1)
         numbers = [weight.numel() for weight in weights]
         return {"save": save, "load": load, "numbers": sum(numbers), "largest": max(numbers)}
 

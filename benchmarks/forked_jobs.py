@@ -29,17 +29,18 @@ from megatron_ft import device
 
 device.prepare_engine()  # before anything imports the engine, hence the imports below it
 
+from megatron_ft.checkpoints.folder import describe
+from megatron_ft.checkpoints.select import candidates
+from megatron_ft.checkpoints.verify import vet
 from megatron_ft.commands import finetune as finetune_command
 from megatron_ft.commands import report  # noqa: F401 - the forked jobs have it then
 from megatron_ft.config.sections import TRAINING
 from megatron_ft.data.roles import ASSISTANT, PROMPTER
 from megatron_ft.data.shards import ShardWriter
 from megatron_ft.digests import check_digests
+from megatron_ft.engine import optimizer  # noqa: F401
 from megatron_ft.errors import UserError
-from megatron_ft.models.checkpoint_layout import describe
-from megatron_ft.models.verified import vet
-from megatron_ft.training import agreement, checkpoint, consumed, datasets, facts, lock, loop, optimizer, setup, step  # noqa: F401
-from megatron_ft.training.choosing import candidates
+from megatron_ft.training import loop
 
 VOCABULARY = 97
 PHASES = ("starting", "loading", "stepping", "evaluating", "saving", "leaving")

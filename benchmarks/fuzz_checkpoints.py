@@ -29,10 +29,10 @@ from benchmarks import fuzz_readers
 from benchmarks.fuzz_readers import change_json, damaged
 from checkpoints_conversion.megatron_llm import _harmless
 from checkpoints_conversion.torch_dist import plan_torch_dist
+from megatron_ft.checkpoints.folder import CheckpointConfig, read_config, write_config
+from megatron_ft.checkpoints.restricted import read_metadata
 from megatron_ft.errors import CheckpointError
-from megatron_ft.models.checkpoint_layout import CheckpointConfig, read_config, write_config
 from megatron_ft.models.families import understood
-from megatron_ft.models.restricted import read_metadata
 from megatron_ft.models.safetensors_file import SafetensorsFile
 from megatron_ft.models.torch_file import TensorRef, TorchFile
 from megatron_ft.models.weights import placed_rules

@@ -46,8 +46,8 @@ MODELS = {
 
 def our_step(arch: Architecture, numerics: Numerics, dataset: ChatDataset, layout, rows: int):
     """A function of the number of rows consumed."""
+    from megatron_ft.engine.optimizer import make_optimizer, make_schedule
     from megatron_ft.training import setup
-    from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
 
     data = Data(seq_length=dataset.seq_length, packing=False)
@@ -139,7 +139,7 @@ def main() -> int:
         print("skipped: no GPU here (--tiny tries the code on a CPU)")
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from megatron_ft.parallel import process_groups
+    from megatron_ft.engine.parallel import process_groups
 
     print(f"{device.describe()}, torch {torch.__version__}, rows of {args.seq_length}, {args.rows} a step")
     with process_groups() as layout:

@@ -28,8 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.payloads import CANARY, payloads, proved, ran, watch
+from megatron_ft.checkpoints.restricted import read_metadata
 from megatron_ft.errors import UserError
-from megatron_ft.models.restricted import read_metadata
 
 VOCABULARY = 203
 EMBEDDING, EXTRA_STATE = "embedding.word_embeddings.weight", "decoder.layers.0.self_attention.linear_qkv._extra_state"

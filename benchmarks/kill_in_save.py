@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import small_saves
-from megatron_ft.models.checkpoint_layout import TRACKER
+from megatron_ft.checkpoints.folder import TRACKER
 
 LONGEST = 0.04
 """Seconds a run lives at most after its first save began: a few saves."""

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import forked_jobs
-from megatron_ft.models.verified import tensor_hashes
+from megatron_ft.checkpoints.verify import tensor_hashes
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from megatron_ft.config.sections import Batch, Data, Numerics, Optimizer, Parall
 from megatron_ft.data.loader import ChatDataset, Choices
 from megatron_ft.data.roles import loss_weights
 from megatron_ft.data.shards import open_shards
+from megatron_ft.engine.parallel import process_groups
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.parallel import process_groups
 
 WAYS = {
     "padded to seq_length": {"packed": False},
@@ -52,8 +52,8 @@ def architecture(vocab: int, hidden: int, positions: int) -> Architecture:
 
 def train_once(dataset: ChatDataset, arch: Architecture, layout, variable: bool) -> dict:
     """One epoch with a fresh model; seconds, tokens and positions."""
+    from megatron_ft.engine.optimizer import make_optimizer, make_schedule
     from megatron_ft.training import setup
-    from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
 
     data = Data(seq_length=dataset.seq_length, packing=dataset.packed, variable_seq_lengths=variable)

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import small_saves
 from benchmarks.bit_flips import Flips, command, flip_bits
+from megatron_ft.checkpoints.folder import CheckpointConfig, describe, rank_file, write_config
+from megatron_ft.checkpoints.select import candidates, first_whole
+from megatron_ft.checkpoints.verify import vet
+from megatron_ft.checkpoints.writer import save_tensors
 from megatron_ft.config.sections import Checkpointing
 from megatron_ft.digests import check_digests, write_digests
-from megatron_ft.models.checkpoint_layout import CheckpointConfig, describe, rank_file, write_config
-from megatron_ft.models.verified import vet
-from megatron_ft.training.choosing import candidates, first_whole
-from megatron_ft.training.writing import save_tensors
 
 
 def campaign(folder: Path, flips: int, seed: int = 0, seconds: float = 1e9) -> Flips:

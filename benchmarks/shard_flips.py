@@ -16,10 +16,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bit_flips import Flips, command, flip_bits
+from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.sections import Data
 from megatron_ft.data.shards import ShardWriter
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.training.datasets import make_datasets
 
 

@@ -22,16 +22,16 @@ device.prepare_engine()  # before anything imports the engine, hence the imports
 
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from megatron_ft.checkpoints.folder import CONFIG, CheckpointConfig, describe, write_config
+from megatron_ft.checkpoints.lock import FolderLock
+from megatron_ft.checkpoints.restricted import file_slice
+from megatron_ft.checkpoints.saver import Keep, Saver
+from megatron_ft.checkpoints.select import candidates
+from megatron_ft.checkpoints.training_state import Progress, plan_sharded
+from megatron_ft.checkpoints.verify import read_common, vet
 from megatron_ft.digests import check_digests
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CONFIG, CheckpointConfig, describe, write_config
-from megatron_ft.models.restricted import file_slice
-from megatron_ft.models.verified import read_common, vet
-from megatron_ft.parallel import Layout
-from megatron_ft.training.checkpoint import Progress, plan_sharded
-from megatron_ft.training.choosing import candidates
-from megatron_ft.training.lock import FolderLock
-from megatron_ft.training.saver import Keep, Saver
 
 SHAPES = {"weight": (64, 64), "moment": (64, 64), "bias": (17,), "one": (1,)}
 ARCHITECTURE = Architecture(

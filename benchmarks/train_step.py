@@ -25,7 +25,7 @@ from megatron_ft.config.sections import Batch, Data, Numerics, Optimizer, Parall
 from megatron_ft.data.loader import ChatDataset, Choices, step_rows
 from megatron_ft.data.manifest import Manifest
 from megatron_ft.data.roles import code_weights, loss_weights
-from megatron_ft.parallel import process_groups
+from megatron_ft.engine.parallel import process_groups
 
 LR, BATCH, MICRO = 1e-4, 4, 2
 
@@ -80,10 +80,10 @@ def plain_loop(model, dataset: ChatDataset):
 
 def our_loop(folder: Path, layout, dataset: ChatDataset):
     """megatron_ft's step on the same weights."""
-    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
-    from megatron_ft.models.load import load_weights
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.engine.optimizer import make_optimizer, make_schedule
     from megatron_ft.training import setup
-    from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
 
     checkpoint = find_checkpoint(folder)
@@ -121,7 +121,7 @@ def compare(plain, ours, steps: int, tokens_per_step: int) -> None:
 
 def scaling(config: LlamaConfig, dataset: ChatDataset, steps: int, processes: int) -> None:
     """Our step on one process and on several, forked one set after the other; the weights are made up from their names."""
-    from megatron_ft.forked import run_forked
+    from megatron_ft.engine.forked import run_forked
     from megatron_ft.models import llama
 
     arch = llama.from_hf(config.to_dict())
@@ -141,8 +141,8 @@ def scaling(config: LlamaConfig, dataset: ChatDataset, steps: int, processes: in
 
 def timed(arch, dataset: ChatDataset, parallel: Parallelism, steps: int) -> tuple[list[float], float]:
     """On every rank: seconds of each step, and the last loss."""
+    from megatron_ft.engine.optimizer import make_optimizer, make_schedule
     from megatron_ft.training import invariance, setup
-    from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
 
     with process_groups(parallel.tensor_model_parallel_size) as layout:

@@ -14,10 +14,10 @@ import torch
 from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.stream import WORKERS, Progress
 from checkpoints_conversion.torch_zip import as_bytes
+from megatron_ft.checkpoints.folder import CERTIFICATE
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import digest, read_json, write_json
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CERTIFICATE
 from megatron_ft.models.dtypes import cast
 from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.rope import attention_factor, inverse_frequencies

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from checkpoints_conversion.stream import Unit
 from checkpoints_conversion.torch_zip import Slot, TorchZip
+from megatron_ft.checkpoints.folder import CheckpointConfig, rank_file
 from megatron_ft.errors import CheckpointError
-from megatron_ft.models.checkpoint_layout import CheckpointConfig, rank_file
 from megatron_ft.models.torch_file import TensorRef, TorchFile
 from megatron_ft.models.weights import Placed, Rule, pad_rows, placed_rules
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from checkpoints_conversion.options import CheckpointFormat, Folders, Written, believe, check_folders
+from megatron_ft.checkpoints.folder import TRACKER
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.model_parallel import ModelParallel
 from megatron_ft.errors import ConfigError
-from megatron_ft.models.checkpoint_layout import TRACKER
 
 if TYPE_CHECKING:
     from checkpoints_conversion.report import Report
@@ -146,8 +146,8 @@ def _noise(options: HfToMegatron, source: HfSource):
 def _checkpoint_config(options: HfToMegatron, source: HfSource, vocab_size: int, tokenizer: Tokenizer | None):
     from importlib.metadata import version
 
+    from megatron_ft.checkpoints.folder import CheckpointConfig
     from megatron_ft.models.architecture import padded_vocab_size
-    from megatron_ft.models.checkpoint_layout import CheckpointConfig
     from megatron_ft.models.rope import extend
 
     if options.make_vocab_size_divisible_by < 1:

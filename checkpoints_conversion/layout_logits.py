@@ -38,7 +38,7 @@ def differences(request: Request) -> list[float]:
     import numpy as np
     import torch
 
-    from megatron_ft.parallel import process_groups
+    from megatron_ft.engine.parallel import process_groups
 
     sizes = request.tensor_model_parallel_size, request.pipeline_model_parallel_size
     with process_groups(*sizes) as layout, torch.no_grad():
@@ -57,11 +57,11 @@ def _load(request: Request, layout):
     from checkpoints_conversion.megatron_llm import is_dialect
     from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.options import CheckpointSource
+    from megatron_ft.checkpoints.fill import fill_from
+    from megatron_ft.checkpoints.folder import vocab_rows
+    from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.checkpoints.verify import verify
     from megatron_ft.models.build import BuildOptions, build_model
-    from megatron_ft.models.checkpoint_layout import vocab_rows
-    from megatron_ft.models.fill import fill_from
-    from megatron_ft.models.load import load_weights
-    from megatron_ft.models.verified import verify
 
     folder = Path(request.checkpoint)
     opened = open_megatron(folder, CheckpointSource(true_vocab_size=request.true_vocab_size, digests=False))
@@ -116,7 +116,7 @@ def ask_in_layout(request: Request, folder: Path) -> list[float]:
 
 
 def main(folder: Path) -> None:
-    from megatron_ft.forked import die_with_parent, run_forked
+    from megatron_ft.engine.forked import die_with_parent, run_forked
 
     die_with_parent()
     request = Request(**json.loads((folder / "request.json").read_text()))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ft.checkpoints.folder import CheckpointConfig, rank_file
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CheckpointConfig, rank_file
 from megatron_ft.models.dtypes import name_of
 from megatron_ft.models.families import family_of
 from megatron_ft.models.torch_file import Inert, TensorRef, TorchFile

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.options import CheckpointSource, believe
+from megatron_ft.checkpoints.folder import CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.digests import MANIFEST, has_digests
 from megatron_ft.errors import ConfigError, DamagedError
-from megatron_ft.models.checkpoint_layout import CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.models.families import family_of
 from megatron_ft.models.weights import Placed, Rule
 

@@ -15,7 +15,7 @@ from checkpoints_conversion.classic import plan_classic
 from checkpoints_conversion.stream import Unit, resumable_folder, seal, write_units
 from checkpoints_conversion.tokenizer_copy import copy_tokenizer
 from checkpoints_conversion.torch_dist import finish_torch_dist, plan_torch_dist
-from megatron_ft.models.checkpoint_layout import (
+from megatron_ft.checkpoints.folder import (
     TOKENIZER_FOLDER,
     TRAINED_ON,
     CheckpointConfig,

@@ -14,8 +14,8 @@ from megatron_ft.files import write_json
 
 if TYPE_CHECKING:
     from checkpoints_conversion.report import Report
+    from megatron_ft.checkpoints.folder import CheckpointConfig
     from megatron_ft.data.tokenizer import Tokenizer
-    from megatron_ft.models.checkpoint_layout import CheckpointConfig
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conversion.certificate import NAME
+from megatron_ft.checkpoints.folder import TRAINED_ON, CheckpointConfig
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
-from megatron_ft.models.checkpoint_layout import TRAINED_ON, CheckpointConfig
 from megatron_ft.models.dtypes import HF_NAMES
 
 MODEL_CARD = "README.md"

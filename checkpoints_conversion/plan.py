@@ -12,10 +12,10 @@ import torch
 from checkpoints_conversion import hf_target
 from checkpoints_conversion.megatron_target import plan
 from checkpoints_conversion.stream import Unit
+from megatron_ft.checkpoints.folder import CheckpointConfig, iteration_folder
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
-from megatron_ft.models.checkpoint_layout import CheckpointConfig, iteration_folder
 from megatron_ft.models.dtypes import HF_NAMES, torch_dtype
 from megatron_ft.models.families import understood
 from megatron_ft.models.weights import Rule, placed_rules

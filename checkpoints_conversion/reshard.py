@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from checkpoints_conversion.options import CheckpointFormat, CheckpointSource, Folders, Written, check_folders
+from megatron_ft.checkpoints.folder import TRACKER
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.model_parallel import ModelParallel
-from megatron_ft.models.checkpoint_layout import TRACKER
 
 if TYPE_CHECKING:
     from checkpoints_conversion.megatron_source import Opened
@@ -91,8 +91,8 @@ def _copy(opened: Opened, config, target: Path, key: dict, overwrite: bool) -> i
 
     from checkpoints_conversion.certificate import NAME
     from checkpoints_conversion.stream import resumable_folder, seal
+    from megatron_ft.checkpoints.folder import CONFIG, iteration_folder, write_config, write_tracker
     from megatron_ft.digests import MANIFEST, has_digests, read_digests
-    from megatron_ft.models.checkpoint_layout import CONFIG, iteration_folder, write_config, write_tracker
 
     with resumable_folder(target, key, overwrite) as root:
         folder = iteration_folder(root, config.iteration)

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_ft.checkpoints.folder import TOKENIZER_FOLDER, CheckpointConfig
 from megatron_ft.data.chat_template import template_source
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import write_json
-from megatron_ft.models.checkpoint_layout import TOKENIZER_FOLDER, CheckpointConfig
 
 _TEMPLATE = "chat_template.jinja"
 

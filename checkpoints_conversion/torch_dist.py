@@ -30,11 +30,11 @@ from torch.distributed.checkpoint.metadata import (
 
 from checkpoints_conversion.stream import Unit
 from checkpoints_conversion.torch_zip import Slot, TorchZip, write_at
+from megatron_ft.checkpoints.folder import MODEL_PREFIX, CheckpointConfig
+from megatron_ft.checkpoints.restricted import file_slice, read_metadata
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import write_json
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig
-from megatron_ft.models.restricted import file_slice, read_metadata
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
 MAX_FILE_BYTES = 5 * 10**9

@@ -1,6 +1,6 @@
-"""Which device a rank computes on, facts about it, and megatron-core made ready for it (on the CPU by cpu_engine.py).
+"""Which device a rank computes on, facts about it, and megatron-core made ready for it (on the CPU by engine/cpu_stand_in.py).
 
-This file and cpu_engine.py are the only ones that say cuda or gloo. Knows nothing of models, data or training.
+This file and engine/cpu_stand_in.py are the only ones that say cuda or gloo. Knows nothing of models, data or training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import socket
 import warnings
 
-from megatron_ft.cpu_engine import answer_for_cpu
+from megatron_ft.engine.cpu_stand_in import answer_for_cpu
 from megatron_ft.errors import ConfigError
 
 SUPPORTED_ENGINE = "0.16."

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ft import device
+from megatron_ft.engine.parallel import process_groups
 from megatron_ft.errors import ConfigError
-from megatron_ft.parallel import process_groups
 
 LAUNCHED = ("LOCAL_WORLD_SIZE", "SLURM_GPUS_PER_TASK", "MEGATRON_FT_DEVICE", "CUDA_VISIBLE_DEVICES")
 

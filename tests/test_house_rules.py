@@ -21,7 +21,7 @@ FLOORS = {
     "megatron_ft": 0,  # the package itself: its version
     "megatron_ft.config": 0,
     "megatron_ft.device": 0,
-    "megatron_ft.cpu_engine": 0,
+    "megatron_ft.engine.cpu_stand_in": 0,
     "megatron_ft.gpu_facts": 0,
     "megatron_ft.errors": 0,
     "megatron_ft.log": 0,
@@ -29,9 +29,9 @@ FLOORS = {
     "megatron_ft.shares": 0,
     "megatron_ft.digests": 0,
     "megatron_ft.launch": 1,
-    "megatron_ft.parallel": 1,
-    "megatron_ft.forked": 1,
-    "megatron_ft.together": 1,
+    "megatron_ft.engine.parallel": 1,
+    "megatron_ft.engine.forked": 1,
+    "megatron_ft.engine.collective_errors": 1,
     "megatron_ft.models": 2,
     "megatron_ft.data": 2,
     "megatron_ft.adapters": 3,
@@ -58,7 +58,7 @@ GROUND = [
     "megatron_ft.shares",
     "megatron_ft.digests",
     "megatron_ft.config",
-    "megatron_ft.cpu_engine",
+    "megatron_ft.engine.cpu_stand_in",
     "megatron_ft.device",
     "megatron_ft.gpu_facts",
 ]
@@ -172,7 +172,7 @@ FOREIGN_NAMES = {'"argparse"'}
 """What stands in others' checkpoints: the name of a module that a pickle asks for and does not get."""
 
 
-DEVICE = ("megatron_ft/device.py", "megatron_ft/cpu_engine.py", "megatron_ft/gpu_facts.py")
+DEVICE = ("megatron_ft/device.py", "megatron_ft/engine/cpu_stand_in.py", "megatron_ft/gpu_facts.py")
 
 
 @pytest.mark.parametrize(

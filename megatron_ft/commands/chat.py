@@ -46,8 +46,8 @@ COMMAND = Command(
 
 def run(chat: Chat) -> int:
     """One conversation until the input ends. /new starts over, /quit ends. Raises UserError as `generate` does."""
-    from megatron_ft.models.checkpoint_layout import check_folder
-    from megatron_ft.parallel import process_groups
+    from megatron_ft.checkpoints.folder import check_folder
+    from megatron_ft.engine.parallel import process_groups
 
     check_sampling(chat)
     check_folder(Path(chat.load))

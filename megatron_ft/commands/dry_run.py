@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.data.loader import ChatDataset
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.pipeline import split_layers
-from megatron_ft.parallel import Layout
 
 
 def show(
@@ -15,7 +15,7 @@ def show(
     import torch.distributed as dist
 
     from megatron_ft import device
-    from megatron_ft.models.load import chunks_of
+    from megatron_ft.checkpoints.load import chunks_of
 
     dist.barrier()  # a rank that could not build or load has raised by now
     if layout.is_main:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron_ft.checkpoints.folder import SETTINGS, TRAINED_ON
 from megatron_ft.config.checks import (
     check_training,
     classic_saves_fit,
@@ -33,10 +34,9 @@ from megatron_ft.config.sections import (
     Stopping,
 )
 from megatron_ft.files import check_writable
-from megatron_ft.models.checkpoint_layout import SETTINGS, TRAINED_ON
 
 if TYPE_CHECKING:
-    from megatron_ft.models.checkpoint_layout import CheckpointConfig
+    from megatron_ft.checkpoints.folder import CheckpointConfig
 
 LOG = "finetune.log"
 """What all ranks log, libraries' warnings included; in the run's folder."""
@@ -58,17 +58,18 @@ def run(
     numerics: Numerics, logging: Logging, model: Model, kernels: Kernels, launching: Launching, stopping: Stopping,
 ) -> int:  # fmt: skip
     """Check, build, load, train, save. Raises UserError for anything the user can put right."""
+    from megatron_ft.checkpoints import select
+    from megatron_ft.checkpoints.folder import check_sizes, check_training_state, describe
+    from megatron_ft.checkpoints.lock import FolderLock
     from megatron_ft.commands import rehearse
     from megatron_ft.device import order_streams, prepare_engine
+    from megatron_ft.engine.parallel import process_groups, world_size
     from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
-    from megatron_ft.models.checkpoint_layout import check_sizes, check_training_state, describe
     from megatron_ft.models.kernels import check_context_parallel
     from megatron_ft.models.machine import glance
     from megatron_ft.models.pipeline import split_layers
-    from megatron_ft.parallel import process_groups, world_size
-    from megatron_ft.training import agreement, choosing, datasets
-    from megatron_ft.training.lock import FolderLock
+    from megatron_ft.training import agreement, datasets
     from megatron_ft.training.stopping import StopRequest, time_limit
 
     def read(folder: Path) -> CheckpointConfig:
@@ -92,9 +93,9 @@ def run(
     for flag, place in places_to_write(checkpointing, logging, launching).items():
         check_writable(flag, place)
     asked = checkpointing
-    folders, checkpointing = choosing.sources(asked)
+    folders, checkpointing = select.sources(asked)
     settings = settings._replace(checkpointing=checkpointing)
-    number, described = choosing.first_whole(folders, read, checkpointing)
+    number, described = select.first_whole(folders, read, checkpointing)
     source = folders[number]
     split = split_layers(described.architecture.num_layers, parallel)
     check_sizes(source, described, parallel.tensor_model_parallel_size, split.stages, split)
@@ -124,8 +125,8 @@ def run(
     ):
         if checkpointing.save and not launching.dry_run:
             held.enter_context(FolderLock(Path(checkpointing.save), layout))
-        choosing.agree(folders, number, asked, layout)
-        source, described = choosing.first_trusted(
+        select.agree(folders, number, asked, layout)
+        source, described = select.first_trusted(
             folders[number:], described, read, layout, checkpointing.verify_checkpoint
         )
         return _train(layout, source, described, train_set, valid_set, settings, stop, held)
@@ -150,18 +151,19 @@ class Settings(NamedTuple):
 def _train(layout, source, described, train_set, valid_set, settings: Settings, stop, held) -> int:
     """held: an ExitStack; what the run holds until it ends."""
     from megatron_ft import device
+    from megatron_ft.checkpoints import training_state
+    from megatron_ft.checkpoints.folder import vocab_rows
+    from megatron_ft.checkpoints.load import load_weights
     from megatron_ft.commands import dry_run
     from megatron_ft.commands.report import write_at_end
+    from megatron_ft.engine.optimizer import make_optimizer, make_schedule
     from megatron_ft.log import logger
     from megatron_ft.log import setup as log_to_file
     from megatron_ft.models.build import attention_needs
-    from megatron_ft.models.checkpoint_layout import vocab_rows
     from megatron_ft.models.kernels import choose, machine
-    from megatron_ft.models.load import load_weights
-    from megatron_ft.training import agreement, checkpoint, consumed, facts, setup
+    from megatron_ft.training import agreement, run_record, sample_hash, setup
     from megatron_ft.training.guard import attempt
     from megatron_ft.training.loop import Run, train
-    from megatron_ft.training.optimizer import make_optimizer, make_schedule
     from megatron_ft.training.step import Stepper
     from megatron_ft.training.trained_on import trained_on
 
@@ -179,11 +181,11 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     if _starts_anew(described, checkpointing):
         load_weights(source, described, setup.bare(model), layout, verified=True)
         adam.reload_model_params()
-        progress = checkpoint.Progress(samples_hash=consumed.beginning(train_set))
+        progress = training_state.Progress(samples_hash=sample_hash.beginning(train_set))
     else:
-        progress = checkpoint.resume(source, described, setup.bare(model), adam, schedule, layout, data.seed)
+        progress = training_state.resume(source, described, setup.bare(model), adam, schedule, layout, data.seed)
         agreement.tell_changes(source / SETTINGS, data, batch, parallel, optimizer, numerics)
-        kept = consumed.check_resumed(progress.samples_hash, train_set, progress.consumed_samples)
+        kept = sample_hash.check_resumed(progress.samples_hash, train_set, progress.consumed_samples)
         progress = dataclasses.replace(progress, samples_hash=kept)
     if settings.launching.dry_run:
         return dry_run.show(layout, settings, described, progress, train_set, setup.bare(model), rows)
@@ -207,17 +209,17 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     save_to = Path(checkpointing.save) if checkpointing.save else None
     resolved = write_sections(settings)
 
-    contents = checkpoint.Contents(
+    contents = training_state.Contents(
         described,
         setup.bare(model),
         adam,
         schedule,
         layout,
         {SETTINGS: resolved, TRAINED_ON: trained_on(train_set)},
-        checkpoint.read_tokenizer(source, described) if layout.is_main else {},
+        training_state.read_tokenizer(source, described) if layout.is_main else {},
     )
-    saver = held.enter_context(checkpoint.make_saver(contents, checkpointing))
-    start = facts.start_of_run(
+    saver = held.enter_context(training_state.make_saver(contents, checkpointing))
+    start = run_record.start_of_run(
         setup.bare(model),
         layout,
         described,
@@ -230,7 +232,7 @@ def _train(layout, source, described, train_set, valid_set, settings: Settings, 
     )
     reports_to = folder if layout.is_reporter else None
     if reports_to:
-        attempt(str(reports_to / facts.RUN), lambda: facts.record(reports_to, start))
+        attempt(str(reports_to / run_record.RUN), lambda: run_record.record(reports_to, start))
 
     plan = Run(
         stepper, train_set, valid_set, adam, schedule, hooks=_hooks(layout, settings, resolved),

@@ -66,8 +66,8 @@ def run(options: Preflight, *training: Any) -> int:
 
 
 def _findings(options: Preflight, training: tuple[Any, ...]) -> Iterator[Finding]:
+    from megatron_ft.checkpoints.folder import find_checkpoint, read_config
     from megatron_ft.config.checks import check_training
-    from megatron_ft.models.checkpoint_layout import find_checkpoint, read_config
 
     by_kind = {type(section): section for section in training}
     kinds = (Checkpointing, Data, Batch, Parallelism, Optimizer, Numerics, Logging)

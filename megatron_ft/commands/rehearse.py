@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_ft.checkpoints.folder import TOKENIZER_FOLDER, CheckpointConfig, check_sizes, describe
 from megatron_ft.config.checks import check_training, data_parallel_size, places_to_write
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import check_writable
 from megatron_ft.launch.places import Places, is_rank, places
 from megatron_ft.models.architecture import Architecture, padded_vocab_size
-from megatron_ft.models.checkpoint_layout import TOKENIZER_FOLDER, CheckpointConfig, check_sizes, describe
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.rehearsal import make_up, shrink
 from megatron_ft.rehearsal.meeting import AT_ONCE, BY_HAND, Meeting, shared_place
@@ -147,11 +147,12 @@ class _Findings:
         self._note("settings", f"TP{tp} x PP{pp} x DP{dp}, fit each other")
 
     def _load(self) -> None:
-        from megatron_ft.training import agreement, choosing
+        from megatron_ft.checkpoints import select
+        from megatron_ft.training import agreement
 
         s = self.settings
         try:
-            source = choosing.sources(s.checkpointing)[0][0]
+            source = select.sources(s.checkpointing)[0][0]
             described = describe(source)
             self.source = source
             self._note(

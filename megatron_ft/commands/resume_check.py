@@ -64,14 +64,14 @@ def run(check: ResumeCheck, *sections: Any) -> int:
         raise ConfigError(f"--check_steps {check.check_steps}: at least 2, one before the stop and one after it")
     join_srun(_section(sections, Launching))
     if is_rank():  # a launcher started the processes
-        from megatron_ft.parallel import joined
+        from megatron_ft.engine.parallel import joined
 
         with joined():
             return _on_this_rank((check, sections))
     parallel = _section(sections, Parallelism)
     processes = check.check_processes or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     os.environ.update(MEGATRON_FT_DEVICE="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # before torch looks
-    from megatron_ft.forked import run_forked
+    from megatron_ft.engine.forked import run_forked
 
     return run_forked(processes, _on_this_rank, (check, sections))[0]
 
@@ -125,7 +125,7 @@ def _say(line: str) -> None:
 
 
 def _iteration(checkpointing: Checkpointing) -> int:
-    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
 
     found = describe(find_checkpoint(Path(checkpointing.load))).iteration
     return 0 if found == "release" or checkpointing.finetune else int(found)
@@ -160,7 +160,7 @@ def _finetune(sections: tuple, save: Path, load: Path | None, until: int, end: i
 
 def _compared(root: Path, check: ResumeCheck, sections: tuple) -> str:
     """Print the table; what is wrong, or nothing."""
-    from megatron_ft.models.verified import tensor_hashes
+    from megatron_ft.checkpoints.verify import tensor_hashes
 
     parallel = _section(sections, Parallelism)
     sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)

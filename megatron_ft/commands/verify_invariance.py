@@ -63,7 +63,7 @@ def run(options: Invariance) -> int:
     # Many small processes on one CPU, whatever else the machine has. Before torch looks.
     os.environ.update(MEGATRON_FT_DEVICE="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     from megatron_ft.device import prepare_engine
-    from megatron_ft.forked import run_forked
+    from megatron_ft.engine.forked import run_forked
 
     prepare_engine()
     from megatron_ft.training.invariance import Case, Problem, compare, measure
@@ -155,7 +155,7 @@ def _chosen(arch: Architecture, names: list[str]) -> list[Case]:
 
 def _model(options: Invariance) -> tuple[Architecture, str | None]:
     """(the architecture to try, the folder of its weights or None)."""
-    from megatron_ft.models.checkpoint_layout import CONFIG, describe, find_checkpoint
+    from megatron_ft.checkpoints.folder import CONFIG, describe, find_checkpoint
     from megatron_ft.models.families import understood
 
     path = Path(options.load)

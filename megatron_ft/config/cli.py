@@ -17,7 +17,7 @@ from typing import Any
 from megatron_ft.config.command import Command
 from megatron_ft.config.fields import Option, default_of, options_of
 from megatron_ft.config.flags import Given, read_flags
-from megatron_ft.config.launched import be_seen, is_loss, is_together, say, speaks_first
+from megatron_ft.config.rank_errors import be_seen, is_loss, is_together, say, speaks_first
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.log import setup
 

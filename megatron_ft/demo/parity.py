@@ -102,8 +102,8 @@ def _logits_difference(model: Any, checkpoint: Path, texts: list[list[int]]) -> 
     """(largest absolute difference of any logit at any position, largest absolute logit)."""
     import torch
 
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.generation.loading import open_speaker
-    from megatron_ft.parallel import process_groups
 
     differences, sizes = [], []
     with process_groups() as layout, torch.no_grad():

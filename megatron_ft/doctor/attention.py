@@ -16,12 +16,12 @@ from megatron_ft import device
 from megatron_ft.config.sections import Kernels, Numerics
 from megatron_ft.doctor.result import Found, failed, passed, skipped
 from megatron_ft.doctor.small_model import LLAMA
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.attention import SdpaAttention
 from megatron_ft.models.build import BuildOptions, transformer_config
 from megatron_ft.models.kernels import Attention, Choice, choose, varlen_attention
 from megatron_ft.models.machine import FLASH_CAPABILITY, machine
 from megatron_ft.models.rows import packed_on
-from megatron_ft.parallel import Layout
 
 LENGTHS = (1, 7, 64, 65, 130, 33)
 """Of the samples of a row: around the blocks that kernels work in, and one token alone."""

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from megatron_ft import device, gpu_facts
 from megatron_ft.config.cli import Command, run_script
-from megatron_ft.config.launched import MEETING
+from megatron_ft.config.rank_errors import MEETING
 from megatron_ft.config.sections import Processes
 from megatron_ft.doctor.result import Ended
+from megatron_ft.engine.parallel import joined
 from megatron_ft.launch.meeting import meeting_place
 from megatron_ft.launch.places import is_rank, places
 from megatron_ft.launch.run import launch, planned
-from megatron_ft.parallel import joined
 
 
 @dataclass

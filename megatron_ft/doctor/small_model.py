@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from megatron_ft.config.sections import Batch, Data, Kernels, Numerics, Optimizer, Parallelism
 from megatron_ft.data.loader import ChatDataset, Choices
 from megatron_ft.data.roles import loss_weights
+from megatron_ft.engine.optimizer import make_optimizer, make_schedule
+from megatron_ft.engine.parallel import process_groups
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.parallel import process_groups
 from megatron_ft.training import setup
 from megatron_ft.training.invariance import ROWS, MadeUpChats, make_up_weights
-from megatron_ft.training.optimizer import make_optimizer, make_schedule
 from megatron_ft.training.step import Stepper, StepResult
 
 SEQ_LENGTH = 64

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.doctor.ranks import run_module
 from megatron_ft.doctor.small_model import LLAMA, SEQ_LENGTH
 from megatron_ft.errors import UserError
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.rehearsal import make_up
 
 

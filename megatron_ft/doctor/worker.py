@@ -18,9 +18,9 @@ from megatron_ft import device
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.doctor.checks import Check
 from megatron_ft.doctor.result import Found, failed
+from megatron_ft.engine.forked import die_with_parent
 from megatron_ft.errors import UserError
 from megatron_ft.files import read_json, write_json
-from megatron_ft.forked import die_with_parent
 
 
 @dataclass

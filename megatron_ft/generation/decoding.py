@@ -17,9 +17,9 @@ from megatron.core.inference.contexts.static_context import StaticInferenceConte
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ft import device
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import ConfigError
 from megatron_ft.generation.sampling import GREEDY, Sampling, choose
-from megatron_ft.parallel import Layout
 
 
 class Decoder:

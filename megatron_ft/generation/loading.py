@@ -8,17 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ft.data.chat_format import FORMATS, ChatFormat, get_format
-from megatron_ft.data.chat_template import NoTemplate, OwnTemplate, own_template
-from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ft.digests import check_digests, has_digests
-from megatron_ft.errors import DamagedError, TokenizerError
-from megatron_ft.files import read_json, read_text
-from megatron_ft.generation.decoding import Decoder
-from megatron_ft.log import logger
-from megatron_ft.models.architecture import check_layout
-from megatron_ft.models.build import BuildOptions, build_model
-from megatron_ft.models.checkpoint_layout import (
+from megatron_ft.checkpoints.fill import fill_from
+from megatron_ft.checkpoints.folder import (
     TOKENIZER_FOLDER,
     TRACKER,
     check_folder,
@@ -26,12 +17,21 @@ from megatron_ft.models.checkpoint_layout import (
     find_checkpoint,
     vocab_rows,
 )
-from megatron_ft.models.fill import fill_from
+from megatron_ft.checkpoints.load import load_weights
+from megatron_ft.checkpoints.verify import verify
+from megatron_ft.data.chat_format import FORMATS, ChatFormat, get_format
+from megatron_ft.data.chat_template import NoTemplate, OwnTemplate, own_template
+from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.digests import check_digests, has_digests
+from megatron_ft.engine.collective_errors import raise_together
+from megatron_ft.engine.parallel import Layout
+from megatron_ft.errors import DamagedError, TokenizerError
+from megatron_ft.files import read_json, read_text
+from megatron_ft.generation.decoding import Decoder
+from megatron_ft.log import logger
+from megatron_ft.models.architecture import check_layout
+from megatron_ft.models.build import BuildOptions, build_model
 from megatron_ft.models.hf_source import HfSource
-from megatron_ft.models.load import load_weights
-from megatron_ft.models.verified import verify
-from megatron_ft.parallel import Layout
-from megatron_ft.together import raise_together
 
 log = logger("generation")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from megatron_ft.config import launched
+from megatron_ft.config import rank_errors
 from megatron_ft.launch.ranks import Rank
 from megatron_ft.launch.stacks import Sighting, Stacks
 
@@ -60,7 +60,7 @@ class Inquest:
 
     def signs(self) -> bool:
         """Whether a rank has failed, or reports that another one has."""
-        return any(map(failed, self._ranks)) or bool(launched.lost(self._folder))
+        return any(map(failed, self._ranks)) or bool(rank_errors.lost(self._folder))
 
     def look(self, now: float) -> Finding | None:
         """What is known now; None: wait, and ask again."""
@@ -69,9 +69,9 @@ class Inquest:
         waited = now - (self.began if self.began is not None else now)
         if waited >= LIMIT:
             return self._suspect(self._stacks.seen) or Finding(Sureness.NOTHING)
-        if launched.failing(self._folder) or waited < SETTLE:
+        if rank_errors.failing(self._folder) or waited < SETTLE:
             return None
-        lost = launched.lost(self._folder)
+        lost = rank_errors.lost(self._folder)
         there = [rank for rank in self._ranks if rank.poll() is None and rank.number not in lost]
         if not self._stacks.ask(there, now):
             return None
@@ -87,7 +87,7 @@ class Inquest:
 
     def loss(self) -> str | None:
         """Return the line of the rank that first lost another one; None where no rank did. To be said where no cause is found."""
-        first = min(launched.lost(self._folder).items(), key=lambda item: item[1].at, default=None)
+        first = min(rank_errors.lost(self._folder).items(), key=lambda item: item[1].at, default=None)
         if first is None:
             return None
         number, note = first
@@ -97,11 +97,11 @@ class Inquest:
         )
 
     def _sure(self) -> Finding | None:
-        if launched.said(self._folder):
+        if rank_errors.said(self._folder):
             return Finding(Sureness.SURE)
         consequences = {signal.SIGABRT, *self._asked}  # the libraries abort where a connection breaks
         for rank in self._ranks:
-            if rank.killed or not failed(rank) or rank.number in launched.lost(self._folder):
+            if rank.killed or not failed(rank) or rank.number in rank_errors.lost(self._folder):
                 continue
             if rank.code >= 0:
                 return Finding(
@@ -121,7 +121,7 @@ class Inquest:
 
     def _aborted(self) -> Finding | None:
         for rank in self._ranks:
-            if rank.code == -signal.SIGABRT and rank.number not in launched.lost(self._folder) and not rank.killed:
+            if rank.code == -signal.SIGABRT and rank.number not in rank_errors.lost(self._folder) and not rank.killed:
                 return Finding(Sureness.SUSPECT, f"{name(rank)} was ended by {_signal(signal.SIGABRT)}; {_THE_OTHERS}")
         return None
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ft.config.launched import FOLDER, MEETING
+from megatron_ft.config.rank_errors import FOLDER, MEETING
 from megatron_ft.launch.places import Places
 
 _PR_SET_PDEATHSIG = 1
@@ -53,7 +53,7 @@ def start(
 ) -> list[Rank] | None:
     """Start this machine's ranks. Returns them in the launcher, None in a forked rank, which goes on as such.
 
-    folder: where these processes and the launcher leave each other notes, see config/launched.py.
+    folder: where these processes and the launcher leave each other notes, see config/rank_errors.py.
     piped: catch what they print. prepare: what is done once before forking. held: the socket that rank 0 listens on, its own.
     """
     _share_cores(places.here)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ft.config import launched
+from megatron_ft.config import rank_errors
 from megatron_ft.config.sections import Processes
 from megatron_ft.launch.blame import EXIT_REQUEUE
 from megatron_ft.launch.meeting import meeting_place
@@ -54,5 +54,5 @@ def launch(here: Places, log_dir: str | None, prepare: Callable[[], None]) -> in
         if ranks is not None:  # in a rank it is the launcher's to remove
             shutil.rmtree(folder, ignore_errors=True)
     setup()
-    launched.be_seen()
+    rank_errors.be_seen()
     return None

@@ -1,6 +1,6 @@
 """Finds the rank that the others wait for: the one that is stopped, or that computes, sleeps or reads where they communicate.
 
-Each rank writes its stack when asked (config/launched.py); a stopped one does so the moment it is allowed to go on, before
+Each rank writes its stack when asked (config/rank_errors.py); a stopped one does so the moment it is allowed to go on, before
 anything else happens in it.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ft.config import launched
+from megatron_ft.config import rank_errors
 from megatron_ft.launch.ranks import Rank
 
 _WRITING = 0.3  # seconds without another line, and a stack is whole
@@ -60,8 +60,8 @@ class Stacks:
                 self._asked.add(rank.number)
                 if _is_stopped(rank.pid):
                     self.stopped[rank.number] = rank
-                if launched.ready(self._folder, rank.number):
-                    rank.send(launched.STACK_SIGNAL)
+                if rank_errors.ready(self._folder, rank.number):
+                    rank.send(rank_errors.STACK_SIGNAL)
                     rank.send(signal.SIGCONT)
         looked_at = list({rank.number: rank for rank in [*ranks, *self.stopped.values()]}.values())
         for rank in looked_at:
@@ -77,7 +77,7 @@ class Stacks:
     def _is_whole(self, rank: Rank, now: float) -> bool:
         if rank.number in self._came:
             return now - self._came[rank.number][1] >= _WRITING
-        return not launched.ready(self._folder, rank.number) or _is_gone(rank.pid)
+        return not rank_errors.ready(self._folder, rank.number) or _is_gone(rank.pid)
 
 
 def is_waiting(stack: str) -> bool:
@@ -94,7 +94,7 @@ def is_waiting(stack: str) -> bool:
 
 def _stack(folder: Path, rank: Rank) -> str:
     try:
-        text = launched.stack_file(folder, rank.number).read_text(errors="replace").strip()
+        text = rank_errors.stack_file(folder, rank.number).read_text(errors="replace").strip()
     except OSError:
         text = ""
     return oldest_first(text)

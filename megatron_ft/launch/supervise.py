@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ft.config import launched
+from megatron_ft.config import rank_errors
 from megatron_ft.launch.blame import LIMIT, Finding, Inquest, Sureness
 from megatron_ft.launch.judge import Report
 from megatron_ft.launch.nodes import Alone
@@ -62,7 +62,7 @@ class Asked:
 
 
 def supervise(ranks: Sequence[Rank], folder: Path, asked: Asked, relay: Relay, link: Alone) -> int:
-    """Wait for all ranks, of all machines; returns the exit code. folder: what ranks share with us, see config/launched.py."""
+    """Wait for all ranks, of all machines; returns the exit code. folder: what ranks share with us, see config/rank_errors.py."""
     cause = _Cause(Inquest(ranks, folder, asked.ever), folder, link)
     deadline = None
     while None in [rank.poll() for rank in ranks]:
@@ -140,7 +140,7 @@ class _Cause:
             self._said = finding.sureness is Sureness.SURE
             return
         self._said = True
-        if launched.claim(self._folder):
+        if rank_errors.claim(self._folder):
             print(f"megatron-ft: error: {line}", file=sys.stderr, flush=True)
             if stack:
                 print(stack, file=sys.stderr, flush=True)
@@ -153,7 +153,7 @@ def _leave(ranks: Sequence[Rank], folder: Path, asked: Asked, cause: _Cause, lin
     interrupted = signal.SIGINT in asked.ever
     if not told and not interrupted:
         cause.conclude()
-    lost = not told and bool(launched.lost(folder))
+    lost = not told and bool(rank_errors.lost(folder))
     link.ended(Report(codes, bool(asked.ever - {signal.SIGINT}), interrupted, lost))
     link.poll()
     ended = time.monotonic()
@@ -168,7 +168,7 @@ def _leave(ranks: Sequence[Rank], folder: Path, asked: Asked, cause: _Cause, lin
     if code is None:
         code = 130 if interrupted or signal.SIGINT in asked.ever else 1
     if code == 130:
-        if launched.claim(folder):  # no rank came to say so
+        if rank_errors.claim(folder):  # no rank came to say so
             print("megatron-ft: stopped by Ctrl-C", file=sys.stderr, flush=True)
     elif code == 1:
         cause.speak(in_the_end=True)

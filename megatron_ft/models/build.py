@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from megatron_ft import device
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.attention import SdpaAttention
 from megatron_ft.models.cross_entropy import vocab_parallel_cross_entropy
@@ -28,7 +29,6 @@ from megatron_ft.models.parallel_block import ParallelBlock
 from megatron_ft.models.pipeline import PipelineSplit, plain_split
 from megatron_ft.models.rope import attention_factor
 from megatron_ft.models.rotary import Rotary, turn_by_table
-from megatron_ft.parallel import Layout
 
 _FUNCTIONS = {"swiglu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 ACTIVATIONS = {**_FUNCTIONS, "geglu": functional.gelu, "reglu": functional.relu}

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from megatron_ft.checkpoints.folder import layers_of_stage
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import layers_of_stage
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.checkpoints.folder import CONFIG, describe, find_checkpoint, read_config
 from megatron_ft.config.hints import nearest
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CONFIG, describe, find_checkpoint, read_config
 from megatron_ft.models.families import understood
 
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ft.data.shards import ShardWriter
-from megatron_ft.digests import write_digests
-from megatron_ft.errors import UserError
-from megatron_ft.models.checkpoint_layout import (
+from megatron_ft.checkpoints.folder import (
     TOKENIZER_FOLDER,
     CheckpointConfig,
     iteration_folder,
     write_config,
     write_tracker,
 )
+from megatron_ft.data.shards import ShardWriter
+from megatron_ft.digests import write_digests
+from megatron_ft.errors import UserError
 
 _SAMPLES, _LONGEST = 96, 100
 _SEED = 1234
@@ -62,13 +62,13 @@ def _make(root: Path, config: CheckpointConfig, tokenizer: Path | None) -> None:
         os.environ.pop(name, None)
     import torch
 
-    from megatron_ft.parallel import process_groups
+    from megatron_ft.engine.parallel import process_groups
 
     with process_groups() as layout, torch.no_grad():
         from megatron.core import dist_checkpointing
 
+        from megatron_ft.checkpoints.load import sharded_weights
         from megatron_ft.models.build import BuildOptions, build_model
-        from megatron_ft.models.load import sharded_weights
 
         dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
         built = build_model(config.architecture, layout, BuildOptions(dtype=dtype))

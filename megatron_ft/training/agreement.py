@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
+from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.fields import section_name
 from megatron_ft.config.sections import Batch, Data, Kernels, Model, Numerics, Optimizer, Parallelism
 from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
 from megatron_ft.errors import ConfigError
 from megatron_ft.log import logger
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.models.kernels import Choice
 
 log = logger("finetune")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.checks import role_weights
 from megatron_ft.config.sections import Data
 from megatron_ft.data.loader import ChatDataset, Choices, NothingFits
@@ -15,10 +16,9 @@ from megatron_ft.data.plain import PlainShards, is_plain
 from megatron_ft.data.roles import ROLE_NAMES, loss_weights
 from megatron_ft.data.shards import open_shards
 from megatron_ft.data.verify import verify_shards
+from megatron_ft.engine.parallel import local_rank
 from megatron_ft.errors import ConfigError, DataError
 from megatron_ft.log import logger
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
-from megatron_ft.parallel import local_rank
 
 log = logger("training")
 

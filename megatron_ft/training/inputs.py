@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megatron_ft import device
 from megatron_ft.data.loader import ChatDataset, Microbatch
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.dropout import token_keys
 from megatron_ft.models.rows import RowParams, one_sample_a_row, packed_rows, places
-from megatron_ft.parallel import Layout
 from megatron_ft.training.throughput import pairs
 
 AHEAD = 2

@@ -20,17 +20,17 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
+from megatron_ft.checkpoints.folder import describe
+from megatron_ft.checkpoints.load import load_weights, sharded_weights
 from megatron_ft.config.sections import Batch, Data, Kernels, Numerics, Optimizer, Parallelism
 from megatron_ft.data.loader import ChatDataset, Choices
 from megatron_ft.data.manifest import Manifest
 from megatron_ft.data.roles import ASSISTANT, PROMPTER, code_weights, loss_weights
+from megatron_ft.engine.optimizer import make_optimizer, make_schedule
+from megatron_ft.engine.parallel import process_groups
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import describe
-from megatron_ft.models.load import load_weights, sharded_weights
 from megatron_ft.models.pipeline import split_layers
-from megatron_ft.parallel import process_groups
 from megatron_ft.training import setup
-from megatron_ft.training.optimizer import make_optimizer, make_schedule
 from megatron_ft.training.step import Stepper
 
 ROWS = 8

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ft import device
+from megatron_ft.checkpoints.saver import Saver
+from megatron_ft.checkpoints.training_state import Progress
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.training import consumed
-from megatron_ft.training.checkpoint import Progress
+from megatron_ft.training import sample_hash
 from megatron_ft.training.hooks import Hook
 from megatron_ft.training.replicas import check_replicas
-from megatron_ft.training.saver import Saver
 from megatron_ft.training.step import Stepper, StepResult
 from megatron_ft.training.stopping import BrokenGradients, StopRequest
 from megatron_ft.training.throughput import peak_tflops, step_flops
@@ -124,7 +124,9 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
         "train/supervised_tokens_per_second": result.supervised_tokens / seconds,
         "train/global_batch_size": batch,
         "train/consumed_samples": progress.consumed_samples + batch,
-        "train/samples_hash": consumed.extend(progress.samples_hash, run.train_set, progress.consumed_samples, batch),
+        "train/samples_hash": sample_hash.extend(
+            progress.samples_hash, run.train_set, progress.consumed_samples, batch
+        ),
         "train/skipped": int(result.skipped),
         "train/overflow": int(result.overflow),
         "train/empty": int(result.empty),

@@ -7,11 +7,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 
 from megatron_ft.config.sections import Data, Kernels, Numerics, Parallelism
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.build import BuildOptions, attention_needs, build_chunks
 from megatron_ft.models.kernels import choose, machine
 from megatron_ft.models.pipeline import split_layers
-from megatron_ft.parallel import Layout
 
 
 def make_model(

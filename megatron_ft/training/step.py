@@ -16,8 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ft import device
 from megatron_ft.data.loader import ChatDataset, step_rows
-from megatron_ft.parallel import Layout
-from megatron_ft.training.exchange import known_shapes
+from megatron_ft.engine.exchange import known_shapes
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.training.inputs import Inputs, InputStream
 from megatron_ft.training.loss import GlobalWeight, breakdown, weighted_sum
 from megatron_ft.training.update import Update, update

@@ -9,13 +9,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
-from megatron_ft.models.checkpoint_layout import (
-    MODEL_PREFIX,
-    iteration_folder,
-    read_config,
-    write_config,
-    write_tracker,
-)
+from megatron_ft.checkpoints.folder import MODEL_PREFIX, iteration_folder, read_config, write_config, write_tracker
 from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.weights import pad_rows, placed_rules
 from tests.conversion.builders import make_llama, same_tensors
@@ -34,8 +28,8 @@ def load_and_save(folder, root, tp, pp):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+    from megatron_ft.engine.parallel import process_groups, seed_everything
     from megatron_ft.models.build import build_model
-    from megatron_ft.parallel import process_groups, seed_everything
 
     metadata = {"non_homogeneous_layers": True}
     with process_groups(tp, pp) as layout:

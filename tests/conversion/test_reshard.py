@@ -13,8 +13,8 @@ from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
 from checkpoints_conversion.reshard import Reshard
+from megatron_ft.checkpoints.folder import is_complete, read_config
 from megatron_ft.errors import UserError
-from megatron_ft.models.checkpoint_layout import is_complete, read_config
 from tests.conversion.builders import make_family, make_llama, make_sentencepiece, same_tensors
 from tests.conversion.dialect import write_dialect
 from tests.parallel.conftest import checkpoint, llama, shards  # noqa: F401

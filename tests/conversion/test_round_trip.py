@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
-from megatron_ft.models.checkpoint_layout import is_complete, read_config
+from megatron_ft.checkpoints.folder import is_complete, read_config
 from tests.conversion.builders import SHAPES, logits, make_llama, same_tensors
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 4)]

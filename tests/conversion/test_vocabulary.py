@@ -10,10 +10,10 @@ from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
 from checkpoints_conversion.vocabulary import parse_token_list
+from megatron_ft.checkpoints.folder import read_config
 from megatron_ft.data.chat_format import get_format
 from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
 from megatron_ft.errors import UserError
-from megatron_ft.models.checkpoint_layout import read_config
 from tests.conversion.builders import make_llama, make_sentencepiece
 
 CHATML = "<|im_start|>,<|im_end|>"

@@ -47,7 +47,7 @@ def steps(fault: bool):
     from unittest import mock
 
     from megatron_ft.doctor import training
-    from megatron_ft.training.optimizer import FusedAdam
+    from megatron_ft.engine.optimizer import FusedAdam
 
     if not fault:
         return training.lima_steps(Path())

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ft.config import launched
+from megatron_ft.config import rank_errors
 from megatron_ft.launch.blame import DOUBT, LIMIT, Inquest, Sureness
 from megatron_ft.launch.ranks import Rank
 from tests.errors.conftest import ROOT
 
 PROGRAM = """
 import sys, threading, time
-from megatron_ft.config import launched
-launched.be_seen()
+from megatron_ft.config import rank_errors
+rank_errors.be_seen()
 {}
 print(flush=True)
 time.sleep(100)
@@ -71,7 +71,7 @@ def process(tmp_path, monkeypatch):
         environment = {
             **os.environ,
             "PYTHONPATH": f"{tmp_path}:{ROOT}",
-            launched.FOLDER: str(tmp_path),
+            rank_errors.FOLDER: str(tmp_path),
             "RANK": str(number),
         }
         words = [sys.executable, "-c", PROGRAM.format(what)]
@@ -192,12 +192,12 @@ def test_all_wait(tmp_path, process):
 def test_what_counts_as_a_loss():
     """What another process's end looks like; a file server that does not answer, or a bug, is an error of one's own."""
     gloo = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
-    assert launched.is_loss(RuntimeError(gloo)) and launched.is_loss(
+    assert rank_errors.is_loss(RuntimeError(gloo)) and rank_errors.is_loss(
         RuntimeError("Timed out waiting 6000ms for recv operation")
     )
-    assert not launched.is_loss(RuntimeError("the cat sat on it"))
-    assert not launched.is_loss(TimeoutError(110, "Connection timed out", "/nfs/model.bin"))
+    assert not rank_errors.is_loss(RuntimeError("the cat sat on it"))
+    assert not rank_errors.is_loss(TimeoutError(110, "Connection timed out", "/nfs/model.bin"))
     try:
         raise ConnectionResetError(104, "Connection reset by peer")  # not raised in torch.distributed
     except OSError as error:
-        assert not launched.is_loss(error)
+        assert not rank_errors.is_loss(error)

@@ -14,10 +14,10 @@ MOMENTS = {
         "_write_item",
         9,
     ),
-    "tensors are written, nothing else": ("megatron_ft.training.checkpoint", "write_config", 1),
-    "all files are there, their digests not": ("megatron_ft.training.saver", "write_manifest", 1),
+    "tensors are written, nothing else": ("megatron_ft.checkpoints.training_state", "write_config", 1),
+    "all files are there, their digests not": ("megatron_ft.checkpoints.saver", "write_manifest", 1),
     "the folder is to get its name": ("megatron_ft.files", "_take_place", 1),
-    "the folder has its name, the tracker the old one": ("megatron_ft.training.saver", "write_tracker", 1),
+    "the folder has its name, the tracker the old one": ("megatron_ft.checkpoints.saver", "write_tracker", 1),
     "the tracker is being replaced": ("os", "replace", -1),
 }
 

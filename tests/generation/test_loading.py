@@ -39,9 +39,9 @@ def folders(tmp_path_factory):
 
 def ask(folder, layout, digests=True):
     """(ids of the answer to CHAT, its text)."""
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.generation.loading import open_speaker
     from megatron_ft.generation.sampling import GREEDY
-    from megatron_ft.parallel import process_groups
 
     with process_groups(*layout) as here:
         speaker = open_speaker(folder, here, digests=digests)

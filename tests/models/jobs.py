@@ -10,7 +10,7 @@ from tests.parallel.jobs import finetune
 
 def many(roots: list[str], layout: tuple[int, int], sequence_parallel: bool, tokens, decode: int) -> list:
     """For each checkpoint (logits [b, s, true vocabulary] or None, greedy ids after the first row's 20 tokens or [])."""
-    from megatron_ft.parallel import process_groups
+    from megatron_ft.engine.parallel import process_groups
 
     with process_groups(*layout, sequence_parallel=sequence_parallel) as here, torch.no_grad():
         return [_one(Path(root), here, torch.from_numpy(tokens), decode) for root in roots]
@@ -20,10 +20,10 @@ def _one(root: Path, here, ids, decode: int):
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.checkpoints.load import load_weights
     from megatron_ft.generation.decoding import Decoder
     from megatron_ft.models.build import build_model
-    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
-    from megatron_ft.models.load import load_weights
 
     folder = find_checkpoint(root)
     config = describe(folder)
@@ -48,11 +48,11 @@ def _same(output, non_loss_data=False):
 
 def packed(roots: list[str], lengths: list[int], ids) -> list[tuple[np.ndarray, np.ndarray]]:
     """Logits [s, true vocabulary] of samples packed into a row, and of each alone, for each checkpoint. ids: [s], of all samples."""
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.models.build import build_model
-    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
-    from megatron_ft.models.load import load_weights
     from megatron_ft.models.rows import packed_on
-    from megatron_ft.parallel import process_groups
 
     params = packed_on(lengths, torch.device("cpu"))
     ids = torch.from_numpy(ids)[None]
@@ -73,12 +73,12 @@ def packed(roots: list[str], lengths: list[int], ids) -> list[tuple[np.ndarray, 
 
 def lima(root: str) -> tuple[float, float, bool]:
     """(dropout of the first layer, of the last, whether the last layer's output is its input) when it may reach 1."""
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.models.build import BuildOptions, build_model
-    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
     from megatron_ft.models.dropout import token_keys
-    from megatron_ft.models.load import load_weights
     from megatron_ft.models.rows import one_sample_a_row
-    from megatron_ft.parallel import process_groups
 
     folder = find_checkpoint(Path(root))
     config = describe(folder)

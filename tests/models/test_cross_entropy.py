@@ -47,8 +47,8 @@ def ours_and_the_engines(dtype):
     import torch
     from megatron.core import tensor_parallel
 
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.models.cross_entropy import vocab_parallel_cross_entropy
-    from megatron_ft.parallel import process_groups
 
     with process_groups() as _:
         from megatron.core import parallel_state

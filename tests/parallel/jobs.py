@@ -84,10 +84,10 @@ def logits(root: str, layout: tuple[int, int], sequence_parallel: bool, tokens: 
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint, vocab_rows
+    from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.models.build import BuildOptions, build_model
-    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint, vocab_rows
-    from megatron_ft.models.load import load_weights
-    from megatron_ft.parallel import process_groups
 
     ids = torch.from_numpy(tokens)
     with process_groups(*layout, sequence_parallel) as here, torch.no_grad():
@@ -112,11 +112,11 @@ def _same(output, non_loss_data=False):
 
 def generate(root: str, layout: tuple[int, int], prompts: list[np.ndarray], **options) -> list[list[int]]:
     """Ids after each prompt, as this rank knows them."""
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.generation.decoding import Decoder
     from megatron_ft.models.build import build_model
-    from megatron_ft.models.checkpoint_layout import describe, find_checkpoint
-    from megatron_ft.models.load import load_weights
-    from megatron_ft.parallel import process_groups
 
     with process_groups(*layout) as here:
         folder = find_checkpoint(Path(root))
@@ -134,10 +134,11 @@ def attempt(load, shards, save, until, settings, layout=(1, 1)):
     Of the settings, `refuse` (save, errno) lets that save's first flush fail, `kill_writer` (rank, iteration) kills the background
     writer of that save, and `patience` is how long a lock is waited for.
     """
-    from megatron_ft.training import lock, step, writing
+    from megatron_ft.checkpoints import lock, writer
+    from megatron_ft.training import step
 
     settings = dict(settings)
-    lines, originals = [], (os.fsync, writing.write, lock._PATIENCE, step.update)
+    lines, originals = [], (os.fsync, writer.write, lock._PATIENCE, step.update)
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("megatron_ft").addHandler(handler)
@@ -146,16 +147,16 @@ def attempt(load, shards, save, until, settings, layout=(1, 1)):
     step.update = lambda optimizer: (steps.append(1), originals[3](optimizer))[1]
     lock._PATIENCE = settings.pop("patience", lock._PATIENCE)
     if refusal := settings.pop("refuse", None):
-        writing.write = partial(_refusing, originals, refusal, [0])
+        writer.write = partial(_refusing, originals, refusal, [0])
     if victim := settings.pop("kill_writer", None):
-        writing.write = partial(_deadly, originals[1], victim)
+        writer.write = partial(_deadly, originals[1], victim)
     try:
         finetune(layout, load=load, data_path=[shards], save=save, train_iters=until, hidden_dropout=0.1, **settings)
         error = None
     except (UserError, OSError) as caught:
         error = str(caught)
     finally:
-        os.fsync, writing.write, lock._PATIENCE, step.update = originals
+        os.fsync, writer.write, lock._PATIENCE, step.update = originals
         logging.getLogger("megatron_ft").removeHandler(handler)
     return {"error": error, "log": "\n".join(lines), "steps": len(steps)}
 

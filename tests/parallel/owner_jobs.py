@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_ft.checkpoints.folder import CheckpointConfig
+from megatron_ft.checkpoints.restricted import file_slice, read_metadata
+from megatron_ft.checkpoints.verify import read_common, tensor_hashes
 from megatron_ft.config.sections import Batch, Data, Kernels, Numerics, Optimizer, Parallelism
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
-from megatron_ft.models.restricted import file_slice, read_metadata
-from megatron_ft.models.verified import read_common, tensor_hashes
 
 ARCH = {
     "family": "llama", "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 88, "num_attention_heads": 4, "num_query_groups": 4,
@@ -44,9 +44,9 @@ class Run(NamedTuple):
 @contextlib.contextmanager
 def made(tp=1, pp=1, chunks=1, bf16=False, fp16=False, tied=False, buckets=False, seed=1):
     """A run after a step of random gradients, which are the same on all data-parallel ranks."""
-    from megatron_ft.parallel import process_groups
-    from megatron_ft.training.checkpoint import Contents
-    from megatron_ft.training.optimizer import make_optimizer, make_schedule
+    from megatron_ft.checkpoints.training_state import Contents
+    from megatron_ft.engine.optimizer import make_optimizer, make_schedule
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.training.setup import bare, make_model
 
     arch = Architecture(**ARCH, tied_embeddings=tied)
@@ -79,19 +79,21 @@ def _numbers(weight: torch.nn.Parameter, layout, seed: int) -> torch.Tensor:
 
 def plan(run: Run, folder: Path, engines_way: bool = False):
     """What each rank would write, with the product's own function; with the engine's whole gather where asked."""
-    from megatron_ft.training import checkpoint
-    from megatron_ft.training.owned_state import Whole
+    from megatron_ft.checkpoints import training_state
+    from megatron_ft.checkpoints.owned_state import Whole
 
     if run.layout.is_main:
         folder.mkdir(exist_ok=True)
     dist.barrier()
-    with mock.patch.object(checkpoint, "optimizer_state", Whole) if engines_way else contextlib.nullcontext():
-        return checkpoint.plan_save(run.contents, "torch_dist", folder, checkpoint.Progress(PROGRESS_AT, 24, "x"))
+    with mock.patch.object(training_state, "optimizer_state", Whole) if engines_way else contextlib.nullcontext():
+        return training_state.plan_save(
+            run.contents, "torch_dist", folder, training_state.Progress(PROGRESS_AT, 24, "x")
+        )
 
 
 def write(run: Run, planned, writer=None) -> None:
     """Write and finish a plan, as the Saver does without its folders."""
-    from megatron_ft.training.writing import Here
+    from megatron_ft.checkpoints.writer import Here
 
     writer = writer or Here(planned.part)
     writer.wait()
@@ -104,13 +106,13 @@ def write(run: Run, planned, writer=None) -> None:
 
 
 def restore(run: Run, folder: Path, engines_way: bool = False) -> None:
-    from megatron_ft.training import checkpoint
-    from megatron_ft.training.owned_state import Whole
+    from megatron_ft.checkpoints import training_state
+    from megatron_ft.checkpoints.owned_state import Whole
 
-    with mock.patch.object(checkpoint, "optimizer_state", Whole) if engines_way else contextlib.nullcontext():
+    with mock.patch.object(training_state, "optimizer_state", Whole) if engines_way else contextlib.nullcontext():
         own = run.contents
-        progress = checkpoint.resume(folder, run.config, own.model, own.optimizer, own.schedule, run.layout, 1)
-    assert progress == checkpoint.Progress(PROGRESS_AT, 24, "x")
+        progress = training_state.resume(folder, run.config, own.model, own.optimizer, own.schedule, run.layout, 1)
+    assert progress == training_state.Progress(PROGRESS_AT, 24, "x")
 
 
 def state_of(run: Run) -> list[torch.Tensor]:
@@ -241,7 +243,7 @@ def save_again(root: str, source: str | None, target: str, settings: dict) -> No
 
 
 def save_while_training_goes_on(root: str, settings: dict) -> dict:
-    from megatron_ft.training.writing import Forked
+    from megatron_ft.checkpoints.writer import Forked
 
     with made(**settings) as run:
         write(run, plan(run, Path(root) / "before"))
@@ -268,8 +270,8 @@ def save_with_a_gap(root: str) -> str | None:
     """What the main rank, which plans, says of a tensor of four parts of which rank 2 is not to write its own."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from megatron_ft.parallel import process_groups
-    from megatron_ft.training.checkpoint import plan_sharded
+    from megatron_ft.checkpoints.training_state import plan_sharded
+    from megatron_ft.engine.parallel import process_groups
 
     with process_groups() as here:
         part = ShardedTensor.from_rank_offsets("x", torch.zeros(4), (0, here.rank, 4), replica_id=int(here.rank == 2))
@@ -280,11 +282,11 @@ def save_with_a_gap(root: str) -> str | None:
 
 
 def resume_without_a_tensor(root: str, settings: dict) -> dict:
-    from megatron_ft.training import checkpoint
+    from megatron_ft.checkpoints import training_state
 
     with made(**settings) as run:
         write(run, plan(run, Path(root) / "ours"))
-        whole = checkpoint.vet
+        whole = training_state.vet
 
         def without_one(folder):
             metadata = whole(folder)
@@ -292,7 +294,7 @@ def resume_without_a_tensor(root: str, settings: dict) -> dict:
             del metadata.state_dict_metadata[gone]
             return metadata
 
-        with mock.patch.object(checkpoint, "vet", without_one):
+        with mock.patch.object(training_state, "vet", without_one):
             try:
                 restore(run, Path(root) / "ours")
             except CheckpointError as error:

@@ -119,7 +119,7 @@ def test_dealing(ranks):
 
 def test_pieces_cover_each_parameter():
     """Two buckets of 3 ranks: 6 numbers a rank, then 2."""
-    from megatron_ft.training.owned_state import pieces
+    from megatron_ft.checkpoints.owned_state import pieces
 
     assert pieces(0, 5, 0, 6) == [(0, 0, 5)]
     assert pieces(5, 18, 0, 6) == [(0, 0, 1), (1, 1, 7), (2, 7, 13)]

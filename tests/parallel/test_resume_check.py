@@ -59,8 +59,9 @@ def check(load, shards, settings, forget=None):
     """resume-check over four steps, as a rank; {"error", "out"}. settings: the check's own, and train_iters. forget: what resuming
     leaves out.
     """
+    from megatron_ft.checkpoints import training_state
     from megatron_ft.commands import resume_check
-    from megatron_ft.training import checkpoint, loop
+    from megatron_ft.training import loop
 
     settings = dict(settings)
     values = {
@@ -69,9 +70,9 @@ def check(load, shards, settings, forget=None):
         "hidden_dropout": 0.1, "attention_dropout": 0.0 if settings else 0.1,
     }  # fmt: skip
     sections = [kind(**{k: v for k, v in values.items() if k in kind.__dataclass_fields__}) for kind in TRAINING]
-    restore, timed = checkpoint._restore_rng, loop._timed_step
+    restore, timed = training_state._restore_rng, loop._timed_step
     if forget == "random streams":
-        checkpoint._restore_rng = lambda states: None
+        training_state._restore_rng = lambda states: None
     if forget == "position":
         loop._timed_step = lambda run, progress: timed(run, _shifted(progress))
     out = io.StringIO()
@@ -83,7 +84,7 @@ def check(load, shards, settings, forget=None):
     except UserError as caught:
         error = str(caught)
     finally:
-        checkpoint._restore_rng, loop._timed_step = restore, timed
+        training_state._restore_rng, loop._timed_step = restore, timed
     return {"error": error, "out": out.getvalue()}
 
 

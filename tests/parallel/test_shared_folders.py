@@ -3,7 +3,7 @@
 import errno
 from pathlib import Path
 
-from megatron_ft.models.checkpoint_layout import write_tracker
+from megatron_ft.checkpoints.folder import write_tracker
 
 
 def test_ranks_that_would_begin_from_different_checkpoints(four_ranks, tmp_path):
@@ -22,17 +22,17 @@ def test_ranks_that_would_begin_from_different_checkpoints(four_ranks, tmp_path)
 
 def look_and_agree(root, late):
     """choosing.agree where rank 3 sees an older checkpoint (late: all of them do, and then one more is there; None: all see the same)."""
+    from megatron_ft.checkpoints import select
     from megatron_ft.config.sections import Checkpointing
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.errors import UserError
-    from megatron_ft.parallel import process_groups
-    from megatron_ft.training import choosing
 
     with process_groups() as layout:
         asked = Checkpointing(load=root, save=root)
-        folders = choosing.candidates(Path(root))
+        folders = select.candidates(Path(root))
         seen = folders if late is None or (not late and layout.rank < 3) else folders[1:]
         try:
-            choosing.agree(seen, 0, asked, layout)
+            select.agree(seen, 0, asked, layout)
         except UserError as error:
             return f"{type(error).__name__}: {error}"
     return "agreed"
@@ -45,15 +45,15 @@ def test_a_disk_of_ones_own_is_no_place_to_save(one_rank, tmp_path):
 
 
 def commit_without_a_file(root):
+    from megatron_ft.checkpoints import saver, writer
     from megatron_ft.digests import Entry
     from megatron_ft.errors import UserError
-    from megatron_ft.training import saver, writing
 
     said = []
     saver._PATIENCE = 0.1
     for act in (
         lambda: saver._check_there(Path(root), {"mp_rank_01/model_optim_rng.pt": Entry(5, "x")}),
-        lambda: writing.write(writing.Part(Path(root) / "gone" / "here", {"a/b": lambda path: path.touch()})),
+        lambda: writer.write(writer.Part(Path(root) / "gone" / "here", {"a/b": lambda path: path.touch()})),
     ):
         try:
             act()
@@ -70,8 +70,8 @@ def test_where_nothing_can_be_locked_nothing_is_swept(one_rank, tmp_path):
 
 
 def lock_without_locks(root):
-    from megatron_ft.parallel import process_groups
-    from megatron_ft.training import lock
+    from megatron_ft.checkpoints import lock
+    from megatron_ft.engine.parallel import process_groups
 
     def refuse(*_):
         raise OSError(errno.ENOSYS, "no locks here")
@@ -90,8 +90,8 @@ def test_a_lock_takes_its_empty_folder_along(one_rank, tmp_path):
 
 
 def lock_and_leave(root):
-    from megatron_ft.parallel import process_groups
-    from megatron_ft.training import lock
+    from megatron_ft.checkpoints import lock
+    from megatron_ft.engine.parallel import process_groups
 
     with process_groups() as layout, lock.FolderLock(Path(root), layout):
         assert Path(root, ".lock").is_file()

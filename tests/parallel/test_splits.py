@@ -64,7 +64,7 @@ REFUSED = [
 def test_a_split_that_cannot_be_is_refused_before_process_groups(
     flags, message, checkpoint, shards, tmp_path, monkeypatch
 ):
-    from megatron_ft import parallel
+    from megatron_ft.engine import parallel
     from megatron_ft.errors import ConfigError
 
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -109,10 +109,10 @@ def break_gradients(load, shards, save, at, until=5, **more):
 
 def slow_writers(load, shards, save, at):
     """The save after step 4 is still being written in the background when the run is given up."""
-    from megatron_ft.training import writing
+    from megatron_ft.checkpoints import writer
 
-    write = writing.write
-    writing.write = lambda part: (time.sleep(2), write(part))[1]
+    write = writer.write
+    writer.write = lambda part: (time.sleep(2), write(part))[1]
     break_gradients(load, shards, save, at, until=9, save_interval=2, async_save=True)
 
 

@@ -7,9 +7,9 @@ from unittest import mock
 import torch
 
 from megatron_ft import device
+from megatron_ft.engine.parallel import Layout, process_groups
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.build import BuildOptions, build_model
-from megatron_ft.parallel import Layout, process_groups
 
 
 def parameters_of_every_rank(arch: Architecture, tp: int, pp: int) -> list[int]:

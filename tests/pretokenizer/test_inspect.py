@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 
+from megatron_ft.checkpoints.folder import CheckpointConfig, write_config
 from megatron_ft.commands import inspect, preflight
 from megatron_ft.config.cli import run_script
 from megatron_ft.data.shards import ShardWriter, open_shards
 from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CheckpointConfig, write_config
 from tests.data.helpers import CONTROLS
 from tests.pretokenizer.test_pretokenize import place, shortcut  # noqa: F401 - a fixture
 

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 
+from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.sections import Data, Kernels, Model, Numerics, Optimizer
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.models.kernels import Machine, choose
 from megatron_ft.models.rope import extend
 from megatron_ft.training.agreement import check_model_flags, report_kernels, tell_changes

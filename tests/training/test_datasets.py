@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.sections import Data
 from megatron_ft.data.shards import ShardWriter
 from megatron_ft.errors import DataError
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
 from megatron_ft.training.datasets import make_datasets
 
 ARCHITECTURE = Architecture(

@@ -33,9 +33,9 @@ def rates_of(hf, layout, parallel_block):
     import json
     from pathlib import Path
 
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.models import llama as family
     from megatron_ft.models.build import BuildOptions, build_model
-    from megatron_ft.parallel import process_groups
 
     arch = family.from_hf(json.loads((Path(hf) / "config.json").read_text()))
     arch = dataclasses.replace(arch, parallel_block=parallel_block)
@@ -52,11 +52,11 @@ def dropped_share(hf):
 
     import torch
 
+    from megatron_ft.engine.parallel import process_groups
     from megatron_ft.models import llama as family
     from megatron_ft.models.build import BuildOptions, build_model
     from megatron_ft.models.dropout import token_keys
     from megatron_ft.models.rows import one_sample_a_row
-    from megatron_ft.parallel import process_groups
 
     arch = family.from_hf(json.loads((Path(hf) / "config.json").read_text()))
     with process_groups() as here:

@@ -14,7 +14,7 @@ def both_ways():
     import torch
     from megatron.core import utils
 
-    from megatron_ft.training import optimizer
+    from megatron_ft.engine import optimizer
 
     torch.manual_seed(0)
     tensors = [torch.randn(shape) * 10.0 ** (i - 2) for i, shape in enumerate([(7, 5), (33,), (4, 4, 3), (1,)])]
@@ -50,7 +50,7 @@ def adams(weight_decay):
     """Return the parameters after five steps of our FusedAdam, and of torch's AdamW."""
     import torch
 
-    from megatron_ft.training.optimizer import FusedAdam
+    from megatron_ft.engine.optimizer import FusedAdam
 
     results = []
     for make in (FusedAdam, lambda params, **options: torch.optim.AdamW(params, fused=True, **options)):

@@ -15,7 +15,7 @@ from megatron_ft.training.hooks import MetricsFile
 
 def test_fused_adam_is_torch_adamw():
     """Ten updates of our optimizer against torch.optim.AdamW: the same to the bit, state included."""
-    from megatron_ft.training.optimizer import FusedAdam
+    from megatron_ft.engine.optimizer import FusedAdam
 
     torch.manual_seed(0)
     start = [torch.randn(7, 5), torch.randn(5)]
@@ -35,7 +35,7 @@ def test_fused_adam_is_torch_adamw():
 
 
 def test_schedule_is_linear_then_cosine():
-    from megatron_ft.training.optimizer import FusedAdam, make_schedule
+    from megatron_ft.engine.optimizer import FusedAdam, make_schedule
 
     adam = FusedAdam([torch.nn.Parameter(torch.zeros(1))])
     adam.param_groups[0].update(max_lr=1.0, min_lr=0.1, wd_mult=1.0)

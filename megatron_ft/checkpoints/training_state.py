@@ -1,7 +1,7 @@
 """What a checkpoint of a run holds and how it comes back: weights, optimizer, schedule, random streams, data position.
 
 Format: megatron-core's torch_dist with per-layer keys, which loads into any layout; the classic one is classic.py's. When a save counts
-is saver.py's business, weights alone models/load.py's.
+is saver.py's business, weights alone checkpoints/load.py's.
 """
 
 from __future__ import annotations
@@ -22,25 +22,19 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_ft import device
+from megatron_ft.checkpoints import classic
+from megatron_ft.checkpoints.folder import CONFIG, TOKENIZER_FOLDER, CheckpointConfig, no_training_state, write_config
+from megatron_ft.checkpoints.load import chunks_of, engine_load, fill_chunks, sharded_weights
+from megatron_ft.checkpoints.owned_state import optimizer_state
+from megatron_ft.checkpoints.saver import Keep, Plan, Saver
+from megatron_ft.checkpoints.verify import check_tensors, read_common, vet
+from megatron_ft.checkpoints.writer import Part, save_tensors
 from megatron_ft.config.sections import Checkpointing
 from megatron_ft.digests import digest_files, files_below
+from megatron_ft.engine.collective_errors import raise_together
+from megatron_ft.engine.parallel import Layout, seed_everything
 from megatron_ft.errors import CheckpointError
 from megatron_ft.log import logger
-from megatron_ft.models.checkpoint_layout import (
-    CONFIG,
-    TOKENIZER_FOLDER,
-    CheckpointConfig,
-    no_training_state,
-    write_config,
-)
-from megatron_ft.models.load import chunks_of, engine_load, fill_chunks, sharded_weights
-from megatron_ft.models.verified import check_tensors, read_common, vet
-from megatron_ft.parallel import Layout, seed_everything
-from megatron_ft.together import raise_together
-from megatron_ft.training import classic
-from megatron_ft.training.owned_state import optimizer_state
-from megatron_ft.training.saver import Keep, Plan, Saver
-from megatron_ft.training.writing import Part, save_tensors
 
 log = logger("checkpoint")
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from megatron_ft.digests import Entry, digest_files
+from megatron_ft.engine.collective_errors import refusal
 from megatron_ft.errors import CheckpointError, PassingFault, UserError
 from megatron_ft.files import naming
-from megatron_ft.together import refusal
 
 _PR_SET_PDEATHSIG = 1
 _PATIENCE = 10.0

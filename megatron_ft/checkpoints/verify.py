@@ -16,15 +16,15 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_ft.checkpoints.folder import CERTIFICATE, MODEL_PREFIX, CheckpointConfig
+from megatron_ft.checkpoints.restricted import file_slice, read_metadata
 from megatron_ft.digests import check_digests, has_digests, unlisted
+from megatron_ft.engine.collective_errors import raise_together, refusal
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError, DamagedError
 from megatron_ft.log import logger
-from megatron_ft.models.checkpoint_layout import CERTIFICATE, MODEL_PREFIX, CheckpointConfig
 from megatron_ft.models.families import family_of
-from megatron_ft.models.restricted import file_slice, read_metadata
 from megatron_ft.models.weights import placed_rules
-from megatron_ft.parallel import Layout
-from megatron_ft.together import raise_together, refusal
 
 log = logger("checkpoint")
 

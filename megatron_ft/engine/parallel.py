@@ -13,7 +13,7 @@ import socket
 from dataclasses import dataclass
 
 from megatron_ft import device
-from megatron_ft.config import launched
+from megatron_ft.config import rank_errors
 from megatron_ft.errors import ConfigError
 
 
@@ -140,7 +140,7 @@ def process_groups(
     try:
         yield layout
     except Exception as error:
-        launched.about_to_fail(error)
+        rank_errors.about_to_fail(error)
         raise
     finally:
         # The engine forgets its groups without ending them, and each holds threads and connections.
@@ -171,7 +171,7 @@ def _init_process_group(dist, timeout: datetime.timedelta | None) -> None:
 
 def _held_store(dist, timeout: datetime.timedelta | None) -> dict:
     """What rank 0 says more where the launcher holds the port that the ranks meet at: torch's own store, on that very socket."""
-    held = os.environ.pop(launched.MEETING, None)
+    held = os.environ.pop(rank_errors.MEETING, None)
     if held is None:
         return {}
     store = dist.TCPStore(

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import IO
 
+from megatron_ft.engine.collective_errors import raise_together
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError, PassingFault
 from megatron_ft.log import logger
-from megatron_ft.parallel import Layout
-from megatron_ft.together import raise_together
 
 log = logger("checkpoint")
 

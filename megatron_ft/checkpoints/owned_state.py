@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ft import device
-from megatron_ft.models.load import sharding_metadata
+from megatron_ft.checkpoints.load import sharding_metadata
 from megatron_ft.shares import deal
 
 KEYS = ("param", "exp_avg", "exp_avg_sq")

@@ -21,14 +21,14 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from megatron_ft import device
+from megatron_ft.checkpoints.folder import find_checkpoint, iteration_folder, iterations_in, write_tracker
+from megatron_ft.checkpoints.writer import Forked, Here, Part, Written
 from megatron_ft.digests import Entry, write_manifest
+from megatron_ft.engine.collective_errors import raise_together
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import replace_folder, temporary_name
 from megatron_ft.log import logger
-from megatron_ft.models.checkpoint_layout import find_checkpoint, iteration_folder, iterations_in, write_tracker
-from megatron_ft.parallel import Layout
-from megatron_ft.together import raise_together
-from megatron_ft.training.writing import Forked, Here, Part, Written
 
 log = logger("checkpoint")
 

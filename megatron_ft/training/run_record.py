@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft import __version__, device, files
+from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.checks import role_weights
 from megatron_ft.config.command import command_line
 from megatron_ft.config.sections import Data
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.data.roles import ROLE_NAMES, loss_weights
-from megatron_ft.models.checkpoint_layout import CheckpointConfig
-from megatron_ft.parallel import Layout
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.training.datasets import FATE_OF_OVER_LONG
 
 RUN = "run.json"

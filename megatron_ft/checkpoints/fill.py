@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.weights import Placed, Rule, pad_rows, placed_rules
-from megatron_ft.parallel import Layout
 
 
 @torch.no_grad()

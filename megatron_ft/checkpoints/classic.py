@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ft.checkpoints.folder import no_training_state, rank_file
+from megatron_ft.checkpoints.load import chunks_of
+from megatron_ft.checkpoints.saver import Plan
+from megatron_ft.checkpoints.verify import read_tensors
+from megatron_ft.checkpoints.writer import Part, save_tensors
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError
-from megatron_ft.models.checkpoint_layout import no_training_state, rank_file
-from megatron_ft.models.load import chunks_of
-from megatron_ft.models.verified import read_tensors
-from megatron_ft.parallel import Layout
-from megatron_ft.training.saver import Plan
-from megatron_ft.training.writing import Part, save_tensors
 
 OPTIMIZER_FILE = "distrib_optim.pt"
 

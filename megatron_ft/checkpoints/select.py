@@ -9,12 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_ft.config.sections import Checkpointing
-from megatron_ft.digests import check_digests, has_digests
-from megatron_ft.errors import CheckpointError, PassingFault, UserError
-from megatron_ft.log import logger
-from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.checkpoint_layout import (
+from megatron_ft.checkpoints.folder import (
     CONFIG,
     SETTINGS,
     TRACKER,
@@ -23,8 +18,13 @@ from megatron_ft.models.checkpoint_layout import (
     find_checkpoint,
     iterations_in,
 )
-from megatron_ft.parallel import Layout
-from megatron_ft.together import raise_together
+from megatron_ft.config.sections import Checkpointing
+from megatron_ft.digests import check_digests, has_digests
+from megatron_ft.engine.collective_errors import raise_together
+from megatron_ft.engine.parallel import Layout
+from megatron_ft.errors import CheckpointError, PassingFault, UserError
+from megatron_ft.log import logger
+from megatron_ft.models.architecture import Architecture
 
 log = logger("checkpoint")
 
@@ -153,7 +153,7 @@ def first_trusted(
 
     Raises the first one's CheckpointError if there is none; a checkpoint of another model is none.
     """
-    from megatron_ft.models.verified import verify
+    from megatron_ft.checkpoints.verify import verify
 
     refusals: list[UserError] = []
     for index, folder in enumerate(folders):

@@ -14,10 +14,10 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ft.checkpoints.folder import MODEL_PREFIX, CheckpointConfig, check_sizes, rank_file
+from megatron_ft.checkpoints.verify import check_tensors, verify, vet
+from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError
-from megatron_ft.models.checkpoint_layout import MODEL_PREFIX, CheckpointConfig, check_sizes, rank_file
-from megatron_ft.models.verified import check_tensors, verify, vet
-from megatron_ft.parallel import Layout
 
 Result = TypeVar("Result")
 
