@@ -25,9 +25,9 @@ os.environ.setdefault("MEGATRON_FT_DEVICE", "cpu")
 import numpy as np
 import torch
 
-from megatron_ft import device
+from megatron_ft.engine.start import prepare_engine
 
-device.prepare_engine()  # before anything imports the engine, hence the imports below it
+prepare_engine()  # before anything imports the engine, hence the imports below it
 
 from megatron_ft.checkpoints.folder import describe
 from megatron_ft.checkpoints.select import candidates

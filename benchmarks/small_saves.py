@@ -16,9 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ft import device
+from megatron_ft.engine.start import prepare_engine
 
-device.prepare_engine()  # before anything imports the engine, hence the imports below it
+prepare_engine()  # before anything imports the engine, hence the imports below it
 
 from megatron.core.dist_checkpointing import ShardedTensor
 

@@ -1,23 +1,16 @@
-"""Which device a rank computes on, facts about it, and megatron-core made ready for it (on the CPU by engine/cpu_stand_in.py).
+"""Which device a rank computes on, and facts about it.
 
-This file and engine/cpu_stand_in.py are the only ones that say cuda or gloo. Knows nothing of models, data or training.
+This file, gpu_facts.py and engine/cpu_stand_in.py are the only ones that say cuda or gloo. Knows nothing of models, data or training.
 """
 
 from __future__ import annotations
 
-import functools
 import glob
 import os
-import queue
 import re
 import socket
-import warnings
 
-from megatron_ft.engine.cpu_stand_in import answer_for_cpu
 from megatron_ft.errors import ConfigError
-
-SUPPORTED_ENGINE = "0.16."
-"""megatron-core releases whose internals the CPU backend was checked against."""
 
 
 def has_gpu() -> bool:
@@ -238,79 +231,3 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["cpu"])
     if has_gpu() and "device" in state:
         torch.cuda.set_rng_state(state["device"])
-
-
-@functools.cache
-def prepare_engine() -> None:
-    """Import megatron-core once, on the CPU through the stand-in. Call before any other import of megatron.core.
-
-    Raises ConfigError when the installed megatron-core is of a release this file was not checked against.
-    """
-    # torch's C++ warns of every connection that another process's end closes, with its own stack. Read when torch is imported.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.core
-        import megatron.core.dist_checkpointing.strategies.torch
-        import megatron.core.inference.contexts.static_context
-        import megatron.core.models.gpt
-        import megatron.core.models.gpt.gpt_layer_specs
-        import megatron.core.optimizer
-        import megatron.core.pipeline_parallel.schedules
-
-    version = megatron.core.__version__
-    if not version.startswith(SUPPORTED_ENGINE):
-        raise ConfigError(
-            f"megatron-core {version} is installed, but megatron_ft was checked against {SUPPORTED_ENGINE}x: "
-            f"pip install 'megatron-core>=0.16,<0.17'"
-        )
-    _keep_write_results_here()
-    _recompute_norms_without_fp8()
-    _read_objects_without_running_them()
-    if not has_gpu():
-        answer_for_cpu()
-
-
-def _keep_write_results_here() -> None:
-    """Checkpoints are saved synchronously, so what was written need not be told to another process.
-
-    megatron-core's default is a queue in a manager process. That process imports torch again, which takes seconds at the first
-    save of every rank, and it outlives a rank that is killed.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = queue.SimpleQueue()
-
-
-def _read_objects_without_running_them() -> None:
-    """The few objects that lie among a checkpoint's tensors are read as tensors are: what names anything else is refused.
-
-    torch's own reader unpickles them freely, so that a checkpoint from elsewhere could run what it likes.
-    """
-    import torch
-    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
-
-    free = MCoreLoadPlanner.load_bytes
-
-    def load_bytes(self, read_item, value) -> None:
-        start = value.tell()
-        torch.load(value, weights_only=True)  # refuses what names more than tensors and plain containers
-        value.seek(start)
-        free(self, read_item, value)
-
-    MCoreLoadPlanner.load_bytes = load_bytes
-
-
-def _recompute_norms_without_fp8() -> None:
-    """Recomputed norms ask Transformer Engine for its fp8 state even where it is not installed, and then fail."""
-    from megatron.core import tensor_parallel
-    from megatron.core.tensor_parallel import random as engine_random
-
-    if hasattr(engine_random, "FP8GlobalStateManager"):
-        return
-
-    class WithoutFp8(engine_random.CheckpointWithoutOutput):
-        def __init__(self, fp8=None):
-            super().__init__(None)
-
-    tensor_parallel.CheckpointWithoutOutput = WithoutFp8

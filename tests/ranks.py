@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ft import device
+from megatron_ft.engine.start import prepare_engine
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -30,7 +31,7 @@ class Ranks:
     """`size` processes, joined. run(function, ...) calls a module-level function on each and gathers what they return."""
 
     def __init__(self, size: int):
-        device.prepare_engine()
+        prepare_engine()
         torch.set_num_threads(1)
         self.size = size
         self._folder = tempfile.TemporaryDirectory()

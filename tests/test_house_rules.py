@@ -21,21 +21,19 @@ FLOORS = {
     "megatron_ft": 0,  # the package itself: its version
     "megatron_ft.config": 0,
     "megatron_ft.device": 0,
-    "megatron_ft.engine.cpu_stand_in": 0,
     "megatron_ft.gpu_facts": 0,
     "megatron_ft.errors": 0,
     "megatron_ft.log": 0,
     "megatron_ft.files": 0,
     "megatron_ft.shares": 0,
     "megatron_ft.digests": 0,
+    "megatron_ft.engine": 1,
     "megatron_ft.launch": 1,
-    "megatron_ft.engine.parallel": 1,
-    "megatron_ft.engine.forked": 1,
-    "megatron_ft.engine.collective_errors": 1,
     "megatron_ft.models": 2,
     "megatron_ft.data": 2,
+    "megatron_ft.checkpoints": 3,
     "megatron_ft.adapters": 3,
-    "megatron_ft.planner": 3,
+    "megatron_ft.planner": 4,
     "megatron_ft.training": 4,
     "megatron_ft.generation": 4,
     "megatron_ft.rehearsal": 4,
@@ -45,9 +43,9 @@ FLOORS = {
     "megatron_ft.demo": 5,  # starts the commands as processes, so it stands below them
     "megatron_ft.commands": 6,
     "megatron_ft.__main__": 7,
-    # Beside the house: they stand on models and data, and no room knows them.
-    "checkpoints_conversion": 3,
-    "tools.pretokenizer": 3,
+    # Beside megatron_ft: they use checkpoints, models and data, and no package of it imports them.
+    "checkpoints_conversion": 4,
+    "tools.pretokenizer": 4,
 }
 # On the ground floor these know each other, in this order: a file is read with a typed error, flags from a file.
 GROUND = [
@@ -58,7 +56,6 @@ GROUND = [
     "megatron_ft.shares",
     "megatron_ft.digests",
     "megatron_ft.config",
-    "megatron_ft.engine.cpu_stand_in",
     "megatron_ft.device",
     "megatron_ft.gpu_facts",
 ]

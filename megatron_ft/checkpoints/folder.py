@@ -172,12 +172,6 @@ def rank_file(folder: Path, tp_rank: int, pp_rank: int, tp_size: int, pp_size: i
     return Path(folder) / f"mp_rank_{tp_rank:02d}{stage}" / RANK_FILE
 
 
-def layers_of_stage(num_layers: int, pp_size: int, pp_rank: int) -> range:
-    """Global numbers (from 0) of the layers a stage holds. num_layers is a multiple of pp_size (see check_layout)."""
-    per_stage = num_layers // pp_size
-    return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)
-
-
 def missing_files(folder: Path) -> list[Path]:
     """Files that config.json promises and that are not there; empty for a complete checkpoint."""
     config = read_config(folder)

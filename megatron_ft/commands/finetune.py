@@ -62,8 +62,9 @@ def run(
     from megatron_ft.checkpoints.folder import check_sizes, check_training_state, describe
     from megatron_ft.checkpoints.lock import FolderLock
     from megatron_ft.commands import rehearse
-    from megatron_ft.device import order_streams, prepare_engine
+    from megatron_ft.device import order_streams
     from megatron_ft.engine.parallel import process_groups, world_size
+    from megatron_ft.engine.start import prepare_engine
     from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.kernels import check_context_parallel

@@ -75,8 +75,8 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
     if options.batch_size < 1:
         raise ConfigError("--batch_size must be at least 1")
     from megatron_ft.checkpoints.folder import check_folder
-    from megatron_ft.device import prepare_engine
     from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.engine.start import prepare_engine
     from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
 

@@ -62,8 +62,8 @@ def run(options: Invariance) -> int:
     arch, checkpoint = _model(options)
     # Many small processes on one CPU, whatever else the machine has. Before torch looks.
     os.environ.update(MEGATRON_FT_DEVICE="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    from megatron_ft.device import prepare_engine
     from megatron_ft.engine.forked import run_forked
+    from megatron_ft.engine.start import prepare_engine
 
     prepare_engine()
     from megatron_ft.training.invariance import Case, Problem, compare, measure

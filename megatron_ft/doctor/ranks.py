@@ -20,6 +20,7 @@ from megatron_ft.config.rank_errors import MEETING
 from megatron_ft.config.sections import Processes
 from megatron_ft.doctor.result import Ended
 from megatron_ft.engine.parallel import joined
+from megatron_ft.engine.start import prepare_engine
 from megatron_ft.launch.meeting import meeting_place
 from megatron_ft.launch.places import is_rank, places
 from megatron_ft.launch.run import launch, planned
@@ -40,9 +41,9 @@ COMMAND = Command(name="doctor", summary="a check of several processes", section
 
 def run(job: Job, processes: Processes) -> int:
     here = planned(processes)
-    if here and (code := launch(here, None, device.prepare_engine)) is not None:
+    if here and (code := launch(here, None, prepare_engine)) is not None:
         return code
-    device.prepare_engine()
+    prepare_engine()
     module, function = job.job.split(":")
     with joined() if is_rank() else contextlib.nullcontext():
         getattr(import_module(f"megatron_ft.doctor.{module}"), function)(Path(job.folder))

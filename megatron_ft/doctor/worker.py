@@ -19,6 +19,7 @@ from megatron_ft.config.cli import Command, run_script
 from megatron_ft.doctor.checks import Check
 from megatron_ft.doctor.result import Found, failed
 from megatron_ft.engine.forked import die_with_parent
+from megatron_ft.engine.start import prepare_engine
 from megatron_ft.errors import UserError
 from megatron_ft.files import read_json, write_json
 
@@ -53,7 +54,7 @@ def serve(check: Check, folder: Path) -> Found:
     """In a fork on a CPU, here on a GPU."""
     try:
         if check.needs_engine:
-            device.prepare_engine()
+            prepare_engine()
         in_a_fork = not device.has_gpu()
     except Exception as error:
         return _explained(error)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_ft import device
+from megatron_ft.engine.start import prepare_engine
 from megatron_ft.errors import UserError
 
 _FORK = multiprocessing.get_context("fork")
@@ -28,7 +29,7 @@ def run_forked(size: int, function: Callable[[Any], Any], argument: Any) -> list
     """
     import torch
 
-    device.prepare_engine()
+    prepare_engine()
     torch.set_num_threads(1)  # as many processes as that need no threads, and forked ones cannot have them
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megatron_ft import device
 from megatron_ft.config import rank_errors
+from megatron_ft.engine.start import prepare_engine
 from megatron_ft.errors import ConfigError
 
 
@@ -88,7 +89,7 @@ def joined():
     """One group for all that the ranks of a launcher do in turn: process_groups would each time make and end its own, and a
     launcher's meeting place serves once.
     """
-    device.prepare_engine()
+    prepare_engine()
     import torch.distributed as dist
 
     device.select(local_rank())
@@ -119,7 +120,7 @@ def process_groups(
             f"{world_size()} process(es) were started, but tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} "
             f"needs a multiple of {tp * pp}: start them with --nproc_per_node {tp * pp}, or lower the two sizes"
         )
-    device.prepare_engine()
+    prepare_engine()
     import torch.distributed as dist
     from megatron.core import parallel_state
 

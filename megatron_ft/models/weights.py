@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_ft.checkpoints.folder import layers_of_stage
 from megatron_ft.models.architecture import Architecture
 
 if TYPE_CHECKING:
@@ -172,3 +171,9 @@ def stack_rows(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
 def halve_rows(arch: Architecture, full: Tensor) -> list[Tensor]:
     """Inverse of stack_rows."""
     return list(full.chunk(2))
+
+
+def layers_of_stage(num_layers: int, pp_size: int, pp_rank: int) -> range:
+    """Global numbers (from 0) of the layers a stage holds. num_layers is a multiple of pp_size (see check_layout)."""
+    per_stage = num_layers // pp_size
+    return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)

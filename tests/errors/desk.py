@@ -26,9 +26,9 @@ def serve() -> None:
 
 
 def _import_engine() -> None:
-    from megatron_ft import device
+    from megatron_ft.engine.start import prepare_engine
 
-    device.prepare_engine()
+    prepare_engine()
     for name in ("commands.finetune", "commands.generate", "training.loop", "training.setup", "generation.loading"):
         importlib.import_module(f"megatron_ft.{name}")
     import torch

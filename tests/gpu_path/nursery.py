@@ -96,9 +96,9 @@ def main(descriptor: int, folders: list[str]) -> None:
     from tests.gpu_path import pretended
 
     pretended.install()
-    from megatron_ft import device
+    from megatron_ft.engine.start import prepare_engine
 
-    device.prepare_engine()
+    prepare_engine()
     from megatron_ft.models import machine
 
     machine.try_compile = lambda: (

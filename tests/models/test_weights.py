@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from megatron_ft.checkpoints.folder import layers_of_stage
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.families import FAMILIES, family_of
-from megatron_ft.models.weights import placed_rules
+from megatron_ft.models.weights import layers_of_stage, placed_rules
 
 SIZES = {
     "num_layers": 4,

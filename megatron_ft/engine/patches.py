@@ -1,0 +1,57 @@
+"""What is changed in megatron-core, each change a function with its reason. The CPU's stand-in is a file of its own."""
+
+from __future__ import annotations
+
+import queue
+
+
+def apply() -> None:
+    """Make all changes below. megatron-core has been imported."""
+    keep_write_results_here()
+    recompute_norms_without_fp8()
+    read_objects_without_running_them()
+
+
+def keep_write_results_here() -> None:
+    """Checkpoints are saved synchronously, so what was written need not be told to another process.
+
+    megatron-core's default is a queue in a manager process. That process imports torch again, which takes seconds at the first
+    save of every rank, and it outlives a rank that is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.SimpleQueue()
+
+
+def read_objects_without_running_them() -> None:
+    """The few objects that lie among a checkpoint's tensors are read as tensors are: what names anything else is refused.
+
+    torch's own reader unpickles them freely, so that a checkpoint from elsewhere could run what it likes.
+    """
+    import torch
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+
+    free = MCoreLoadPlanner.load_bytes
+
+    def load_bytes(self, read_item, value) -> None:
+        start = value.tell()
+        torch.load(value, weights_only=True)  # refuses what names more than tensors and plain containers
+        value.seek(start)
+        free(self, read_item, value)
+
+    MCoreLoadPlanner.load_bytes = load_bytes
+
+
+def recompute_norms_without_fp8() -> None:
+    """Recomputed norms ask Transformer Engine for its fp8 state even where it is not installed, and then fail."""
+    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel import random as engine_random
+
+    if hasattr(engine_random, "FP8GlobalStateManager"):
+        return
+
+    class WithoutFp8(engine_random.CheckpointWithoutOutput):
+        def __init__(self, fp8=None):
+            super().__init__(None)
+
+    tensor_parallel.CheckpointWithoutOutput = WithoutFp8
