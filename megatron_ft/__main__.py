@@ -1,4 +1,4 @@
-"""The front desk: a table of commands, and a loader that imports only the one asked for.
+"""The command line: finds a command in the table and imports only that one.
 
 Knows the commands by name alone, so that `megatron-ft --help` answers at once and the command modules may depend on
 what they like.

@@ -1,7 +1,7 @@
 """The mistakes a user can make, as types.
 
 A message is one line with three parts: what is wrong (with both values where two disagree), where (file, line, flag),
-how to fix it. The front desk prints that line and exits with 2, or with 1 where the fault is the machine's and may pass. Anything
+how to fix it. The command line prints it and exits with 2, or with 1 where the fault is the machine's and may pass. Anything
 else that is raised is a bug of ours: a traceback and exit code 1.
 """
 

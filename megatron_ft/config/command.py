@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Command:
-    """One verb of the front desk.
+    """One command of the command line.
 
     name: as typed after `megatron-ft`.
     summary: one line, shown at the top of the command's help.

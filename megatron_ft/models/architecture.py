@@ -1,4 +1,4 @@
-"""What a model is, apart from its numbers: the one description that every room shares.
+"""What a model is, apart from its numbers: the one description that all packages share.
 
 It knows neither torch nor Hugging Face nor megatron-core: a family file (llama.py) makes it from a Hugging Face config,
 the engine builds a model from it, a checkpoint carries it in its config.json.

@@ -1,4 +1,4 @@
-"""Tokenizers and chats for the tests of the data room: small ones made here, real ones where they lie beside the repository."""
+"""Tokenizers and chats for the tests of data: small ones made here, real ones where they lie beside the repository."""
 
 import functools
 import io

@@ -10,7 +10,7 @@ from megatron_ft.config.cli import parse
 from megatron_ft.config.fields import options_of
 from megatron_ft.config.flags import spellings
 from megatron_ft.config.hints import HUGGING_FACE
-from tests.test_house_rules import ROOT, tracked
+from tests.test_layers import ROOT, tracked
 
 PAGES = [path for path in tracked("*.md", "*.sh", "*.sbatch") if path.name != "CHANGELOG.md"]
 FOREIGN = {"coming_from.md"}  # its left columns hold other tools' flags

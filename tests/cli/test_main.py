@@ -1,4 +1,4 @@
-"""The front desk and what a user meets at the end: exit codes, one line, no traceback."""
+"""The command line, and what a user sees at the end: exit codes, one line, no traceback."""
 
 import os
 import subprocess

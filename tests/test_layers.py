@@ -1,6 +1,6 @@
-"""The shape of the house, read from the source: who may import whom, and what is named in one place only.
+"""The structure of the source: which package may import which, and what is named in one place only.
 
-Floors are those of docs/architecture.md. Files that do not exist yet are no mistake; a room without a floor is.
+docs/architecture.md shows the same layers. A package that is not written yet is no mistake; one without a layer is.
 """
 
 import ast
@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 400  # lines; most files are far from it
 
-# Room -> floor. An import goes to a lower floor or stays in its room.
-FLOORS = {
+# Package (or module) -> layer. It imports from lower layers and from itself.
+LAYERS = {
     "megatron_ft": 0,  # the package itself: its version
     "megatron_ft.config": 0,
     "megatron_ft.device": 0,
@@ -47,8 +47,8 @@ FLOORS = {
     "checkpoints_conversion": 4,
     "tools.pretokenizer": 4,
 }
-# On the ground floor these know each other, in this order: a file is read with a typed error, flags from a file.
-GROUND = [
+# In the lowest layer these import each other, in this order: a file is read with a typed error, flags from a file.
+LOWEST = [
     "megatron_ft",
     "megatron_ft.errors",
     "megatron_ft.log",
@@ -81,14 +81,12 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def room(module: str) -> str:
-    """The room a module is in: the longest name in FLOORS that it starts with."""
+def package(module: str) -> str:
+    """Return the longest name in LAYERS that a module's name starts with."""
     parts = module.split(".")
     names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    found = next((name for name in names if name in FLOORS), None)
-    assert found and (found != "megatron_ft" or module == "megatron_ft"), (
-        f"{module} is in no room: give it a floor here"
-    )
+    found = next((name for name in names if name in LAYERS), None)
+    assert found and (found != "megatron_ft" or module == "megatron_ft"), f"{module} is in no layer: give it one here"
     return found
 
 
@@ -111,14 +109,14 @@ def imports(module: str) -> dict[str, int]:
 
 
 def may_import(here: str, there: str) -> bool:
-    """Whether a module of room `here` may import one of room `there`."""
+    """Return whether a module of package `here` may import one of package `there`."""
     if here == there:
         return True
     if there in OUTSIDE:
         return False
-    if FLOORS[here] == FLOORS[there] == 0:
-        return GROUND.index(there) < GROUND.index(here)
-    return FLOORS[there] < FLOORS[here]
+    if LAYERS[here] == LAYERS[there] == 0:
+        return LOWEST.index(there) < LOWEST.index(here)
+    return LAYERS[there] < LAYERS[here]
 
 
 def place(module: str, line: int) -> str:
@@ -130,9 +128,21 @@ def test_imports_go_downward():
         f"{place(module, line)} imports {target}"
         for module in MODULES
         for target, line in imports(module).items()
-        if not may_import(room(module), room(target))
+        if not may_import(package(module), package(target))
     ]
-    assert not wrong, "upward, or across the floor:\n" + "\n".join(wrong)
+    assert not wrong, "upward, or across a layer:\n" + "\n".join(wrong)
+
+
+def test_the_document_shows_these_layers():
+    """Each row of the table in docs/architecture.md: a layer, and its packages in code spans."""
+    shown = {}
+    for line in (ROOT / "docs/architecture.md").read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"\| (\d) \| (`[^|]+`) \|", line):
+            for name in re.findall(r"`([\w./]+)`", match[2]):
+                name = name.removesuffix("/").removesuffix(".py").replace("/", ".")
+                shown[name if name in OUTSIDE else f"megatron_ft.{name}"] = int(match[1])
+    there = {package(module) for module in MODULES} - {"megatron_ft"}
+    assert shown == {name: LAYERS[name] for name in there}
 
 
 def test_imports_make_no_circle():
@@ -232,7 +242,7 @@ def test_no_one_s_home_or_index_is_written_down():
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_command_lies_where_the_front_desk_says():
+def test_every_command_is_where_the_table_says():
     from megatron_ft.commands.table import ENTRIES
 
     for name, entry in ENTRIES.items():
