@@ -105,7 +105,7 @@ def _dropped_add(x: Tensor, residual: Tensor, keys: Tensor, channels: Tensor, wo
 class FusedDroppedAdd(torch.autograd.Function):
     """residual + dropped x by one compiled kernel, and its gradient by another, which computes the mask again: none is kept.
 
-    Two small graphs without a graph of gradients between them: torch 2.11 took a minute on a GPU to compile them as one.
+    Two small graphs, not one with its gradients: with that, the first step on a GPU (torch 2.11) took most of a minute longer.
     """
 
     @staticmethod
