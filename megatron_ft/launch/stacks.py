@@ -21,7 +21,9 @@ _NO_STACK = "  (no stack: it has not begun, or does not answer)"
 _THREADS = re.compile(r"\n+(?=(?:Current thread|Thread) )")
 _FRAME = re.compile(r'File "(.+?)", line (\d+) in')
 _IN_FILE = re.compile(r"torch/distributed/|p2p_communication")
-_IN_LINE = re.compile(r"\.wait\(|all_reduce|all_gather|reduce_scatter|broadcast|barrier|\b[a-z_]*(send|recv)\w*\(")
+_IN_LINE = re.compile(
+    r"\.wait\(|all_reduce|all_gather|reduce_scatter|broadcast|barrier|\bTCPStore\(|\b[a-z_]*(send|recv)\w*\("
+)
 """A rank waits for others where the innermost calls are in such a file, or the innermost is of such a line."""
 _INNERMOST = 3  # frames at the top of a thread's stack that tell whether it waits
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_ft.config.sections import Launching
+from megatron_ft.engine import parallel
 from megatron_ft.errors import ConfigError
 from megatron_ft.launch.judge import exit_code
 from megatron_ft.launch.meeting import meeting_place
@@ -251,6 +252,13 @@ def test_a_stack_that_waits_for_others(tmp_path):
     line = 'Current thread 0x1 (most recent call first):\n  File "{}", line {} in f\n  File "a.py", line 2 in g\n'
     assert is_waiting(line.format(code, 1)) and is_waiting(line.format("x/torch/distributed/c10d.py", 5))
     assert not is_waiting(line.format(code, 2))
+
+
+def test_rank_0_that_waits_for_the_others_to_come_is_not_elsewhere():
+    """It opens torch's store, and that is one call in C++. Seen when a run was told to stop while its processes met."""
+    code = Path(parallel.__file__)
+    number = next(n for n, line in enumerate(code.read_text().splitlines(), 1) if "dist.TCPStore(" in line)
+    assert is_waiting(f'Current thread 0x1 (most recent call first):\n  File "{code}", line {number} in _held_store\n')
 
 
 def test_main_thread_first(tmp_path):
