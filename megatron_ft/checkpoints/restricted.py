@@ -5,6 +5,7 @@ torch.distributed.checkpoint unpickles .metadata freely; here it may name only t
 
 from __future__ import annotations
 
+import enum
 import io
 import pathlib
 import pickle
@@ -38,7 +39,15 @@ def _few(make: Any) -> Any:
     return made
 
 
+def _member(owner: Any, name: Any) -> Any:
+    """Return a member of an enumeration by its name. Python 3.11.0 to 3.11.3 pickle it so: getattr(class, name)."""
+    if not isinstance(owner, enum.EnumType) or owner not in _ALLOWED.values() or name not in owner.__members__:
+        raise pickle.UnpicklingError("it uses getattr for more than a member of an enumeration")
+    return owner[name]
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
+    ("builtins", "getattr"): _member,
     **{
         (module.__name__, name): getattr(module, name)
         for module, names in (
