@@ -34,7 +34,7 @@ from megatron_ft.checkpoints.select import candidates
 from megatron_ft.checkpoints.verify import vet
 from megatron_ft.commands import finetune as finetune_command
 from megatron_ft.commands import report  # noqa: F401 - the forked jobs have it then
-from megatron_ft.config.sections import TRAINING
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.data.roles import ASSISTANT, PROMPTER
 from megatron_ft.data.shards import ShardWriter
 from megatron_ft.digests import check_digests
@@ -127,7 +127,7 @@ class Job:
                 "gloo", store=torch.distributed.FileStore(str(store), ranks), rank=rank, world_size=ranks
             )
             self._tell(memoryview(self._shared)[16 * rank : 16 * rank + 16])
-            code = finetune_command.run(*_sections(settings))
+            code = finetune_command.run(_training(settings))
         except UserError as error:
             print(f"  rank {rank}: {error}", file=sys.stderr)
             code = error.exit_code
@@ -157,16 +157,12 @@ def _telling(function, shared: memoryview, phase: int):
     return call
 
 
-def _sections(settings: dict) -> list:
+def _training(settings: dict) -> TrainingSettings:
     values = {
         "seq_length": 64, "micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-3, "log_interval": 10**6, "report": False,
         "hidden_dropout": 0.1, "attention_dropout": 0.1, "eval_iters": 1,
     } | settings  # fmt: skip
-    made = [
-        section(**{k: values.pop(k) for k in list(values) if k in section.__dataclass_fields__}) for section in TRAINING
-    ]
-    assert not values, f"unknown settings {sorted(values)}"
-    return made
+    return TrainingSettings.of(**values)
 
 
 def newest(root: Path) -> tuple[int, int]:

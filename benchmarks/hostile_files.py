@@ -236,13 +236,13 @@ def commands(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], object
 def finetune(folder: Path, **settings) -> None:
     """One step further than the run in trained/ went. Raises what finetune raises."""
     from megatron_ft.commands import finetune
-    from megatron_ft.config.sections import TRAINING
+    from megatron_ft.config.settings import TrainingSettings
 
     settings = {
         "data_path": [str(folder / "chats")], "train_iters": 2, "seq_length": 64, "global_batch_size": 1, "lr": 1e-3,
         "verify_checkpoint": False, "report": False, "log_interval": 10**6,
     } | settings  # fmt: skip
-    finetune.run(*[kind(**{k: v for k, v in settings.items() if k in kind.__dataclass_fields__}) for kind in TRAINING])
+    finetune.run(TrainingSettings.of(**settings))
 
 
 def make_sound(folder: Path) -> None:

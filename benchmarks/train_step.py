@@ -25,7 +25,7 @@ from megatron_ft.config.sections import Batch, Data, Numerics, Optimizer, Parall
 from megatron_ft.data.loader import ChatDataset, Choices, step_rows
 from megatron_ft.data.manifest import Manifest
 from megatron_ft.data.roles import code_weights, loss_weights
-from megatron_ft.engine.parallel import process_groups
+from megatron_ft.engine.parallel import ParallelSizes, process_groups
 
 LR, BATCH, MICRO = 1e-4, 4, 2
 
@@ -145,7 +145,7 @@ def timed(arch, dataset: ChatDataset, parallel: Parallelism, steps: int) -> tupl
     from megatron_ft.training import invariance, setup
     from megatron_ft.training.step import Stepper
 
-    with process_groups(parallel.tensor_model_parallel_size) as layout:
+    with process_groups(ParallelSizes(parallel.tensor_model_parallel_size)) as layout:
         model = setup.make_model(arch, layout, Data(seq_length=dataset.seq_length, packing=False), parallel, Numerics())
         invariance.make_up_weights(setup.bare(model), arch)
         section = Optimizer(lr=LR, lr_decay_style="constant")

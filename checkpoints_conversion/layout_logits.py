@@ -38,10 +38,10 @@ def differences(request: Request) -> list[float]:
     import numpy as np
     import torch
 
-    from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
 
     sizes = request.tensor_model_parallel_size, request.pipeline_model_parallel_size
-    with process_groups(*sizes) as layout, torch.no_grad():
+    with process_groups(ParallelSizes(*sizes)) as layout, torch.no_grad():
         model = _load(request, layout)
         worst = []
         for number, ids in enumerate(request.prompts):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ft import device
-from megatron_ft.engine.parallel import process_groups
+from megatron_ft.engine.parallel import ParallelSizes, process_groups
 from megatron_ft.errors import ConfigError
 
 LAUNCHED = ("LOCAL_WORLD_SIZE", "SLURM_GPUS_PER_TASK", "MEGATRON_FT_DEVICE", "CUDA_VISIBLE_DEVICES")
@@ -129,7 +129,7 @@ def order_of_ending():
     ended, destroy = [], dist.destroy_process_group
     dist.destroy_process_group = lambda group: (ended.append(group.group_name), destroy(group))[1]
     try:
-        with process_groups(2, 2):
+        with process_groups(ParallelSizes(2, 2)):
             made = [group.group_name for group in dist.distributed_c10d._world.pg_map]
     finally:
         dist.destroy_process_group = destroy

@@ -75,7 +75,7 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
     if options.batch_size < 1:
         raise ConfigError("--batch_size must be at least 1")
     from megatron_ft.checkpoints.folder import check_folder
-    from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.engine.start import prepare_engine
     from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
@@ -84,7 +84,9 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
     join_srun(processes)
     if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
         return code  # the ranks have done what follows
-    with process_groups(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) as layout:
+    with process_groups(
+        ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    ) as layout:
         answers = _answer(generation, options, layout, [line["messages"] for line in lines])
         if layout.is_main:
             _write(generation, lines, answers)

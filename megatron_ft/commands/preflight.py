@@ -12,16 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_ft.config.cli import Command, run_script
-from megatron_ft.config.sections import (
-    TRAINING,
-    Batch,
-    Checkpointing,
-    Data,
-    Logging,
-    Numerics,
-    Optimizer,
-    Parallelism,
-)
+from megatron_ft.config.sections import Batch, Checkpointing, Data, Numerics, Parallelism
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import UserError
 
 
@@ -38,7 +30,7 @@ class Preflight:
 COMMAND = Command(
     name="preflight",
     summary="check shards against a finetune command line, without starting it",
-    sections=(Preflight, *TRAINING),
+    sections=(Preflight, TrainingSettings),
     examples=(
         "megatron-ft preflight --world_size 32 --load runs/model --data_path data/mine-train --train_iters 500 "
         "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --seq_length 4096",
@@ -53,9 +45,9 @@ class Finding(NamedTuple):
     text: str
 
 
-def run(options: Preflight, *training: Any) -> int:
+def run(options: Preflight, settings: TrainingSettings) -> int:
     """Print every finding; 0 if none is an error, else 2."""
-    findings = list(_findings(options, training))
+    findings = list(_findings(options, settings))
     for level in ("error", "warning", "ok"):
         for finding in findings:
             if finding.level == level:
@@ -65,68 +57,60 @@ def run(options: Preflight, *training: Any) -> int:
     return 2 if counts["error"] else 0
 
 
-def _findings(options: Preflight, training: tuple[Any, ...]) -> Iterator[Finding]:
-    from megatron_ft.checkpoints.folder import find_checkpoint, read_config
-    from megatron_ft.config.checks import check_training
+def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Finding]:
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.config.checks import check_settings, places_to_write
+    from megatron_ft.files import check_writable
 
-    by_kind = {type(section): section for section in training}
-    kinds = (Checkpointing, Data, Batch, Parallelism, Optimizer, Numerics, Logging)
-    sections = checkpointing, data, batch, parallel, _, numerics, _ = [by_kind[kind] for kind in kinds]
-    yield from _asked(lambda: check_training(*sections, world_size=options.world_size), "the settings fit together")
-    folder = described = None
     try:
-        folder = find_checkpoint(Path(checkpointing.load))
-        described = read_config(folder)
-        yield Finding("ok", f"checkpoint {folder}: {described.architecture.family}, {described.dtype}")
-    except UserError as error:
-        yield Finding("error", f"{error} (--load)")
-    if described is not None:
-        yield from layout(described.architecture, parallel, data)
-        yield from disk(folder, described, checkpointing, batch, numerics)
-    for prefix in [*data.data_path, *data.valid_data_path]:
-        yield from _shards(prefix, data, described, options.quick)
-    yield from _length(data, batch, options.world_size, parallel)
-
-
-def _asked(check: Any, good: str) -> Iterator[Finding]:
-    try:
-        check()
-        yield Finding("ok", good)
+        check_settings(settings, options.world_size)
+        yield Finding("ok", "the settings fit together")
+        consistent = True
     except UserError as error:
         yield Finding("error", str(error))
+        consistent = False  # what they mean for a model and for rows cannot be computed
+    for flag, place in places_to_write(settings).items():
+        try:
+            check_writable(flag, place)
+        except UserError as error:
+            yield Finding("error", str(error))
+    data, described = settings.data, None
+    try:
+        folder = find_checkpoint(Path(settings.checkpointing.load))
+        described = describe(folder)
+        yield Finding(
+            "ok", f"checkpoint {folder}: {described.architecture.family}, {described.dtype}, its files are there"
+        )
+    except UserError as error:
+        yield Finding("error", f"{error} (--load)")
+    if consistent and described is not None:
+        yield from _model(settings, options.world_size)
+    for prefix in [*data.data_path, *data.valid_data_path]:
+        yield from _shards(prefix, data, described, options.quick or not consistent)
+    if consistent:
+        yield from _length(data, settings.batch, options.world_size, settings.parallel)
 
 
-def layout(arch: Any, parallel: Parallelism, data: Data) -> Iterator[Finding]:
-    """Whether the model can be cut as asked, and rows are within its positions."""
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    found = []
-    if arch.num_attention_heads % tp:
-        found.append(
-            f"--tensor_model_parallel_size {tp}: the model's {arch.num_attention_heads} heads are no multiple of it"
-        )
-    elif arch.num_query_groups % tp and tp % arch.num_query_groups:
-        groups = arch.num_query_groups
-        found.append(f"--tensor_model_parallel_size {tp}: does not go into the model's {groups} key-value heads")
-    if arch.ffn_hidden_size % tp:
-        found.append(
-            f"--tensor_model_parallel_size {tp}: the FFN's {arch.ffn_hidden_size} columns are no multiple of it"
-        )
-    if arch.num_layers % pp:
-        found.append(f"--pipeline_model_parallel_size {pp}: the model's {arch.num_layers} layers are no multiple of it")
-    if data.seq_length > arch.max_position_embeddings:
-        positions = arch.max_position_embeddings
-        found.append(
-            f"--seq_length {data.seq_length}: the model has {positions} positions; lower it, or scale its rope"
-        )
-    yield from (Finding("error", text) for text in found)
-    if not found:
-        yield Finding("ok", f"TP {tp} x PP {pp} divides {arch.num_layers} layers and {arch.num_attention_heads} heads")
+def _model(settings: TrainingSettings, world_size: int) -> Iterator[Finding]:
+    """Yield whether the run can begin from its checkpoint, and save."""
+    from megatron_ft.models.pipeline import split_layers
+    from megatron_ft.training.fit import find_start
+
+    try:
+        start = find_start(settings, world_size)
+    except UserError as error:
+        yield Finding("error", str(error))
+        return
+    split = split_layers(start.described.architecture.num_layers, settings.parallel)
+    tp = settings.parallel.tensor_model_parallel_size
+    yield Finding("ok", f"TP {tp} x PP {split.stages} fit the model: layers {split}")
+    yield from disk(start.folder, start.described, settings.checkpointing, settings.batch, settings.numerics)
 
 
 def disk(
     folder: Path, described: Any, checkpointing: Checkpointing, batch: Batch, numerics: Numerics
 ) -> Iterator[Finding]:
-    """Whether all checkpoints of the run have room: weights, in bf16 with fp32 main weights, and two moments."""
+    """Yield whether all checkpoints of the run have room: weights, in bf16 with fp32 main weights, and two moments."""
     import shutil
 
     if checkpointing.save is None:
@@ -183,12 +167,12 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
 
 
 def supervision(prefix: str, shards: Any, data: Data) -> Iterator[Finding]:
-    """Whether every sample teaches something once it is cut, and ends of turns are learnt. Reads every token."""
-    from megatron_ft.config import checks
+    """Yield whether every sample has supervised tokens once it is cut, and ends of turns among them. Read every token."""
+    from megatron_ft.config.checks import role_weights
     from megatron_ft.data.roles import ASSISTANT, ROLE_BITS, loss_weights
 
-    roles = checks.role_weights(data) if hasattr(checks, "role_weights") else None
-    by_code = shards.loss_weights(loss_weights(data.scalar_loss_mask, roles), getattr(data, "marked_loss_weight", 1.0))
+    weights_by_role = loss_weights(data.scalar_loss_mask, role_weights(data))
+    by_code = shards.loss_weights(weights_by_role, data.marked_loss_weight)
     stop = shards.manifest.tokenizer.get("added_tokens", {}).get(shards.manifest.chat_format.get("stop_token"))
     cut = silent = silent_whole = endless = unlearnt = 0
     for sample in range(len(shards)):
@@ -249,8 +233,8 @@ def _length(data: Data, batch: Batch, world_size: int, parallel: Parallelism) ->
         return
     sizes = packing.positions(lengths, data.seq_length)
     rows = sizes.sum() / data.seq_length if data.packing else np.count_nonzero(sizes)
-    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    a_step = batch.global_batch_size or batch.micro_batch_size * max(1, world_size // model)
+    replicas = max(1, world_size // parallel.model_parallel_size)
+    a_step = batch.global_batch_size or batch.micro_batch_size * replicas
     epochs = batch.train_iters * a_step / max(1.0, float(rows))
     text = f"--train_iters {batch.train_iters} x {a_step} rows is {epochs:.2f} epochs of about {rows:,.0f} rows"
     yield Finding("warning" if epochs > 20 else "ok", text + ("; is that meant?" if epochs > 20 else ""))

@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_ft.checkpoints.folder import TOKENIZER_FOLDER, CheckpointConfig, check_sizes, describe
-from megatron_ft.config.checks import check_training, data_parallel_size, places_to_write
+from megatron_ft.checkpoints.folder import TOKENIZER_FOLDER, CheckpointConfig
+from megatron_ft.config.checks import check_settings, data_parallel_size, places_to_write
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import check_writable
 from megatron_ft.launch.places import Places, is_rank, places
 from megatron_ft.models.architecture import Architecture, padded_vocab_size
-from megatron_ft.models.pipeline import split_layers
 from megatron_ft.rehearsal import make_up, shrink
 from megatron_ft.rehearsal.meeting import AT_ONCE, BY_HAND, Meeting, shared_place
 
@@ -35,7 +35,7 @@ def wanted(launching) -> bool:
     return launching.rehearse or os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
-def rehearse(settings, run: Callable[..., int]) -> int:
+def rehearse(settings: TrainingSettings, run: Callable[[TrainingSettings], int]) -> int:
     """settings: of the real command; run: finetune's own. Returns its exit code, 2 where something it names is missing."""
     os.environ.update({"MEGATRON_FT_DEVICE": "cpu", "WANDB_MODE": "offline", "WANDB_SILENT": "true", VARIABLE: "0"})
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,7 +72,7 @@ def rehearse(settings, run: Callable[..., int]) -> int:
                 meeting.open()
         else:
             _meet(meeting.wait)
-        code = run(*small)
+        code = run(small)
         if is_rank() and not was_rank:
             return code  # one of the processes; the launcher goes on below
         say(_verdict(code, count, settings, time.monotonic() - started), flush=True)
@@ -107,9 +107,8 @@ def _look(settings, real: int, say: Callable[..., None]) -> _Findings:
 
 def _processes(settings) -> Places:
     """As the command says; where it does not, one for each part of the model."""
-    launching, parallel = settings.launching, settings.parallel
-    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    here = replace(launching, nproc_per_node=launching.nproc_per_node or model)
+    launching = settings.launching
+    here = replace(launching, nproc_per_node=launching.nproc_per_node or settings.parallel.model_parallel_size)
     if "SLURM_PROCID" not in os.environ:  # alone: the other machines are not there to be found
         here = replace(here, master_addr=here.master_addr or "localhost", master_port=here.master_port or 1)
     return places(here)
@@ -127,6 +126,8 @@ class _Findings:
         self.described: CheckpointConfig | None = None
         self.made_up_data: list[str] = []
         for look in (self._settings, self._load, self._vocabulary, self._data, self._places):
+            if self.missing and look in (self._load, self._data):
+                continue  # what wrong settings mean for a model and for rows cannot be computed
             try:
                 look()
             except UserError as error:
@@ -139,38 +140,26 @@ class _Findings:
 
     def _settings(self) -> None:
         s = self.settings
-        check_training(
-            s.checkpointing, s.data, s.batch, s.parallel, s.optimizer, s.numerics, s.logging, world_size=self.processes
-        )
+        check_settings(s, self.processes)
         dp = data_parallel_size(s.parallel, self.processes)
         tp, pp = s.parallel.tensor_model_parallel_size, s.parallel.pipeline_model_parallel_size
         self._note("settings", f"TP{tp} x PP{pp} x DP{dp}, fit each other")
 
     def _load(self) -> None:
-        from megatron_ft.checkpoints import select
-        from megatron_ft.training import agreement
+        from megatron_ft.training.fit import check_model, find_start
 
-        s = self.settings
-        try:
-            source = select.sources(s.checkpointing)[0][0]
-            described = describe(source)
-            self.source = source
-            self._note(
-                "--load", f"{source}: {described.ckpt_format}, iteration {described.iteration}, its files are there"
-            )
-        except UserError:
-            if self.imagined is None or Path(s.checkpointing.load).exists():
-                raise
-            described = self.imagined
-            self._note("--load", f"{s.checkpointing.load}: NOT THERE, made up")
-        flags = s.model
-        if flags.vocab_file and not Path(flags.vocab_file).exists():
-            flags = replace(flags, vocab_file=None)
-        self.described = agreement.check_model_flags(flags, described)
-        split = split_layers(described.architecture.num_layers, s.parallel)
-        check_sizes(
-            Path(s.checkpointing.load), self.described, s.parallel.tensor_model_parallel_size, split.stages, split
-        )
+        s, flags = self.settings, self.settings.model
+        if flags.vocab_file and not Path(flags.vocab_file).exists():  # _vocabulary tells of it
+            s = replace(s, model=replace(flags, vocab_file=None))
+        load = Path(s.checkpointing.load)
+        if self.imagined is not None and not load.exists():
+            self.described = check_model(s, self.imagined, load, self.processes)
+            self._note("--load", f"{load}: NOT THERE, made up")
+            return
+        start = find_start(s, self.processes)
+        self.source, self.described = start.folder, start.described
+        kind, iteration = start.described.ckpt_format, start.described.iteration
+        self._note("--load", f"{start.folder}: {kind}, iteration {iteration}, its files are there")
 
     def _vocabulary(self) -> None:
         file = self.settings.model.vocab_file
@@ -205,7 +194,7 @@ class _Findings:
 
     def _places(self) -> None:
         s = self.settings
-        for flag, place in places_to_write(s.checkpointing, s.logging, s.launching).items():
+        for flag, place in places_to_write(s).items():
             self._note(flag, f"{place}: {check_writable(flag, place)}")
 
 
@@ -224,7 +213,7 @@ def _meeting(settings, here: Places | None) -> Meeting:
     number, processes = (here.node, here.nodes) if here else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     flag, place = "--save", Path(tempfile.gettempdir())
     if _several_machines(here):
-        flag, place = shared_place(places_to_write(settings.checkpointing, settings.logging, settings.launching))
+        flag, place = shared_place(places_to_write(settings))
     return Meeting(
         place / f".megatron_ft-rehearsal-{os.getuid()}-{job}-{port}",
         number, processes, here.address if here else os.environ["MASTER_ADDR"], flag,
@@ -258,7 +247,8 @@ def _shrunk(settings, found: _Findings, folder: Path, dp: int, processes: int | 
     data = replace(settings.data, seq_length=shrink.seq_length(settings.data, parallel), verify_data=False)
     if found.made_up_data:
         data = replace(data, data_path=[str(folder / "data" / "made_up-train")], valid_data_path=[], data_weights=[])
-    return settings._replace(
+    return replace(
+        settings,
         checkpointing=shrink.checkpointing(settings.checkpointing, folder / "model", folder / "save"),
         data=data, batch=shrink.batch(settings.batch, parallel, dp), parallel=parallel,
         optimizer=shrink.optimizer(settings.optimizer), numerics=shrink.numerics(settings.numerics),

@@ -13,10 +13,10 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_ft.config.cli import Command, run_script
-from megatron_ft.config.sections import TRAINING, Batch, Checkpointing, Launching, Logging, Optimizer, Parallelism
+from megatron_ft.config.sections import Checkpointing, Launching
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.launch.places import is_rank, join_srun
 
@@ -42,7 +42,7 @@ class ResumeCheck:
 COMMAND = Command(
     name="resume-check",
     summary="prove on a checkpoint that stopping and resuming changes nothing",
-    sections=(ResumeCheck, *TRAINING),
+    sections=(ResumeCheck, TrainingSettings),
     examples=(
         "megatron-ft resume-check --config runs/tuned/training.yaml --load runs/tuned",
         "torchrun --nproc_per_node 4 -m megatron_ft resume-check --config runs/tuned/training.yaml --load runs/tuned "
@@ -58,38 +58,37 @@ class ResumeDiffers(UserError):
     """The resumed run is not the one that never stopped."""
 
 
-def run(check: ResumeCheck, *sections: Any) -> int:
+def run(check: ResumeCheck, settings: TrainingSettings) -> int:
     """Print the table. Raises ResumeDiffers where a row fails; ConfigError or CheckpointError where nothing can be tried."""
     if check.check_steps < 2:
         raise ConfigError(f"--check_steps {check.check_steps}: at least 2, one before the stop and one after it")
-    join_srun(_section(sections, Launching))
+    join_srun(settings.launching)
     if is_rank():  # a launcher started the processes
         from megatron_ft.engine.parallel import joined
 
         with joined():
-            return _on_this_rank((check, sections))
-    parallel = _section(sections, Parallelism)
-    processes = check.check_processes or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+            return _on_this_rank((check, settings))
+    processes = check.check_processes or settings.parallel.model_parallel_size
     os.environ.update(MEGATRON_FT_DEVICE="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # before torch looks
     from megatron_ft.engine.forked import run_forked
 
-    return run_forked(processes, _on_this_rank, (check, sections))[0]
+    return run_forked(processes, _on_this_rank, (check, settings))[0]
 
 
-def _on_this_rank(work: tuple[ResumeCheck, tuple]) -> int:
+def _on_this_rank(work: tuple[ResumeCheck, TrainingSettings]) -> int:
     import torch.distributed as dist
 
     from megatron_ft.log import setup as setup_log
 
-    check, sections = work
+    check, settings = work
     folder = [check.work_dir or tempfile.mkdtemp(prefix="resume-check-") if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder, src=0)
     root = Path(folder[0])
     setup_log("WARNING")
     try:
-        _three_runs(root, check, sections)
+        _three_runs(root, check, settings)
         dist.barrier()
-        verdict = [_compared(root, check, sections) if dist.get_rank() == 0 else None]
+        verdict = [_compared(root, check, settings) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(verdict, src=0)
     finally:
         setup_log("INFO")  # the runs' log file goes with their folder
@@ -100,20 +99,20 @@ def _on_this_rank(work: tuple[ResumeCheck, tuple]) -> int:
     return 0
 
 
-def _three_runs(root: Path, check: ResumeCheck, sections: tuple) -> None:
+def _three_runs(root: Path, check: ResumeCheck, settings: TrainingSettings) -> None:
     """straight/ from the checkpoint to its end, resumed/ to the middle and from there on."""
-    first = _iteration(_section(sections, Checkpointing))
+    first = _iteration(settings.checkpointing)
     middle, last = first + check.check_steps // 2, first + check.check_steps
     _say(f"iterations {first + 1} to {last} without a stop ...")
-    _finetune(sections, root / "straight", None, last, last)
+    _finetune(settings, root / "straight", None, last, last)
     _say(f"iterations {first + 1} to {middle}, then a new start to {last} ...")
-    _finetune(sections, root / "resumed", None, middle, last)
+    _finetune(settings, root / "resumed", None, middle, last)
     there = {
         "tensor_model_parallel_size": check.resume_tensor_model_parallel_size,
         "pipeline_model_parallel_size": check.resume_pipeline_model_parallel_size,
     }
     _finetune(
-        sections, root / "resumed", root / "resumed", last, last, {k: v for k, v in there.items() if v is not None}
+        settings, root / "resumed", root / "resumed", last, last, {k: v for k, v in there.items() if v is not None}
     )
 
 
@@ -131,38 +130,40 @@ def _iteration(checkpointing: Checkpointing) -> int:
     return 0 if found == "release" or checkpointing.finetune else int(found)
 
 
-def _finetune(sections: tuple, save: Path, load: Path | None, until: int, end: int, layout: dict | None = None) -> None:
+def _finetune(
+    settings: TrainingSettings, save: Path, load: Path | None, until: int, end: int, layout: dict | None = None
+) -> None:
     """A run of finetune in silence until one iteration, with the schedule of a run that goes on to `end` at least."""
     from megatron_ft.commands import finetune
 
-    checkpointing, batch, optimizer = (_section(sections, kind) for kind in (Checkpointing, Batch, Optimizer))
     # One rank alone writes metrics.jsonl, and on a cluster the table is made from it: it goes where the run saves.
-    changes: dict[type, dict[str, Any]] = {
-        Checkpointing: {
-            "save": str(save), "load": str(load or checkpointing.load), "save_interval": None, "keep_last": None,
-            "save_retain_interval": None, "auto_resume": False, "finetune": checkpointing.finetune and load is None,
-        },
-        Batch: {"train_iters": until},
-        Optimizer: {"lr_decay_iters": optimizer.lr_decay_iters or max(batch.train_iters, end)},
-        Logging: {"run_dir": None, "tensorboard_dir": None, "wandb_logger": False, "report": False, "eval_interval": None,
-                  "log_interval": 10**9},
-        Parallelism: layout or {},
-    }  # fmt: skip
-    own = [
-        Launching() if type(section) is Launching else dataclasses.replace(section, **changes.get(type(section), {}))
-        for section in sections
-    ]
+    s, replace = settings, dataclasses.replace
+    one = replace(
+        s,
+        checkpointing=replace(
+            s.checkpointing, save=str(save), load=str(load or s.checkpointing.load), save_interval=None, keep_last=None,
+            save_retain_interval=None, auto_resume=False, finetune=s.checkpointing.finetune and load is None,
+        ),
+        batch=replace(s.batch, train_iters=until),
+        optimizer=replace(s.optimizer, lr_decay_iters=s.optimizer.lr_decay_iters or max(s.batch.train_iters, end)),
+        logging=replace(
+            s.logging, run_dir=None, tensorboard_dir=None, wandb_logger=False, report=False, eval_interval=None,
+            log_interval=10**9,
+        ),
+        parallel=replace(s.parallel, **(layout or {})),
+        launching=Launching(),
+    )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
-        code = finetune.run(*own)
+        code = finetune.run(one)
     if code:
         raise ConfigError(f"the run was stopped by a signal (exit code {code}): nothing was compared; run again")
 
 
-def _compared(root: Path, check: ResumeCheck, sections: tuple) -> str:
+def _compared(root: Path, check: ResumeCheck, settings: TrainingSettings) -> str:
     """Print the table; what is wrong, or nothing."""
     from megatron_ft.checkpoints.verify import tensor_hashes
 
-    parallel = _section(sections, Parallelism)
+    parallel = settings.parallel
     sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     there = (check.resume_tensor_model_parallel_size or sizes[0], check.resume_pipeline_model_parallel_size or sizes[1])
     straight, resumed = _steps(root / "straight"), _steps(root / "resumed")
@@ -205,10 +206,6 @@ def _steps(folder: Path) -> dict[int, dict]:
     """Iteration -> its line of metrics."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {line["iteration"]: line for line in lines if "train/loss" in line}
-
-
-def _section(sections: tuple, kind: type) -> Any:
-    return next(section for section in sections if type(section) is kind)
 
 
 if __name__ == "__main__":

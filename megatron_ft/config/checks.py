@@ -1,6 +1,6 @@
-"""Rules between settings that can be told before anything is built. One function a rule, no torch.
+"""Rules between settings, checked before anything is built. One function a rule, no torch.
 
-Each raises ConfigError with both values and the remedy; `check_training` runs them all.
+Each raises ConfigError with both values and the remedy. `check_settings` runs those that need no model; training/fit.py runs the others.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from megatron_ft.config.sections import (
     Checkpointing,
     Data,
     Kernels,
-    Launching,
-    Logging,
     Numerics,
     Optimizer,
     Parallelism,
 )
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import ConfigError
 
 
@@ -43,8 +42,8 @@ def not_negative(section: object, *names: str) -> None:
 
 
 def world_fits_layout(parallel: Parallelism, world_size: int) -> None:
-    tp, pp, cp = _sizes(parallel)
-    replica = tp * pp * cp
+    tp, pp, cp = parallel.model_parallel_sizes
+    replica = parallel.model_parallel_size
     if world_size % replica:
         context = f" x context_parallel_size {cp}" if cp > 1 else ""
         raise ConfigError(
@@ -53,12 +52,8 @@ def world_fits_layout(parallel: Parallelism, world_size: int) -> None:
         )
 
 
-def _sizes(parallel: Parallelism) -> tuple[int, int, int]:
-    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
-
-
 def data_parallel_size(parallel: Parallelism, world_size: int) -> int:
-    return world_size // math.prod(_sizes(parallel))
+    return world_size // parallel.model_parallel_size
 
 
 def context_fits(parallel: Parallelism, data: Data) -> None:
@@ -103,14 +98,19 @@ def one_way_to_split(parallel: Parallelism) -> None:
 def microbatches_fit_chunks(
     parallel: Parallelism, batch: Batch, data: Data, dp_size: int, virtual_size: int
 ) -> None:  # fmt: skip
-    """The interleaved schedule passes microbatches on in groups of as many as there are stages, all of one shape."""
-    if virtual_size > 1 and data.variable_seq_lengths:
+    """The interleaved schedule passes microbatches on in groups of as many as there are stages, all of one shape.
+
+    dp_size: 0 where the processes hold no replica, which world_fits_layout refuses.
+    """
+    if virtual_size == 1 or dp_size == 0:
+        return
+    if data.variable_seq_lengths:
         raise ConfigError(
             "--variable_seq_lengths does not go with interleaved stages, which exchange rows of one length: drop one of the two"
         )
     rows = batch.global_batch_size or batch.micro_batch_size * dp_size
     count, stages = rows // (batch.micro_batch_size * dp_size), parallel.pipeline_model_parallel_size
-    if virtual_size > 1 and count % stages:
+    if count % stages:
         unit = batch.micro_batch_size * dp_size * stages
         raise ConfigError(
             f"interleaved stages need a multiple of --pipeline_model_parallel_size {stages} microbatches a step; --global_batch_size "
@@ -124,6 +124,15 @@ def sequence_parallel_fits(parallel: Parallelism, batch: Batch, data: Data) -> N
         raise ConfigError(
             f"--sequence_parallel needs --seq_length {data.seq_length} to be a multiple of --tensor_model_parallel_size {tp}: "
             f"use --seq_length {data.seq_length // tp * tp}"
+        )
+
+
+def rows_fit_positions(data: Data, positions: int) -> None:
+    """positions: of the model, its rope scaled where the flags say so."""
+    if data.seq_length > positions:
+        raise ConfigError(
+            f"--seq_length {data.seq_length} is beyond the model's {positions} positions: lower it, or scale the rope with "
+            f"--rope_scaling_factor"
         )
 
 
@@ -268,20 +277,23 @@ def classic_saves_know_no_context_parallel(checkpointing: Checkpointing, paralle
         )
 
 
-def places_to_write(checkpointing: Checkpointing, logging: Logging, launching: Launching) -> dict[str, str]:
+def places_to_write(settings: TrainingSettings) -> dict[str, str]:
     """Flag -> folder that a run will write to."""
+    logging = settings.logging
     named = {
-        "--save": checkpointing.save, "--tensorboard_dir": logging.tensorboard_dir, "--run_dir": logging.run_dir,
-        "--log_dir": launching.log_dir,
+        "--save": settings.checkpointing.save, "--tensorboard_dir": logging.tensorboard_dir, "--run_dir": logging.run_dir,
+        "--log_dir": settings.launching.log_dir,
     }  # fmt: skip
     return {flag: place for flag, place in named.items() if place}
 
 
-def check_training(
-    checkpointing: Checkpointing, data: Data, batch: Batch, parallel: Parallelism, optimizer: Optimizer,
-    numerics: Numerics, logging: Logging, world_size: int,
-) -> None:  # fmt: skip
-    """Every rule above, in the order in which a user would want to hear of them."""
+def check_settings(settings: TrainingSettings, world_size: int) -> None:
+    """Check every rule above that needs no model, in the order in which a user would want to hear of them.
+
+    Raise ConfigError. world_size: processes of the run, over all machines.
+    """
+    s, data, batch, parallel, numerics = settings, settings.data, settings.batch, settings.parallel, settings.numerics
+    checkpointing, optimizer = s.checkpointing, s.optimizer
     positive(
         parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
         "context_parallel_size", "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
@@ -289,8 +301,8 @@ def check_training(
     )  # fmt: skip
     positive(batch, "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_iters")
     positive(data, "seq_length")
-    positive(logging, "log_interval", "eval_interval")
-    not_negative(logging, "eval_iters")
+    positive(s.logging, "log_interval", "eval_interval")
+    not_negative(s.logging, "eval_iters")
     positive(checkpointing, "save_interval", "keep_last", "save_retain_interval")
     positive(optimizer, "lr_decay_iters")
     positive(numerics, "recompute_num_layers", "loss_scale_window", "hysteresis", "check_replicas_every")
@@ -314,3 +326,4 @@ def check_training(
     saving_has_a_place(checkpointing)
     milestones_have_a_use(checkpointing)
     classic_saves_know_no_context_parallel(checkpointing, parallel)
+    overlaps_have_a_subject(s.kernels, parallel)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft.config.command import Command
-from megatron_ft.config.fields import Option, default_of, options_of
+from megatron_ft.config.fields import Option, default_of, flat, members, options_of
 from megatron_ft.config.flags import Given, read_flags
 from megatron_ft.config.rank_errors import be_seen, is_loss, is_together, say, speaks_first
 from megatron_ft.errors import ConfigError, UserError
@@ -31,7 +31,7 @@ _OUTSIDE = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT E
 
 
 def parse(command: Command, argv: Sequence[str]) -> list[Any]:
-    """One instance of each of the command's sections, in order; with open_flags, last, a dict of the unknown flags.
+    """Return one instance of each of the command's sections and groups, in order; with open_flags, last, a dict of the unknown flags.
 
     Raises ConfigError for a user's mistake, and SystemExit(0) after --help or --print_config have printed.
     """
@@ -41,7 +41,7 @@ def parse(command: Command, argv: Sequence[str]) -> list[Any]:
     if given.print_config:
         from megatron_ft.config.yaml_file import write_settings
 
-        print(write_settings(command.sections, values, options, others), end="")
+        print(write_settings(flat(command.sections), values, options, others), end="")
         raise SystemExit(0)
     missing = [option for option in options.values() if option.required and values.get(option.name) is None]
     if missing:
@@ -130,6 +130,8 @@ def _resolve(command: Command, options: dict[str, Option], given: Given) -> tupl
 
 
 def _build(section: type, options: dict[str, Option], values: dict[str, Any]) -> Any:
+    if parts := members(section):
+        return section(**{name: _build(kind, options, values) for name, kind in parts.items()})
     return section(**{name: values[name] for name, option in options.items() if option.section is section})
 
 

@@ -12,7 +12,8 @@ class Command:
 
     name: as typed after `megatron-ft`.
     summary: one line, shown at the top of the command's help.
-    sections: dataclasses whose fields become flags and YAML keys; no field name may occur twice.
+    sections: dataclasses whose fields become flags and YAML keys, or groups: dataclasses whose fields are such sections. No flag may
+        occur twice.
     examples: command lines for the end of the help.
     positional: names of fields that may also be given without their flag, in this order.
     open_flags: take flags that no section knows, `--key value` as {"key": value typed as YAML would} and `--no_key`

@@ -59,10 +59,22 @@ class Option:
         return typing.get_origin(self.bare_type) in (list, tuple, set) or self.bare_type in (list, tuple, set)
 
 
+def members(section: type) -> dict[str, type]:
+    """The sections that are the fields of a group of sections, by field; {} for a section of settings."""
+    hints = typing.get_type_hints(section)
+    kinds = {field.name: hints[field.name] for field in dataclasses.fields(section)}
+    return kinds if kinds and all(dataclasses.is_dataclass(kind) for kind in kinds.values()) else {}
+
+
+def flat(sections: tuple[type, ...]) -> tuple[type, ...]:
+    """The sections, each group replaced by its members, in order."""
+    return tuple(kind for section in sections for kind in members(section).values() or (section,))
+
+
 def options_of(sections: tuple[type, ...]) -> dict[str, Option]:
-    """Every setting of these sections by name, in order. A name in two sections is our mistake: ValueError."""
+    """Every setting of these sections and groups of sections by name, in order. A name in two sections is our mistake: ValueError."""
     found: dict[str, Option] = {}
-    for section in sections:
+    for section in flat(sections):
         for option in _section_options(section):
             if option.name in found:
                 raise ValueError(f"{option.name} is a field of both {found[option.name].section} and {section}")

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from megatron_ft.config.argv import OWN_FLAGS, ready, switch_flags
 from megatron_ft.config.command import Command
-from megatron_ft.config.fields import MISSING, Option, default_of, section_title
+from megatron_ft.config.fields import MISSING, Option, default_of, flat, section_title
 from megatron_ft.errors import ConfigError
 
 _METAVAR = {int: "N", float: "X", str: "TEXT"}
@@ -78,7 +78,7 @@ def _parser(command: Command, options: dict[str, Option]) -> _Parser:
     if "config" not in options:
         parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a file; flags win over it")
     parser.add_argument("--print_config", action="store_true", help="print the resulting settings as YAML and stop")
-    for section in command.sections:
+    for section in flat(command.sections):
         group = parser.add_argument_group(section_title(section))
         for option in options.values():
             if option.section is section:

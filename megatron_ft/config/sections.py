@@ -1,10 +1,11 @@
-"""What training can be told, as dataclasses: each field is a flag, its docstring the help. Names are Megatron's.
+"""The settings of training, a dataclass a section: each field is a flag, its docstring the help. Names are Megatron's.
 
-Values only; the rules between them are in checks.py.
+Values only. The rules between them are in checks.py; all sections together are settings.TrainingSettings.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,6 +36,16 @@ class Parallelism:
     """split optimizer state over the data-parallel processes (ZeRO-1)"""
     distributed_timeout_minutes: float = 30.0
     """how long a process waits for another before it gives up"""
+
+    @property
+    def model_parallel_sizes(self) -> tuple[int, ...]:
+        """Sizes of the groups that share one replica of the model: TP, PP, CP."""
+        return (self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one replica of the model: TP x PP x CP."""
+        return math.prod(self.model_parallel_sizes)
 
 
 @dataclass
@@ -311,9 +322,3 @@ class Stopping:
     """save and stop, with exit code 0, after an iteration that this divides"""
     exit_before_end_in_mins: float = 5.0
     """minutes before the end of a SLURM job (SLURM_JOB_END_TIME) at which to save and stop, with exit code 75; 0: do not"""
-
-
-TRAINING = (
-    Checkpointing, Data, Batch, Parallelism, Optimizer, Numerics, Logging, Model, Kernels, Launching, Stopping,
-)  # fmt: skip
-"""The sections of `megatron-ft finetune`, in the order in which its run() takes them."""

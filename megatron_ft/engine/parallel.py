@@ -11,9 +11,11 @@ import os
 import random
 import socket
 from dataclasses import dataclass
+from typing import Self
 
 from megatron_ft import device
 from megatron_ft.config import rank_errors
+from megatron_ft.config.sections import Parallelism
 from megatron_ft.engine.start import prepare_engine
 from megatron_ft.errors import ConfigError
 
@@ -100,25 +102,47 @@ def joined():
         dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class ParallelSizes:
+    """Sizes of the groups that share one replica of the model. The rest of the processes are data parallel.
+
+    A new kind of parallelism is one more field, here and in Layout.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    chunks: int = 1
+    """Chunks of layers a pipeline stage holds; above 1 the pipeline is interleaved. They take no processes."""
+    sequence_parallel: bool = False
+    """Split activations over the tensor-parallel group outside the matrix products."""
+
+    @classmethod
+    def of(cls, parallel: Parallelism, chunks: int) -> Self:
+        """Take the sizes from settings. chunks: of the split that these settings make of the model's layers."""
+        tensor, pipeline, context = parallel.model_parallel_sizes
+        return cls(tensor, pipeline, context, chunks, parallel.sequence_parallel)
+
+    @property
+    def processes(self) -> int:
+        """Processes that hold one replica."""
+        return self.tensor * self.pipeline * self.context
+
+
 @contextlib.contextmanager
-def process_groups(
-    tensor_model_parallel_size: int = 1,
-    pipeline_model_parallel_size: int = 1,
-    sequence_parallel: bool = False,
-    distributed_timeout_minutes: float = 30.0,
-    seed: int = 1234,
-    virtual_pipeline_size: int = 1,
-    context_parallel_size: int = 1,
-):
+def process_groups(sizes: ParallelSizes | None = None, seed: int = 1234, timeout_minutes: float = 30.0):
     """Make torch.distributed's and megatron-core's process groups, seed, yield the Layout, take them down again.
 
-    Raises ConfigError when the number of processes is not a multiple of TP x PP.
+    sizes: None is one process. timeout_minutes: how long a process waits for another.
+    Raise ConfigError when the number of processes is not a multiple of those of a replica.
     """
-    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-    if world_size() % (tp * pp):
+    sizes = sizes or ParallelSizes()
+    tp, pp, replica = sizes.tensor, sizes.pipeline, sizes.processes
+    if world_size() % replica:
+        context = f" x context_parallel_size {sizes.context}" if sizes.context > 1 else ""
         raise ConfigError(
-            f"{world_size()} process(es) were started, but tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} "
-            f"needs a multiple of {tp * pp}: start them with --nproc_per_node {tp * pp}, or lower the two sizes"
+            f"{world_size()} process(es) were started, but tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}{context} "
+            f"needs a multiple of {replica}: start them with --nproc_per_node {replica}, or lower the sizes"
         )
     prepare_engine()
     import torch.distributed as dist
@@ -127,16 +151,16 @@ def process_groups(
     if tp > 1:
         device.order_streams()
     device.select(local_rank())
-    timeout = datetime.timedelta(minutes=distributed_timeout_minutes)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     started_here = not dist.is_initialized()
     if started_here:
         _init_process_group(dist, timeout)
     older = _groups(dist)
     parallel_state.initialize_model_parallel(
-        tp, pp, virtual_pipeline_size if virtual_pipeline_size > 1 else None, context_parallel_size=context_parallel_size,
-        distributed_timeout_minutes=distributed_timeout_minutes, create_gloo_process_groups=True,
+        tp, pp, sizes.chunks if sizes.chunks > 1 else None, context_parallel_size=sizes.context,
+        distributed_timeout_minutes=timeout_minutes, create_gloo_process_groups=True,
     )  # fmt: skip
-    layout = _layout(parallel_state, sequence_parallel and tp > 1, virtual_pipeline_size)
+    layout = _layout(parallel_state, sizes)
     seed_everything(seed, layout)
     try:
         yield layout
@@ -191,7 +215,7 @@ def _groups(dist) -> list:
     return list(dist.distributed_c10d._world.pg_map)
 
 
-def _layout(parallel_state, sequence_parallel: bool, virtual_pipeline_size: int) -> Layout:
+def _layout(parallel_state, sizes: ParallelSizes) -> Layout:
     return Layout(
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
@@ -199,9 +223,9 @@ def _layout(parallel_state, sequence_parallel: bool, virtual_pipeline_size: int)
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=sizes.sequence_parallel and sizes.tensor > 1,
         rank=rank(),
-        vp_size=virtual_pipeline_size,
+        vp_size=sizes.chunks,
         cp_size=parallel_state.get_context_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
     )

@@ -91,7 +91,7 @@ def numerics(real: Numerics) -> Numerics:
 
 def data_parallel(parallel: Parallelism, processes: int) -> int:
     """Replicas that are started on one machine, of those that the run will have."""
-    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    model = parallel.model_parallel_size
     return max(1, min(processes // model, PROCESSES // model))
 
 

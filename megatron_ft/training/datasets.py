@@ -17,19 +17,14 @@ from megatron_ft.data.roles import ROLE_NAMES, loss_weights
 from megatron_ft.data.shards import open_shards
 from megatron_ft.data.verify import verify_shards
 from megatron_ft.engine.parallel import local_rank
-from megatron_ft.errors import ConfigError, DataError
+from megatron_ft.errors import DataError
 from megatron_ft.log import logger
 
 log = logger("training")
 
 
 def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset, ChatDataset | None]:
-    """(training set, validation set or None). Raises ConfigError for rows that are too long for the model, DataError when
-    shards and model do not belong together.
-    """
-    positions = checkpoint.architecture.max_position_embeddings
-    if data.seq_length > positions:
-        raise ConfigError(f"--seq_length {data.seq_length} is beyond the model's {positions} positions: lower it")
+    """Return (training set, validation set or None). Raise DataError when shards and model do not belong together."""
     weights = loss_weights(data.scalar_loss_mask, role_weights(data))
     train = _dataset(data.data_path, data, checkpoint, weights, shuffle=True)
     if train.over_long:

@@ -27,7 +27,7 @@ from megatron_ft.data.loader import ChatDataset, Choices
 from megatron_ft.data.manifest import Manifest
 from megatron_ft.data.roles import ASSISTANT, PROMPTER, code_weights, loss_weights
 from megatron_ft.engine.optimizer import make_optimizer, make_schedule
-from megatron_ft.engine.parallel import process_groups
+from megatron_ft.engine.parallel import ParallelSizes, process_groups
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.training import setup
@@ -128,10 +128,7 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
     arch, parallel, numerics = problem.architecture, case.parallel, problem.numerics
     split = split_layers(arch.num_layers, parallel)
     data = Data(seq_length=problem.seq_length, packing=case.packing, seed=problem.seed)
-    with process_groups(
-        parallel.tensor_model_parallel_size, split.stages, parallel.sequence_parallel, seed=problem.seed,
-        virtual_pipeline_size=split.virtual_size,
-    ) as layout:  # fmt: skip
+    with process_groups(ParallelSizes.of(parallel, split.virtual_size), problem.seed) as layout:
         chunks = setup.make_model(arch, layout, data, parallel, numerics, case.kernels)
         bare = setup.bare(chunks)
         section = Optimizer(

@@ -28,11 +28,11 @@ def load_and_save(folder, root, tp, pp):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from megatron_ft.engine.parallel import process_groups, seed_everything
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups, seed_everything
     from megatron_ft.models.build import build_model
 
     metadata = {"non_homogeneous_layers": True}
-    with process_groups(tp, pp) as layout:
+    with process_groups(ParallelSizes(tp, pp)) as layout:
         seed_everything(1, layout)
         model = build_model(read_config(folder).architecture, layout)
         wanted = model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=metadata)

@@ -39,11 +39,11 @@ def folders(tmp_path_factory):
 
 def ask(folder, layout, digests=True):
     """(ids of the answer to CHAT, its text)."""
-    from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.generation.loading import open_speaker
     from megatron_ft.generation.sampling import GREEDY
 
-    with process_groups(*layout) as here:
+    with process_groups(ParallelSizes(*layout)) as here:
         speaker = open_speaker(folder, here, digests=digests)
         (ids,) = speaker.decoder.generate([speaker.prompt_ids(CHAT)], 12)
         return ids, speaker.answers([CHAT], 12, GREEDY)[0]

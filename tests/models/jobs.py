@@ -10,9 +10,9 @@ from tests.parallel.jobs import finetune
 
 def many(roots: list[str], layout: tuple[int, int], sequence_parallel: bool, tokens, decode: int) -> list:
     """For each checkpoint (logits [b, s, true vocabulary] or None, greedy ids after the first row's 20 tokens or [])."""
-    from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
 
-    with process_groups(*layout, sequence_parallel=sequence_parallel) as here, torch.no_grad():
+    with process_groups(ParallelSizes(*layout, sequence_parallel=sequence_parallel)) as here, torch.no_grad():
         return [_one(Path(root), here, torch.from_numpy(tokens), decode) for root in roots]
 
 
@@ -57,7 +57,7 @@ def packed(roots: list[str], lengths: list[int], ids) -> list[tuple[np.ndarray, 
     params = packed_on(lengths, torch.device("cpu"))
     ids = torch.from_numpy(ids)[None]
     found = []
-    with process_groups(1, 1) as here, torch.no_grad():
+    with process_groups() as here, torch.no_grad():
         for root in roots:
             folder = find_checkpoint(Path(root))
             config = describe(folder)
@@ -82,7 +82,7 @@ def lima(root: str) -> tuple[float, float, bool]:
 
     folder = find_checkpoint(Path(root))
     config = describe(folder)
-    with process_groups(1, 1) as here, torch.no_grad():
+    with process_groups() as here, torch.no_grad():
         model = build_model(config.architecture, here, BuildOptions(hidden_dropout=1.0, lima_dropout=True)).train()
         load_weights(folder, config, model, here)
         first, last = model.decoder.layers[0], model.decoder.layers[-1]

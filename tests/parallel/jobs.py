@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ft.config.sections import TRAINING
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import UserError
 
 VOCAB, SEQ_LENGTH = 203, 64
@@ -65,12 +65,7 @@ def finetune(layout: tuple[int, int], **settings) -> int:
         "seq_length": SEQ_LENGTH, "micro_batch_size": 2, "global_batch_size": 8, "lr": 1e-3, "lr_warmup_iters": 2,
         "train_iters": 20, "log_interval": 1000,
     } | settings  # fmt: skip
-    sections = []
-    for section in TRAINING:
-        own = {name: values.pop(name) for name in list(values) if name in section.__dataclass_fields__}
-        sections.append(section(**own))
-    assert not values, f"unknown settings {sorted(values)}"
-    return run(*sections)
+    return run(TrainingSettings.of(**values))
 
 
 def read_metrics(folder: Path, name: str = "train/loss") -> list[float]:
@@ -86,11 +81,11 @@ def logits(root: str, layout: tuple[int, int], sequence_parallel: bool, tokens: 
 
     from megatron_ft.checkpoints.folder import describe, find_checkpoint, vocab_rows
     from megatron_ft.checkpoints.load import load_weights
-    from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.models.build import BuildOptions, build_model
 
     ids = torch.from_numpy(tokens)
-    with process_groups(*layout, sequence_parallel) as here, torch.no_grad():
+    with process_groups(ParallelSizes(*layout, sequence_parallel=sequence_parallel)) as here, torch.no_grad():
         folder = find_checkpoint(Path(root))
         config = describe(folder)
         model = build_model(config.architecture, here, BuildOptions(padded_vocab_size=vocab_rows(config))).eval()
@@ -114,11 +109,11 @@ def generate(root: str, layout: tuple[int, int], prompts: list[np.ndarray], **op
     """Ids after each prompt, as this rank knows them."""
     from megatron_ft.checkpoints.folder import describe, find_checkpoint
     from megatron_ft.checkpoints.load import load_weights
-    from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.generation.decoding import Decoder
     from megatron_ft.models.build import build_model
 
-    with process_groups(*layout) as here:
+    with process_groups(ParallelSizes(*layout)) as here:
         folder = find_checkpoint(Path(root))
         config = describe(folder)
         model = build_model(config.architecture, here)

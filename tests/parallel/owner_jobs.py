@@ -46,7 +46,7 @@ def made(tp=1, pp=1, chunks=1, bf16=False, fp16=False, tied=False, buckets=False
     """A run after a step of random gradients, which are the same on all data-parallel ranks."""
     from megatron_ft.checkpoints.training_state import Contents
     from megatron_ft.engine.optimizer import make_optimizer, make_schedule
-    from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.training.setup import bare, make_model
 
     arch = Architecture(**ARCH, tied_embeddings=tied)
@@ -54,7 +54,7 @@ def made(tp=1, pp=1, chunks=1, bf16=False, fp16=False, tied=False, buckets=False
         tp, pp, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None, use_distributed_optimizer=True
     )
     numerics, section = Numerics(bf16=bf16, fp16=fp16), Optimizer(lr=1e-3)
-    with process_groups(tp, pp, seed=seed, virtual_pipeline_size=chunks) as layout:
+    with process_groups(ParallelSizes(tp, pp, chunks=chunks), seed) as layout:
         kernels = Kernels(overlap_grad_reduce=buckets)
         model = make_model(arch, layout, Data(seq_length=32), parallel, numerics, kernels)
         weights = [weight for chunk in model for weight in chunk.parameters()]

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from megatron_ft.config.sections import TRAINING
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import UserError
 from tests.parallel.jobs import SEQ_LENGTH, finetune
 
@@ -69,7 +69,6 @@ def check(load, shards, settings, forget=None):
         "seq_length": SEQ_LENGTH, "global_batch_size": 8, "train_iters": settings.pop("train_iters", 12), "lr": 1e-3,
         "hidden_dropout": 0.1, "attention_dropout": 0.0 if settings else 0.1,
     }  # fmt: skip
-    sections = [kind(**{k: v for k, v in values.items() if k in kind.__dataclass_fields__}) for kind in TRAINING]
     restore, timed = training_state._restore_rng, loop._timed_step
     if forget == "random streams":
         training_state._restore_rng = lambda states: None
@@ -79,7 +78,9 @@ def check(load, shards, settings, forget=None):
     resume_check.say = lambda text: out.write(text + "\n")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            resume_check._on_this_rank((resume_check.ResumeCheck(check_steps=4, **settings), tuple(sections)))
+            resume_check._on_this_rank(
+                (resume_check.ResumeCheck(check_steps=4, **settings), TrainingSettings.of(**values))
+            )
         error = None
     except UserError as caught:
         error = str(caught)

@@ -62,6 +62,8 @@ def checkpoint(place, vocab_size, tokenizer, **more):  # noqa: F811
     folder = place / "model/release"
     folder.mkdir(parents=True, exist_ok=True)
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("release")
+    for name in ("metadata.json", ".metadata", "common.pt"):
+        (folder / name).touch()
     write_config(folder, CheckpointConfig(arch, "torch_dist", 1, 1, vocab_size, "release", "fp32", tokenizer, **more))
 
 
@@ -82,9 +84,9 @@ def test_a_good_command_line(shards, capsys):
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [
-        (("--seq_length", 256), ["--seq_length 256: the model has 128 positions"]),
-        (("--tensor_model_parallel_size", 3, "--world_size", 3), ["--tensor_model_parallel_size 3: the model's 4 heads"]),
-        (("--pipeline_model_parallel_size", 3, "--world_size", 3), ["--pipeline_model_parallel_size 3: the model's 4 layers"]),
+        (("--seq_length", 256), ["--seq_length 256 is beyond the model's 128 positions"]),
+        (("--tensor_model_parallel_size", 3, "--world_size", 3), ["does not divide the model's num_attention_heads 4"]),
+        (("--pipeline_model_parallel_size", 3, "--world_size", 3), ["does not divide the model's num_layers 4"]),
         (("--tensor_model_parallel_size", 2), ["1 process(es) cannot hold tensor_model_parallel_size 2"]),
         (("--seq_length", 4), ["lose all that is trained on", "raise --seq_length", "are cut"]),
         (("--load", "nothing"), ["(--load)"]),

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_ft.config.checks import check_training
-from megatron_ft.config.sections import Batch, Checkpointing, Data, Logging, Numerics, Optimizer, Parallelism
+from megatron_ft.config.checks import check_settings
+from megatron_ft.config.sections import Parallelism
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.kernels import Machine, check_context_parallel
 
@@ -37,12 +38,11 @@ REFUSED = [
 
 @pytest.mark.parametrize(("data", "parallel", "message"), REFUSED)
 def test_what_does_not_fit_is_refused(data, parallel, message):
-    sections = (
-        Checkpointing(load="x"), Data(data_path=["x"], **data), Batch(train_iters=1),
-        Parallelism(context_parallel_size=2, **parallel), Optimizer(), Numerics(), Logging(),
-    )  # fmt: skip
+    settings = TrainingSettings.of(
+        load="x", data_path=["x"], train_iters=1, context_parallel_size=2, **data, **parallel
+    )
     with pytest.raises(ConfigError, match=message):
-        check_training(*sections, world_size=4)
+        check_settings(settings, world_size=4)
 
 
 def test_it_needs_transformer_engine_on_a_gpu():

@@ -33,13 +33,13 @@ def rates_of(hf, layout, parallel_block):
     import json
     from pathlib import Path
 
-    from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.models import llama as family
     from megatron_ft.models.build import BuildOptions, build_model
 
     arch = family.from_hf(json.loads((Path(hf) / "config.json").read_text()))
     arch = dataclasses.replace(arch, parallel_block=parallel_block)
-    with process_groups(*layout) as here:
+    with process_groups(ParallelSizes(*layout)) as here:
         model = build_model(arch, here, BuildOptions(hidden_dropout=0.3, lima_dropout=True))
         rates = {layer.layer_number: layer.hidden_dropout for layer in model.decoder.layers}
         return rates, model.embedding.embedding_dropout.p if here.is_first_stage else None

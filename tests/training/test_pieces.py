@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_ft.config import checks
-from megatron_ft.config.sections import TRAINING, Batch, Optimizer
+from megatron_ft.config.sections import Batch, Optimizer
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import ConfigError
 from megatron_ft.training.console import Console
 from megatron_ft.training.hooks import MetricsFile
@@ -126,8 +127,5 @@ REFUSED = [
 @pytest.mark.parametrize(("settings", "world", "message"), REFUSED)
 def test_settings_that_do_not_fit_are_refused(settings, world, message):
     values = {"load": "x", "data_path": ["y"], "train_iters": 100} | settings
-    sections = []
-    for section in TRAINING:
-        sections.append(section(**{k: v for k, v in values.items() if k in section.__dataclass_fields__}))
     with pytest.raises(ConfigError, match=message):
-        checks.check_training(*sections[:7], world_size=world)
+        checks.check_settings(TrainingSettings.of(**values), world_size=world)

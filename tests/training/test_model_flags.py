@@ -1,4 +1,4 @@
-"""Flags about the model against the checkpoint: agreement passes, contradiction is refused or, by choice, warned about."""
+"""Flags about the model against the checkpoint: what agrees passes, contradiction is refused or, by choice, warned about."""
 
 import dataclasses
 import logging
@@ -7,11 +7,14 @@ import pytest
 
 from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.sections import Data, Kernels, Model, Numerics, Optimizer
+from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.kernels import Machine, choose
 from megatron_ft.models.rope import extend
-from megatron_ft.training.agreement import check_model_flags, report_kernels, tell_changes
+from megatron_ft.training.kernel_report import report_kernels
+from megatron_ft.training.model_flags import check_model_flags
+from megatron_ft.training.resumed import log_changes
 
 ARCH = Architecture(
     family="llama", num_layers=4, hidden_size=64, ffn_hidden_size=160, num_attention_heads=8, num_query_groups=4,
@@ -82,11 +85,11 @@ def test_resuming_with_other_rows_is_said(tmp_path, caplog):
     saved = Data(data_path=["a"], seq_length=64)
     (tmp_path / "training.yaml").write_text(write_sections([saved]))
     with caplog.at_level(logging.WARNING):
-        tell_changes(tmp_path / "training.yaml", saved)
-        tell_changes(tmp_path / "nothing.yaml", saved)
+        log_changes(tmp_path / "training.yaml", TrainingSettings(data=saved))
+        log_changes(tmp_path / "nothing.yaml", TrainingSettings(data=saved))
     assert not caplog.messages
     with caplog.at_level(logging.WARNING):
-        tell_changes(tmp_path / "training.yaml", dataclasses.replace(saved, seq_length=32, seed=7))
+        log_changes(tmp_path / "training.yaml", TrainingSettings.of(data_path=["a"], seq_length=32, seed=7))
     assert len(caplog.messages) == 2 and "--seq_length 32, saved with 64" in caplog.text
 
 
@@ -96,12 +99,12 @@ def test_resuming_with_other_settings_is_said(tmp_path, caplog):
     saved = tmp_path / "training.yaml"
     saved.write_text(write_sections([Data(), Optimizer(lr=1e-3), Numerics(hidden_dropout=0.1)]))
     with caplog.at_level(logging.INFO):
-        tell_changes(saved, Data(), Optimizer(lr=1e-3), Numerics(hidden_dropout=0.1))
+        log_changes(saved, TrainingSettings.of(lr=1e-3, hidden_dropout=0.1))
         assert not caplog.messages
-        tell_changes(saved, Data(), Optimizer(lr=1e-5), Numerics())
+        log_changes(saved, TrainingSettings.of(lr=1e-5))
     assert caplog.messages == ["changed since the checkpoint: --lr 0.001 -> 1e-05, --hidden_dropout 0.1 -> 0.0"]
     saved.write_text("a: [1")
-    tell_changes(saved, Data(), Optimizer(), Numerics())
+    log_changes(saved, TrainingSettings())
 
 
 def test_kernels_are_logged_once_and_flags_without_effect_named(caplog):

@@ -1,7 +1,7 @@
-"""Flags about the model against what the checkpoint says of itself. No torch: told before anything is built.
+"""Flags about the model against what the checkpoint says of itself. No torch.
 
-A Megatron command line describes its model; ours knows it from the checkpoint. So such flags are questions: does the checkpoint
-agree? With --use_checkpoint_args a difference is a warning and the checkpoint wins, without it the run is refused.
+A Megatron command line describes its model; ours knows it from the checkpoint. So such flags are checked: a difference is refused, or
+with --use_checkpoint_args it is a warning and the checkpoint wins.
 """
 
 from __future__ import annotations
@@ -9,19 +9,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-import yaml
 
 from megatron_ft.checkpoints.folder import CheckpointConfig
-from megatron_ft.config.fields import section_name
-from megatron_ft.config.sections import Batch, Data, Kernels, Model, Numerics, Optimizer, Parallelism
+from megatron_ft.config.sections import Model
 from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
 from megatron_ft.errors import ConfigError
 from megatron_ft.log import logger
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.kernels import Choice
 
 log = logger("finetune")
 
@@ -114,58 +108,3 @@ def _extended(arch: Architecture, method: str, factor: float) -> Architecture:
     positions = f"{arch.max_position_embeddings} -> {longer.max_position_embeddings} positions"
     log.info(f"rope scaled by {factor:g} ({method}): {positions}")
     return longer
-
-
-ROWS = ("data_path", "seq_length", "packing", "over_long", "data_weights", "data_weights_by", "seed")
-"""Settings of Data that decide which samples the rows of a run hold, and in which order."""
-
-
-def tell_changes(saved: Path, data: Data, *others: Batch | Optimizer | Numerics | Parallelism) -> None:
-    """Say in what a resumed run is not the one that was stopped. saved: its training.yaml.
-
-    Where the rows will not be those it would have seen without the stop, that is a warning; other settings are told in one line.
-    """
-    before = _settings_of(saved)
-    for name in ROWS:
-        was = before.get("data", {}).get(name, getattr(data, name))
-        if was != getattr(data, name):
-            log.warning(
-                f"resuming with --{name} {getattr(data, name)}, saved with {was}: the rows that follow are other "
-                f"ones, and some samples may come twice or not at all"
-            )
-    changed = [
-        f"--{name} {was} -> {getattr(section, name)}"
-        for section in others
-        for name, was in before.get(section_name(type(section)), {}).items()
-        if getattr(section, name, was) != was
-    ]
-    if changed:
-        log.info(f"changed since the checkpoint: {', '.join(changed)}")
-
-
-def _settings_of(saved: Path) -> dict[str, dict[str, Any]]:
-    """By section; {} where there are none, or they are damaged: whether that matters is told when the digests are compared."""
-    try:
-        found = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    found = found if isinstance(found, dict) else {}
-    return {name: section for name, section in found.items() if isinstance(section, dict)}
-
-
-def report_kernels(kernels: Kernels, choice: Choice, has_gpu: bool) -> None:
-    """Log once what computes what, and which flags do nothing here. An option that is ignored in silence is a trap."""
-    log.info("kernels: " + "; ".join(f"{what} by {how}" for what, how in choice.lines()))
-    for reason in choice.reasons:
-        log.warning(reason)
-    if kernels.overlap_p2p_communication and not has_gpu:
-        log.warning("--overlap_p2p_communication: this machine has no GPU, so it is not used")
-    for name in ("overlap_grad_reduce", "overlap_param_gather"):
-        if getattr(kernels, name) and not has_gpu:
-            log.warning(
-                f"--{name}: this machine has no GPU, so there is nothing to overlap with; the results are the same"
-            )
-    if kernels.tp_comm_overlap:
-        log.warning(
-            "--tp_comm_overlap: needs Transformer Engine's linear layers, which are not used here; it has no effect"
-        )

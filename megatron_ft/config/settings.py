@@ -1,0 +1,56 @@
+"""All settings of a training run, as one value. The only place that names its sections and their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from megatron_ft.config.sections import (
+    Batch,
+    Checkpointing,
+    Data,
+    Kernels,
+    Launching,
+    Logging,
+    Model,
+    Numerics,
+    Optimizer,
+    Parallelism,
+    Stopping,
+)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The settings of `megatron-ft finetune`: a field for each section, in the order of its help.
+
+    A command that takes these settings lists this class among its sections, and its run() receives one instance.
+    """
+
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    data: Data = field(default_factory=Data)
+    batch: Batch = field(default_factory=Batch)
+    parallel: Parallelism = field(default_factory=Parallelism)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    numerics: Numerics = field(default_factory=Numerics)
+    logging: Logging = field(default_factory=Logging)
+    model: Model = field(default_factory=Model)
+    kernels: Kernels = field(default_factory=Kernels)
+    launching: Launching = field(default_factory=Launching)
+    stopping: Stopping = field(default_factory=Stopping)
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Make settings from values by flag name, whatever their section. Raise TypeError for a name that no section has."""
+        sections = {}
+        for one in fields(cls):
+            kind = one.default_factory
+            sections[one.name] = kind(**{f.name: values.pop(f.name) for f in fields(kind) if f.name in values})
+        if values:
+            raise TypeError(f"no section has {', '.join(sorted(values))}")
+        return cls(**sections)
+
+    @property
+    def sections(self) -> tuple[Any, ...]:
+        """The sections, in order."""
+        return tuple(getattr(self, one.name) for one in fields(self))
