@@ -20,7 +20,7 @@ from benchmarks.hostile_files import make_sound
 from checkpoints_conversion.megatron_source import open_megatron
 from checkpoints_conversion.megatron_to_hf import MegatronToHf, convert
 from checkpoints_conversion.model_card import MODEL_CARD
-from checkpoints_conversion.options import CheckpointSource, believe
+from checkpoints_conversion.options import CheckpointSource, check_source
 from megatron_ft.models.hf_source import HfSource
 
 
@@ -31,7 +31,7 @@ def campaign(folder: Path, flips: int, seed: int = 0) -> dict[str, Flips]:
     readers = {
         "torch": lambda: open_megatron(folder / "torch", CheckpointSource()),
         "torch_dist": lambda: open_megatron(folder / "torch_dist", CheckpointSource()),
-        "export": lambda: (believe(folder / "export", True), HfSource(folder / "export")),
+        "export": lambda: (check_source(folder / "export", True), HfSource(folder / "export")),
     }
     results = {}
     for kind, read in readers.items():

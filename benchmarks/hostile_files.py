@@ -204,26 +204,28 @@ def commands(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], object
     if kind == "hf":
         yield (
             "hf-to-megatron",
-            lambda: hf_to_megatron.convert(hf_to_megatron.HfToMegatron(source, target, digests=False)),
+            lambda: hf_to_megatron.convert(
+                hf_to_megatron.HfToMegatron(source, target, verify_checkpoint=False, ckpt_format="torch")
+            ),
         )
         yield (
             "verify --hf",
-            lambda: verify.verify(verify.Verify(source, str(good / "sound"), digests=False, logits=False)),
+            lambda: verify.verify(verify.Verify(source, str(good / "sound"), verify_checkpoint=False, logits=False)),
         )
     else:
-        o = dict(digests=False, **(llm if kind == "llm" else {}))
+        o = dict(verify_checkpoint=False, **(llm if kind == "llm" else {}))
         yield "megatron-to-hf", lambda: megatron_to_hf.convert(megatron_to_hf.MegatronToHf(source, target, **o))
-        yield "reshard", lambda: reshard.convert(reshard.Reshard(source, target, **o))
+        yield "reshard", lambda: reshard.convert(reshard.Reshard(source, target, ckpt_format="torch", **o))
         yield "verify", lambda: verify.verify(verify.Verify(str(good / "sound-hf"), source, logits=False, **o))
     if kind != "llm":
-        ask = generate.Generation(load=source, prompt=["a"], digests=False)
+        ask = generate.Generation(load=source, prompt=["a"], verify_checkpoint=False)
         yield (
             "generate",
             lambda: generate.run(
                 ask, generate.SamplingOptions(max_new_tokens=1), generate.GenerationLayout(), generate.Processes()
             ),
         )
-        yield "chat", lambda: chat.run(chat.Chat(load=source, digests=False))
+        yield "chat", lambda: chat.run(chat.Chat(load=source, verify_checkpoint=False))
         yield "finetune", lambda: finetune(folder, load=source)
     if kind in ("trained", "classic"):
         yield (

@@ -180,7 +180,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, process_groups() as layout:
         model = LlamaForCausalLM(config)
         model.save_pretrained(Path(folder) / "hf")
-        convert(HfToMegatron(input_dir=f"{folder}/hf", output_dir=f"{folder}/ours"))
+        convert(HfToMegatron(input_dir=f"{folder}/hf", output_dir=f"{folder}/ours", ckpt_format="torch"))
         size = sum(p.numel() for p in model.parameters())
         print(f"{size / 1e6:.1f} M parameters, rows of {args.seq_length}, {BATCH} a step, torch {torch.__version__}")
         ours = our_loop(Path(folder) / "ours", layout, dataset)

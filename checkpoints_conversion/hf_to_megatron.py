@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from checkpoints_conversion.options import CheckpointFormat, Folders, Written, believe, check_folders
+from checkpoints_conversion.options import CheckpointFormat, Folders, Written, check_folders, check_source, note_sizes
 from megatron_ft.checkpoints.folder import TRACKER
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.model_parallel import ModelParallel
+from megatron_ft.config.sections import RopeScaling
 from megatron_ft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,14 +42,14 @@ class HfToMegatron(Written, CheckpointFormat, ModelParallel, Folders):
     """Seed of the noise: the same rows in every layout and format."""
     chat_format: str | None = None
     """Chat format to record (chatml), for generate, chat and the exported template; its tokens are added."""
-    rope_scaling_type: Literal["linear", "ntk", "ntk-margin", "ntk-yarn", "ntk-by-parts", "yarn", "dynamic"] = "linear"
+    rope_scaling_type: RopeScaling = "linear"
     """How --rope_scaling_factor stretches the context."""
     rope_scaling_factor: float = 1.0
     """Stretch the context this many times: recorded in the checkpoint, for training, generation and export. 1: not."""
     tokenizer: str | None = None
     """tokenizer.model, tokenizer.json or a folder; default: the model folder's."""
-    digests: bool = True
-    """Check the digests of the source's files, where it has them (our exports do). --no_digests: believe the files."""
+    verify_checkpoint: bool = True
+    """Compare the source's files with its digests, where it has them (our exports do); --no_verify_checkpoint skips this."""
     plan: bool = False
     """Only list the files and tensors that would be written, exact to the byte; needs config.json, no weights."""
 
@@ -59,8 +60,8 @@ COMMAND = Command(
     sections=(HfToMegatron,),
     examples=(
         "megatron-ft hf-to-megatron llama2-70b checkpoints/llama2-70b-tp8-pp4 "
-        "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --chat_format chatml",
-        "megatron-ft hf-to-megatron mistral-7b checkpoints/mistral-7b-32k --ckpt_format torch_dist "
+        "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --ckpt_format torch --chat_format chatml",
+        "megatron-ft hf-to-megatron mistral-7b checkpoints/mistral-7b-32k "
         "--rope_scaling_type yarn --rope_scaling_factor 4",
     ),
     positional=("input_dir", "output_dir"),
@@ -97,13 +98,14 @@ def convert(options: HfToMegatron) -> Report:
     from megatron_ft.models.dtypes import cast, torch_dtype
     from megatron_ft.models.hf_source import HfSource
 
-    believe(options.input_dir, options.digests)
+    check_source(options.input_dir, options.verify_checkpoint)
     source = HfSource(options.input_dir)
     check_layout(source.arch, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     path = Path(options.tokenizer) if options.tokenizer else None
     before, tokenizer = load_before_and_after(path, source.folder, _tokens(options))
     growth = plan_growth(source.arch, before, tokenizer, _noise(options, source))
     config = _checkpoint_config(options, source, growth.vocab_size, tokenizer)
+    note_sizes(options, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     dtype = torch_dtype(options.params_dtype) if options.params_dtype else None
 
     def full(placed):

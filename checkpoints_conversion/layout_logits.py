@@ -64,7 +64,7 @@ def _load(request: Request, layout):
     from megatron_ft.models.build import BuildOptions, build_model
 
     folder = Path(request.checkpoint)
-    opened = open_megatron(folder, CheckpointSource(true_vocab_size=request.true_vocab_size, digests=False))
+    opened = open_megatron(folder, CheckpointSource(true_vocab_size=request.true_vocab_size, verify_checkpoint=False))
     config = opened.config
     own = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (layout.tp_size, layout.pp_size)
     if not is_dialect(folder) and (own or config.ckpt_format == "torch_dist"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.options import CheckpointSource, believe
+from checkpoints_conversion.options import CheckpointSource, check_source
 from megatron_ft.checkpoints.folder import CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.digests import MANIFEST, has_digests
 from megatron_ft.errors import ConfigError, DamagedError
@@ -46,15 +46,15 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
 
     root, iteration = Path(root), _parse_iteration(wanted.iteration)
     folder = root if iteration is None and root.is_dir() and is_dialect(root) else find_checkpoint(root, iteration)
-    believe(folder, wanted.digests)
+    check_source(folder, wanted.verify_checkpoint)
     if is_dialect(folder):
         return _open_dialect(folder, wanted.tokenizer, wanted.true_vocab_size)
     from checkpoints_conversion.tokenizer_copy import load_copy
 
     config = read_config(folder)
-    if wanted.digests and config.digested and not has_digests(folder):
+    if wanted.verify_checkpoint and config.digested and not has_digests(folder):
         raise DamagedError(
-            f"{folder / MANIFEST} is missing: the checkpoint is incomplete; restore it (--no_digests: never mind)"
+            f"{folder / MANIFEST} is missing: the checkpoint is incomplete; restore it (or read it as it is: --no_verify_checkpoint)"
         )
     source = open_source(folder, config)
     rules = family_of(config.architecture).rules(config.architecture)

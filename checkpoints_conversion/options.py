@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_ft.config.sections import CkptFormat
 from megatron_ft.errors import CheckpointError, DamagedError
 from megatron_ft.files import refuse_existing
 
@@ -34,8 +35,8 @@ class Written:
 class CheckpointFormat:
     """The format of a checkpoint to make"""
 
-    ckpt_format: Literal["torch", "torch_dist"] = "torch"
-    """torch: one file a rank, for this layout. torch_dist: megatron-core's own, read by any layout."""
+    ckpt_format: CkptFormat = "torch_dist"
+    """torch_dist: megatron-core's own, loads into any layout. torch: one mp_rank file a rank, for this layout only."""
     make_vocab_size_divisible_by: int = 128
     """The embedding gets rows of zeros up to a multiple of this times the tensor parallel size."""
 
@@ -50,11 +51,11 @@ class CheckpointSource:
     """For Megatron-LLM's files, which hold none: tokenizer.model, tokenizer.json or a folder."""
     true_vocab_size: int | None = None
     """For Megatron-LLM's files without a tokenizer: rows of the embedding that stand for a token."""
-    digests: bool = True
-    """Check the digests of the files that are read, where the folder has them. --no_digests: believe the files."""
+    verify_checkpoint: bool = True
+    """Compare the files that are read with their digests, where the folder has them; --no_verify_checkpoint skips this."""
 
 
-def believe(folder: str | Path, check: bool) -> None:
+def check_source(folder: str | Path, check: bool) -> None:
     """Compare a folder with its digests.json, where it has one. Raises DamagedError naming the first file that is unlike."""
     from megatron_ft.digests import check_digests, has_digests
 
@@ -62,7 +63,18 @@ def believe(folder: str | Path, check: bool) -> None:
         try:
             check_digests(Path(folder))
         except DamagedError as error:
-            raise DamagedError(f"{error} (changed on purpose? --no_digests)") from error
+            raise DamagedError(f"{error} (changed on purpose? --no_verify_checkpoint)") from error
+
+
+def note_sizes(options: CheckpointFormat, tp_size: int, pp_size: int) -> None:
+    """Log that sizes cut nothing in a checkpoint that any layout loads."""
+    from megatron_ft.log import logger
+
+    if options.ckpt_format == "torch_dist" and (tp_size, pp_size) != (1, 1):
+        logger("conversion").info(
+            f"TP {tp_size} x PP {pp_size} is recorded only: a torch_dist checkpoint loads into any layout; for one mp_rank file a rank "
+            f"add --ckpt_format torch"
+        )
 
 
 def check_folders(options: Folders, overwrite: bool, ours: set[str], marker: str) -> None:

@@ -6,12 +6,20 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from checkpoints_conversion.options import CheckpointFormat, CheckpointSource, Folders, Written, check_folders
+from checkpoints_conversion.options import (
+    CheckpointFormat,
+    CheckpointSource,
+    Folders,
+    Written,
+    check_folders,
+    note_sizes,
+)
 from megatron_ft.checkpoints.folder import TRACKER
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.model_parallel import ModelParallel
+from megatron_ft.config.sections import CkptFormat
 
 if TYPE_CHECKING:
     from checkpoints_conversion.megatron_source import Opened
@@ -26,8 +34,8 @@ class Reshard(CheckpointSource, Written, CheckpointFormat, ModelParallel, Folder
     """Checkpoint: its root, or one release or iter_ folder; ours or Megatron-LLM's."""
     output_dir: str = field(metadata={"required": True})
     """Checkpoint to make."""
-    ckpt_format: Literal["torch", "torch_dist"] = "torch"
-    """torch: one file a rank, for this layout. torch_dist: read by any layout; from torch_dist, with the training state."""
+    ckpt_format: CkptFormat = "torch_dist"
+    """torch_dist: loads into any layout; from torch_dist, with the training state. torch: one mp_rank file a rank, for this layout only."""
 
 
 COMMAND = Command(
@@ -36,9 +44,8 @@ COMMAND = Command(
     sections=(Reshard,),
     examples=(
         "megatron-ft reshard checkpoints/llama2-70b-tp8-pp4 checkpoints/llama2-70b-tp4-pp8 "
-        "--tensor_model_parallel_size 4 --pipeline_model_parallel_size 8",
-        "megatron-ft reshard megatron-llm/llama2-7b checkpoints/llama2-7b --ckpt_format torch_dist "
-        "--tokenizer llama2/tokenizer.model",
+        "--tensor_model_parallel_size 4 --pipeline_model_parallel_size 8 --ckpt_format torch",
+        "megatron-ft reshard megatron-llm/llama2-7b checkpoints/llama2-7b --tokenizer llama2/tokenizer.model",
     ),
     positional=("input_dir", "output_dir"),
 )
@@ -63,6 +70,7 @@ def convert(options: Reshard) -> Report:
     opened = open_megatron(source_root, options)
     tp_size, arch = options.tensor_model_parallel_size, opened.config.architecture
     check_layout(arch, tp_size, options.pipeline_model_parallel_size)
+    note_sizes(options, tp_size, options.pipeline_model_parallel_size)
     config = replace(
         opened.config,
         ckpt_format=options.ckpt_format,

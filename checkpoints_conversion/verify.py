@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints_conversion.options import CheckpointSource, believe
+from checkpoints_conversion.options import CheckpointSource, check_source
 from megatron_ft.config.cli import Command, run_script
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def verify(options: Verify) -> Certificate:
     from checkpoints_conversion.certificate import compare_weights, make_certificate
     from checkpoints_conversion.megatron_source import open_megatron
 
-    believe(options.hf, options.digests)
+    check_source(options.hf, options.verify_checkpoint)
     opened = open_megatron(Path(options.megatron), options)
     weights = compare_weights(Path(options.hf), opened)
     answers = None

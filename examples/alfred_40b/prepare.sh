@@ -8,5 +8,5 @@ set -euo pipefail
 : "${PYTHON:=python}"
 "$PYTHON" -m megatron_ft pretokenize --configs alfred falcon --output_dir data/alfred
 "$PYTHON" -m megatron_ft hf-to-megatron falcon-40b checkpoints/falcon-40b-tp8-pp2 \
-  --tensor_model_parallel_size 8 --pipeline_model_parallel_size 2 --params_dtype bf16 --chat_format alfred \
+  --tensor_model_parallel_size 8 --pipeline_model_parallel_size 2 --ckpt_format torch --params_dtype bf16 --chat_format alfred \
   --vocab_extra_ids_list "<start_system>,<start_user>,<start_assistant>,<end_message>"

@@ -28,7 +28,7 @@ step() { printf '\n[%s] $' "$1"; printf ' %q' "${@:2}"; printf '\n'; "${@:2}"; }
 
 step 1/6 megatron-ft pretokenize --input "$chats" --tokenizer "$model" --output_prefix "$out/data/chats" \
   --val_split "${VAL_SPLIT:-0}"
-step 2/6 megatron-ft hf-to-megatron "$model" "$out/megatron" "${layout[@]}" --chat_format chatml
+step 2/6 megatron-ft hf-to-megatron "$model" "$out/megatron" --chat_format chatml
 step 3/6 megatron-ft generate "${ranks[@]}" --load "$out/megatron" "${layout[@]}" --max_new_tokens 40 --prompt "$question"
 step 4/6 megatron-ft finetune "${ranks[@]}" --load "$out/megatron" --data_path "$out/data/chats-train" --save "$out/tuned" \
   "${layout[@]}" --seq_length "${SEQ_LENGTH:-256}" --micro_batch_size 1 --train_iters "${STEPS:-60}" \

@@ -43,7 +43,7 @@ megatron_ft pretokenize --config_dir "$here/configs" --configs oasst_small \
   --cache_dir "$out" --vocab_file "$tokenizer" --output_dir "$out/shards"
 
 say 3/8 "Hugging Face to Megatron: tensor parallel 2 x pipeline parallel 2"
-megatron_ft hf-to-megatron "$out/base" "$out/tp2-pp2" "${split[@]}" \
+megatron_ft hf-to-megatron "$out/base" "$out/tp2-pp2" "${split[@]}" --ckpt_format torch \
   --vocab_extra_ids_list "<|im_start|>,<|im_end|>" --chat_format chatml
 
 if [ "$ASK_BEFORE" != 0 ]; then

@@ -12,4 +12,5 @@ tokens=(--tokenizer_type SentencePieceTokenizer --vocab_extra_ids_list "<|im_sta
 "$PYTHON" -m megatron_ft pretokenize --configs oasst_pre10_min25 llama2 --output_dir data/oasst_pre10_min25
 "$PYTHON" -m megatron_ft pretokenize --configs oasst_top1 llama2 --output_dir data/oasst_top1_2023-07-23
 "$PYTHON" -m megatron_ft hf-to-megatron llama2/Llama-2-70b checkpoints/llama2-70b-tp8-pp4 \
-  --tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --params_dtype bf16 --chat_format chatml "${tokens[@]}"
+  --tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --ckpt_format torch --params_dtype bf16 \
+  --chat_format chatml "${tokens[@]}"

@@ -21,8 +21,8 @@ class Chat:
     """a system message to begin with"""
     chat_format: str | None = None
     """chat format to speak; default: what the folder says"""
-    digests: bool = True
-    """compare the folder's files with its digests, where it has them; --no_digests believes the files"""
+    verify_checkpoint: bool = True
+    """compare the folder's files with its digests, where it has them; --no_verify_checkpoint skips this"""
     max_new_tokens: int = 256
     """longest answer, in tokens"""
     temperature: float = 0.0
@@ -54,7 +54,7 @@ def run(chat: Chat) -> int:
     with process_groups() as layout:
         from megatron_ft.generation.loading import open_speaker
 
-        speaker = open_speaker(Path(chat.load), layout, chat.chat_format, chat.bf16, chat.digests)
+        speaker = open_speaker(Path(chat.load), layout, chat.chat_format, chat.bf16, chat.verify_checkpoint)
         print(
             f"{chat.load}, {speaker.chat_format.name if speaker.chat_format else 'plain text'}. /new starts over, /quit ends."
         )

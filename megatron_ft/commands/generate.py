@@ -27,8 +27,8 @@ class Generation:
     """where to write each prompt's object with its "answer"; default: print"""
     chat_format: str | None = None
     """chat format to speak; default: what the checkpoint says"""
-    digests: bool = True
-    """compare the folder's files with its digests, where it has them; --no_digests believes the files"""
+    verify_checkpoint: bool = True
+    """compare the folder's files with its digests, where it has them; --no_verify_checkpoint skips this"""
 
 
 @dataclass
@@ -141,7 +141,9 @@ def _answer(generation: Generation, options: SamplingOptions, layout, conversati
     from megatron_ft.generation.loading import open_speaker
     from megatron_ft.generation.sampling import Sampling
 
-    speaker = open_speaker(Path(generation.load), layout, generation.chat_format, options.bf16, generation.digests)
+    speaker = open_speaker(
+        Path(generation.load), layout, generation.chat_format, options.bf16, generation.verify_checkpoint
+    )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     mine = conversations[layout.dp_rank :: layout.dp_size]
     answers = speaker.answers(mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank)

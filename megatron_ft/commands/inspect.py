@@ -36,8 +36,8 @@ class Inspect:
     """loss weight of marked tokens, as in training"""
     seed: int = 1234
     """of the order in which samples are packed"""
-    verify: bool = True
-    """compare the shards with their hashes first, which reads them whole; --no_verify does not"""
+    verify_data: bool = True
+    """compare the shards with their hashes first, which reads them whole; --no_verify_data skips this"""
 
 
 COMMAND = Command(
@@ -63,8 +63,8 @@ def run(options: Inspect) -> int:
     from megatron_ft.data.verify import verify_shards
 
     shards = open_shards(options.prefix)
-    if options.verify:
-        verify_shards([shards], "--no_verify")
+    if options.verify_data:
+        verify_shards([shards], "--no_verify_data")
     if not len(shards):
         raise ConfigError(f"{options.prefix}: no samples in these shards")
     chosen = options.sample or sorted(set(np.linspace(0, len(shards) - 1, max(1, options.count)).astype(int).tolist()))

@@ -23,8 +23,6 @@ class Preflight:
 
     world_size: int = field(default=1)
     """processes that the run will have, over all nodes"""
-    quick: bool = False
-    """leave out what reads every token: ids, loss, ends of turns"""
 
 
 COMMAND = Command(
@@ -86,7 +84,7 @@ def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Findin
     if consistent and described is not None:
         yield from _model(settings, options.world_size)
     for prefix in [*data.data_path, *data.valid_data_path]:
-        yield from _shards(prefix, data, described, options.quick or not consistent)
+        yield from _shards(prefix, data, described, not (consistent and data.verify_data))
     if consistent:
         yield from _length(data, settings.batch, options.world_size, settings.parallel)
 
@@ -146,7 +144,7 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
             return
         shards = open_shards(prefix)
         if not quick:
-            verify_shards([shards], "--quick")
+            verify_shards([shards], "--no_verify_data")
         if described is not None:
             vocabulary = described.architecture.vocab_size
             check_tokenizer(shards.manifest, described.tokenizer, vocabulary, where=prefix)

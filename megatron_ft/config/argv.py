@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ft.config.fields import Option
 from megatron_ft.config.hints import suggestion
+from megatron_ft.config.renamed import current
 from megatron_ft.errors import ConfigError
 
 _FLAG = re.compile(r"(--?)([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
@@ -37,7 +38,8 @@ def ready(argv: list[str], options: dict[str, Option], others: dict[str, Any] | 
         if not match or token == "-h":
             done.append(token)
             continue
-        dashes, name, inline = match[1], match[2].replace("-", "_"), match[3]
+        dashes, inline = match[1], match[3]
+        name = current(match[2].replace("-", "_"), known, "--") if dashes == "--" else match[2]
         if name in known and dashes == "--":
             done.append(_known_flag(name, inline, rest, options, switches))
         elif others is None or dashes == "-":

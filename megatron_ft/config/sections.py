@@ -9,6 +9,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+RopeScaling = Literal["linear", "ntk", "ntk-margin", "ntk-yarn", "ntk-by-parts", "yarn", "dynamic"]
+"""Methods that a factor alone describes: models/rope.py."""
+CkptFormat = Literal["torch_dist", "torch"]
+
 
 @dataclass
 class Parallelism:
@@ -69,7 +73,7 @@ class Data:
     data_weights_by: Literal["samples", "supervised_tokens"] = "samples"
     """what the shares are shares of"""
     verify_data: bool = True
-    """compare all shards with their hashes before the run, once on each machine (gigabytes a second); --no_verify_data does not"""
+    """compare all shards with their hashes before the run, once on each machine (gigabytes a second); --no_verify_data skips this"""
     data_cache_path: str | None = None
     """folder for the packing plans of large sets, which processes share; default: .plans beside the first data_path; "none": no files"""
     scalar_loss_mask: float = 0.0
@@ -177,10 +181,10 @@ class Checkpointing:
     """with --keep_last: checkpoints at multiples of this iteration stay for good"""
     async_save: bool = False
     """write checkpoints in the background while training goes on"""
-    ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
+    ckpt_format: CkptFormat = "torch_dist"
     """torch_dist: loads into any layout; torch: classic mp_rank folders, for the layout they were saved in"""
     verify_checkpoint: bool = True
-    """compare every file of a checkpoint with its digest before loading it; --no_verify_checkpoint believes the files"""
+    """compare every file of a checkpoint with its digest before loading it; --no_verify_checkpoint skips this"""
     auto_resume: bool = False
     """continue from the newest checkpoint in --save where there is one, else begin from --load"""
     finetune: bool = False
@@ -223,9 +227,7 @@ class Model:
     """tokenizer the model should have: compared with the checkpoint's"""
     vocab_extra_ids_list: str | None = None
     """tokens added to it, with commas between"""
-    rope_scaling_type: Literal["linear", "ntk", "ntk-margin", "ntk-yarn", "ntk-by-parts", "yarn", "dynamic"] | None = (
-        None
-    )
+    rope_scaling_type: RopeScaling | None = None
     """method that stretches the positions of a model that has none yet; default with a factor: linear"""
     rope_scaling_factor: float | None = None
     """how many times longer; 1.0 is no scaling"""

@@ -16,6 +16,7 @@ import yaml
 
 from megatron_ft.config.fields import Option, section_name
 from megatron_ft.config.hints import suggestion
+from megatron_ft.config.renamed import current
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import read_text
 
@@ -148,17 +149,19 @@ def _settings(
     sections = {section_name(option.section): option.section for option in options.values()}
     found: dict[str, Entry] = {}
     others: dict[str, Any] = {}
-    for key, node, where in loader.pairs(top):
+    for written, node, where in loader.pairs(top):
+        key, inverse = _current(written, options)
         if key in sections and isinstance(node, yaml.MappingNode):
-            for name, inner, inner_where in loader.pairs(node):
+            for written, inner, inner_where in loader.pairs(node):
+                name, inverse = _current(written, options)
                 if name not in options:
                     raise ConfigError(f"{inner_where}: unknown key {name} in {key}{suggestion(name, options)}")
                 if options[name].section is not sections[key]:
                     right = section_name(options[name].section)
                     raise ConfigError(f"{inner_where}: {name} belongs in {right}, not in {key}")
-                _put(found, name, Entry(loader.construct_object(inner, deep=True), inner_where))
+                _put(found, name, Entry(_value(loader, inner, inverse), inner_where))
         elif key in options:
-            _put(found, key, Entry(loader.construct_object(node, deep=True), where))
+            _put(found, key, Entry(_value(loader, node, inverse), where))
         elif key in sections:
             if node.tag != "tag:yaml.org,2002:null":  # a section with nothing in it is fine
                 raise ConfigError(f"{where}: {key} is a section; write its settings below it, indented")
@@ -167,6 +170,18 @@ def _settings(
         else:
             raise ConfigError(f"{where}: unknown key {key}{suggestion(key, [*options, *sections])}")
     return found, others
+
+
+def _current(written: str, options: dict[str, Option]) -> tuple[str, bool]:
+    """Return the name that a key has now, and whether its value means the contrary there."""
+    name = current(written, {*options, *(f"no_{option}" for option in options)})
+    inverse = name != written and name not in options
+    return (name.removeprefix("no_"), True) if inverse else (name, False)
+
+
+def _value(loader: _Loader, node: yaml.Node, inverse: bool) -> Any:
+    value = loader.construct_object(node, deep=True)
+    return not value if inverse and isinstance(value, bool) else value
 
 
 def _put(found: dict[str, Entry], name: str, entry: Entry) -> None:

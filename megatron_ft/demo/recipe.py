@@ -109,7 +109,7 @@ class _Demo:
         self.step(
             f"HF -> TP{TP} x PP{PP}",
             ["megatron-ft", "hf-to-megatron", self.path("hf_base"), self.path("megatron"), *_LAYOUT,
-             "--chat_format", "chatml"],
+             "--ckpt_format", "torch", "--chat_format", "chatml"],
             _conversion,
         )  # fmt: skip
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from megatron_ft.config.sections import RopeScaling
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 
@@ -86,7 +87,7 @@ def method_of(scaling: Mapping[str, Any] | None) -> str:
 
 
 METHODS = ("default", "linear", *BASE_METHODS, "ntk-by-parts", "yarn", "dynamic", "llama3", "longrope")
-EXTENDING = ("linear", *BASE_METHODS, "ntk-by-parts", "yarn", "dynamic")
+EXTENDING: tuple[str, ...] = get_args(RopeScaling)
 """Methods that a factor alone describes: those that `extend` takes."""
 
 

@@ -169,3 +169,46 @@ def test_open_flags_are_collected_and_typed():
 def test_one_name_in_two_sections_is_our_mistake():
     with pytest.raises(ValueError, match="config is a field of both"):
         parse(Command("twice", "", (Open, Open)), [])
+
+
+@dataclass
+class Renamed:
+    """Checks"""
+
+    verify_data: bool = True
+    """compare"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--no_verify"], False), (["--verify"], True), (["--quick"], False), (["--no-verify"], False),
+        (["--no_verify_data"], False), (["--verify=false"], False), (["--quick=false"], True), ([], True),
+    ],
+)  # fmt: skip
+def test_old_names_go_on_working_and_say_the_new_one(argv, value, caplog):
+    (got,) = parse(Command("renamed", "", (Renamed,)), argv)
+    assert got.verify_data is value
+    old = argv and "data" not in argv[0]
+    assert len(caplog.messages) == bool(old)
+    if old:
+        name = argv[0].split("=")[0].replace("-", "_").replace("__", "--")
+        assert caplog.messages[0].startswith(f"{name} is now --{'' if name == '--verify' else 'no_'}verify_data;")
+
+
+@pytest.mark.parametrize(
+    ("line", "value"), [("verify: false", False), ("quick: true", False), ("quick: false", True)]
+)  # fmt: skip
+def test_old_names_in_a_file(line, value, tmp_path, caplog):
+    for text in (line, f"renamed:\n  {line}"):
+        (tmp_path / "a.yaml").write_text(text)
+        (got,) = parse(Command("renamed", "", (Renamed,)), ["--config", str(tmp_path / "a.yaml")])
+        assert got.verify_data is value
+    assert all("is now" in message for message in caplog.messages) and len(caplog.messages) == 2
+
+
+def test_an_old_name_that_a_command_still_has_is_its_own(caplog):
+    from checkpoints_conversion.verify import COMMAND as VERIFY
+
+    (got,) = parse(VERIFY, ["--hf", "a", "--megatron", "b", "--no_digests"])
+    assert not got.verify_checkpoint and "--no_digests is now --no_verify_checkpoint" in caplog.text

@@ -69,7 +69,7 @@ def test_a_flipped_bit_in_any_file(place, folder):
         for command in read(place, folder):
             with pytest.raises(DamagedError) as caught:
                 command()
-            assert name in str(caught.value) and "--no_digests" in str(caught.value)
+            assert name in str(caught.value) and "--no_verify_checkpoint" in str(caught.value)
         path.write_bytes(whole)
     assert not (place / "target").exists() and not list(place.glob(".target*"))
 
@@ -91,7 +91,7 @@ def test_missing_cut_or_changed_on_purpose(place):
     path.write_text("{}")
     with pytest.raises(DamagedError, match=r"generation_config.json has 2 bytes"):
         commands[0]()
-    commands[0](digests=False)
+    commands[0](verify_checkpoint=False)
     assert (place / "target" / "release" / MANIFEST).is_file()
 
 
@@ -122,7 +122,7 @@ def test_work_taken_up_again_is_digested_too(place, monkeypatch):
         write(*args)
 
     monkeypatch.setattr(stream, "_write", once)
-    again = HfToMegatron(str(place / "hf"), str(place / "target"), 1, 2)
+    again = HfToMegatron(str(place / "hf"), str(place / "target"), 1, 2, ckpt_format="torch")
     with pytest.raises(KeyboardInterrupt):
         convert(again)
     monkeypatch.undo()
@@ -134,4 +134,4 @@ def test_of_files_of_others_nothing_is_asked(place):
     (place / "hf" / MANIFEST).unlink()
     config = place / "hf" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text())))
-    convert(HfToMegatron(str(place / "hf"), str(place / "target")))
+    convert(HfToMegatron(str(place / "hf"), str(place / "target"), ckpt_format="torch"))

@@ -34,12 +34,12 @@ def place(tmp_path, llama):
     return tmp_path
 
 
-def refused(place, source, message, digests=False, **options):
+def refused(place, source, message, verify_checkpoint=False, **options):
     """Converting place/source, in the direction that it asks for, raises `message` and makes nothing.
 
     Without digests, as files of others are: what is tested is the readers' own judgement.
     """
-    target, options = place / "target", {**options, "digests": digests}
+    target, options = place / "target", {**options, "verify_checkpoint": verify_checkpoint}
     with pytest.raises(UserError, match=message) as caught:
         if source in ("hf", "single"):
             hf_to_megatron.convert(HfToMegatron(str(place / source), str(target), **options))
@@ -251,12 +251,12 @@ def test_max_shard_size(place, size):
 def test_existing_folders_are_kept(place):
     target, source = place / "torch", str(place / "hf")
     with pytest.raises(UserError, match="exists and is not empty"):
-        hf_to_megatron.convert(HfToMegatron(source, str(target)))
-    hf_to_megatron.convert(HfToMegatron(source, str(target), overwrite=True))
+        hf_to_megatron.convert(HfToMegatron(source, str(target), ckpt_format="torch"))
+    hf_to_megatron.convert(HfToMegatron(source, str(target), overwrite=True, ckpt_format="torch"))
     assert (target / "release" / "mp_rank_00" / "model_optim_rng.pt").is_file()
     (target / "iter_0000500").mkdir()
     with pytest.raises(UserError, match=r"holds iter_0000500, .* leaves it alone"):
-        hf_to_megatron.convert(HfToMegatron(source, str(target), overwrite=True))
+        hf_to_megatron.convert(HfToMegatron(source, str(target), overwrite=True, ckpt_format="torch"))
     (place / "notes").mkdir()
     (place / "notes" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"has no config.json"):

@@ -71,5 +71,5 @@ def test_megatron_core_loads_and_saves(tmp_path, two_ranks, tp, pp, tied):
     config = dataclasses.replace(read_config(folder), iteration=3, padded_vocab_size=128 * tp)
     write_config(iteration_folder(root, 3), config)
     write_tracker(root, 3)
-    export(MegatronToHf(str(root), str(tmp_path / "back"), digests=False))  # the engine writes none
+    export(MegatronToHf(str(root), str(tmp_path / "back"), verify_checkpoint=False))  # the engine writes none
     assert same_tensors(original, AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto"))

@@ -48,8 +48,8 @@ def test_as_if_converted_straight(tmp_path, before, after):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3, tied", "falcon 40b"])
 def test_other_families(tmp_path, family):
     original = make_family(tmp_path / "hf", family)
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "a"), 2, 2))
-    reshard.convert(Reshard(str(tmp_path / "a"), str(tmp_path / "b"), 4, 1, params_dtype="fp32"))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "a"), 2, 2, ckpt_format="torch"))
+    reshard.convert(Reshard(str(tmp_path / "a"), str(tmp_path / "b"), 4, 1, params_dtype="fp32", ckpt_format="torch"))
     export(MegatronToHf(str(tmp_path / "b"), str(tmp_path / "back")))
     assert same_tensors(original, AutoModelForCausalLM.from_pretrained(tmp_path / "back"))
 
@@ -57,8 +57,8 @@ def test_other_families(tmp_path, family):
 def test_the_tokenizer_travels(tmp_path):
     make_llama(tmp_path / "hf")
     make_sentencepiece(tmp_path / "hf")
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "a"), 2, 1, chat_format="chatml"))
-    reshard.convert(Reshard(str(tmp_path / "a"), str(tmp_path / "b"), 1, 2))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "a"), 2, 1, chat_format="chatml", ckpt_format="torch"))
+    reshard.convert(Reshard(str(tmp_path / "a"), str(tmp_path / "b"), 1, 2, ckpt_format="torch"))
     export(MegatronToHf(str(tmp_path / "b"), str(tmp_path / "back")))
     assert read_config(tmp_path / "b" / "release").chat_format == "chatml"
     assert (tmp_path / "back" / "tokenizer.model").is_file()

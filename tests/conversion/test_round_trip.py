@@ -84,7 +84,7 @@ def test_torch_dist_over_several_files(tmp_path):
 
 def test_types_can_be_chosen(tmp_path):
     original = make_llama(tmp_path / "hf")
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), params_dtype="bf16"))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), params_dtype="bf16", ckpt_format="torch"))
     export(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back"), params_dtype="fp32"))
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     assert back.dtype == torch.float32

@@ -46,7 +46,15 @@ def test_70b_by_plan_alone(tmp_path, capsys):
     assert shapes["decoder.layers.0.mlp.linear_fc1.weight"] == (7168, 8192)
     names = plan_units(tmp_path, tmp_path / "out", 1, 1, "torch_dist", None)
     assert sum(size for unit in names for _, _, size in unit.tensors) == 2 * parameters
-    arguments = [str(tmp_path), str(tmp_path / "out"), "--tensor_model_parallel_size", "8", "--plan"]
+    arguments = [
+        str(tmp_path),
+        str(tmp_path / "out"),
+        "--tensor_model_parallel_size",
+        "8",
+        "--ckpt_format",
+        "torch",
+        "--plan",
+    ]
     assert run_script(hf_to_megatron.COMMAND, hf_to_megatron.run, arguments) == 0
     assert "mp_rank_07/model_optim_rng.pt" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -87,7 +95,7 @@ def test_a_plan_against_an_index_of_another_model(tmp_path):
 
 def test_files_are_those_of_torch_and_safetensors(tmp_path):
     make_llama(tmp_path / "hf", dtype=torch.bfloat16)
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), 2, 1))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), 2, 1, ckpt_format="torch"))
     path = tmp_path / "made" / "release" / "mp_rank_00" / "model_optim_rng.pt"
     assert zipfile.ZipFile(path).testzip() is None  # every CRC
     for mapped in (False, True):
@@ -112,7 +120,7 @@ def test_pytorch_model_bin(tmp_path):
     (tmp_path / "hf" / "model.safetensors").unlink()
     weight_map = {key: name for name, keys in parts.items() for key in keys}
     (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), 2, 2))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), 2, 2, ckpt_format="torch"))
     export(MegatronToHf(str(tmp_path / "made"), str(tmp_path / "back")))
     assert same_tensors(model, type(model).from_pretrained(tmp_path / "back"))
 
@@ -128,7 +136,7 @@ def some(*args):
     left[0] -= 1
     write(*args)
 stream._write = some
-convert(HfToMegatron(sys.argv[1], sys.argv[2], 2, 4))
+convert(HfToMegatron(sys.argv[1], sys.argv[2], 2, 4, ckpt_format="torch"))
 """
 
 
@@ -144,9 +152,9 @@ def test_killed_and_taken_up_again(tmp_path, monkeypatch):
     assert len(done) == 4
     written, write = [], stream._write
     monkeypatch.setattr(stream, "_write", lambda unit, *args: (written.append(unit), write(unit, *args)))
-    convert(HfToMegatron(source, target, 2, 4))
+    convert(HfToMegatron(source, target, 2, 4, ckpt_format="torch"))
     assert len(written) == 2 and not (tmp_path / ".made.partial").exists()
-    convert(HfToMegatron(source, str(tmp_path / "straight"), 2, 4))
+    convert(HfToMegatron(source, str(tmp_path / "straight"), 2, 4, ckpt_format="torch"))
     for path in (tmp_path / "straight").rglob("*.pt"):
         other = tmp_path / "made" / path.relative_to(tmp_path / "straight")
         assert path.read_bytes() == other.read_bytes()
@@ -171,7 +179,7 @@ def test_no_room(tmp_path, monkeypatch):
     make_llama(tmp_path / "hf")
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: os.statvfs_result and type("U", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"0.00 GB are needed, 0.00 GB free: make room"):
-        convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made")))
+        convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), ckpt_format="torch"))
     monkeypatch.undo()
 
     def full(*_):
@@ -179,7 +187,7 @@ def test_no_room(tmp_path, monkeypatch):
 
     monkeypatch.setattr("checkpoints_conversion.torch_zip.os.pwrite", full)
     with pytest.raises(UserError, match="the disk is full"):
-        convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made")))
+        convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), ckpt_format="torch"))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -199,7 +207,7 @@ def test_fuzzed_headers(tmp_path, kind):
     """Whatever a header says, a reader reads or says why not, in no more memory than the file has."""
     rng, path = random.Random(5), tmp_path / f"x.{kind}"
     make_llama(tmp_path / "hf", hidden_size=8, head_dim=2, intermediate_size=8, vocab_size=11)
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made")))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), ckpt_format="torch"))
     source = tmp_path / (
         "hf/model.safetensors" if kind == "safetensors" else "made/release/mp_rank_00/model_optim_rng.pt"
     )
@@ -223,14 +231,14 @@ def test_fuzzed_headers(tmp_path, kind):
 
 def test_a_flipped_bit_in_a_rank_file_is_noticed(tmp_path):
     make_llama(tmp_path / "hf")
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made")))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), ckpt_format="torch"))
     path = tmp_path / "made" / "release" / "mp_rank_00" / "model_optim_rng.pt"
     data = bytearray(path.read_bytes())
     model = torch.load(path, weights_only=True)["model"]
     data[data.index(model["decoder.layers.2.mlp.linear_fc1.weight"].numpy().tobytes()) + 100] ^= 4
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"the numbers of archive/data/\d+ are not those that were written"):
-        export(MegatronToHf(str(tmp_path / "made"), str(tmp_path / "back"), digests=False))
+        export(MegatronToHf(str(tmp_path / "made"), str(tmp_path / "back"), verify_checkpoint=False))
     assert not (tmp_path / "back").exists()
 
 

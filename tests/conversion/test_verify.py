@@ -24,7 +24,7 @@ from tests.conversion.dialect import write_dialect
 def pair(tmp_path):
     make_llama(tmp_path / "hf")
     make_sentencepiece(tmp_path / "hf")
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), 2, 2, chat_format="chatml"))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), 2, 2, chat_format="chatml", ckpt_format="torch"))
     return tmp_path
 
 
@@ -141,7 +141,7 @@ def test_one_other_bit_is_found(pair):
     state["model"]["decoder.layers.1.mlp.linear_fc2.weight"].view(torch.int32)[3, 5] ^= 1
     torch.save(state, path)
     with pytest.raises(UserError, match=r"decoder.layers.3.mlp.linear_fc2.weight differs"):
-        check(pair, logits=False, digests=False)
+        check(pair, logits=False, verify_checkpoint=False)
     assert not (pair / "made" / "release" / "certificate.json").exists()
 
 
@@ -159,7 +159,7 @@ def test_logits_beyond_the_tolerance(pair, pool):
 
 def test_export_asks_for_a_certificate(pair):
     def back(name, **options):
-        export(MegatronToHf(str(pair / "made"), str(pair / name), digests=False, **options))
+        export(MegatronToHf(str(pair / "made"), str(pair / name), verify_checkpoint=False, **options))
 
     with pytest.raises(
         UserError, match=r"--require_certificate: .* has no certificate.json; make one: megatron-ft verify"

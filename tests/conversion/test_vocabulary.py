@@ -108,7 +108,11 @@ def test_noise_is_as_wide_as_the_config_says(tmp_path, caplog):
 
 
 def test_classic_padding_rows_are_zeros(tmp_path, model):
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), tensor_model_parallel_size=2))
+    convert(
+        HfToMegatron(
+            str(tmp_path / "hf"), str(tmp_path / "megatron"), tensor_model_parallel_size=2, ckpt_format="torch"
+        )
+    )
     path = tmp_path / "megatron" / "release" / "mp_rank_01" / "model_optim_rng.pt"
     rows = torch.load(path, weights_only=True)["model"]["embedding.word_embeddings.weight"]
     assert rows.shape == (128, 32)
@@ -119,7 +123,9 @@ def test_rows_the_source_left_empty_are_used(tmp_path):
     """More rows than the tokenizer has tokens: the new tokens take the next ids, and the rows do not grow."""
     original = make_llama(tmp_path / "hf", vocab_size=256)
     make_sentencepiece(tmp_path / "hf")
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), vocab_extra_ids_list=CHATML))
+    convert(
+        HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), vocab_extra_ids_list=CHATML, ckpt_format="torch")
+    )
     assert read_config(tmp_path / "megatron" / "release").architecture.vocab_size == 256
     export(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
     old = original.model.embed_tokens.weight
@@ -134,7 +140,11 @@ def test_the_copy_of_the_tokenizer_knows_the_added_tokens(tmp_path):
     elsewhere = make_sentencepiece(tmp_path / "other").rename(tmp_path / "other" / "llama2.model")
     convert(
         HfToMegatron(
-            str(tmp_path / "hf"), str(tmp_path / "megatron"), vocab_extra_ids_list=CHATML, tokenizer=str(elsewhere)
+            str(tmp_path / "hf"),
+            str(tmp_path / "megatron"),
+            vocab_extra_ids_list=CHATML,
+            tokenizer=str(elsewhere),
+            ckpt_format="torch",
         )
     )
     release = tmp_path / "megatron" / "release"
@@ -158,12 +168,16 @@ def test_tokenizer_type_orders_ids_as_shards_made_with_it(tmp_path, model):
 def test_adding_tokens_needs_a_tokenizer(tmp_path):
     make_llama(tmp_path / "hf")
     with pytest.raises(UserError, match="tokenizer"):
-        convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), vocab_extra_ids_list=CHATML))
+        convert(
+            HfToMegatron(
+                str(tmp_path / "hf"), str(tmp_path / "megatron"), vocab_extra_ids_list=CHATML, ckpt_format="torch"
+            )
+        )
     assert not (tmp_path / "megatron").exists()
 
 
 def test_export_speaks_the_chat_format(tmp_path, model):
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), chat_format="chatml"))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), chat_format="chatml", ckpt_format="torch"))
     export(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [204, 2]
@@ -181,7 +195,9 @@ def test_export_speaks_the_chat_format(tmp_path, model):
 
 @pytest.mark.parametrize("chat_format", [None, "chatml"])
 def test_the_snippet_of_the_model_card_runs(tmp_path, model, chat_format, monkeypatch):
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), chat_format=chat_format))
+    convert(
+        HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), chat_format=chat_format, ckpt_format="torch")
+    )
     export(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
     card = (tmp_path / "back" / "README.md").read_text()
     assert ("apply_chat_template" in card) == bool(chat_format)
@@ -206,16 +222,16 @@ def test_a_template_that_came_along_stays(tmp_path, model, name, content):
     if isinstance(content, list):
         content = json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), "chat_template": content})
     path.write_text(content)
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron")))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), ckpt_format="torch"))
     export(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab!"
 
 
 def test_an_export_converts_again_without_growing(tmp_path, model):
-    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), chat_format="chatml"))
+    convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "megatron"), chat_format="chatml", ckpt_format="torch"))
     export(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
-    convert(HfToMegatron(str(tmp_path / "back"), str(tmp_path / "again"), chat_format="chatml"))
+    convert(HfToMegatron(str(tmp_path / "back"), str(tmp_path / "again"), chat_format="chatml", ckpt_format="torch"))
     first, second = (read_config(tmp_path / name / "release") for name in ("megatron", "again"))
     assert first.architecture.vocab_size == second.architecture.vocab_size == 205
     assert first.tokenizer["added_tokens"] == second.tokenizer["added_tokens"]

@@ -80,8 +80,8 @@ def shop(tmp_path_factory, desk, engine):
     tiny = ("--hidden_size", 64, "--max_position_embeddings", 128)
     must(engine(at.tokenizer, at.hf, *tiny, module="examples.oasst.make_tiny_llama"))
     for name, more in {
-        "classic": (), "dist": ("--ckpt_format", "torch_dist"),
-        "split": ("--tensor_model_parallel_size", 2, "--pipeline_model_parallel_size", 2),
+        "classic": ("--ckpt_format", "torch"), "dist": (),
+        "split": ("--tensor_model_parallel_size", 2, "--pipeline_model_parallel_size", 2, "--ckpt_format", "torch"),
     }.items():  # fmt: skip
         setattr(at, name, root / name)
         must(engine("hf-to-megatron", at.hf, root / name, "--chat_format", "chatml", *more))

@@ -33,11 +33,9 @@ def test_flags_are_finetunes_own(script, tmp_path):
     """Every flag is known and fits its type; the layout needs as many processes as the script has GPUs, or a part of them."""
     lines = script.read_text().replace("\\\n", " ").splitlines()
     words = shlex.split(next(line for line in lines if line.startswith("train_on_all_nodes")))[1:-1]
-    sections = {
-        type(section).__name__: section for section in parse(COMMAND, [word.replace("$SAVE", "save") for word in words])
-    }
-    parallel, nodes = sections["Parallelism"], int(re.search(r"--nodes=(\d+)", script.read_text())[1])
-    assert nodes * 8 % (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size) == 0
+    (settings,) = parse(COMMAND, [word.replace("$SAVE", "save") for word in words])
+    nodes = int(re.search(r"--nodes=(\d+)", script.read_text())[1])
+    assert nodes * 8 % settings.parallel.model_parallel_size == 0
     assert "--signal=B:USR1@" in script.read_text() and "--requeue" in script.read_text()
 
 

@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
     make_sentencepiece(place / "source")
     source = str(place / "source")
     convert(HfToMegatron(source, str(place / "torch_dist"), ckpt_format="torch_dist", chat_format="chatml"))
-    convert(HfToMegatron(source, str(place / "torch"), 2, 2, chat_format="chatml"))
+    convert(HfToMegatron(source, str(place / "torch"), 2, 2, chat_format="chatml", ckpt_format="torch"))
     for name, size in (("hf", "5GB"), ("hf-shards", "60KB")):
         export(MegatronToHf(str(place / "torch"), str(place / name), max_shard_size=size))
     shutil.copytree(place / "hf", place / "pickled", ignore=shutil.ignore_patterns("digests.json", "*.safetensors"))

@@ -40,8 +40,8 @@ class Merge:
     """exact: of samples with the same tokens and roles keep the first"""
     without: list[str] = field(default_factory=list)
     """prefixes of shards whose samples are left out, by tokens and roles: the validation set, that it stays unseen"""
-    verify: bool = True
-    """compare all parts with their hashes first; --no_verify does not"""
+    verify_data: bool = True
+    """compare all parts with their hashes first; --no_verify_data skips this"""
 
 
 COMMAND = Command(
@@ -72,8 +72,8 @@ def run(options: Merge) -> int:
     others = [open_shards(prefix) for prefix in options.without]
     for other in others:
         check_alike(parts[0], other)
-    if options.verify:
-        verify_shards([*parts, *others], "--no_verify")
+    if options.verify_data:
+        verify_shards([*parts, *others], "--no_verify_data")
     kept, dropped = chosen(parts, others, options.duplicates == "exact")
     first, asked = parts[0].manifest, _asked(options)
     _settings_file(options).unlink(missing_ok=True)  # an earlier run's: it says nothing of what is written now
@@ -111,8 +111,8 @@ def _same_as_before(options: Merge) -> bool:
         return False
     if same:
         merged = open_shards(options.output)
-        if options.verify:
-            verify_shards([merged], "--no_verify")
+        if options.verify_data:
+            verify_shards([merged], "--no_verify_data")
     return same
 
 
