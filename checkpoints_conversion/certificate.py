@@ -71,7 +71,7 @@ def compare_weights(hf: Path, opened: Opened) -> Weights:
         mine = opened.full(other)
         full = cast(source.full(one), opened.config.dtype, one.key) if mine.dtype != source.dtype_of(one) else None
         full = source.full(one) if full is None else full
-        rows = min(len(full), len(mine)) if one.rule.cut == "vocab_rows" else len(full)
+        rows = min(len(full), len(mine)) if one.rule.cut == "vocab_parallel" else len(full)
         if full.dtype != mine.dtype or as_bytes(full[:rows]) != as_bytes(mine[:rows]):
             raise CheckpointError(f"{one.key} differs between {hf} and {opened.folder}")
         progress.add(full.numel() * full.element_size())

@@ -68,7 +68,7 @@ def part_shape(placed: Placed, config: CheckpointConfig) -> tuple[int, ...]:
 
 
 def _own_part(placed: Placed, full: Tensor, config: CheckpointConfig, tp_rank: int) -> Tensor:
-    if placed.rule.cut != "vocab_rows":
+    if placed.rule.cut != "vocab_parallel":
         return placed.rule.part(full, config.tensor_model_parallel_size, tp_rank)
     rows = part_shape(placed, config)[0]
     return pad_rows(full[tp_rank * rows : (tp_rank + 1) * rows], rows)

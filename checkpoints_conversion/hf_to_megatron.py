@@ -110,7 +110,7 @@ def convert(options: HfToMegatron) -> Report:
 
     def full(placed):
         tensor = cast(source.full(placed), options.params_dtype, placed.hf_keys[0])
-        return growth.apply(tensor, placed.key) if placed.rule.cut == "vocab_rows" else tensor
+        return growth.apply(tensor, placed.key) if placed.rule.cut == "vocab_parallel" else tensor
 
     files = write_checkpoint(
         target, config, source.rules, full, lambda one: dtype or source.dtype_of(one), tokenizer,

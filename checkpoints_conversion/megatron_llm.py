@@ -213,7 +213,7 @@ def _translated(arch: Architecture, placed: Placed, part: Tensor) -> Tensor:
     """One rank's tensor in megatron-core's order."""
     if placed.key.endswith("linear_qkv.weight"):
         return unlace(part, arch)
-    if placed.rule.cut == "gated_rows":
+    if placed.rule.cut == "gated_column_parallel":
         up, gate = part.chunk(2)
         return torch.cat([gate, up])
     return part

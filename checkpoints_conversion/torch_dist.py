@@ -150,7 +150,7 @@ class TorchDistSource:
             raise CheckpointError(f"{where} holds {left_over[0]} ({len(left_over)} such), unknown to this architecture")
         for key, one in wanted.items():
             stored, shape = tuple(self._tensors[key].size), one.rule.full_shape(self.config.architecture)
-            padded = one.rule.cut == "vocab_rows" and stored[1:] == shape[1:] and stored[0] >= shape[0]
+            padded = one.rule.cut == "vocab_parallel" and stored[1:] == shape[1:] and stored[0] >= shape[0]
             if stored != shape and not padded:
                 raise CheckpointError(f"{where}: {key} is {list(stored)}, config.json says {list(shape)}")
 
@@ -193,7 +193,7 @@ class TorchDistSource:
             covered += chunk.sizes.numel()
         if covered != tensor.numel():
             raise CheckpointError(f"{self.folder / '.metadata'}: the parts of {key} do not cover it; save it again")
-        return tensor[: self.config.architecture.vocab_size] if placed.rule.cut == "vocab_rows" else tensor
+        return tensor[: self.config.architecture.vocab_size] if placed.rule.cut == "vocab_parallel" else tensor
 
     def dtype(self, placed: Placed) -> torch.dtype:
         return self._tensors[self._prefix + placed.dist_key].properties.dtype

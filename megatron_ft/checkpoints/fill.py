@@ -20,7 +20,7 @@ def fill_from(
     slots = dict(model.named_parameters())
     for placed in placed_rules(arch, rules, layout.pp_size, layout.pp_rank):
         whole = full(placed)
-        if placed.rule.cut == "vocab_rows":
+        if placed.rule.cut == "vocab_parallel":
             whole = pad_rows(whole, model.vocab_size)
         slots.pop(placed.local_key).copy_(placed.rule.part(whole, layout.tp_size, layout.tp_rank))
     assert not slots, f"not filled: {sorted(slots)}"

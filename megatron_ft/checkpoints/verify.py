@@ -101,7 +101,7 @@ def _check_weights(metadata: Metadata, config: CheckpointConfig, folder: Path) -
     for placed in placed_rules(arch, family_of(arch).rules(arch)):
         entry, shape = stored.get(prefix + placed.dist_key), tuple(placed.rule.full_shape(arch))
         size = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-        padded = placed.rule.cut == "vocab_rows" and size and size[1:] == shape[1:] and size[0] >= shape[0]
+        padded = placed.rule.cut == "vocab_parallel" and size and size[1:] == shape[1:] and size[0] >= shape[0]
         if size != shape and not padded:
             found = f"is {list(size)}, its config.json says {list(shape)}" if size else "is missing"
             raise CheckpointError(

@@ -139,7 +139,7 @@ class HfSource:
     def _check_left_over(self, keys: list[str]) -> None:
         if keys == ["lm_head.weight"] and self.arch.tied_embeddings:
             # Some exports hold tied embeddings twice. Equal copies say nothing new; others contradict the config.
-            embedding = next(rule.hf_keys[0] for rule in self.rules if rule.cut == "vocab_rows")
+            embedding = next(rule.hf_keys[0] for rule in self.rules if rule.cut == "vocab_parallel")
             if self._tensor(keys[0]).equal(self._tensor(embedding)):
                 return
             raise CheckpointError(

@@ -46,7 +46,7 @@ def separate_qkv(hf_keys: tuple[str, str, str], kind: str = "weight") -> Rule:
         hf_keys,
         hf_shapes=lambda a: [(rows, *rest(a)) for rows in qkv_rows(a)],
         full_shape=lambda a: (sum(qkv_rows(a)), *rest(a)),
-        cut="rows",
+        cut="column_parallel",
         to_megatron=merge_qkv,
         to_hf=split_qkv,
     )
@@ -55,12 +55,12 @@ def separate_qkv(hf_keys: tuple[str, str, str], kind: str = "weight") -> Rule:
 def fused_qkv(hf_key: str) -> Rule:
     """Already [q_1..q_n, k, v] for each query group."""
     name = LAYER + "self_attention.linear_qkv.weight"
-    return same(name, hf_key, lambda a: (sum(qkv_rows(a)), a.hidden_size), cut="rows")
+    return same(name, hf_key, lambda a: (sum(qkv_rows(a)), a.hidden_size), cut="column_parallel")
 
 
 def attention_output(hf_key: str) -> Rule:
     name = LAYER + "self_attention.linear_proj.weight"
-    return same(name, hf_key, lambda a: (a.hidden_size, qkv_rows(a)[0]), cut="columns")
+    return same(name, hf_key, lambda a: (a.hidden_size, qkv_rows(a)[0]), cut="row_parallel")
 
 
 def gated_mlp(hf_gate: str, hf_up: str, hf_down: str) -> list[Rule]:
@@ -69,7 +69,7 @@ def gated_mlp(hf_gate: str, hf_up: str, hf_down: str) -> list[Rule]:
         (hf_gate, hf_up),
         hf_shapes=lambda a: [(a.ffn_hidden_size, a.hidden_size)] * 2,
         full_shape=lambda a: (2 * a.ffn_hidden_size, a.hidden_size),
-        cut="gated_rows",
+        cut="gated_column_parallel",
         to_megatron=stack_rows,
         to_hf=halve_rows,
     )
@@ -77,7 +77,9 @@ def gated_mlp(hf_gate: str, hf_up: str, hf_down: str) -> list[Rule]:
 
 
 def plain_mlp(hf_up: str, hf_down: str) -> list[Rule]:
-    up = same(LAYER + "mlp.linear_fc1.weight", hf_up, lambda a: (a.ffn_hidden_size, a.hidden_size), cut="rows")
+    up = same(
+        LAYER + "mlp.linear_fc1.weight", hf_up, lambda a: (a.ffn_hidden_size, a.hidden_size), cut="column_parallel"
+    )
     return [up, _down(hf_down)]
 
 
@@ -87,7 +89,9 @@ def same(key: str, hf_key: str, shape, **others) -> Rule:
 
 
 def _down(hf_key: str) -> Rule:
-    return same(LAYER + "mlp.linear_fc2.weight", hf_key, lambda a: (a.hidden_size, a.ffn_hidden_size), cut="columns")
+    return same(
+        LAYER + "mlp.linear_fc2.weight", hf_key, lambda a: (a.hidden_size, a.ffn_hidden_size), cut="row_parallel"
+    )
 
 
 def _norm(arch: Architecture, name: str, hf_name: str, dist: str | None = None, stage: str = "layer") -> list[Rule]:
@@ -99,7 +103,7 @@ def _norm(arch: Architecture, name: str, hf_name: str, dist: str | None = None, 
 
 
 def _vocabulary(key: str, hf_key: str, stage: str) -> Rule:
-    return same(key, hf_key, lambda a: (a.vocab_size, a.hidden_size), cut="vocab_rows", stage=stage)
+    return same(key, hf_key, lambda a: (a.vocab_size, a.hidden_size), cut="vocab_parallel", stage=stage)
 
 
 def _hidden(arch: Architecture) -> Shape:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
-Cut = Literal["replicated", "rows", "columns", "gated_rows", "vocab_rows"]
-"""How ranks share a tensor: whole on each; by axis 0; by axis 1; gate and up each by axis 0, then [gate; up] on a rank;
-by axis 0 after padding."""
+Cut = Literal["replicated", "column_parallel", "row_parallel", "gated_column_parallel", "vocab_parallel"]
+"""How ranks share a tensor, in Megatron's terms for a weight [out, in]. replicated: whole on each rank. column_parallel: axis 0 is cut.
+row_parallel: axis 1. gated_column_parallel: gate and up are each cut by axis 0, a rank holds [gate; up]. vocab_parallel: axis 0, after
+padding."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,28 @@ class Rule:
     def part_shape(self, arch: Architecture, tp_size: int, padded_vocab: int) -> Shape:
         """Shape of one tensor-parallel rank's part."""
         shape = list(self.full_shape(arch))
-        if self.cut == "vocab_rows":
+        if self.cut == "vocab_parallel":
             shape[0] = padded_vocab
         if self.cut != "replicated":
-            shape[1 if self.cut == "columns" else 0] //= tp_size
+            shape[1 if self.cut == "row_parallel" else 0] //= tp_size
         return tuple(shape)
 
     def part(self, full: Tensor, tp_size: int, tp_rank: int) -> Tensor:
         """Rank tp_rank's part: a view where the part is contiguous rows or columns, [gate; up] a copy.
 
-        A vocab_rows tensor must already be padded (pad_rows).
+        A vocab_parallel tensor must already be padded (pad_rows).
         """
         if self.cut == "replicated":
             return full
-        if self.cut == "gated_rows":
+        if self.cut == "gated_column_parallel":
             import torch
 
             return torch.cat([half.chunk(tp_size)[tp_rank] for half in full.chunk(2)])
-        return full.chunk(tp_size, dim=1 if self.cut == "columns" else 0)[tp_rank]
+        return full.chunk(tp_size, dim=1 if self.cut == "row_parallel" else 0)[tp_rank]
 
     def split(self, arch: Architecture, full: Tensor, tp_size: int, padded_vocab: int | None = None) -> list[Tensor]:
-        """All ranks' parts. `padded_vocab`: rows to pad a vocab_rows tensor to with zeros; default: already padded."""
-        if self.cut == "vocab_rows" and padded_vocab is not None:
+        """All ranks' parts. `padded_vocab`: rows to pad a vocab_parallel tensor to with zeros; default: already padded."""
+        if self.cut == "vocab_parallel" and padded_vocab is not None:
             full = pad_rows(full, padded_vocab)
         return [self.part(full, tp_size, rank) for rank in range(tp_size)]
 
@@ -75,11 +76,11 @@ class Rule:
 
         if self.cut == "replicated":
             return parts[0]
-        if self.cut == "gated_rows":
+        if self.cut == "gated_column_parallel":
             halves = [part.chunk(2) for part in parts]
             return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-        full = torch.cat(list(parts), dim=1 if self.cut == "columns" else 0)
-        return full[: arch.vocab_size] if self.cut == "vocab_rows" else full
+        full = torch.cat(list(parts), dim=1 if self.cut == "row_parallel" else 0)
+        return full[: arch.vocab_size] if self.cut == "vocab_parallel" else full
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def placed_rules(arch: Architecture, rules: Sequence[Rule], pp_size: int = 1, pp
             yield from (
                 Placed(rule, rule.key, rule.key, "output_layer.weight", rule.hf_keys, is_copy=True)
                 for rule in rules
-                if rule.cut == "vocab_rows"
+                if rule.cut == "vocab_parallel"
             )
 
 

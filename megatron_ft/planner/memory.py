@@ -81,7 +81,7 @@ def parameter_sizes(arch: Architecture, tp: int, layers: int, first: bool, last:
     sizes = []
     for rule in family_of(arch).rules(arch):
         times = {"first": int(first), "layer": layers, "last": int(last)}[rule.stage]
-        if arch.tied_embeddings and rule.cut == "vocab_rows":
+        if arch.tied_embeddings and rule.cut == "vocab_parallel":
             times = int(first or last)
         sizes += [prod(rule.part_shape(arch, tp, rows))] * times
     return sizes
