@@ -18,6 +18,7 @@ from megatron_ft.checkpoints.folder import MODEL_PREFIX, CheckpointConfig, check
 from megatron_ft.checkpoints.verify import check_tensors, verify, vet
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError
+from megatron_ft.models.trainable import ALL, Trainable, global_name
 
 Result = TypeVar("Result")
 
@@ -60,11 +61,19 @@ def _load_classic(folder: Path, config: CheckpointConfig, model, layout: Layout)
     torch.distributed.barrier()  # a rank whose file is damaged stops the others here, before anything is written
 
 
-def sharded_weights(model) -> dict:
-    """The engine's description of this rank's weights within the whole model; of several chunks, a dictionary for each."""
+def sharded_weights(model, only: Trainable = ALL) -> dict:
+    """Return the engine's description of this rank's weights within the whole model; of several chunks, a dictionary for each.
+
+    only: parameters that are saved or loaded; the others are left out.
+    """
     chunks = chunks_of(model)
-    each = [chunk.sharded_state_dict(prefix=MODEL_PREFIX, metadata=sharding_metadata()) for chunk in chunks]
+    each = [_described(chunk, only) for chunk in chunks]
     return each[0] if len(each) == 1 else {f"chunk{number}": weights for number, weights in enumerate(each)}
+
+
+def _described(chunk, only: Trainable) -> dict:
+    found = chunk.sharded_state_dict(prefix=MODEL_PREFIX, metadata=sharding_metadata())
+    return {key: entry for key, entry in found.items() if global_name(chunk, key.removeprefix(MODEL_PREFIX)) in only}
 
 
 def chunks_of(model) -> list:
@@ -72,15 +81,18 @@ def chunks_of(model) -> list:
     return model if isinstance(model, list) else [model]
 
 
-def fill_chunks(model, weights: dict, where: Path) -> None:
+def fill_chunks(model, weights: dict, where: Path, only: Trainable = ALL) -> None:
     """`fill` for what `sharded_weights` describes."""
     chunks = chunks_of(model)
     for number, chunk in enumerate(chunks):
-        fill(chunk, weights if len(chunks) == 1 else weights[f"chunk{number}"], where)
+        fill(chunk, weights if len(chunks) == 1 else weights[f"chunk{number}"], where, only)
 
 
-def fill(model, weights: dict, where: Path) -> None:
-    """Put loaded weights (with or without our key prefix) into a model. Raises CheckpointError unless all fit and none is left over."""
+def fill(model, weights: dict, where: Path, only: Trainable = ALL) -> None:
+    """Put loaded weights (with or without our key prefix) into a model.
+
+    only: parameters that have to be there. Raise CheckpointError unless all of them fit and none is left over.
+    """
     weights = {key.removeprefix(MODEL_PREFIX): value for key, value in weights.items()}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -88,7 +100,7 @@ def fill(model, weights: dict, where: Path) -> None:
         raise CheckpointError(
             f"{where}: does not fit the model that its config.json describes ({_first_line(error)})"
         ) from error
-    missing = [key for key in missing if not key.endswith("_extra_state")]
+    missing = [key for key in missing if not key.endswith("_extra_state") and global_name(model, key) in only]
     if missing or unexpected:
         raise CheckpointError(
             f"{where}: tensors missing: {', '.join(missing[:3]) or 'none'}; not known: {', '.join(unexpected[:3]) or 'none'}; convert again"

@@ -29,6 +29,8 @@ from megatron_ft.shares import deal
 KEYS = ("param", "exp_avg", "exp_avg_sq")
 """What is kept of a parameter, fp32, as the engine's checkpoints call it."""
 STATE_BYTES = 4 * len(KEYS)
+MAIN = "fp32_from_fp16_params"
+"""Where the engine's state of a bf16 or fp16 optimizer that is not distributed holds the main weights: a list for each group."""
 
 
 class Piece(NamedTuple):
@@ -109,15 +111,28 @@ class Whole:
 
     def to_save(self) -> dict[str, Any]:
         """Return the state as sharded tensors."""
-        return self.optimizer.sharded_state_dict(self.weights, metadata=sharding_metadata())
+        return self._without_empty_groups(self.optimizer.sharded_state_dict(self.weights, metadata=sharding_metadata()))
 
     def to_load(self) -> dict[str, Any]:
         """Return what to ask the checkpoint for."""
-        return self.optimizer.sharded_state_dict(self.weights, is_loading=True, metadata=sharding_metadata())
+        return self._without_empty_groups(
+            self.optimizer.sharded_state_dict(self.weights, is_loading=True, metadata=sharding_metadata())
+        )
 
     def put_back(self, state: dict[str, Any]) -> None:
         """Take over what was read."""
+        if MAIN in state:
+            state[MAIN] = [state[MAIN].get(number, []) for number in range(len(self.optimizer.param_groups))]
         self.optimizer.load_state_dict(state)
+
+    @staticmethod
+    def _without_empty_groups(state: dict[str, Any]) -> dict[str, Any]:
+        """Put the main weights by the number of their group. An empty group, of a rank that trains none of its parameters, would be
+        saved as something alike on all ranks, which it is not, and the others could not load it.
+        """
+        if MAIN in state:
+            state[MAIN] = {number: group for number, group in enumerate(state[MAIN]) if group}
+        return state
 
 
 class ByOwner:

@@ -97,6 +97,7 @@ def _train(layout, source, described, train_set, valid_set, settings: TrainingSe
     from megatron_ft.log import setup as log_to_file
     from megatron_ft.models.build import attention_needs
     from megatron_ft.models.kernels import choose, machine
+    from megatron_ft.models.trainable import Trainable, count
     from megatron_ft.training import run_record, sample_hash, setup
     from megatron_ft.training.fit import starts_anew
     from megatron_ft.training.guard import attempt
@@ -109,7 +110,10 @@ def _train(layout, source, described, train_set, valid_set, settings: TrainingSe
     log = logger("finetune")
     checkpointing, data, batch, parallel = settings.checkpointing, settings.data, settings.batch, settings.parallel
     optimizer, numerics, logging, kernels = settings.optimizer, settings.numerics, settings.logging, settings.kernels
-    model = setup.make_model(described.architecture, layout, data, parallel, numerics, kernels, vocab_rows(described))
+    trainable = Trainable(tuple(optimizer.unfrozen_parameters))
+    model = setup.make_model(
+        described.architecture, layout, data, parallel, numerics, kernels, vocab_rows(described), trainable
+    )
     adam = make_optimizer(model, optimizer, numerics, parallel.use_distributed_optimizer)
     schedule = make_schedule(adam, optimizer, batch)
     rows = batch.global_batch_size or batch.micro_batch_size * layout.dp_size
@@ -132,6 +136,9 @@ def _train(layout, source, described, train_set, valid_set, settings: TrainingSe
     if folder := _run_folder(checkpointing, logging):  # not before: a run that cannot start leaves nothing behind
         log_to_file(file=folder / LOG)
     log.info(f"{layout} on {device.describe()}; weights from {source}")
+    if trainable.patterns:
+        trained, whole = count(described.architecture, trainable)
+        log.info(f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.1%}), the others are frozen")
     if layout.is_main:
         choice = choose(kernels, numerics, machine(), attention_needs(described.architecture))
         report_kernels(kernels, choice, device.has_gpu())

@@ -125,6 +125,9 @@ class Optimizer:
     """added to the root of the second moment"""
     clip_grad: float = 1.0
     """largest gradient norm; 0: no clipping"""
+    unfrozen_parameters: list[str] = field(default_factory=list)
+    """train only parameters whose name in the checkpoint holds a match of one of these regular expressions, such as
+    layers.(30|31).mlp; default: all parameters"""
 
 
 @dataclass

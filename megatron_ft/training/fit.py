@@ -23,6 +23,7 @@ from megatron_ft.config.checks import (
 from megatron_ft.config.sections import Checkpointing
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.models.pipeline import split_layers
+from megatron_ft.models.trainable import check_patterns
 from megatron_ft.training.model_flags import check_model_flags
 
 
@@ -73,6 +74,7 @@ def check_model(
     microbatches_fit_chunks(parallel, settings.batch, settings.data, dp_size, split.virtual_size)
     recompute_groups_fit(settings.numerics, [len(chunk) for stage in split.chunks for chunk in stage])
     rows_fit_positions(settings.data, described.architecture.max_position_embeddings)
+    check_patterns(settings.optimizer.unfrozen_parameters, described.architecture)
     if not starts_anew(described, checkpointing):
         check_training_state(folder, described)
     return described

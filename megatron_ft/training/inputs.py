@@ -45,6 +45,11 @@ class Inputs:
     counts: np.ndarray
     """[3] float64: real tokens, supervised tokens, pairs of tokens of which one sees the other"""
 
+    @property
+    def position_ids(self) -> Tensor:
+        """[b, s]; the rotary embedding counts for itself, but the engine's embedding takes them."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
+
 
 @dataclass(frozen=True)
 class _Task:

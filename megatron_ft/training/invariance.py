@@ -30,7 +30,10 @@ from megatron_ft.engine.optimizer import make_optimizer, make_schedule
 from megatron_ft.engine.parallel import ParallelSizes, process_groups
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.pipeline import split_layers
+from megatron_ft.models.trainable import ALL, Trainable
 from megatron_ft.training import setup
+from megatron_ft.training.objectives.cross_entropy import CrossEntropy
+from megatron_ft.training.objectives.objective import Objective
 from megatron_ft.training.step import Stepper
 
 ROWS = 8
@@ -58,6 +61,8 @@ class Problem:
     architecture: Architecture
     seq_length: int = 64
     numerics: Numerics = field(default_factory=Numerics)
+    objective: Objective = field(default_factory=CrossEntropy)
+    trainable: Trainable = ALL
     checkpoint: str | None = None
     """folder of the weights; None: made up"""
     seed: int = 1234
@@ -129,7 +134,9 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
     split = split_layers(arch.num_layers, parallel)
     data = Data(seq_length=problem.seq_length, packing=case.packing, seed=problem.seed)
     with process_groups(ParallelSizes.of(parallel, split.virtual_size), problem.seed) as layout:
-        chunks = setup.make_model(arch, layout, data, parallel, numerics, case.kernels)
+        chunks = setup.make_model(
+            arch, layout, data, parallel, numerics, case.kernels, trainable=problem.trainable
+        )  # fmt: skip
         bare = setup.bare(chunks)
         section = Optimizer(
             lr=1e-3, lr_decay_style="constant", clip_grad=0.0
@@ -149,7 +156,7 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
         rows = MadeUpChats(arch.vocab_size, problem.seq_length, problem.seed)
         dataset = ChatDataset([rows], loss_weights(), Choices(problem.seq_length, problem.seed, packed=case.packing))
         drops = problem.seed if numerics.hidden_dropout else None
-        stepper = Stepper(chunks, layout, case.micro_batch_size, ROWS, dropout_seed=drops)
+        stepper = Stepper(chunks, layout, case.micro_batch_size, ROWS, dropout_seed=drops, objective=problem.objective)
         first = stepper.train(dataset, 0, optimizer)
         gradients = _gathered(bare, arch)
         second = stepper.train(dataset, 0, optimizer)
@@ -174,9 +181,12 @@ def compare(one: Measured, other: Measured) -> Difference:
     return Difference(*scalars, apart[where], where)
 
 
-def _parts(chunks: list, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Iterator[ShardedTensor]:
+def _parts(
+    chunks: list, of: Callable[[torch.nn.Parameter], torch.Tensor],
+    wanted: Callable[[torch.nn.Parameter], bool] = lambda _: True,
+) -> Iterator[ShardedTensor]:  # fmt: skip
     """The engine's description of every parameter's place in the whole model, around of(parameter) instead of the parameter."""
-    by_id = {id(parameter): parameter for chunk in chunks for parameter in chunk.parameters()}
+    by_id = {id(parameter): parameter for chunk in chunks for parameter in chunk.parameters() if wanted(parameter)}
     for entry in nested_values(sharded_weights(chunks if len(chunks) > 1 else chunks[0])):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in by_id:
             data = of(by_id[id(entry.data)]).detach()
@@ -209,7 +219,7 @@ def _gathered(chunks: list, arch: Architecture) -> dict[str, np.ndarray] | None:
     """Every gradient as a whole tensor, on rank 0; None on the others. Copies of a part must agree to the last bits, or it is NaN."""
     mine = [
         (part.key, part.global_shape[part.prepend_axis_num :], _box(part), is_main_replica(part.replica_id), part.data)
-        for part in _parts(chunks, lambda parameter: parameter.main_grad)
+        for part in _parts(chunks, lambda parameter: parameter.main_grad, lambda parameter: parameter.requires_grad)
     ]
     mine = [(*where, value.float().cpu().clone()) for *where, value in mine]
     held: list = [None] * dist.get_world_size()

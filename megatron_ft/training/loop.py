@@ -134,7 +134,7 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
         **_throughput(run, result, seconds),
         "train/memory_gb": device.peak_memory_bytes() / 1e9,
         **{f"train/seconds_{phase}": seconds for phase, seconds in run.stepper.phases.items()},
-        **{f"train/{name}": value for name, value in result.breakdown.items()},
+        **{f"train/{name}": value for name, value in result.more.items()},
     }
 
 
@@ -161,7 +161,7 @@ def _evaluate(run: Run, progress: Progress) -> None:
         "eval/perplexity": perplexity(result.loss),
         "eval/tokens": result.tokens,
         "eval/supervised_tokens": result.supervised_tokens,
-        **{f"eval/{name}": value for name, value in result.breakdown.items()},
+        **{f"eval/{name}": value for name, value in result.more.items()},
     }
     for hook in run.hooks:
         hook.on_eval(progress.iteration, metrics)

@@ -12,16 +12,17 @@ from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.build import BuildOptions, attention_needs, build_chunks
 from megatron_ft.models.kernels import choose, machine
 from megatron_ft.models.pipeline import split_layers
+from megatron_ft.models.trainable import ALL, Trainable
 
 
 def make_model(
     arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics,
-    kernels: Kernels | None = None, rows: int | None = None,
+    kernels: Kernels | None = None, rows: int | None = None, trainable: Trainable = ALL,
 ) -> list[DistributedDataParallel]:  # fmt: skip
     """The chunks of this rank's stage (one, unless the pipeline is interleaved), each inside the engine's data-parallel wrapper
     (gradients in fp32 buffers, unless --grad_reduce_in_bf16).
 
-    rows: of the embedding, padding included, where a checkpoint prescribes them.
+    rows: of the embedding, padding included, where a checkpoint prescribes them. trainable: what is trained; the rest has no gradients.
     """
     kernels, here = kernels or Kernels(), machine()
     whole_layers = numerics.recompute_granularity == "full"
@@ -50,6 +51,8 @@ def make_model(
     )
     chunks = build_chunks(arch, layout, options)
     config = chunks[0].config
+    for chunk in chunks:
+        trainable.freeze_others(chunk)
     wrapped = [
         # Gradients of later chunks come first in the backward pass: only there are buckets worth having.
         DistributedDataParallel(

@@ -18,8 +18,10 @@ from megatron_ft import device
 from megatron_ft.data.loader import ChatDataset, step_rows
 from megatron_ft.engine.exchange import known_shapes
 from megatron_ft.engine.parallel import Layout
+from megatron_ft.training.global_weight import GlobalWeight
 from megatron_ft.training.inputs import Inputs, InputStream
-from megatron_ft.training.loss import GlobalWeight, breakdown, weighted_sum
+from megatron_ft.training.objectives.cross_entropy import CrossEntropy
+from megatron_ft.training.objectives.objective import Objective
 from megatron_ft.training.update import Update, update
 
 
@@ -28,7 +30,7 @@ class StepResult:
     """What one step came to, summed over the whole global batch. Meaningful on ranks of the last pipeline stage."""
 
     loss: float
-    """Weighted mean over the global batch (nats per token)."""
+    """The objective's mean over the global batch; cross-entropy: nats per token."""
     tokens: int
     supervised_tokens: int
     grad_norm: float = 0.0
@@ -43,8 +45,8 @@ class StepResult:
     """Skipped because no token of the global batch had a weight."""
     loss_scale: float = 1.0
     """By which the loss was multiplied (fp16)."""
-    breakdown: dict[str, float] = field(default_factory=dict)
-    """Mean loss by role, source and position, all tokens counted alike: {"loss_by_role/assistant": 1.2, ...}."""
+    more: dict[str, float] = field(default_factory=dict)
+    """What else the objective logs; cross-entropy: mean loss by role, source and position, {"loss_by_role/assistant": 1.2, ...}."""
 
 
 class Phases(dict):
@@ -67,13 +69,15 @@ class Stepper:
     """Runs steps of one model over one dataset. Keeps nothing between steps but the engine's own state.
 
     model: the chunks of this rank's stage (setup.make_model). dropout_seed: of the residual dropout's masks; None: no dropout.
+    objective: what is minimised; None: cross-entropy.
     """
 
     def __init__(
         self, model: list, layout: Layout, micro_batch_size: int, global_batch_size: int, exact_phases: bool = False,
-        dropout_seed: int | None = None,
+        dropout_seed: int | None = None, objective: Objective | None = None,
     ):  # fmt: skip
         self.model, self.layout = model, layout
+        self.objective = objective or CrossEntropy()
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.weight = GlobalWeight()
         self.device = device.current_device()
@@ -130,14 +134,13 @@ class Stepper:
     def _run(
         self, dataset: ChatDataset, consumed: int, forward_only: bool, end: int | None = None, last: bool = False
     ) -> torch.Tensor:  # fmt: skip
-        """Return [tokens, supervised tokens, pairs that see each other, then what weighted_sum logs], fp64 on the device, of this
+        """Return [tokens, supervised tokens, pairs that see each other, then what the objective logs], fp64 on the device, of this
         rank's share of one global batch; rows from `end` on are empty.
         """
         mine, following = (
             step_rows(first, self.global_batch_size, self.micro_batch_size, self.layout.dp_rank, self.layout.dp_size)
             for first in (consumed, consumed + self.global_batch_size)
         )
-        sizes = [len(names) for names in dataset.group_names.values()]
         counts = np.zeros(3)
         self.weight.start_step(self.device)
         inputs = self.inputs.step(
@@ -150,7 +153,7 @@ class Stepper:
         )
         batches = itertools.tee(inputs, len(self.model))  # every chunk sees every microbatch
         logs = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, counts=counts, sizes=sizes),
+            forward_step_func=partial(self._forward, counts=counts, dataset=dataset),
             data_iterator=list(batches) if len(self.model) > 1 else batches[0],
             model=self.model,
             num_microbatches=len(mine),
@@ -159,20 +162,18 @@ class Stepper:
             forward_only=forward_only,
         )
         counted = device.handed(torch.from_numpy(counts))
-        unknown = torch.zeros(2 + 2 * sum(sizes), dtype=torch.float64, device=self.device)
+        unknown = torch.zeros(self.objective.log_size(dataset), dtype=torch.float64, device=self.device)
         return torch.cat([counted, torch.stack(logs).sum(0) if logs else unknown])
 
-    def _forward(self, batches: Iterator[Inputs], model, counts: np.ndarray, sizes: list[int]):
+    def _forward(self, batches: Iterator[Inputs], model, counts: np.ndarray, dataset: ChatDataset):
         """The engine's forward step: one microbatch through one chunk of this rank's stage."""
         batch = next(batches)
         if model is self.model[0]:  # what is counted is counted by a stage's first chunk
             if self.layout.cp_rank == 0:  # the others have the same rows
                 counts += batch.counts
-            self.weight.add(batch.weights)
-        losses = model(
-            batch.tokens, _position_ids(batch.tokens), None, labels=batch.labels, packed_seq_params=batch.rows
-        )
-        return losses, partial(weighted_sum, weights=batch.weights, groups=batch.groups, sizes=sizes)
+            self.weight.add(self.objective.weight(batch))
+        output = self.objective.forward(model, batch)
+        return output, partial(self.objective.contribution, batch=batch, dataset=dataset)
 
     def _shape(self, dataset: ChatDataset) -> dict:
         """What passes between pipeline stages: [s, b, h]; a packed batch is one row of b * s."""
@@ -191,12 +192,7 @@ class Stepper:
 
     def _result(self, dataset: ChatDataset, sums: torch.Tensor, **more) -> StepResult:
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        tokens, supervised, seen, loss, weight, *rest = sums.tolist()
-        groups = breakdown(rest, dataset.group_names)
+        tokens, supervised, seen, *log = sums.tolist()
+        loss, others = self.objective.read(log, dataset)
         counted = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seen": seen}
-        return StepResult(loss / max(weight, 1e-12), breakdown=groups, **counted, **more)
-
-
-def _position_ids(tokens: torch.Tensor) -> torch.Tensor:
-    """[b, s]; the rotary embedding counts for itself, but the engine's embedding asks for them."""
-    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return StepResult(loss, more=others, **counted, **more)

@@ -51,6 +51,7 @@ BROKEN = {
     "microbatches_fit_chunks": "--pipeline_model_parallel_size 2 --num_layers_per_virtual_pipeline_stage 1 --global_batch_size 3",
     "recompute_groups_fit": "--recompute_granularity full --recompute_num_layers 3",
     "rows_fit_positions": "--seq_length 256",
+    "check_patterns": "--unfrozen_parameters layers.4",
     "check_training_state": "--load {resumed} --tensor_model_parallel_size 2",
 }
 """Rule -> flags that break this rule and no other, for two processes."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ft.training.loss import breakdown, weighted_sum
+from megatron_ft.training.objectives.cross_entropy import breakdown, weighted_sum
 
 
 def test_weighted_sum_and_its_parts():
