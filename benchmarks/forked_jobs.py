@@ -31,7 +31,7 @@ prepare_engine()  # before anything imports the engine, hence the imports below 
 
 from megatron_ft.checkpoints.folder import describe
 from megatron_ft.checkpoints.select import candidates
-from megatron_ft.checkpoints.verify import vet
+from megatron_ft.checkpoints.verify import read_description
 from megatron_ft.commands import finetune as finetune_command
 from megatron_ft.commands import report  # noqa: F401 - the forked jobs have it then
 from megatron_ft.config.settings import TrainingSettings
@@ -174,7 +174,7 @@ def newest(root: Path) -> tuple[int, int]:
     for passed, folder in enumerate(candidates(root)):
         try:
             check_digests(folder)
-            vet(folder)
+            read_description(folder)
             return int(describe(folder).iteration), passed
         except UserError as error:
             print(f"  {error}", file=sys.stderr)

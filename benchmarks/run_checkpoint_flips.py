@@ -18,7 +18,7 @@ from benchmarks import small_saves
 from benchmarks.bit_flips import Flips, command, flip_bits
 from megatron_ft.checkpoints.folder import CheckpointConfig, describe, rank_file, write_config
 from megatron_ft.checkpoints.select import candidates, first_whole
-from megatron_ft.checkpoints.verify import vet
+from megatron_ft.checkpoints.verify import read_description
 from megatron_ft.checkpoints.writer import save_tensors
 from megatron_ft.config.sections import Checkpointing
 from megatron_ft.digests import check_digests, write_digests
@@ -44,7 +44,7 @@ def _reader(folder: Path) -> Callable[[], None]:
         _, config = first_whole(candidates(folder), describe, Checkpointing(load=str(folder)))
         check_digests(folder)
         if config.ckpt_format == "torch_dist":
-            vet(folder)
+            read_description(folder)
 
     return read
 

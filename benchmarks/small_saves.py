@@ -28,7 +28,7 @@ from megatron_ft.checkpoints.restricted import file_slice
 from megatron_ft.checkpoints.saver import Keep, Saver
 from megatron_ft.checkpoints.select import candidates
 from megatron_ft.checkpoints.training_state import Progress, plan_sharded
-from megatron_ft.checkpoints.verify import read_common, vet
+from megatron_ft.checkpoints.verify import read_description
 from megatron_ft.digests import check_digests
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.architecture import Architecture
@@ -105,8 +105,8 @@ def check(folder: Path) -> int:
     """The iteration of a checkpoint. Raises whatever is wrong with it."""
     described = describe(folder)
     check_digests(folder)
-    metadata, iteration = vet(folder), described.iteration
-    assert read_common(folder)["progress"]["iteration"] == iteration
+    (metadata, common), iteration = read_description(folder), described.iteration
+    assert common["progress"]["iteration"] == iteration
     wanted = tensors(iteration)
     seen = set()
     for index, place in metadata.storage_data.items():

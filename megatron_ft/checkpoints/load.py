@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ft.checkpoints.folder import MODEL_PREFIX, CheckpointConfig, check_sizes, rank_file
-from megatron_ft.checkpoints.verify import check_tensors, verify, vet
+from megatron_ft.checkpoints.verify import check_tensors, read_description, verify
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.trainable import ALL, Trainable, global_name
@@ -36,7 +36,7 @@ def sharding_metadata() -> dict[str, Any]:
 def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout, verified: bool = False) -> None:
     """Fill weights from either format. model: bare or wrapped, or the list of a stage's chunks.
 
-    verified: the caller has asked verified.verify; else all ranks do so here. Raises CheckpointError for what is not to be believed.
+    verified: the caller has called verify.verify; else all ranks do so here. Raise CheckpointError for what is damaged or of another model.
     """
     if not verified:
         verify(folder, config, layout)
@@ -45,7 +45,7 @@ def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout, 
         _load_classic(folder, config, only, layout)
     else:
         wanted = {"model": sharded_weights(model)}
-        check_tensors(vet(folder), wanted, folder, cast_weights=True)
+        check_tensors(read_description(folder).metadata, wanted, folder, cast_weights=True)
         state = engine_load(wanted, folder)
         fill_chunks(model, state["model"], folder)
 

@@ -27,7 +27,7 @@ from megatron_ft.checkpoints.folder import CONFIG, TOKENIZER_FOLDER, CheckpointC
 from megatron_ft.checkpoints.load import chunks_of, engine_load, fill_chunks, sharded_weights
 from megatron_ft.checkpoints.owned_state import optimizer_state
 from megatron_ft.checkpoints.saver import Keep, Plan, Saver
-from megatron_ft.checkpoints.verify import check_tensors, read_common, vet
+from megatron_ft.checkpoints.verify import check_tensors, read_description
 from megatron_ft.checkpoints.writer import Part, save_tensors
 from megatron_ft.config.sections import Checkpointing
 from megatron_ft.digests import digest_files, files_below
@@ -195,7 +195,7 @@ def _read_sharded(folder: Path, model, optimizer, layout: Layout) -> tuple[dict[
     """This rank's part of a torch_dist checkpoint, and what takes its "optimizer"; "rng" only where layout and kind of device are the
     same.
     """
-    metadata, common = vet(folder), read_common(folder)
+    metadata, common = read_description(folder)
     if "progress" not in common:
         raise no_training_state(folder)
     weights, streams = sharded_weights(model), _rng_tensors(layout)

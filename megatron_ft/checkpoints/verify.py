@@ -6,10 +6,11 @@ unpickles freely, sees it; and the tensors must be those that this model has. Wh
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -42,7 +43,7 @@ def verify(folder: Path, config: CheckpointConfig, layout: Layout, digests: bool
         if digests:
             _check_share(folder, layout)
         if config.ckpt_format == "torch_dist":
-            _check_weights(vet(folder), config, folder)
+            _check_weights(read_description(folder).metadata, config, folder)
     except CheckpointError as error:
         problem = error
     except OSError as error:
@@ -63,18 +64,30 @@ def _check_share(folder: Path, layout: Layout) -> None:
         log.warning(f"{folder} holds {others[0]} ({len(others)} such), which its save did not write: not read")
 
 
-def vet(folder: Path) -> Metadata:
-    """The metadata of a torch_dist checkpoint, once neither it nor common.pt names anything but tensors and plain containers."""
-    if (Path(folder) / ".metadata").stat().st_size > MAX_METADATA_BYTES:
+class Described(NamedTuple):
+    """What a torch_dist checkpoint says of its tensors (.metadata), and what is in it besides them (common.pt). Not to be changed."""
+
+    metadata: Metadata
+    common: dict[str, Any]
+
+
+def read_description(folder: Path) -> Described:
+    """Read .metadata and common.pt, once as long as the two files stay the same: verifying and loading both ask for them.
+
+    Raise CheckpointError where one is damaged, or names anything but tensors and plain containers.
+    """
+    folder = Path(folder)
+    stats = [(folder / name).stat() for name in (".metadata", "common.pt")]
+    if stats[0].st_size > MAX_METADATA_BYTES:
         raise DamagedError(f"{folder}/.metadata has more than {MAX_METADATA_BYTES} bytes: not a checkpoint's")
-    metadata = read_metadata(Path(folder) / ".metadata")
-    read_common(folder)
-    return metadata
+    return _read_description(
+        folder.resolve(), tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats)
+    )
 
 
-def read_common(folder: Path) -> dict:
-    """common.pt: what is no tensor of the model. Raises CheckpointError where it is damaged or names foreign objects."""
-    return read_tensors(Path(folder) / "common.pt")
+@functools.lru_cache(maxsize=1)
+def _read_description(folder: Path, _files: tuple) -> Described:
+    return Described(read_metadata(folder / ".metadata"), read_tensors(folder / "common.pt"))
 
 
 def read_tensors(path: Path, kind: type | tuple[type, ...] = dict) -> Any:

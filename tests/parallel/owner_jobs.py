@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.checkpoints.restricted import file_slice, read_metadata
-from megatron_ft.checkpoints.verify import read_common, tensor_hashes
+from megatron_ft.checkpoints.verify import read_description, tensor_hashes
 from megatron_ft.config.sections import Batch, Data, Kernels, Numerics, Optimizer, Parallelism
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.architecture import Architecture
@@ -158,7 +158,9 @@ def on_disk(folder: Path) -> OnDisk:
             continue
         parts = sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks)
         described[key] = tuple(entry.size), entry.properties.dtype, parts
-    return OnDisk(tensor_hashes(folder), described, json.dumps(read_common(folder), default=str, sort_keys=True))
+    return OnDisk(
+        tensor_hashes(folder), described, json.dumps(read_description(folder).common, default=str, sort_keys=True)
+    )
 
 
 def assembled(folder: Path) -> dict[str, torch.Tensor]:
