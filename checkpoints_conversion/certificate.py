@@ -59,7 +59,15 @@ def compare_weights(hf: Path, opened: Opened) -> Weights:
     source = HfSource(hf)
     theirs, ours = source.arch, opened.config.architecture
     sizes = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-    for name in (*sizes, "head_dim", "tied_embeddings", "norm_epsilon", "activation", "sliding_window"):
+    for name in (
+        *sizes,
+        "head_dim",
+        "tied_embeddings",
+        "norm_epsilon",
+        "activation",
+        "sliding_window",
+        "window_layers",
+    ):
         if getattr(theirs, name) != getattr(ours, name):
             raise CheckpointError(f"{name}: {getattr(theirs, name)} in {hf}, {getattr(ours, name)} in {opened.folder}")
     _compare_rope(theirs, ours, hf, opened)

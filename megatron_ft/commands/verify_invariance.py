@@ -185,7 +185,8 @@ def shrunk(arch: Architecture) -> Architecture:
             if name in scaling:
                 scaling[name] = scaling[name][: HIDDEN // new_heads // 2]
     return dataclasses.replace(
-        arch, num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=160, num_attention_heads=new_heads,
+        arch.with_layers(min(LAYERS, arch.num_layers)), num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=160,
+        num_attention_heads=new_heads,
         num_query_groups=new_groups, head_dim=HIDDEN // new_heads, vocab_size=VOCABULARY, rope_scaling=scaling,
         sliding_window=min(arch.sliding_window, 24) if arch.sliding_window else None,
         full_attention_layers=min(arch.full_attention_layers, LAYERS // 2),

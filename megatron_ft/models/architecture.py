@@ -7,10 +7,11 @@ the engine builds a model from it, a checkpoint carries it in its config.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from megatron_ft.errors import CheckpointError, ConfigError
+from megatron_ft.models.parts import AttentionPart, Layer, MlpPart, NormPart, Rope
 
 GATED = ("swiglu", "geglu", "reglu")
 
@@ -63,6 +64,12 @@ class Architecture:
     """Keys a token sees, itself included. None: all before it."""
     full_attention_layers: int = 0
     """The first layers, to which the window does not apply."""
+    window_layers: tuple[int, ...] | None = None
+    """Numbers, from 0, of the layers that have the window; None: all but the first `full_attention_layers`."""
+    window_rope_theta: float | None = None
+    """Base of the rotary embedding in layers that have the window, which is not scaled there; None: as in the others."""
+    rotary_share: float = 1.0
+    """Share of each head that the rotary embedding turns."""
 
     def __post_init__(self):
         """Raises CheckpointError for a value that no model has: what is read from a file may hold anything."""
@@ -83,10 +90,65 @@ class Architecture:
         window = self.sliding_window
         if window is not None and (type(window) is not int or window < 1):
             raise CheckpointError(f"sliding_window {window!r}: must be at least 1, or absent")
+        self._check_parts()
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
             )
+
+    def _check_parts(self) -> None:
+        if self.window_layers is not None:
+            layers = self.window_layers
+            if not isinstance(layers, list | tuple) or any(
+                type(n) is not int or not 0 <= n < self.num_layers for n in layers
+            ):
+                raise CheckpointError(f"window_layers {str(layers)[:80]}: must be numbers of layers, from 0")
+            object.__setattr__(self, "window_layers", tuple(layers))  # JSON has lists
+        if (self.window_layers is not None or self.window_rope_theta is not None) and self.sliding_window is None:
+            raise CheckpointError("window_layers and window_rope_theta need a sliding_window")
+        theta, share = self.window_rope_theta, self.rotary_share
+        if theta is not None and (not _is_number(theta) or theta <= 0):
+            raise CheckpointError(f"window_rope_theta {theta!r}: must be a number above 0")
+        uneven = _is_number(share) and share != 1 and (self.rotary_dim % 2 or not self.rotary_dim)
+        if not _is_number(share) or not 0 < share <= 1 or uneven:
+            raise CheckpointError(
+                f"rotary_share {share!r}: must be above 0, at most 1, and make an even number of a head's {self.head_dim}"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of a head that the rotary embedding turns."""
+        return int(self.head_dim * self.rotary_share)
+
+    def has_window(self, layer: int) -> bool:
+        """Return whether a layer, counted from 0, has the sliding window."""
+        if self.sliding_window is None:
+            return False
+        if self.window_layers is not None:
+            return layer in self.window_layers
+        return layer >= self.full_attention_layers
+
+    def layer(self, number: int) -> Layer:
+        """Return the parts of a layer, counted from 0."""
+        window = self.has_window(number)
+        own_base = window and self.window_rope_theta is not None
+        rope = Rope(
+            self.window_rope_theta if own_base else self.rope_theta,
+            None if own_base else self.rope_scaling,
+            self.rotary_dim,
+        )
+        attention = AttentionPart(
+            self.num_attention_heads, self.num_query_groups, self.head_dim, self.qkv_bias, self.qk_norm,
+            self.sliding_window if window else None, rope,
+        )  # fmt: skip
+        mlp, norm = MlpPart(self.ffn_hidden_size, self.activation), NormPart(self.norm, self.norm_epsilon)
+        return Layer(attention, mlp, norm, self.parallel_block, self.shared_norm)
+
+    def with_layers(self, num_layers: int) -> Architecture:
+        """Return the same model with fewer layers, its first ones."""
+        left = self.window_layers and tuple(n for n in self.window_layers if n < num_layers)
+        full = min(self.full_attention_layers, num_layers)
+        return replace(self, num_layers=num_layers, window_layers=left, full_attention_layers=full)
 
     @property
     def gated(self) -> bool:
@@ -94,8 +156,9 @@ class Architecture:
         return self.activation in GATED
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types only."""
-        return asdict(self)
+        """Return plain JSON types. What only few models have is left out where it is absent, so that earlier versions read the rest."""
+        newer = {"window_layers": None, "window_rope_theta": None, "rotary_share": 1.0}
+        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:

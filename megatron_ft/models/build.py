@@ -15,10 +15,12 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
 from megatron_ft import device
 from megatron_ft.engine.parallel import Layout
+from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.attention import SdpaAttention
 from megatron_ft.models.cross_entropy import vocab_parallel_cross_entropy
@@ -26,9 +28,10 @@ from megatron_ft.models.dropout import RowDropout, RowLayer
 from megatron_ft.models.kernels import Attention, Choice
 from megatron_ft.models.norms import NORMS
 from megatron_ft.models.parallel_block import ParallelBlock
+from megatron_ft.models.parts import Layer
 from megatron_ft.models.pipeline import PipelineSplit, plain_split
 from megatron_ft.models.rope import attention_factor
-from megatron_ft.models.rotary import Rotary, turn_by_table
+from megatron_ft.models.rotary import Rotary, ropes_of, turn_by_table
 
 _FUNCTIONS = {"swiglu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 ACTIVATIONS = {**_FUNCTIONS, "geglu": functional.gelu, "reglu": functional.relu}
@@ -164,6 +167,11 @@ def attention_needs(arch: Architecture) -> Attention:
 def _softmax_scale(arch: Architecture) -> float | None:
     """None: the engine's 1 / sqrt(head_dim). Else the same times m^2, for a rope that scales queries and keys by m."""
     m = attention_factor(arch.rope_scaling, arch.max_position_embeddings)
+    if m != 1.0 and arch.window_rope_theta is not None:
+        raise ConfigError(
+            f"rope scaling {arch.rope_scaling} scales attention in some layers only (those without the window have a rotary "
+            f"embedding of their own), which the engine cannot do: use another method with --rope_scaling_type"
+        )
     return None if m == 1.0 else m * m / math.sqrt(arch.head_dim)
 
 
@@ -171,7 +179,7 @@ def _window(arch: Architecture) -> dict:
     """The engine counts the keys to the left of a token; a list says which layers have the window."""
     if arch.sliding_window is None:
         return {}
-    has = [int(layer >= arch.full_attention_layers) for layer in range(arch.num_layers)]
+    has = [int(arch.has_window(layer)) for layer in range(arch.num_layers)]
     return {"window_size": (arch.sliding_window - 1, 0), "window_attn_skip_freq": has}
 
 
@@ -238,18 +246,29 @@ def apply_lima_dropout(model: ChatModel, hidden_dropout: float, num_layers: int)
 def _block_spec(
     arch: Architecture, config: TransformerConfig, kernels: Choice | None, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    name, norm = NORMS[arch.norm]
+    layers, offset = get_num_layers_to_build(config, vp_stage), get_transformer_layer_offset(config, vp_stage)
+    parts = [arch.layer(offset + number) for number in range(layers)]
+    ropes = ropes_of(arch)
+    made = [_layer_spec(layer, config, kernels, (ropes.index(layer.attention.rope), len(ropes))) for layer in parts]
+    return TransformerBlockSubmodules(layer_specs=made, layer_norm=NORMS[arch.norm][1])
+
+
+def _layer_spec(
+    parts: Layer, config: TransformerConfig, kernels: Choice | None, rope: tuple[int, int]
+) -> ModuleSpec:  # fmt: skip
+    """rope: (number, of how many) of the layer's rotary embedding."""
+    name, norm = NORMS[parts.norm.kind]
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization=name)
     layer.submodules.input_layernorm = norm
-    layer.submodules.pre_mlp_layernorm = IdentityOp if arch.shared_norm else norm
+    layer.submodules.pre_mlp_layernorm = IdentityOp if parts.shared_norm else norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(module=SdpaAttention, params={"kernels": kernels})
     if config.context_parallel_size > 1:  # kernels.check_context_parallel has seen that it is installed
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         attention.core_attention = TEDotProductAttention
-    if arch.qk_norm:
+    if parts.attention.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
-    layer.module = ParallelBlock if arch.parallel_block else RowLayer
-    layer.params = layer.params | {"fused": bool(kernels and kernels.fused)}
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
+    layer.module = ParallelBlock if parts.parallel else RowLayer
+    layer.params = layer.params | {"fused": bool(kernels and kernels.fused), "rope": rope}
+    return layer

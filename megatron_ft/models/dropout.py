@@ -151,20 +151,27 @@ class RowDropout(nn.Module):
 class RowLayer(TransformerLayer):
     """The engine's layer with residual dropout by token keys. `hidden_dropout` is read at every call, as in the engine.
 
-    fused: whether dropout and residual add are one compiled kernel (kernels.Choice.fused).
+    fused: whether dropout and residual add are one compiled kernel (kernels.Choice.fused). rope: (number, of how many) of the rotary
+    embeddings that the model's table holds side by side, the one of this layer.
     """
 
     keys: Tensor | None = None
 
-    def __init__(self, *args, fused: bool = False, **options):
+    def __init__(self, *args, fused: bool = False, rope: tuple[int, int] = (0, 1), **options):
         super().__init__(*args, **options)
-        self.fused = fused
+        self.fused, self.rope = fused, rope
         self.self_attn_bda = functools.partial(self._join, 0)
         self.mlp_bda = functools.partial(self._join, 1)
 
-    def forward(self, *args, packed_seq_params=None, **options):
+    def forward(self, *args, packed_seq_params=None, rotary_pos_emb=None, **options):
         self.keys = getattr(packed_seq_params, "keys", None)
-        return super().forward(*args, packed_seq_params=packed_seq_params, **options)
+        table = self.own_table(rotary_pos_emb)
+        return super().forward(*args, packed_seq_params=packed_seq_params, rotary_pos_emb=table, **options)
+
+    def own_table(self, table: Tensor | None) -> Tensor | None:
+        """Return this layer's part of the rotary table."""
+        number, count = self.rope
+        return table if table is None or count == 1 else table.chunk(count, dim=-1)[number]
 
     def _join(self, number: int, training: bool, fused: bool):
         """The engine's bias_dropout_add: ((x, bias), residual, p) -> residual + dropout(x + bias)."""

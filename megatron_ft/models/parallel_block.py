@@ -21,6 +21,7 @@ class ParallelBlock(RowLayer):
         """hidden_states [s, b, h] -> ([s, b, h], None), as the engine's own layer."""
         self.keys = getattr(packed_seq_params, "keys", None)
         options = {name: value for name, value in options.items() if name in _ATTENTION}
+        options["rotary_pos_emb"] = self.own_table(options.get("rotary_pos_emb"))
         options |= {"inference_context": inference_context, "packed_seq_params": packed_seq_params}
         again: list[tensor_parallel.CheckpointWithoutOutput] = []
         normed = self._normed(self.input_layernorm, self.recompute_input_layernorm, hidden_states, again)

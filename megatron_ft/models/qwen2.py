@@ -26,23 +26,26 @@ def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:
     return hf_config.write(arch, NAME, HF_CLASSES[0], dtype, **window_entries(arch))
 
 
-def window_fields(config: Mapping[str, Any]) -> dict[str, int]:
-    """Architecture's fields of the window; empty where it is not used, whatever size the config gives."""
+def window_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Architecture's fields of the window; empty where it is not used, whatever size the config gives."""
     layers, types = config.get("num_hidden_layers", 0), config.get("layer_types")
     used = bool(config.get("use_sliding_window"))
     first = config.get("max_window_layers", 28) if used else layers
     said = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    if types is not None and list(types) != said:
+    window = {"sliding_window": config.get("sliding_window", 4096)} if used else {}
+    if types is None or list(types) == said:
+        return window and {**window, "full_attention_layers": first}
+    if not used or len(types) != layers or not set(types) <= set(_TYPES):
         raise CheckpointError(
-            f"config.json: layer_types do not follow from use_sliding_window {used} and max_window_layers {first}: "
-            "only windows from one layer upward are supported"
+            f"config.json: layer_types must be {layers} of {' and '.join(_TYPES)}, the latter with use_sliding_window, which is {used}"
         )
-    if not used:
-        return {}
-    return {"sliding_window": config.get("sliding_window", 4096), "full_attention_layers": first}
+    return {**window, "window_layers": tuple(n for n, kind in enumerate(types) if kind == _TYPES[1])}
 
 
-def window_keys(window: Mapping[str, int]) -> tuple[str, ...]:
+_TYPES = ("full_attention", "sliding_attention")
+
+
+def window_keys(window: Mapping[str, Any]) -> tuple[str, ...]:
     return ("use_sliding_window", "layer_types", *(("sliding_window", "max_window_layers") if window else ()))
 
 
@@ -50,5 +53,7 @@ def window_entries(arch: Architecture) -> dict[str, Any]:
     """Inverse of window_fields."""
     if arch.sliding_window is None:
         return {"use_sliding_window": False}
-    sizes = {"sliding_window": arch.sliding_window, "max_window_layers": arch.full_attention_layers}
-    return {"use_sliding_window": True, **sizes}
+    sizes = {"use_sliding_window": True, "sliding_window": arch.sliding_window}
+    if arch.window_layers is None:
+        return {**sizes, "max_window_layers": arch.full_attention_layers}
+    return {**sizes, "layer_types": [_TYPES[arch.has_window(layer)] for layer in range(arch.num_layers)]}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_ft import device
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.parts import Rope
 from megatron_ft.models.rope import LENGTH_METHODS, inverse_frequencies, method_of
 
 _TABLES = 32
@@ -35,13 +36,17 @@ class Rotary(RotaryEmbedding):
 
     def __init__(self, arch: Architecture, dtype: torch.dtype, least: int, cp_group):
         """least: positions for which the table is made at once."""
-        super().__init__(arch.head_dim, rotary_percent=1.0, rotary_base=arch.rope_theta, cp_group=cp_group)
+        super().__init__(arch.rotary_dim, rotary_percent=1.0, rotary_base=arch.rope_theta, cp_group=cp_group)
         self.arch, self.dtype, self.least = arch, dtype, least
+        self.ropes = ropes_of(arch)
         self._by_length = method_of(arch.rope_scaling) in LENGTH_METHODS
         self._tables: dict[int, Tensor] = {}
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> Tensor:
-        """Return cosines and sines side by side, [s, 1, 1, 2 x head_dim]. max_seq_len: the longest text; the rest is the engine's."""
+        """Return cosines and sines side by side, [s, 1, 1, 2 x rotary_dim], of each of `ropes` after the other.
+
+        max_seq_len: the longest text; the other arguments are the engine's.
+        """
         assert not offset and not packed_seq, "rows are described by RowParams"
         table = self._table(max_seq_len)
         if self.positions is not None:
@@ -51,7 +56,9 @@ class Rotary(RotaryEmbedding):
         return get_pos_emb_on_this_cp_rank(table[:max_seq_len], 0, group) if shared else table[:max_seq_len]
 
     def _table(self, length: int) -> Tensor:
-        """[at least length, 1, 1, 2 x head_dim]. A longer table begins like a shorter one, unless frequencies depend on the length."""
+        """Return [at least length, 1, 1, 2 x rotary_dim x ropes]. A longer table begins like a shorter one, unless frequencies depend
+        on the length.
+        """
         known = self._tables.get(length) if self._by_length else next(iter(self._tables.values()), None)
         if known is None or len(known) < length:
             if not self._by_length or len(self._tables) == _TABLES:
@@ -60,22 +67,40 @@ class Rotary(RotaryEmbedding):
         return known
 
     def _made(self, length: int) -> Tensor:
-        arch, here = self.arch, device.current_device()
-        frequencies = inverse_frequencies(
-            arch.head_dim, arch.rope_theta, arch.rope_scaling, arch.max_position_embeddings, length
-        ).to(here)
-        angles = torch.outer(torch.arange(length, device=here, dtype=torch.float32), frequencies)
-        angles = torch.cat([angles, angles], dim=-1)[:, None, None]
-        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(self.dtype)
+        here, parts = device.current_device(), []
+        for rope in self.ropes:
+            frequencies = inverse_frequencies(
+                rope.dim, rope.theta, rope.scaling, self.arch.max_position_embeddings, length
+            ).to(here)
+            angles = torch.outer(torch.arange(length, device=here, dtype=torch.float32), frequencies)
+            angles = torch.cat([angles, angles], dim=-1)[:, None, None]
+            parts += [torch.cos(angles), torch.sin(angles)]
+        return torch.cat(parts, dim=-1).to(self.dtype)
+
+
+def ropes_of(arch: Architecture) -> list[Rope]:
+    """Return the different rotary embeddings of a model's layers, that of layers without a window first."""
+    parts = [arch.layer(number).attention for number in range(arch.num_layers)]
+    parts.sort(key=lambda part: part.window is not None)
+    found: list[Rope] = []
+    for part in parts:
+        if part.rope not in found:
+            found.append(part.rope)
+    return found
 
 
 def turn(x: Tensor, table: Tensor, config, cu_seqlens=None, mscale: float = 1.0, cp_group=None) -> Tensor:
     """Return x [s, b, n, d] turned by its positions. In the place of the engine's apply_rotary_pos_emb, whose arguments it takes.
 
-    table: cosines and sines as Rotary gives them, [s, 1, 1, 2 x d]. config.apply_rope_fusion: by one compiled kernel.
+    table: cosines and sines as Rotary gives them, [s, 1, 1, 2 x r]; the first r of d are turned. config.apply_rope_fusion: by one
+    compiled kernel.
     """
     cos, sin = table.to(x.dtype).chunk(2, dim=-1)
-    return (_compiled() if config.apply_rope_fusion else _turned)(x, cos, sin)
+    function = _compiled() if config.apply_rope_fusion else _turned
+    if cos.shape[-1] == x.shape[-1]:
+        return function(x, cos, sin)
+    first, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    return torch.cat([function(first, cos, sin), rest], dim=-1)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def architecture(arch: Architecture, parallel: Parallelism) -> Architecture:
     head_dim = min(HEAD_DIM, arch.head_dim)
     hidden = heads * head_dim
     return replace(
-        arch, num_layers=split.stages * split.virtual_size, hidden_size=hidden,
+        arch.with_layers(split.stages * split.virtual_size), hidden_size=hidden,
         ffn_hidden_size=min(2 * hidden, arch.ffn_hidden_size),
         num_attention_heads=heads, num_query_groups=groups, head_dim=head_dim,
         full_attention_layers=min(1, arch.full_attention_layers),

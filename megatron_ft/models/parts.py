@@ -1,0 +1,63 @@
+"""What a layer is made of. `Architecture.layer(n)` gives the parts of one layer; layers of a model may differ in them. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding."""
+
+    theta: float
+    """Base of the frequencies."""
+    scaling: dict[str, Any] | None
+    """As Architecture.rope_scaling."""
+    dim: int
+    """Numbers of a head that are turned, its first ones; the others pass as they are (partial rotary embedding)."""
+
+
+@dataclass(frozen=True)
+class AttentionPart:
+    """Self-attention of one layer."""
+
+    heads: int
+    query_groups: int
+    head_dim: int
+    qkv_bias: bool
+    qk_norm: bool
+    window: int | None
+    """Keys a token sees, itself included; None: all before it."""
+    rope: Rope
+
+
+@dataclass(frozen=True)
+class MlpPart:
+    """The MLP of one layer."""
+
+    ffn_hidden_size: int
+    activation: str
+    """As Architecture.activation."""
+
+
+@dataclass(frozen=True)
+class NormPart:
+    """The norms of one layer."""
+
+    kind: str
+    """rmsnorm or layernorm."""
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer. Two layers are of one kind where their parts are equal."""
+
+    attention: AttentionPart
+    mlp: MlpPart
+    norm: NormPart
+    parallel: bool
+    """Attention and MLP side by side on one residual."""
+    shared_norm: bool
+    """They read the same norm."""
