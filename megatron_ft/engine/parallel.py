@@ -37,6 +37,9 @@ class Layout:
     cp_size: int = 1
     """Processes that share the positions of each row."""
     cp_rank: int = 0
+    ep_size: int = 1
+    """Processes that share the experts of a layer; each of them is a data-parallel rank elsewhere."""
+    ep_rank: int = 0
 
     @property
     def world_size(self) -> int:
@@ -66,8 +69,10 @@ class Layout:
         return self.is_last_stage and self.tp_rank == self.dp_rank == self.cp_rank == 0
 
     def __str__(self) -> str:
-        sizes = {"TP": self.tp_size, "PP": self.pp_size, "VPP": self.vp_size, "CP": self.cp_size, "DP": self.dp_size}
-        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name not in ("VPP", "CP")]
+        sizes = {
+            "TP": self.tp_size, "PP": self.pp_size, "VPP": self.vp_size, "CP": self.cp_size, "EP": self.ep_size, "DP": self.dp_size,
+        }  # fmt: skip
+        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP")]
         return " x ".join(parts) + (" + sequence parallel" if self.sequence_parallel else "")
 
 
@@ -112,6 +117,8 @@ class ParallelSizes:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
+    """Ranks that share the experts of a layer. They are data-parallel to each other elsewhere, so they take no processes."""
     chunks: int = 1
     """Chunks of layers a pipeline stage holds; above 1 the pipeline is interleaved. They take no processes."""
     sequence_parallel: bool = False
@@ -121,7 +128,7 @@ class ParallelSizes:
     def of(cls, parallel: Parallelism, chunks: int) -> Self:
         """Take the sizes from settings. chunks: of the split that these settings make of the model's layers."""
         tensor, pipeline, context = parallel.model_parallel_sizes
-        return cls(tensor, pipeline, context, chunks, parallel.sequence_parallel)
+        return cls(tensor, pipeline, context, chunks=chunks, sequence_parallel=parallel.sequence_parallel)
 
     @property
     def processes(self) -> int:
@@ -158,7 +165,7 @@ def process_groups(sizes: ParallelSizes | None = None, seed: int = 1234, timeout
     older = _groups(dist)
     parallel_state.initialize_model_parallel(
         tp, pp, sizes.chunks if sizes.chunks > 1 else None, context_parallel_size=sizes.context,
-        distributed_timeout_minutes=timeout_minutes, create_gloo_process_groups=True,
+        expert_model_parallel_size=sizes.expert, distributed_timeout_minutes=timeout_minutes, create_gloo_process_groups=True,
     )  # fmt: skip
     layout = _layout(parallel_state, sizes)
     seed_everything(seed, layout)
@@ -228,6 +235,8 @@ def _layout(parallel_state, sizes: ParallelSizes) -> Layout:
         vp_size=sizes.chunks,
         cp_size=parallel_state.get_context_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
     )
 
 

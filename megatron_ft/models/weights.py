@@ -35,6 +35,8 @@ class Rule:
     full_shape: Callable[[Architecture], Shape]
     """Of the whole tensor, without vocabulary padding."""
     cut: Cut = "replicated"
+    has_experts: bool = False
+    """The whole tensor is [experts, ...]: expert-parallel ranks hold consecutive experts, and `cut` is of one expert's matrix."""
     stage: Literal["first", "layer", "last"] = "layer"
     dist_key: str | None = None
     """Name in a torch_dist checkpoint where it differs: megatron-core stores a norm as if it were fused into the linear
@@ -42,44 +44,57 @@ class Rule:
     to_megatron: Callable[[Architecture, Sequence[Tensor]], Tensor] = lambda arch, tensors: tensors[0]
     to_hf: Callable[[Architecture, Tensor], list[Tensor]] = lambda arch, full: [full]
 
-    def part_shape(self, arch: Architecture, tp_size: int, padded_vocab: int) -> Shape:
-        """Shape of one tensor-parallel rank's part."""
+    @property
+    def _axis(self) -> int:
+        """The axis that tensor parallelism cuts."""
+        return int(self.has_experts) + (self.cut == "row_parallel")
+
+    def part_shape(self, arch: Architecture, tp_size: int, padded_vocab: int, ep_size: int = 1) -> Shape:
+        """Return the shape of one rank's part. ep_size: ranks that share the experts."""
         shape = list(self.full_shape(arch))
         if self.cut == "vocab_parallel":
             shape[0] = padded_vocab
         if self.cut != "replicated":
-            shape[1 if self.cut == "row_parallel" else 0] //= tp_size
+            shape[self._axis] //= tp_size
+        if self.has_experts:
+            shape[0] //= ep_size
         return tuple(shape)
 
-    def part(self, full: Tensor, tp_size: int, tp_rank: int) -> Tensor:
-        """Rank tp_rank's part: a view where the part is contiguous rows or columns, [gate; up] a copy.
+    def part(self, full: Tensor, tp_size: int, tp_rank: int, ep_size: int = 1, ep_rank: int = 0) -> Tensor:
+        """Return the part of tensor-parallel rank tp_rank, and of the experts those of rank ep_rank of ep_size: a view where the part is
+        contiguous in one axis, [gate; up] a copy.
 
         A vocab_parallel tensor must already be padded (pad_rows).
         """
+        if self.has_experts:
+            full = full.chunk(ep_size)[ep_rank]
         if self.cut == "replicated":
             return full
         if self.cut == "gated_column_parallel":
             import torch
 
-            return torch.cat([half.chunk(tp_size)[tp_rank] for half in full.chunk(2)])
-        return full.chunk(tp_size, dim=1 if self.cut == "row_parallel" else 0)[tp_rank]
+            halves = full.chunk(2, dim=self._axis)
+            return torch.cat([half.chunk(tp_size, dim=self._axis)[tp_rank] for half in halves], dim=self._axis)
+        return full.chunk(tp_size, dim=self._axis)[tp_rank]
 
     def split(self, arch: Architecture, full: Tensor, tp_size: int, padded_vocab: int | None = None) -> list[Tensor]:
-        """All ranks' parts. `padded_vocab`: rows to pad a vocab_parallel tensor to with zeros; default: already padded."""
+        """Return all tensor-parallel ranks' parts, with all experts. `padded_vocab`: rows to pad a vocab_parallel tensor to with zeros;
+        default: already padded.
+        """
         if self.cut == "vocab_parallel" and padded_vocab is not None:
             full = pad_rows(full, padded_vocab)
         return [self.part(full, tp_size, rank) for rank in range(tp_size)]
 
     def join(self, arch: Architecture, parts: Sequence[Tensor]) -> Tensor:
-        """Inverse of split: the whole tensor, padding rows dropped."""
+        """Return the whole tensor, padding rows dropped: the inverse of split."""
         import torch
 
         if self.cut == "replicated":
             return parts[0]
         if self.cut == "gated_column_parallel":
-            halves = [part.chunk(2) for part in parts]
-            return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-        full = torch.cat(list(parts), dim=1 if self.cut == "row_parallel" else 0)
+            halves = [part.chunk(2, dim=self._axis) for part in parts]
+            return torch.cat([gate for gate, _ in halves] + [up for _, up in halves], dim=self._axis)
+        full = torch.cat(list(parts), dim=self._axis)
         return full[: arch.vocab_size] if self.cut == "vocab_parallel" else full
 
 
