@@ -70,7 +70,7 @@ def run(options: Invariance) -> int:
 
     cases = _chosen(arch, options.layouts)
     numerics = Numerics(hidden_dropout=options.hidden_dropout, lima_dropout=options.lima_dropout)
-    problem = Problem(arch, options.seq_length, numerics, checkpoint, options.seed)
+    problem = Problem(arch, options.seq_length, numerics, checkpoint=checkpoint, seed=options.seed)
 
     def measured(case: Case) -> Measured:
         return run_forked(case.processes, lambda ranks: measure(problem, ranks), case)[0]
