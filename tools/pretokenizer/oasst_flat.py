@@ -18,12 +18,15 @@ def trees(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """Chunks of rows -> chunks of trees, as the export has them. Raises DataError: rows of a tree that do not lie
     together, or whose parent is missing."""
     rows: list[dict[str, Any]] = []
-    done: set[str] = set()
+    done: set[Any] = set()
     found: list[dict[str, Any]] = []
     count, name, current = 0, "", None
     for chunk in chunks:
         name = chunk.name
         for where, row in parse(chunk):
+            for key in ("message_tree_id", "message_id", "parent_id"):
+                if isinstance(row.get(key), list | dict):
+                    raise DataError(f"{where}: {key} is no name but a {type(row[key]).__name__}; correct the row")
             if (tree := row.get("message_tree_id") or row.get("message_id")) != current:
                 if rows:
                     found.append(_tree(rows, name))
