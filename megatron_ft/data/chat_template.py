@@ -67,7 +67,10 @@ class OwnTemplate:
     def stop_token(self) -> str:
         """The control token that ends the assistant's turn."""
         turn = self._skeleton([{"role": "user"}, {"role": "assistant"}])[-1]
-        behind = "".join(text for _, text in turn).split(FOUND.search(turn_text(turn))[0])[-1]  # type: ignore[index]
+        stand_in = FOUND.search(turn_text(turn))
+        if stand_in is None:
+            raise TokenizerError(f"the tokenizer's chat template leaves out what the assistant says; {REMEDY}")
+        behind = "".join(text for _, text in turn).split(stand_in[0])[-1]
         found = self._control.search(behind)
         if not found:
             raise TokenizerError(f"the tokenizer's chat template ends no answer with a special token; {REMEDY}")
@@ -113,7 +116,7 @@ class OwnTemplate:
         real = self._render(said, False, tools)
         for change in (str, str.strip):
             contents = [change(message["content"]) for message in said]
-            if FOUND.sub(lambda match, known=contents: known[int(match[1])], skeleton) == real:
+            if _filled(skeleton, contents) == real:
                 return contents
         raise DataError(f"the tokenizer's chat template changes this chat's messages; leave it out, or {REMEDY}")
 
@@ -192,6 +195,10 @@ def own_template(tokenizer: Tokenizer) -> OwnTemplate:
     _compile(source)
     template.stop_token  # noqa: B018 - an unfit template is refused here, not at the first chat
     return template
+
+
+def _filled(skeleton: str, contents: list[str]) -> str:
+    return FOUND.sub(lambda match: contents[int(match[1])], skeleton)
 
 
 def turn_text(turn: list[tuple[int, str]]) -> str:

@@ -192,6 +192,10 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|
         ("{{ messages[-1]['content'] }}<|im_end|>", "writes earlier turns differently"),
         (LOOP.replace("m['content'] }}", "m['content'] }}{% if loop.last %}!{% endif %}"), "writes earlier turns"),
         ("{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "ends no answer"),
+        (
+            LOOP.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] == 'user' }}"),
+            "leaves out what the assistant says",
+        ),
         ("{% for %}", "cannot be read"),
         (LOOP + "{{ strftime_now('%d') }}", "today's date"),
         (None, "no chat template"),
