@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _prompts(opened: Opened, path: str | None) -> list[list[int]]:
     if tokenizer is None:
         generator = torch.Generator().manual_seed(1)
         return [torch.randint(0, size, (length,), generator=generator).tolist() for length in (16, 60, 40)]
-    chats = (
+    chats: Sequence[Any] = (
         [json.loads(line) for line in Path(path).read_text("utf-8").splitlines() if line.strip()] if path else _CHATS
     )
     name = opened.config.chat_format

@@ -43,7 +43,7 @@ def _plan_stage(folder: Path, config: CheckpointConfig, rules: Sequence[Rule], d
     archives = [TorchZip(state) for _ in range(tp_size)]
     paths = [rank_file(folder, rank, stage, tp_size, pp_size) for rank in range(tp_size)]
 
-    def task(number: int, one: Placed):
+    def task(number: int, one: Placed) -> tuple[Placed, Callable[[list[int], Tensor], None]]:
         def put(handles: list[int], full: Tensor) -> None:
             for rank in range(tp_size):
                 archives[rank].write(handles[rank], number, _own_part(one, full, config, rank))

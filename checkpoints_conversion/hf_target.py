@@ -76,7 +76,7 @@ def _plan_file(path: Path, group: Sequence[Placed], arch: Architecture, dtype: C
     sizes = [prod(shape) * kind.itemsize for _, kind, shape in tensors]
     place = {key: start for (key, _, _), start in zip(tensors, starts, strict=True)}
 
-    def task(one: Placed):
+    def task(one: Placed) -> tuple[Placed, Callable[[list[int], Tensor], None]]:
         def put(handles: list[int], full: Tensor) -> None:
             for key, part in zip(one.hf_keys, one.rule.to_hf(arch, full), strict=True):
                 write_at(handles[0], as_bytes(part), place[key])

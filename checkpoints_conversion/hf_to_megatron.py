@@ -16,9 +16,14 @@ from megatron_ft.config.sections import RopeScaling
 from megatron_ft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from checkpoints_conversion.report import Report
+    from checkpoints_conversion.vocabulary import Noise
+    from megatron_ft.checkpoints.folder import CheckpointConfig
     from megatron_ft.data.tokenizer import Tokenizer
     from megatron_ft.models.hf_source import HfSource
+    from megatron_ft.models.weights import Placed
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def convert(options: HfToMegatron) -> Report:
     note_sizes(options, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     dtype = torch_dtype(options.params_dtype) if options.params_dtype else None
 
-    def full(placed):
+    def full(placed: Placed) -> Tensor:
         tensor = cast(source.full(placed), options.params_dtype, placed.hf_keys[0])
         return growth.apply(tensor, placed.key) if placed.rule.cut == "vocab_parallel" else tensor
 
@@ -130,7 +135,7 @@ def _tokens(options: HfToMegatron) -> tuple[str, ...]:
     return union(extra_tokens(options.tokenizer_type, parse_token_list(options.vocab_extra_ids_list)), of_format)
 
 
-def _noise(options: HfToMegatron, source: HfSource):
+def _noise(options: HfToMegatron, source: HfSource) -> Noise | None:
     """The noise asked for, or None. Raises ConfigError for a deviation that is none."""
     from checkpoints_conversion.vocabulary import Noise
     from megatron_ft.log import logger
@@ -145,7 +150,9 @@ def _noise(options: HfToMegatron, source: HfSource):
     return Noise(float(std or source.arch.hf.get("initializer_range") or 0.02), options.new_rows_seed)
 
 
-def _checkpoint_config(options: HfToMegatron, source: HfSource, vocab_size: int, tokenizer: Tokenizer | None):
+def _checkpoint_config(
+    options: HfToMegatron, source: HfSource, vocab_size: int, tokenizer: Tokenizer | None
+) -> CheckpointConfig:
     from importlib.metadata import version
 
     from megatron_ft.checkpoints.folder import CheckpointConfig

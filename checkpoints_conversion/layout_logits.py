@@ -13,9 +13,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ft.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_ft.engine.parallel import Layout
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def differences(request: Request) -> list[float]:
         return worst
 
 
-def _load(request: Request, layout):
+def _load(request: Request, layout: Layout) -> Any:
     """The model as training or generate would load it; where the files are of another layout, put together by our readers."""
     from checkpoints_conversion.megatron_llm import is_dialect
     from checkpoints_conversion.megatron_source import open_megatron
@@ -77,7 +82,7 @@ def _load(request: Request, layout):
     return model
 
 
-def _logits(model, layout, ids):
+def _logits(model: Any, layout: Layout, ids: Tensor) -> Any:
     """[1, s, rows] on the reporter; None on stages without an output layer."""
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -110,7 +110,7 @@ def _layout(folder: Path) -> tuple[int, int]:
     """(TP, PP) from the names of the folders: mp_rank_TT, or mp_rank_TT_PPP with several stages."""
     names = [path.name.split("_")[2:] for path in folder.glob("mp_rank_*") if path.is_dir()]
     try:
-        ranks = {tuple(int(part) for part in (*name, 0)[:2]) for name in names}
+        ranks = {tuple(int(part) for part in (*name, "0")[:2]) for name in names}
         tp_size, pp_size = (max(axis) + 1 for axis in zip(*ranks))
     except ValueError as error:
         raise CheckpointError(f"{folder} holds no mp_rank_TT or mp_rank_TT_PPP folders; give a checkpoint") from error
@@ -177,7 +177,7 @@ def _tensors(file: TorchFile) -> Iterator[tuple[str, TensorRef]]:
     state = file.value
     model = state.get("model") if isinstance(state, dict) else None
     language = model.get("language_model") if isinstance(model, dict) else None
-    if not isinstance(language, dict):
+    if not isinstance(model, dict) or not isinstance(language, dict):
         raise CheckpointError(f"{file.path} has no model.language_model; it is no checkpoint of Megatron-LLM's")
     for root, value in language.items():
         if root not in _ROOTS:

@@ -48,7 +48,7 @@ def check_index(folder: Path, arch: Architecture, rules: Sequence[Rule], dtype: 
     if not path.is_file():
         return
     index = read_json(path)
-    wanted = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for placed in placed_rules(arch, rules):
         wanted.update(zip(placed.hf_keys, placed.rule.hf_shapes(arch), strict=True))
     found = {key for key in index.get("weight_map", {}) if not key.endswith("inv_freq")}

@@ -24,6 +24,7 @@ from megatron_ft.config.sections import CkptFormat
 if TYPE_CHECKING:
     from checkpoints_conversion.megatron_source import Opened
     from checkpoints_conversion.report import Report
+    from megatron_ft.checkpoints.folder import CheckpointConfig
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def convert(options: Reshard) -> Report:
     return Report(target, parameters, tensors, files, time.monotonic() - started)
 
 
-def _copy(opened: Opened, config, target: Path, key: dict, overwrite: bool) -> int:
+def _copy(opened: Opened, config: CheckpointConfig, target: Path, key: dict, overwrite: bool) -> int:
     """torch_dist loads into any layout as it is: every file copied, optimizer and random states with it."""
     import shutil
 

@@ -96,7 +96,7 @@ def _write(unit: Unit, full: Callable[[Placed], Tensor], pool: ThreadPoolExecuto
         share = unit.nbytes / max(1, len(unit.tasks))
         stop = threading.Event()
 
-        def do(task):
+        def do(task: tuple[Placed, Callable[[list[int], Tensor], None]]) -> None:
             if not stop.is_set():
                 placed, put = task
                 put(handles, full(placed))
@@ -150,7 +150,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._open:
             print(f"\r{self.line()}", file=sys.stderr)
 

@@ -14,6 +14,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ def plan_torch_dist(
     """A unit a .distcp file, and what .metadata has to say once they are written (see finish_torch_dist)."""
     entries: dict[str, STORAGE_TYPES] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    waiting, units = list(reversed(list(placed))), []
+    waiting = list(reversed(list(placed)))
+    units: list[Unit] = []
     while waiting:
         name = f"__{len(units)}_0.distcp"
         at, tasks, tensors, fixed = 0, [], [], []
@@ -121,6 +123,10 @@ def _nothing() -> bytes:
 _NOTHING = _nothing()
 
 
+def _has_places(entry: STORAGE_TYPES) -> TypeGuard[TensorStorageMetadata]:
+    return hasattr(entry, "chunks")
+
+
 class TorchDistSource:
     """An opened torch_dist checkpoint: ours, or one saved while training (optimizer state is ignored)."""
 
@@ -128,7 +134,8 @@ class TorchDistSource:
         self.folder, self.config = Path(folder), config
         self._metadata = read_metadata(self.folder / ".metadata")
         self._places = {(i.fqn, tuple(i.offset or ())): info for i, info in self._metadata.storage_data.items()}
-        stored = {key: entry for key, entry in self._metadata.state_dict_metadata.items() if hasattr(entry, "chunks")}
+        described = self._metadata.state_dict_metadata.items()
+        stored = {key: entry for key, entry in described if _has_places(entry)}
         self._prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in stored) else ""
         self._tensors = {key: entry for key, entry in stored.items() if self._is_model_key(key)}
         self._check(list(placed_rules(config.architecture, rules)))

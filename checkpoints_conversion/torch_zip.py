@@ -125,16 +125,16 @@ class _Storage:
 class _Pickler(pickle.Pickler):
     """As torch.save pickles a tensor, from its shape alone."""
 
-    def __init__(self, file):
+    def __init__(self, file: io.BytesIO):
         super().__init__(file, protocol=2)
         self.slots: list[Slot] = []
 
-    def persistent_id(self, value):
+    def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Storage):
             return None
         return ("storage", _STORAGES[value.slot.dtype], str(value.number), "cpu", prod(value.slot.shape))
 
-    def reducer_override(self, value):
+    def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Slot):
             return NotImplemented
         self.slots.append(value)
@@ -153,7 +153,7 @@ _STORAGES = {
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's numbers, row by row, without a copy where it is contiguous."""
     flat = tensor.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_at(file: int, data: bytes | memoryview, offset: int) -> None:

@@ -55,7 +55,7 @@ class Growth:
         grown[: tensor.shape[0]] = tensor
         start = tensor[: self.used_rows].float().mean(dim=0).expand(len(self.new_ids), -1)
         if self.noise:
-            start = start + self.noise.like(*start.shape, name)
+            start = start + self.noise.like(start.shape[0], start.shape[1], name)
         grown[list(self.new_ids)] = start.to(tensor.dtype)
         return grown
 

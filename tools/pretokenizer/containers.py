@@ -19,7 +19,7 @@ GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 MEMBERS = (".jsonl", ".json", ".ndjson", ".txt")  # of an archive; anything else in it is left alone
 DEEPEST = 4  # wrappers in wrappers; a file that has more was made to do harm
 
-Stream = tuple[str, IO[bytes]]  # what to call it in messages; positioned at its start, with peek()
+Stream = tuple[str, io.BufferedReader]  # what to call it in messages; positioned at its start, for its peek()
 
 
 def optional(name: str, purpose: str) -> Any:
@@ -54,9 +54,9 @@ def streams(path: Path) -> Iterator[Stream]:
         yield from _unwrap(file, str(path), 0)
 
 
-def start_of(stream: IO[bytes], count: int) -> bytes:
+def start_of(stream: io.BufferedReader, count: int) -> bytes:
     """The first bytes of a stream that has not been read from, which stays where it is."""
-    return stream.peek(count)[:count]  # type: ignore[attr-defined]
+    return stream.peek(count)[:count]
 
 
 def _unwrap(file: io.BufferedReader, name: str, depth: int) -> Iterator[Stream]:
@@ -64,7 +64,7 @@ def _unwrap(file: io.BufferedReader, name: str, depth: int) -> Iterator[Stream]:
     if depth > DEEPEST:
         raise DataError(f"{name}: compressed {depth} times over; unpack it and give the data itself")
     if start[:2] == GZIP:
-        yield from _unwrap(io.BufferedReader(gzip.GzipFile(fileobj=file, mode="rb")), name, depth + 1)  # type: ignore[arg-type]
+        yield from _unwrap(io.BufferedReader(gzip.GzipFile(fileobj=file, mode="rb")), name, depth + 1)
     elif start[:4] == ZSTD:
         zstandard = optional("zstandard", f"{name}: reading zstd")
         plain = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)

@@ -52,17 +52,17 @@ def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progr
             _warn(source)
     first = first_of_each(np.concatenate(hashes)) if settings.duplicates != "keep" else None
     at = 0
-    for source, sizes, fresh in counted:
-        keep = np.ones(int(sizes.sum()), bool)
+    for source, lengths, unlike in counted:
+        keep = np.ones(int(lengths.sum()), bool)
         if first is not None:
             keep = first[at : at + len(keep)]
             at += len(keep)
             source.left_out["exact duplicate"] += int((~keep).sum())
         if near is not None:
-            source.left_out["near duplicate"] += int((keep & ~fresh).sum())
-            keep = keep & fresh
+            source.left_out["near duplicate"] += int((keep & ~unlike).sum())
+            keep = keep & unlike
         source.left_out += Counter()  # drops reasons that never happened
-        _plan(source, sizes, keep, settings.rng_seed)
+        _plan(source, lengths, keep, settings.rng_seed)
     cap([source.plan for source in sources if source.plan is not None], settings.max_count)
     for source in sources:
         source.mark(settings.rng_seed)

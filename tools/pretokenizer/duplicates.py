@@ -4,7 +4,7 @@ The first of several is kept, in the order of the datasets. Hashes take 8 bytes 
 takes about 2 KB of memory for every sample that is kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,9 @@ def signatures(chats: Sequence[Conversation]) -> np.ndarray:
     return np.array(rensa.RMinHash.digests_from_token_sets(sets, PERMUTATIONS, 1), np.uint32)
 
 
-def _written(chat: Conversation) -> Conversation:
+def _written(chat: Conversation) -> Sequence[Mapping[str, Any]]:
     """The chat with its tools as text: two that differ in a call are not the same."""
-    return list(as_text(chat, None, False)) if has_tools(chat) else chat
+    return as_text(chat, None, False) if has_tools(chat) else chat
 
 
 def minhash_library() -> Any:

@@ -6,6 +6,7 @@ line. How files are compressed and packed is containers.py's business, what is i
 """
 
 import codecs
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def chunks(path: Path) -> Iterator[Chunk]:
             yield from _chunks(path, name, stream)
 
 
-def _chunks(path: Path, name: str, stream: IO[bytes]) -> Iterator[Chunk]:
+def _chunks(path: Path, name: str, stream: io.BufferedReader) -> Iterator[Chunk]:
     start = start_of(stream, 64)
     plain = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if start[:4] == b"PAR1":
@@ -62,7 +63,7 @@ def records(path: Path) -> Iterator[Record]:
 
 def parse(chunk: Chunk, bad: list[str] | None = None) -> Iterator[Record]:
     """The records of a chunk. Raises DataError for a faulty one, or adds its message to `bad` and goes on."""
-    numbered = enumerate(chunk.rows if chunk.lines is None else chunk.lines.split(b"\n"), chunk.first)
+    numbered = enumerate(chunk.rows or [] if chunk.lines is None else chunk.lines.split(b"\n"), chunk.first)
     for number, entry in numbered:
         if chunk.lines is not None and len(entry) < MAX_LINE and not entry.strip():
             continue

@@ -80,8 +80,8 @@ def write(
         splits = {}
         for name, number in SPLITS.items():
             prefix = Path(f"{settings.prefix}-{name}")
-            spooled = mixed is not None and name == "train"
-            splits[number] = stack.enter_context(_Split(writer(spool if spooled else prefix), prefix, text, spooled))
+            place = spool if spool is not None and name == "train" else prefix
+            splits[number] = stack.enter_context(_Split(writer(place), prefix, text, place is spool))
         for source in sources:
             assert source.plan is not None
             digest = source.digest()
@@ -95,15 +95,16 @@ def write(
         train = splits[SPLITS["train"]]
         if not train.accepted:
             raise DataError(_nothing_left(sources, train.tallies))
-        portions, tallies = [], []
-        if mixed is not None:
+        portions: list[mixing.Portion] = []
+        tallies: list[Tally] = []
+        if mixed is not None and spool is not None:
             train.close()
             portions, tallies = _mix(settings, sources, train, spool, mixed)
         written = {
             name: Written(
                 splits[number].tallies,
                 (mixed if mixed is not None and name == "train" else splits[number].writer).finish(),
-                *((portions, tallies) if name == "train" else ()),
+                *((portions, tallies) if name == "train" else ([], [])),
             )
             for name, number in SPLITS.items()
             if splits[number].accepted
