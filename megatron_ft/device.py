@@ -9,8 +9,13 @@ import glob
 import os
 import re
 import socket
+from typing import TYPE_CHECKING
 
 from megatron_ft.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
 
 
 def has_gpu() -> bool:
@@ -25,7 +30,7 @@ def backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
-def current_device():
+def current_device() -> torch.device:
     """The torch.device on which this rank's tensors live."""
     import torch
 
@@ -149,7 +154,7 @@ def _given_its_own(count: int) -> bool:
     return count == 1 or "SLURM_GPUS_PER_TASK" in os.environ
 
 
-def claim(store) -> None:
+def claim(store: Store) -> None:
     """Raise ConfigError where another process of this run has the same GPU: NCCL would end, or hang, at the first exchange.
 
     store: torch.distributed's, that all processes share.
@@ -166,7 +171,7 @@ def claim(store) -> None:
         )
 
 
-def adopt(where) -> None:
+def adopt(where: torch.device) -> None:
     """Have the calling thread use this device, which a new thread does not by itself: it would take the machine's first GPU."""
     if has_gpu():
         import torch
@@ -174,12 +179,12 @@ def adopt(where) -> None:
         torch.cuda.set_device(where)
 
 
-def pinned(tensor):
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor in memory from which a GPU copies without the host waiting; on a CPU as it is."""
     return tensor.pin_memory() if has_gpu() else tensor
 
 
-def handed(values):
+def handed(values: list | torch.Tensor) -> torch.Tensor:
     """Return numbers of the host as a tensor on the device; the host goes on at once. values: a list, or a tensor."""
     import torch
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import traceback
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 from megatron_ft import device
 
@@ -64,18 +67,16 @@ def backend_version() -> str:
 
 
 @contextlib.contextmanager
-def host_waits():
-    """Yield a list that gets the stack (traceback.StackSummary) of each operation that makes the host wait for the GPU.
+def host_waits() -> Iterator[list[list[traceback.FrameSummary]]]:
+    """Yield a list that gets the stack (traceback.FrameSummary, outermost first) of each operation that makes the host wait for the GPU.
 
     torch warns of them itself (set_sync_debug_mode). What the backward pass does in C++ is reported from the line that started it.
     """
-    import traceback
-
     import torch
 
-    stacks: list[traceback.StackSummary] = []
+    stacks: list[list[traceback.FrameSummary]] = []
 
-    def seen(message, category, filename, lineno, file=None, line=None) -> None:
+    def seen(message: Warning | str, *_: Any, **__: Any) -> None:
         if "synchronizing CUDA operation" in str(message):
             stacks.append(traceback.extract_stack()[:-1])
 

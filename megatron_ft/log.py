@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import sys
+from io import TextIOWrapper
 
 _ROOT = "megatron_ft"
 _screen_level = "INFO"  # until setup is told another
@@ -55,7 +56,7 @@ def setup(level: str | None = None, file: str | os.PathLike | None = None) -> No
 
 
 def _add(log: logging.Logger, handler: logging.Handler) -> None:
-    handler.megatron_ft = True  # type: ignore[attr-defined]
+    vars(handler)["megatron_ft"] = True
     log.addHandler(handler)
 
 
@@ -82,7 +83,7 @@ class _LogFile(logging.FileHandler):
         except Exception:
             self.handleError(record)
 
-    def _open(self):
+    def _open(self) -> TextIOWrapper:
         os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
         return super()._open()
 
@@ -97,8 +98,9 @@ class _LogFile(logging.FileHandler):
             with contextlib.suppress(OSError):
                 print(line, file=sys.stderr, flush=True)
         stream, self.stream = self.stream, None
-        with contextlib.suppress(OSError, AttributeError):  # what is still to be flushed is refused again
-            stream.close()
+        with contextlib.suppress(OSError):  # what is still to be flushed is refused again
+            if stream is not None:
+                stream.close()
 
 
 class _Short(logging.Formatter):

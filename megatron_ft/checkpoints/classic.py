@@ -28,7 +28,7 @@ from megatron_ft.errors import CheckpointError
 OPTIMIZER_FILE = "distrib_optim.pt"
 
 
-def plan_save(state: dict[str, Any], put: dict, model, optimizer, folder: Path, layout: Layout) -> Plan:
+def plan_save(state: dict[str, Any], put: dict, model: Any, optimizer: Any, folder: Path, layout: Layout) -> Plan:
     """What this rank writes. All ranks call it. state: schedule, progress, sizes and this rank's random streams ("rng")."""
     (chunk,) = _one_chunk(model)
     streams: list = [None] * layout.dp_size
@@ -58,7 +58,7 @@ def read(folder: Path, layout: Layout) -> dict[str, Any]:
     return state | {"rng": state["rng"][layout.dp_rank]}
 
 
-def load_optimizer(folder: Path, state: dict[str, Any], optimizer, layout: Layout) -> None:
+def load_optimizer(folder: Path, state: dict[str, Any], optimizer: Any, layout: Layout) -> None:
     """Put back what `read` found, and the distributed tensors beside it. All ranks call it."""
     distributed = _distributed(optimizer)
     path = _path(folder, layout).with_name(OPTIMIZER_FILE)
@@ -74,7 +74,7 @@ def load_optimizer(folder: Path, state: dict[str, Any], optimizer, layout: Layou
             part.load_parameter_state_from_dp_zero(own)
 
 
-def _one_chunk(model) -> list:
+def _one_chunk(model: Any) -> list:
     chunks = chunks_of(model)
     if len(chunks) > 1:
         raise CheckpointError(
@@ -84,7 +84,7 @@ def _one_chunk(model) -> list:
     return chunks
 
 
-def _distributed(optimizer) -> list:
+def _distributed(optimizer: Any) -> list:
     return [part for part in optimizer.chained_optimizers if hasattr(part, "get_parameter_state_dp_zero")]
 
 

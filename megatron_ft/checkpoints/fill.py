@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from megatron_ft.models.weights import Placed, Rule, pad_rows, placed_rules
 
 @torch.no_grad()
 def fill_from(
-    model, arch: Architecture, rules: Sequence[Rule], full: Callable[[Placed], Tensor], layout: Layout
+    model: Any, arch: Architecture, rules: Sequence[Rule], full: Callable[[Placed], Tensor], layout: Layout
 ) -> None:
     """Fill a bare model, one whole tensor at a time, of which this rank keeps its part."""
     slots = dict(model.named_parameters())

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ft.digests import MANIFEST
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import atomic_file, read_json, write_json
 from megatron_ft.models.architecture import Architecture, check_layout
+
+if TYPE_CHECKING:
+    from megatron_ft.models.pipeline import PipelineSplit
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "config.json"
@@ -208,7 +211,9 @@ def vocab_rows(config: CheckpointConfig) -> int | None:
     return config.padded_vocab_size if config.ckpt_format == "torch" else None
 
 
-def check_sizes(folder: Path, config: CheckpointConfig, tp_size: int, pp_size: int, split=None) -> None:
+def check_sizes(
+    folder: Path, config: CheckpointConfig, tp_size: int, pp_size: int, split: PipelineSplit | None = None
+) -> None:
     """Raises CheckpointError for a classic checkpoint cut for another layout, ConfigError for one the model does not allow.
 
     split: a PipelineSplit, where stages may hold several chunks or unequal numbers of layers.

@@ -33,7 +33,7 @@ def sharding_metadata() -> dict[str, Any]:
     }
 
 
-def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout, verified: bool = False) -> None:
+def load_weights(folder: Path, config: CheckpointConfig, model: Any, layout: Layout, verified: bool = False) -> None:
     """Fill weights from either format. model: bare or wrapped, or the list of a stage's chunks.
 
     verified: the caller has called verify.verify; else all ranks do so here. Raise CheckpointError for what is damaged or of another model.
@@ -50,7 +50,7 @@ def load_weights(folder: Path, config: CheckpointConfig, model, layout: Layout, 
         fill_chunks(model, state["model"], folder)
 
 
-def _load_classic(folder: Path, config: CheckpointConfig, model, layout: Layout) -> None:
+def _load_classic(folder: Path, config: CheckpointConfig, model: Any, layout: Layout) -> None:
     check_sizes(folder, config, layout.tp_size, layout.pp_size)
     path = rank_file(folder, layout.tp_rank, layout.pp_rank, layout.tp_size, layout.pp_size)
     try:
@@ -61,7 +61,7 @@ def _load_classic(folder: Path, config: CheckpointConfig, model, layout: Layout)
     torch.distributed.barrier()  # a rank whose file is damaged stops the others here, before anything is written
 
 
-def sharded_weights(model, only: Trainable = ALL) -> dict:
+def sharded_weights(model: Any, only: Trainable = ALL) -> dict:
     """Return the engine's description of this rank's weights within the whole model; of several chunks, a dictionary for each.
 
     only: parameters that are saved or loaded; the others are left out.
@@ -71,24 +71,24 @@ def sharded_weights(model, only: Trainable = ALL) -> dict:
     return each[0] if len(each) == 1 else {f"chunk{number}": weights for number, weights in enumerate(each)}
 
 
-def _described(chunk, only: Trainable) -> dict:
+def _described(chunk: Any, only: Trainable) -> dict:
     found = chunk.sharded_state_dict(prefix=MODEL_PREFIX, metadata=sharding_metadata())
     return {key: entry for key, entry in found.items() if global_name(chunk, key.removeprefix(MODEL_PREFIX)) in only}
 
 
-def chunks_of(model) -> list:
+def chunks_of(model: Any) -> list:
     """A model as the list of its stage's chunks, of which most stages have one."""
     return model if isinstance(model, list) else [model]
 
 
-def fill_chunks(model, weights: dict, where: Path, only: Trainable = ALL) -> None:
+def fill_chunks(model: Any, weights: dict, where: Path, only: Trainable = ALL) -> None:
     """`fill` for what `sharded_weights` describes."""
     chunks = chunks_of(model)
     for number, chunk in enumerate(chunks):
         fill(chunk, weights if len(chunks) == 1 else weights[f"chunk{number}"], where, only)
 
 
-def fill(model, weights: dict, where: Path, only: Trainable = ALL) -> None:
+def fill(model: Any, weights: dict, where: Path, only: Trainable = ALL) -> None:
     """Put loaded weights (with or without our key prefix) into a model.
 
     only: parameters that have to be there. Raise CheckpointError unless all of them fit and none is left over.

@@ -56,7 +56,7 @@ class FolderLock:
         raise_together(problem)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file:
             self._file.truncate(0)
             if self._made and [path.name for path in self.root.iterdir()] == [LOCK]:

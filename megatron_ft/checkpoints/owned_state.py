@@ -51,7 +51,14 @@ def pieces(start: int, end: int, first: int, shard: int) -> list[Piece]:
     return [Piece(*piece) for piece in zip(holders, begins, [*begins[1:], end - start], strict=True)]
 
 
-def exchange(parts: list[Piece], owner: int, whole, mine, group: dist.ProcessGroup, to_owner: bool) -> None:
+def exchange(
+    parts: list[Piece],
+    owner: int,
+    whole: torch.Tensor | None,
+    mine: torch.Tensor | None,
+    group: dist.ProcessGroup,
+    to_owner: bool,
+) -> None:
     """Move a parameter between its owner, who has all of it, and the ranks that hold its pieces, in either direction.
 
     whole: flat, on the owner, else None. mine: this rank's piece, or None. Only they talk; the others may call it all the same. Point to
@@ -60,14 +67,15 @@ def exchange(parts: list[Piece], owner: int, whole, mine, group: dist.ProcessGro
     me, operations = group.rank(), []
     give, take = (dist.irecv, dist.isend) if to_owner else (dist.isend, dist.irecv)
     if me == owner:
+        assert whole is not None
         for piece in parts:
             part = whole[piece.start : piece.end]
             if piece.rank != me:
                 operations.append(dist.P2POp(give, part, group=group, group_peer=piece.rank))
-            elif to_owner:
-                part.copy_(mine)
             else:
-                mine.copy_(part)
+                assert mine is not None
+                target, source = (part, mine) if to_owner else (mine, part)
+                target.copy_(source)
     elif mine is not None:
         operations.append(dist.P2POp(take, mine, group=group, group_peer=owner))
     for work in dist.batch_isend_irecv(operations) if operations else ():
@@ -88,7 +96,7 @@ class _Parameter(NamedTuple):
         return not any(self.described.replica_id[:-1])
 
 
-def optimizer_state(optimizer, weights: dict) -> ByOwner | Whole:
+def optimizer_state(optimizer: Any, weights: dict) -> ByOwner | Whole:
     """Return what takes the optimizer's state to and from torch_dist checkpoints. weights: as sharded_weights describes them.
 
     By owner where the optimizer is distributed, also over one rank: the engine's own way puts copies of it together there too. Else the
@@ -106,7 +114,7 @@ class Whole:
     has_one_writer_each = False
     """Whether it is certain, without asking all ranks, that each tensor has a rank that writes it, and one only."""
 
-    def __init__(self, optimizer, weights: dict):
+    def __init__(self, optimizer: Any, weights: dict):
         self.optimizer, self.weights = optimizer, weights
 
     def to_save(self) -> dict[str, Any]:
@@ -159,7 +167,9 @@ class ByOwner:
             parameter.described.replica_id = (*parameter.described.replica_id[:-1], int(not is_mine))
             found = {key: self._collect(parameter, owner, held[index].get(key)) for key in KEYS}
             if is_mine:
-                own[index] = {key: _separate(parameter.described, key, flat) for key, flat in found.items()}
+                own[index] = {
+                    key: _separate(parameter.described, key, flat) for key, flat in found.items() if flat is not None
+                }
         state = self.optimizer.state_dict() | {"param_state_sharding_type": "fully_reshardable"}
         return state | _filled(own)
 
@@ -204,7 +214,7 @@ class ByOwner:
         is_mine = owner == self.group.rank()
         whole = torch.empty(parameter.weight.numel(), device=device.current_device()) if is_mine else None
         exchange(parameter.pieces, owner, whole, mine, self.group, to_owner=True)
-        return whole.cpu() if is_mine else None
+        return None if whole is None else whole.cpu()
 
     def _connect(self) -> None:
         """NCCL wants the first call of a group to be of all its ranks, and after a resume nothing may have been called yet."""
@@ -231,7 +241,7 @@ def _filled(own: dict[int, dict]) -> dict[str, dict]:
 
 def _describe(described: ShardedTensor | ShardedTensorFactory, key: str, data: torch.Tensor) -> dict:
     """Sharded tensors of one of KEYS, under "": like its weight, which lies on the disk in several parts where a factory cuts it."""
-    changes = {
+    changes: dict[str, Any] = {
         "key": f"optimizer.state.{key}.{described.key}",
         "data": data.view(described.data.shape),
         "replica_id": (*described.replica_id[:-1], 0),  # no other rank of the data-parallel group has it

@@ -16,13 +16,13 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
 from megatron_ft import device
 from megatron_ft.checkpoints.folder import find_checkpoint, iteration_folder, iterations_in, write_tracker
-from megatron_ft.checkpoints.writer import Forked, Here, Part, Written
+from megatron_ft.checkpoints.writer import Forked, Here, Part
 from megatron_ft.digests import Entry, write_manifest
 from megatron_ft.engine.collective_errors import raise_together
 from megatron_ft.engine.parallel import Layout
@@ -57,6 +57,13 @@ class Saved(NamedTuple):
     folder: Path
 
 
+class Reached(Protocol):
+    """How far a run has come (training_state.Progress), as much of it as a save asks for."""
+
+    @property
+    def iteration(self) -> int: ...
+
+
 class Saver:
     """Saves into one root. All ranks make one and call each method together.
 
@@ -71,13 +78,13 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pending:
             self._pending.writer.abandon()
             self._drop(self._pending.folder)
             self._pending = None
 
-    def save(self, progress) -> list[Saved]:
+    def save(self, progress: Reached) -> list[Saved]:
         """Begin to save; returns what was committed meanwhile. Without background writers, this one too."""
         done = self.committed(wait=True)
         folder = self._new_folder(iteration_folder(self.root, progress.iteration))
@@ -87,6 +94,7 @@ class Saver:
         except OSError as error:
             problem = error
         raise_together(problem)
+        assert plan is not None
         device.synchronize()
         self._pending = _Pending(progress.iteration, folder, self._writer(plan.part), plan)
         return done + self.committed(wait=self._writer is Here)
@@ -100,7 +108,7 @@ class Saver:
             return []
         if wait:
             self._pending.writer.wait()
-        if self._still_running():
+        if _still_running(self._pending.writer):
             return []
         pending, self._pending = self._pending, None
         try:
@@ -112,20 +120,9 @@ class Saver:
         self._prune(pending.iteration)
         return [saved]
 
-    def _still_running(self) -> bool:
-        """Whether any rank's writer is at work and none has failed."""
-        writer = self._pending.writer
-        running = writer.running()
-        state = device.handed([int(running), int(writer.problem is not None)])
-        dist.all_reduce(state, op=dist.ReduceOp.MAX)
-        anyone_runs, anyone_failed = state.tolist()
-        if anyone_failed and running:
-            writer.abandon()
-        return bool(anyone_runs) and not anyone_failed
-
     def _commit(self, pending: _Pending) -> Path:
-        everyone: list[Written] | None = [None] * self.layout.world_size if self.layout.is_main else None
-        dist.gather_object(pending.writer.written, everyone)
+        everyone: list[Any] = [None] * self.layout.world_size if self.layout.is_main else []
+        dist.gather_object(pending.writer.written, everyone or None)
         target, problem = iteration_folder(self.root, pending.iteration), None
         if self.layout.is_main:
             try:
@@ -142,7 +139,8 @@ class Saver:
         return target
 
     def _new_folder(self, target: Path) -> Path:
-        folder, problem = [None], None
+        folder: list[Any] = [None]
+        problem = None
         if self.layout.is_main:
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +172,17 @@ class Saver:
                 if names[number] != tracked.name and not (self.keep.every and number % self.keep.every == 0):
                     _remove(self.root / names[number])
         dist.barrier()
+
+
+def _still_running(writer: Here | Forked) -> bool:
+    """Whether any rank's writer is at work and none has failed."""
+    running = writer.running()
+    state = device.handed([int(running), int(writer.problem is not None)])
+    dist.all_reduce(state, op=dist.ReduceOp.MAX)
+    anyone_runs, anyone_failed = state.tolist()
+    if anyone_failed and running:
+        writer.abandon()
+    return bool(anyone_runs) and not anyone_failed
 
 
 def _check_there(folder: Path, entries: dict[str, Entry]) -> None:

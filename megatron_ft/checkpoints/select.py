@@ -39,11 +39,11 @@ def sources(checkpointing: Checkpointing, loudly: bool = True) -> tuple[list[Pat
         raise CheckpointError(
             f"--save {save} is itself a checkpoint, or a model: give the folder that checkpoints are to be written into, or a new one"
         )
-    used = save is not None and _in_use(save)
+    used = save if save is not None and _in_use(save) else None
     if checkpointing.auto_resume and used:
-        return candidates(save, loudly), dataclasses.replace(checkpointing, finetune=False)
+        return candidates(used, loudly), dataclasses.replace(checkpointing, finetune=False)
     found = candidates(Path(checkpointing.load), loudly)
-    if used and (checkpointing.finetune or save.resolve() not in found[0].resolve().parents):
+    if used and (checkpointing.finetune or used.resolve() not in found[0].resolve().parents):
         raise CheckpointError(
             f"--save {checkpointing.save} holds the checkpoints of an earlier run: go on with that one (--auto_resume), "
             f"or give this one a folder of its own"
@@ -62,7 +62,7 @@ def candidates(root: Path, loudly: bool = True) -> list[Path]:
     """
     if (root / CONFIG).is_file() and not (root / TRACKER).exists():
         return [root]
-    numbers = iterations_in(root) if root.is_dir() else []
+    numbers = iterations_in(root) if root.is_dir() else {}
     try:
         tracked = find_checkpoint(root)
     except CheckpointError as error:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -35,6 +35,9 @@ from megatron_ft.engine.collective_errors import raise_together
 from megatron_ft.engine.parallel import Layout, seed_everything
 from megatron_ft.errors import CheckpointError
 from megatron_ft.log import logger
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 log = logger("checkpoint")
 
@@ -89,7 +92,7 @@ def make_saver(contents: Contents, section: Checkpointing) -> contextlib.Abstrac
 class _Planner(TorchDistSaveShardedStrategy):
     """The engine's plan of who writes what, without its way of writing."""
 
-    def _get_save_and_finalize_callbacks(self, writer, planned):
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> tuple[Any, Any]:
         return writer, planned[1]
 
 
@@ -133,7 +136,7 @@ def plan_sharded(
     return Plan(Part(folder, put, buckets, [writer.transforms]), finish)
 
 
-def _dtype_name(engine) -> str:
+def _dtype_name(engine: Any) -> str:
     """What the weights are kept in, by the engine's config of the model."""
     return "bf16" if engine.bf16 else "fp16" if engine.fp16 else "fp32"
 
@@ -162,7 +165,7 @@ def _write_bytes(data: bytes, path: Path) -> None:
 
 
 def resume(
-    folder: Path, config: CheckpointConfig, model, optimizer, schedule, layout: Layout, seed: int
+    folder: Path, config: CheckpointConfig, model: Any, optimizer: Any, schedule: Any, layout: Layout, seed: int
 ) -> Progress:  # fmt: skip
     """Continue exactly where `folder` was saved: weights, optimizer, schedule, position; on the same layout also the random streams.
 
@@ -191,7 +194,7 @@ def resume(
     return progress
 
 
-def _read_sharded(folder: Path, model, optimizer, layout: Layout) -> tuple[dict[str, Any], Callable]:
+def _read_sharded(folder: Path, model: Any, optimizer: Any, layout: Layout) -> tuple[dict[str, Any], Callable]:
     """This rank's part of a torch_dist checkpoint, and what takes its "optimizer"; "rng" only where layout and kind of device are the
     same.
     """
@@ -210,7 +213,7 @@ def _read_sharded(folder: Path, model, optimizer, layout: Layout) -> tuple[dict[
     return state | {"rng": {name: row[0] for name, row in state.get("rng", {}).items()}}, saved.put_back
 
 
-def _check_together(metadata, state: dict[str, Any], folder: Path) -> None:
+def _check_together(metadata: Metadata, state: dict[str, Any], folder: Path) -> None:
     """check_tensors, raised on every rank: each asks for tensors of its own."""
     problem = None
     try:

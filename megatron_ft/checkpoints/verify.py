@@ -150,7 +150,7 @@ def check_tensors(metadata: Metadata, wanted: dict, folder: Path, cast_weights: 
 def tensor_hashes(folder: Path) -> dict[str, str]:
     """Every tensor of a checkpoint in either format, optimizer and random streams included: name -> a hash of type, shape and bits."""
     if (Path(folder) / ".metadata").is_file():
-        found = {}
+        found: dict[str, str] = {}
         for index, place in read_metadata(Path(folder) / ".metadata").storage_data.items():
             record = torch.load(
                 file_slice(Path(folder) / place.relative_path, place.offset, place.length), weights_only=True
@@ -168,9 +168,9 @@ def _hashes(value: Any, name: str) -> dict[str, str]:
 
     if isinstance(value, torch.Tensor):
         bits = value.contiguous().reshape(-1).view(torch.uint8).numpy()
-        return {name: f"{value.dtype} {list(value.shape)} {xxhash.xxh3_128_hexdigest(bits)}"}
+        return {name: f"{value.dtype} {list(value.shape)} {xxhash.xxh3_128_hexdigest(bits.data)}"}
     if isinstance(value, dict):
-        parts = value.items()
+        parts: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list | tuple):
         parts = enumerate(value)
     else:

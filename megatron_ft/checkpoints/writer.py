@@ -16,6 +16,7 @@ import queue
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def _write_buckets(part: Part) -> list:
 
     places = []
     for number, bucket in enumerate(part.buckets):
-        answers, pending = queue.SimpleQueue(), queue.Queue()
+        answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        pending: queue.Queue[int] = queue.Queue()
         pending.put(number)
         FileSystemWriterAsync.write_preloaded_data(part.transforms, number, bucket, answers, pending, use_fsync=True)
         _, found = answers.get()
@@ -150,7 +152,7 @@ class Forked:
     def abandon(self) -> None:
         """Kill the writer; what it wrote is not believed by anyone. One that a disk holds fast is not waited for."""
         if self._process.is_alive():
-            os.kill(self._process.pid, signal.SIGKILL)
+            self._process.kill()
         self._process.join(_PATIENCE)
 
     def _receive(self) -> None:
@@ -170,7 +172,7 @@ class Forked:
             self.problem = found
 
 
-def _serve(part: Part, answer) -> None:
+def _serve(part: Part, answer: Connection) -> None:
     """The writer process: ends with its parent, and not by the signals that ask a trainer to save."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

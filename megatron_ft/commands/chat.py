@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ft.commands.generate import check_sampling
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_ft.generation.loading import Speaker
 
 
 @dataclass
@@ -62,7 +67,7 @@ def run(chat: Chat) -> int:
     return 0
 
 
-def _converse(chat: Chat, speaker) -> None:
+def _converse(chat: Chat, speaker: Speaker) -> None:
     from megatron_ft.generation.sampling import Sampling
 
     sampling = Sampling(chat.temperature, chat.top_k, chat.top_p)
@@ -85,7 +90,7 @@ def _converse(chat: Chat, speaker) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
-def _lines():
+def _lines() -> Iterator[str]:
     """What the user types, line by line, until the input ends."""
     while True:
         try:

@@ -9,11 +9,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Kernels, Numerics
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import check_writable
+
+if TYPE_CHECKING:
+    from megatron_ft.models.machine import Machine
 
 
 @dataclass
@@ -131,7 +135,7 @@ def choices() -> list[tuple[str, str]]:
     ]
 
 
-def _gradient_fusion(here) -> str:
+def _gradient_fusion(here: Machine) -> str:
     """Whether weight gradients are added within the matrix product, and what that needs."""
     if here.accumulates:
         return "apex's extension"

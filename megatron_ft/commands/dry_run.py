@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.pipeline import split_layers
 
+if TYPE_CHECKING:
+    from megatron_ft.checkpoints.training_state import Progress
+    from megatron_ft.config.settings import TrainingSettings
+
 
 def show(
-    layout: Layout, settings, described: CheckpointConfig, progress, train_set: ChatDataset, model, rows: int
+    layout: Layout,
+    settings: TrainingSettings,
+    described: CheckpointConfig,
+    progress: Progress,
+    train_set: ChatDataset,
+    model: list,
+    rows: int,
 ) -> int:
     """Print it on the main rank; returns the exit code, 0. rows: of a global batch. progress: where the run would begin."""
     import torch.distributed as dist
@@ -28,7 +41,14 @@ def show(
     return 0
 
 
-def _lines(layout: Layout, settings, described: CheckpointConfig, progress, train_set: ChatDataset, rows: int):
+def _lines(
+    layout: Layout,
+    settings: TrainingSettings,
+    described: CheckpointConfig,
+    progress: Progress,
+    train_set: ChatDataset,
+    rows: int,
+) -> Iterator[str]:
     batch, data, save = settings.batch, settings.data, settings.checkpointing.save
     steps = max(0, batch.train_iters - progress.iteration)
     epochs = batch.train_iters * rows / max(1, len(train_set.epoch_rows(0)))
@@ -46,7 +66,7 @@ def _lines(layout: Layout, settings, described: CheckpointConfig, progress, trai
     yield f"would save to {save} {every}, {_checkpoint_gb(layout, settings, described):.1f} GB each"
 
 
-def _checkpoint_gb(layout: Layout, settings, described: CheckpointConfig) -> float:
+def _checkpoint_gb(layout: Layout, settings: TrainingSettings, described: CheckpointConfig) -> float:
     from megatron_ft.planner import figures
     from megatron_ft.planner.memory import Job
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ft.checkpoints.folder import SETTINGS, TRAINED_ON
 from megatron_ft.config.checks import check_settings, places_to_write
@@ -13,6 +14,13 @@ from megatron_ft.config.cli import Command, run_script, write_sections
 from megatron_ft.config.sections import Checkpointing, Logging
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.files import check_writable
+
+if TYPE_CHECKING:
+    from megatron_ft.checkpoints.folder import CheckpointConfig
+    from megatron_ft.data.loader import ChatDataset
+    from megatron_ft.engine.parallel import Layout
+    from megatron_ft.training.hooks import Hook
+    from megatron_ft.training.stopping import StopRequest
 
 LOG = "finetune.log"
 """What all ranks log, libraries' warnings included; in the run's folder."""
@@ -84,8 +92,11 @@ def run(settings: TrainingSettings) -> int:
         return _train(layout, source, described, train_set, valid_set, settings, stop, held)
 
 
-def _train(layout, source, described, train_set, valid_set, settings: TrainingSettings, stop, held) -> int:
-    """held: an ExitStack; what the run holds until it ends."""
+def _train(
+    layout: Layout, source: Path, described: CheckpointConfig, train_set: ChatDataset, valid_set: ChatDataset | None,
+    settings: TrainingSettings, stop: StopRequest, held: contextlib.ExitStack,
+) -> int:  # fmt: skip
+    """held: what the run holds until it ends."""
     from megatron_ft import device
     from megatron_ft.checkpoints import training_state
     from megatron_ft.checkpoints.folder import vocab_rows
@@ -211,7 +222,7 @@ def _run_folder(checkpointing: Checkpointing, logging: Logging) -> Path | None:
     return Path(folder) if folder else None
 
 
-def _hooks(layout, settings: TrainingSettings, resolved: str) -> list:
+def _hooks(layout: Layout, settings: TrainingSettings, resolved: str) -> list[Hook]:
     """What watches the run, on the one rank that knows the loss."""
     if not layout.is_reporter:
         return []
@@ -224,18 +235,19 @@ def _hooks(layout, settings: TrainingSettings, resolved: str) -> list:
     logging = settings.logging
     folder = _run_folder(settings.checkpointing, logging)
 
-    def write_settings() -> None:
-        with atomic_file(folder / SETTINGS, "w") as file:
-            file.write(resolved)
-
-    hooks = [
+    hooks: list[Hook] = [
         Guarded("the progress on the screen", lambda: make_console(settings.batch.train_iters, logging.log_interval))
     ]
     if folder:
+
+        def write_settings() -> None:
+            with atomic_file(folder / SETTINGS, "w") as file:
+                file.write(resolved)
+
         hooks.append(Guarded(str(folder / METRICS), lambda: MetricsFile(folder)))
         attempt(str(folder / SETTINGS), write_settings)
-    if logging.tensorboard_dir:
-        hooks.append(Aside(f"TensorBoard in {logging.tensorboard_dir}", lambda: TensorBoard(logging.tensorboard_dir)))
+    if board := logging.tensorboard_dir:
+        hooks.append(Aside(f"TensorBoard in {board}", lambda: TensorBoard(board)))
     if logging.wandb_logger:
         values = {k: v for section in settings.sections for k, v in vars(section).items()}
         name = logging.wandb_name

@@ -6,11 +6,15 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.model_parallel import ModelParallel
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megatron_ft.engine.parallel import Layout
 
 
 @dataclass
@@ -99,6 +103,7 @@ def read_prompts(generation: Generation) -> list[dict]:
         raise ConfigError('give either --prompt "text" or --prompts FILE.jsonl')
     if generation.prompt:
         return [_with_messages({"prompt": text}, "--prompt") for text in generation.prompt]
+    assert generation.prompts is not None
     path = Path(generation.prompts)
     try:
         text = path.read_text(encoding="utf-8")
@@ -125,15 +130,24 @@ def _with_messages(entry: object, where: str) -> dict:
     raise DataError(f'{where}: needs {{"prompt": text}} or {{"messages": [...]}}')
 
 
-def check_sampling(options) -> None:
-    """For a section with SamplingOptions' fields. Raises ConfigError."""
+class _Sampling(Protocol):
+    """A section with SamplingOptions' fields."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def check_sampling(options: _Sampling) -> None:
+    """Raises ConfigError."""
     if options.max_new_tokens < 1:
         raise ConfigError("--max_new_tokens must be at least 1")
     if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
         raise ConfigError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")
 
 
-def _answer(generation: Generation, options: SamplingOptions, layout, conversations: list) -> list[str]:
+def _answer(generation: Generation, options: SamplingOptions, layout: Layout, conversations: list) -> list[str]:
     """Answers to all conversations, on every rank; data-parallel ranks take every dp_size-th prompt."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -147,7 +161,7 @@ def _answer(generation: Generation, options: SamplingOptions, layout, conversati
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     mine = conversations[layout.dp_rank :: layout.dp_size]
     answers = speaker.answers(mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank)
-    shares = [None] * layout.dp_size
+    shares: list[Any] = [None] * layout.dp_size
     dist.all_gather_object(shares, answers, group=parallel_state.get_data_parallel_group())
     return [shares[i % layout.dp_size][i // layout.dp_size] for i in range(len(conversations))]
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_ft.data.show import Token
 
 STYLE = """body{font:15px/1.6 system-ui,sans-serif;margin:2rem auto;max-width:64rem;padding:0 1rem;color:#222}
 .sample{white-space:pre-wrap;font:14px/1.9 ui-monospace,monospace;border:1px solid #ddd;border-radius:6px;padding:.8rem}
@@ -31,7 +35,7 @@ def page(title: str, head: list[str], samples: list, row: list | None) -> str:
     return start + "\n".join(parts) + "\n"
 
 
-def _token(token) -> str:
+def _token(token: Token) -> str:
     kinds = ["t", token.role]
     kinds += [name for name, yes in (("on", token.weight > 0), ("c", token.control), ("m", token.marked)) if yes]
     text = str(token.id) if token.text is None else token.text

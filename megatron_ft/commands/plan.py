@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ft.config.checks import positive
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Parallelism
 from megatron_ft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_ft.models.architecture import Architecture
+    from megatron_ft.planner.memory import Job
 
 
 @dataclass
@@ -104,7 +108,7 @@ def run(plan: Plan, parallel: Parallelism) -> int:
     return 0
 
 
-def _job(arch, plan: Plan, parallel: Parallelism):
+def _job(arch: Architecture, plan: Plan, parallel: Parallelism) -> Job:
     from megatron_ft.models.architecture import check_layout
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.planner.memory import Job
@@ -134,7 +138,7 @@ def _job(arch, plan: Plan, parallel: Parallelism):
     )  # fmt: skip
 
 
-def _by_recompute(arch, job) -> dict[str, list[int]]:
+def _by_recompute(arch: Architecture, job: Job) -> dict[str, list[int]]:
     """Bytes of activations of each stage, for each way to recompute."""
     from megatron_ft.planner import memory
 
@@ -144,7 +148,7 @@ def _by_recompute(arch, job) -> dict[str, list[int]]:
     }
 
 
-def _with(job, **changes):
+def _with(job: Job, **changes: Any) -> Job:
     from dataclasses import replace
 
     return replace(job, **changes)

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from megatron_ft.checkpoints.folder import TOKENIZER_FOLDER, CheckpointConfig
 from megatron_ft.config.checks import check_settings, data_parallel_size, places_to_write
+from megatron_ft.config.sections import Launching
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import check_writable
@@ -31,7 +32,7 @@ VARIABLE, MODEL_VARIABLE = "MEGATRON_FT_REHEARSE", "MEGATRON_FT_MAKE_BELIEVE"
 """As --rehearse and --make_believe, for a launch script that is not to be touched."""
 
 
-def wanted(launching) -> bool:
+def wanted(launching: Launching) -> bool:
     return launching.rehearse or os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
@@ -43,7 +44,7 @@ def rehearse(settings: TrainingSettings, run: Callable[[TrainingSettings], int])
     here = None if was_rank else _processes(settings)
     real = here.world_size if here else int(os.environ["WORLD_SIZE"])
     alone = here is not None and "SLURM_PROCID" not in os.environ
-    speaks = os.environ.get("RANK") == "0" if was_rank else alone or here.node == 0
+    speaks = os.environ.get("RANK") == "0" if here is None else alone or here.node == 0
     say = print if speaks else (lambda *_, **__: None)
     say(
         f"rehearsal on this machine's CPU, {real} processes asked for; nothing is written where the real run writes",
@@ -66,11 +67,11 @@ def rehearse(settings: TrainingSettings, run: Callable[[TrainingSettings], int])
         small = _shrunk(settings, found, folder, dp, count if alone else None)
         if speaks:
             _prepare(folder, found, small)
-            changed = shrink.changes(found.described.architecture, found.small, settings, small, (real, count))
+            changed = shrink.changes(found.model.architecture, found.small, settings, small, (real, count))
             say(f"  shrunk         {', '.join(map(str, changed))}", flush=True)
             if meeting:
                 meeting.open()
-        else:
+        elif meeting:
             _meet(meeting.wait)
         code = run(small)
         if is_rank() and not was_rank:
@@ -93,7 +94,7 @@ def _temporary(variable: str | None, folder: str | None) -> None:
         os.environ["TMPDIR"] = variable
 
 
-def _look(settings, real: int, say: Callable[..., None]) -> _Findings:
+def _look(settings: TrainingSettings, real: int, say: Callable[..., None]) -> _Findings:
     """Tell what there is. Raises ConfigError where something is missing."""
     found = _Findings(settings, real, settings.launching.make_believe or os.environ.get(MODEL_VARIABLE))
     for line in found.lines:
@@ -105,7 +106,7 @@ def _look(settings, real: int, say: Callable[..., None]) -> _Findings:
     return found
 
 
-def _processes(settings) -> Places:
+def _processes(settings: TrainingSettings) -> Places:
     """As the command says; where it does not, one for each part of the model."""
     launching = settings.launching
     here = replace(launching, nproc_per_node=launching.nproc_per_node or settings.parallel.model_parallel_size)
@@ -117,7 +118,10 @@ def _processes(settings) -> Places:
 class _Findings:
     """What the real command would meet, as far as this machine can tell. lines: to print; missing: what stops a rehearsal."""
 
-    def __init__(self, settings, processes: int, make_believe: str | None):
+    small: Architecture
+    """Of the model to rehearse with, where a model was found."""
+
+    def __init__(self, settings: TrainingSettings, processes: int, make_believe: str | None):
         self.lines: list[str] = []
         self.missing: list[str] = []
         self.settings, self.processes = settings, processes
@@ -134,6 +138,12 @@ class _Findings:
                 self.missing.append(" ".join(str(error).split()))
         if self.described:
             self.small = shrink.architecture(self.described.architecture, settings.parallel)
+
+    @property
+    def model(self) -> CheckpointConfig:
+        """The description of the model, where nothing is missing."""
+        assert self.described is not None
+        return self.described
 
     def _note(self, what: str, text: str) -> None:
         self.lines.append(f"{what:14} {text}")
@@ -206,7 +216,7 @@ def _imagined(model: str) -> CheckpointConfig:
     return CheckpointConfig(arch, "torch_dist", 1, 1, arch.vocab_size, "release", "bf16")
 
 
-def _meeting(settings, here: Places | None) -> Meeting:
+def _meeting(settings: TrainingSettings, here: Places | None) -> Meeting:
     """Of several launchers, or (here is None) of ranks that something else has started: in a folder that all of them can name."""
     job = os.environ.get("SLURM_JOB_ID", os.environ.get("TORCHELASTIC_RUN_ID", "none"))
     port = here.port if here else os.environ["MASTER_PORT"]
@@ -242,8 +252,10 @@ def _meet(step: Callable[[], T]) -> T:
         raise
 
 
-def _shrunk(settings, found: _Findings, folder: Path, dp: int, processes: int | None):
-    parallel = shrink.parallelism(found.described.architecture, settings.parallel)
+def _shrunk(
+    settings: TrainingSettings, found: _Findings, folder: Path, dp: int, processes: int | None
+) -> TrainingSettings:
+    parallel = shrink.parallelism(found.model.architecture, settings.parallel)
     data = replace(settings.data, seq_length=shrink.seq_length(settings.data, parallel), verify_data=False)
     if found.made_up_data:
         data = replace(data, data_path=[str(folder / "data" / "made_up-train")], valid_data_path=[], data_weights=[])
@@ -257,9 +269,9 @@ def _shrunk(settings, found: _Findings, folder: Path, dp: int, processes: int | 
     )  # fmt: skip
 
 
-def _prepare(folder: Path, found: _Findings, small) -> None:
+def _prepare(folder: Path, found: _Findings, small: TrainingSettings) -> None:
     """The small checkpoint and, where asked for, shards."""
-    described = found.described
+    described = found.model
     os.environ.setdefault("WANDB_DIR", str(folder))
     if found.made_up_data:
         for kind in ("train", "val"):
@@ -272,7 +284,7 @@ def _prepare(folder: Path, found: _Findings, small) -> None:
     make_up.model(folder / "model", made_up, found.source / TOKENIZER_FOLDER if found.source else None)
 
 
-def _verdict(code: int, processes: int, settings, seconds: float) -> str:
+def _verdict(code: int, processes: int, settings: TrainingSettings, seconds: float) -> str:
     spent = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
     if code:
         return f"rehearsal FAILED with exit code {code} after {spent}"

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Checkpointing, Launching
@@ -81,7 +82,7 @@ def _on_this_rank(work: tuple[ResumeCheck, TrainingSettings]) -> int:
     from megatron_ft.log import setup as setup_log
 
     check, settings = work
-    folder = [check.work_dir or tempfile.mkdtemp(prefix="resume-check-") if dist.get_rank() == 0 else None]
+    folder: list[Any] = [check.work_dir or tempfile.mkdtemp(prefix="resume-check-") if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder, src=0)
     root = Path(folder[0])
     setup_log("WARNING")

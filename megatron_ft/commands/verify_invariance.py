@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Numerics, Parallelism
@@ -103,11 +103,11 @@ def cases_for(arch: Architecture) -> list[Case]:
     """All layouts that the model's sizes allow on four processes, and one that is broken on purpose."""
     from megatron_ft.training.invariance import Case
 
-    def parallel(tp=1, pp=1, sp=False, **more):
+    def parallel(tp: int = 1, pp: int = 1, sp: bool = False, **more: Any) -> Parallelism:
         return Parallelism(tp, pp, sequence_parallel=sp, **more)
 
     chunks = arch.num_layers // 2
-    rows = [
+    rows: list[tuple[str, int, Parallelism, dict[str, Any]]] = [
         ("TP2", 2, parallel(2), {}),
         ("TP2 + sequence parallel", 2, parallel(2, sp=True), {"micro_batch_size": 2}),
         ("TP4", 4, parallel(4), {}),

@@ -44,7 +44,7 @@ class TrainingSettings:
         """Make settings from values by flag name, whatever their section. Raise TypeError for a name that no section has."""
         sections = {}
         for one in fields(cls):
-            kind = one.default_factory
+            kind: Any = one.default_factory
             sections[one.name] = kind(**{f.name: values.pop(f.name) for f in fields(kind) if f.name in values})
         if values:
             raise TypeError(f"no section has {', '.join(sorted(values))}")

@@ -7,6 +7,7 @@ template for transformers is made from the same object, so it cannot disagree. T
 are chat_template.py's.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,20 +201,14 @@ class ChatFormat:
 
     def _split(self, text: str, code: int) -> list[Part]:
         """A piece of a template cut at the control tokens."""
-        return [Part(code, part, kind) for part, kind in _SPLITS.get((self.added_tokens, text))]
+        return [Part(code, part, kind) for part, kind in _pieces(self.added_tokens, text)]
 
 
-class _Splits(dict):
-    """(control tokens, text) -> the text's parts and their kinds, worked out once."""
-
-    def get(self, key: tuple[tuple[str, ...], str]) -> list[tuple[str, int]]:  # type: ignore[override]
-        if key not in self:
-            cut = re.split("(" + "|".join(map(re.escape, key[0])) + ")", key[1])
-            self[key] = [(part, CONTROL if i % 2 else FIXED) for i, part in enumerate(cut) if part]
-        return self[key]
-
-
-_SPLITS = _Splits()
+@functools.cache
+def _pieces(control: tuple[str, ...], text: str) -> list[tuple[str, int]]:
+    """The text's parts and their kinds, worked out once."""
+    cut = re.split("(" + "|".join(map(re.escape, control)) + ")", text)
+    return [(part, CONTROL if i % 2 else FIXED) for i, part in enumerate(cut) if part]
 
 
 def _turns(pattern: str, **names: str) -> dict[int, str]:

@@ -11,15 +11,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from megatron_ft.data import packing
 from megatron_ft.data.fingerprint import fingerprint
+from megatron_ft.data.manifest import Manifest
 from megatron_ft.data.pieces import draw, pieces_of, pieces_per_epoch
 from megatron_ft.data.plan_cache import cached
 from megatron_ft.data.roles import ROLE_BITS, ROLE_NAMES
-from megatron_ft.data.shards import Shards
 from megatron_ft.errors import DataError
 
 
@@ -97,10 +98,24 @@ class NothingFits(DataError):
     """A set without a single row."""
 
 
+class Samples(Protocol):
+    """What is asked of shards: those of chats, plain ones, or some in memory."""
+
+    prefix: str
+    manifest: Manifest
+    lengths: np.ndarray
+    """Tokens of each sample."""
+
+    def __len__(self) -> int: ...
+    def tokens(self, index: int, /) -> np.ndarray: ...
+    def codes(self, index: int, /) -> np.ndarray: ...
+    def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray: ...
+
+
 class ChatDataset:
     """Rows of chat samples from one or more shards, shuffled anew each epoch. loss_weights: float32 [4], by role."""
 
-    def __init__(self, shards: Sequence[Shards], loss_weights: np.ndarray, choices: Choices):
+    def __init__(self, shards: Sequence[Samples], loss_weights: np.ndarray, choices: Choices):
         self.shards, self.choices, self.seq_length = list(shards), choices, choices.seq_length
         self.packed = choices.packed
         self._weight_of = [shard.loss_weights(loss_weights, choices.marked_loss_weight) for shard in self.shards]

@@ -6,6 +6,7 @@ It carries a hash of itself: a changed digit in it is found too. Knows neither t
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class Manifest:
     format_version: int = 1
 
 
-def manifest_path(prefix: str | Path) -> Path:
+def manifest_path(prefix: str | os.PathLike) -> Path:
     return Path(f"{prefix}-manifest.json")
 
 

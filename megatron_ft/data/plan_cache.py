@@ -75,7 +75,7 @@ def _hash(content: np.ndarray) -> np.ndarray:
     """Of all but the hash itself: int64 [2]."""
     import xxhash
 
-    return np.frombuffer(xxhash.xxh3_128_digest(memoryview(content[2:])), np.int64)
+    return np.frombuffer(xxhash.xxh3_128_digest(content[2:].data), np.int64)
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ class SentencePieceModel:
         """The model as a protocol buffer: pieces with scores and kinds, normalizer_spec, trainer_spec."""
         from sentencepiece import sentencepiece_model_pb2
 
-        message = sentencepiece_model_pb2.ModelProto()
+        message = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         message.ParseFromString(self._model.serialized_model_proto())
         return message
 

@@ -78,7 +78,7 @@ def _added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 def _special_names(tokenizer: Tokenizer, stop_token: str | None) -> dict[str, str]:
     """bos_token, eos_token, unk_token, pad_token, as far as there are such tokens."""
-    names = {index: name for name, index in tokenizer.special_tokens.items()}
+    names: dict[int | None, str] = {index: name for name, index in tokenizer.special_tokens.items()}
     if stop_token is not None:
         tokenizer.token_id(stop_token)  # raises where it is missing
     found = {

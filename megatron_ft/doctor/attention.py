@@ -92,10 +92,10 @@ def difference(attend: Attend, head: int, groups: int, window: int | None, dtype
     boundaries = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32, device=query.device)
     scale = 1 / math.sqrt(head)
     found = _with_gradients(
-        lambda *x: attend(*x, boundaries, max(LENGTHS), scale, window), (query, key, value), upstream
+        lambda q, k, v: attend(q, k, v, boundaries, max(LENGTHS), scale, window), (query, key, value), upstream
     )
     wanted = _with_gradients(
-        lambda *x: formula(*x, scale, window), tuple(x.float() for x in (query, key, value)), upstream.float()
+        lambda q, k, v: formula(q, k, v, scale, window), tuple(x.float() for x in (query, key, value)), upstream.float()
     )
     apart = [
         float((one.float() - other).abs().max() / other.abs().max()) for one, other in zip(found, wanted, strict=True)
@@ -127,7 +127,9 @@ def _kernel(name: str) -> Attend:
     return lambda *given: kernel(*given, 0.0)
 
 
-def _by_sample(query, key, value, boundaries, longest, scale, window) -> Tensor:
+def _by_sample(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
     """SdpaAttention as a layer of the model calls it."""
     heads, head, groups = query.shape[1], query.shape[2], key.shape[1]
     arch = replace(

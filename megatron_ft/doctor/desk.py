@@ -57,6 +57,7 @@ class Desk:
     def _ask(self, check: Check) -> Found:
         worker = self.worker = self.worker or self._start()
         answer, deadline = answer_file(self.folder, check), time.monotonic() + check.seconds
+        assert worker.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             worker.stdin.write(f"{check.function}\n")
             worker.stdin.flush()
@@ -86,6 +87,7 @@ class Desk:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.worker.pid, signal.SIGKILL)
-        self.worker.stdin.close()
+        if self.worker.stdin is not None:
+            self.worker.stdin.close()
         self.worker.wait()
         self.worker = None

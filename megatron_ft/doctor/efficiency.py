@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ft import device, gpu_facts
 from megatron_ft.config.sections import Kernels, Numerics
@@ -43,7 +45,7 @@ def recompilations(folder: Path) -> Found:
         return judge_compilations([_compiled_after(step, number) for number in range(STEPS)])
 
 
-def _compiled_after(step, number: int) -> int:
+def _compiled_after(step: Callable[[int], Any], number: int) -> int:
     """Graphs compiled since the process began, once step `number` is done."""
     from torch._dynamo.utils import counters
 

@@ -34,7 +34,7 @@ class Job:
     def __enter__(self) -> Job:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for pid in (*self.ranks(), self.process.pid):
             if _alive(pid):
                 os.kill(pid, signal.SIGKILL)

@@ -111,7 +111,7 @@ def judge_compiler(here: Machine) -> Found:
 def _compile_one() -> Found:
     import torch
 
-    def silu_times(x, y):
+    def silu_times(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(x) * y
 
     x, y = torch.randn(2, 1000, device=device.current_device()).unbind()

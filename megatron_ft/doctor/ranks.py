@@ -74,6 +74,7 @@ def run_as_ranks(words: Sequence[str], processes: int, seconds: float, **environ
     """The same, as the ranks of one run that some other launcher has started. The first that failed speaks for all."""
     assert not is_rank()
     with meeting_place(places(Processes(nproc_per_node=processes, nnodes=1))) as (here, held):
+        assert held is not None
         started = [
             subprocess.Popen(
                 [sys.executable, "-m", *words], text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -36,6 +36,7 @@ def compare_masks(rate: float) -> tuple[float, int, int]:
     place = place_of(number, rate, here)
     joined = FusedDroppedAdd.apply(x, torch.zeros_like(x), keys.to(here), channel_bits(2048, here), *place)
     joined.sum().backward()
+    assert x.grad is not None
     stays, passes = joined.detach().cpu() != 0, x.grad.cpu() != 0
     return float(stays.float().mean()), int((stays != right).sum()), int((passes != right).sum())
 

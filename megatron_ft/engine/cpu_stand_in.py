@@ -15,6 +15,8 @@ import contextlib
 import functools
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 
 def answer_for_cpu() -> None:
@@ -22,7 +24,8 @@ def answer_for_cpu() -> None:
     import torch
 
     stand_in = _engine_torch()
-    for name, module in list(sys.modules.items()):
+    modules: dict[str, Any] = dict(sys.modules)
+    for name, module in modules.items():
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = stand_in
     from megatron.core.tensor_parallel import random as engine_random
@@ -36,7 +39,7 @@ def _engine_torch() -> types.ModuleType:
     """A copy of the torch namespace in which the device named cuda is the CPU."""
     import torch
 
-    stand_in = types.ModuleType("torch")
+    stand_in: Any = types.ModuleType("torch")
     stand_in.__dict__.update(torch.__dict__)
     stand_in.__getattr__ = lambda name: getattr(torch, name)
     for factory in (
@@ -57,9 +60,9 @@ def _engine_torch() -> types.ModuleType:
     return stand_in
 
 
-def _on_cpu(factory):
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(factory)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs and _names_gpu(kwargs["device"]):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
@@ -68,13 +71,13 @@ def _on_cpu(factory):
     return call
 
 
-def _names_gpu(device) -> bool:
+def _names_gpu(device: Any) -> bool:
     return device is not None and (isinstance(device, int) or str(device).startswith("cuda"))
 
 
-def _engine_cuda(torch) -> types.ModuleType:
+def _engine_cuda(torch: Any) -> types.ModuleType:
     nothing = lambda *args, **kwargs: None  # noqa: E731
-    stand_in = types.ModuleType("torch.cuda")
+    stand_in: Any = types.ModuleType("torch.cuda")
     stand_in.__dict__.update(torch.cuda.__dict__)
     stand_in.__getattr__ = lambda name: getattr(torch.cuda, name)
     stream = types.SimpleNamespace(wait_stream=nothing, wait_event=nothing, synchronize=nothing, record_event=nothing)
@@ -97,18 +100,18 @@ def _engine_cuda(torch) -> types.ModuleType:
     return stand_in
 
 
-def _patch_tensor_methods(torch) -> None:
+def _patch_tensor_methods(torch: Any) -> None:
     """Tensor.cuda and friends stay on the CPU; Tensor.type() reports the names megatron-core's optimizers compare with."""
     to, kind = torch.Tensor.to, torch.Tensor.type
 
-    def to_cpu(self, *args, **kwargs):
+    def to_cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args and (isinstance(args[0], (str, torch.device))) and _names_gpu(args[0]):
             args = ("cpu", *args[1:])
         if _names_gpu(kwargs.get("device")):
             kwargs["device"] = "cpu"
         return to(self, *args, **kwargs)
 
-    def type_name(self, dtype=None, *args, **kwargs):
+    def type_name(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         name = kind(self) if dtype is None else None
         if name is None:
             return kind(self, dtype, *args, **kwargs)

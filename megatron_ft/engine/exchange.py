@@ -7,6 +7,7 @@ stage knows the shapes already: it builds the same microbatches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -21,18 +22,20 @@ class KnownShapes(P2PCommunicator):
     A stage receives activations, and gradients likewise, in the order of the microbatches.
     """
 
-    def __init__(self, group, config, shapes: Sequence[Shape]):
+    def __init__(self, group: Any, config: Any, shapes: Sequence[Shape]):
         super().__init__(group, config)
         self._activations, self._gradients = iter(shapes), iter(shapes)
 
-    def _communicate_shapes(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next):
+    def _communicate_shapes(
+        self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
+    ) -> tuple[list[int], list[int]]:
         """Return the shapes of what comes from the previous and from the next stage. In the place of the engine's exchange."""
         from_previous = next(self._activations) if recv_prev else (0, 0, 0)
         from_next = next(self._gradients) if recv_next else (0, 0, 0)
         return list(from_previous), list(from_next)
 
 
-def known_shapes(config, shapes: Sequence[Shape]) -> dict:
+def known_shapes(config: Any, shapes: Sequence[Shape]) -> dict:
     """Return the arguments that have the engine's schedule use KnownShapes: it takes them together with all groups, or not at all."""
     assert hasattr(P2PCommunicator, "_communicate_shapes"), "megatron-core exchanges shapes in another way"
     groups = ProcessGroupCollection()

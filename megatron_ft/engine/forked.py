@@ -53,7 +53,8 @@ def _gather(pipes: list) -> list[Any]:
     results: list[Any] = [None] * len(pipes)
     waiting = dict(zip(pipes, range(len(pipes)), strict=True))
     while waiting:
-        for pipe in multiprocessing.connection.wait(list(waiting)):
+        ready: list[Any] = multiprocessing.connection.wait(list(waiting))
+        for pipe in ready:
             rank = waiting.pop(pipe)
             try:
                 kind, value = pipe.recv()
@@ -67,7 +68,7 @@ def _gather(pipes: list) -> list[Any]:
     return results
 
 
-def _rank(rank: int, size: int, store: str, pipe, function: Callable[[Any], Any], argument: Any) -> None:
+def _rank(rank: int, size: int, store: str, pipe: Any, function: Callable[[Any], Any], argument: Any) -> None:
     import torch.distributed as dist
 
     die_with_parent()

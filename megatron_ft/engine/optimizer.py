@@ -7,6 +7,8 @@ engine is given `FusedAdam` below: torch's fused AdamW kernel behind apex's inte
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import optimizer as engine
 from megatron.core.optimizer import clip_grads, distrib_optimizer
@@ -25,8 +27,9 @@ class FusedAdam(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, bias_correction=True
-    ):
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0, adam_w_mode: bool = True, bias_correction: bool = True,
+    ):  # fmt: skip
         if not (adam_w_mode and bias_correction):
             raise ValueError("FusedAdam decouples weight decay and corrects the bias; nothing else is implemented")
         super().__init__(
@@ -35,7 +38,7 @@ class FusedAdam(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient. The group's step counts even where a rank holds none of it."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -56,12 +59,14 @@ def _steps(step: int, params: list) -> list[torch.Tensor]:
     return list(torch.full((len(params),), float(step), device=params[0].device).unbind()) if params else []
 
 
-def norm_of_all(_chunk: int, _overflow, tensors: list[list[torch.Tensor]], _each: bool):
+def norm_of_all(
+    _chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], _each: bool
+) -> tuple[torch.Tensor, None]:
     """apex's multi_tensor_l2norm over torch's foreach operations: ([1] fp32 norm of all tensors together, on their device; None)."""
     return torch.stack(torch._foreach_norm(tensors[0])).norm().float()[None], None
 
 
-def scale_all(_chunk: int, _overflow, tensors: list[list[torch.Tensor]], scale: float) -> None:
+def scale_all(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], scale: float) -> None:
     """apex's multi_tensor_scale: tensors[1] = tensors[0] * scale, in the types that tensors[1] have. In place where both are one."""
     source, target = tensors
     same = all(one is other for one, other in zip(source, target, strict=True))
@@ -71,7 +76,7 @@ def scale_all(_chunk: int, _overflow, tensors: list[list[torch.Tensor]], scale: 
         torch._foreach_copy_(target, source if scale == 1.0 else torch._foreach_mul(source, scale))
 
 
-def copy_all(this: list[torch.Tensor], that: list[torch.Tensor], overflow_buf=None) -> None:
+def copy_all(this: list[torch.Tensor], that: list[torch.Tensor], overflow_buf: Any = None) -> None:
     """Copy each tensor of `this` into `that`."""
     scale_all(0, overflow_buf, [this, that], 1.0)
 
@@ -90,7 +95,7 @@ def offer_to_engine() -> None:
         base_optimizer._multi_tensor_copy_this_to_that = copy_all
 
 
-def make_optimizer(model_chunks: list, section: Optimizer, numerics: Numerics, distributed: bool):
+def make_optimizer(model_chunks: list, section: Optimizer, numerics: Numerics, distributed: bool) -> Any:
     """The engine's optimizer over DDP-wrapped model chunks; weight decay on matrices only."""
     offer_to_engine()
     config = engine.OptimizerConfig(
@@ -118,14 +123,14 @@ def make_optimizer(model_chunks: list, section: Optimizer, numerics: Numerics, d
     return made
 
 
-def _make_state(optimizer) -> None:
+def _make_state(optimizer: Any) -> None:
     """Make the moments now, not at the first update: a checkpoint may be saved before it, as while an fp16 loss scale still falls."""
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None and part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
 
 
-def make_schedule(optimizer, section: Optimizer, batch: Batch) -> OptimizerParamScheduler:
+def make_schedule(optimizer: Any, section: Optimizer, batch: Batch) -> OptimizerParamScheduler:
     """Linear warm-up, then decay; counted in steps of the optimizer."""
     return OptimizerParamScheduler(
         optimizer,

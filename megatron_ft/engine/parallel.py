@@ -10,8 +10,9 @@ import datetime
 import os
 import random
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from megatron_ft import device
 from megatron_ft.config import rank_errors
@@ -92,7 +93,7 @@ def local_rank() -> int:
 
 
 @contextlib.contextmanager
-def joined():
+def joined() -> Iterator[None]:
     """One group for all that the ranks of a launcher do in turn: process_groups would each time make and end its own, and a
     launcher's meeting place serves once.
     """
@@ -137,7 +138,9 @@ class ParallelSizes:
 
 
 @contextlib.contextmanager
-def process_groups(sizes: ParallelSizes | None = None, seed: int = 1234, timeout_minutes: float = 30.0):
+def process_groups(
+    sizes: ParallelSizes | None = None, seed: int = 1234, timeout_minutes: float = 30.0
+) -> Iterator[Layout]:
     """Make torch.distributed's and megatron-core's process groups, seed, yield the Layout, take them down again.
 
     sizes: None is one process. timeout_minutes: how long a process waits for another.
@@ -184,7 +187,7 @@ def process_groups(sizes: ParallelSizes | None = None, seed: int = 1234, timeout
             dist.destroy_process_group()
 
 
-def _init_process_group(dist, timeout: datetime.timedelta | None) -> None:
+def _init_process_group(dist: Any, timeout: datetime.timedelta | None) -> None:
     """timeout: None is torch's own."""
     if "MASTER_ADDR" in os.environ:
         try:
@@ -201,7 +204,7 @@ def _init_process_group(dist, timeout: datetime.timedelta | None) -> None:
         dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _held_store(dist, timeout: datetime.timedelta | None) -> dict:
+def _held_store(dist: Any, timeout: datetime.timedelta | None) -> dict:
     """What rank 0 says more where the launcher holds the port that the ranks meet at: torch's own store, on that very socket."""
     held = os.environ.pop(rank_errors.MEETING, None)
     if held is None:
@@ -214,7 +217,7 @@ def _held_store(dist, timeout: datetime.timedelta | None) -> dict:
     return {"store": dist.PrefixStore("default_pg", store), "rank": rank(), "world_size": world_size()}
 
 
-def _groups(dist) -> list:
+def _groups(dist: Any) -> list:
     """Return every process group of this process, the default one included, in the order in which they were made.
 
     That order is the same on all ranks, and ending a group may wait for its other members.
@@ -222,7 +225,7 @@ def _groups(dist) -> list:
     return list(dist.distributed_c10d._world.pg_map)
 
 
-def _layout(parallel_state, sizes: ParallelSizes) -> Layout:
+def _layout(parallel_state: Any, sizes: ParallelSizes) -> Layout:
     return Layout(
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from typing import Any
 
 
 def apply() -> None:
@@ -33,7 +34,7 @@ def read_objects_without_running_them() -> None:
 
     free = MCoreLoadPlanner.load_bytes
 
-    def load_bytes(self, read_item, value) -> None:
+    def load_bytes(self: Any, read_item: Any, value: Any) -> None:
         start = value.tell()
         torch.load(value, weights_only=True)  # refuses what names more than tensors and plain containers
         value.seek(start)
@@ -51,7 +52,7 @@ def recompute_norms_without_fp8() -> None:
         return
 
     class WithoutFp8(engine_random.CheckpointWithoutOutput):
-        def __init__(self, fp8=None):
+        def __init__(self, fp8: Any = None):
             super().__init__(None)
 
     tensor_parallel.CheckpointWithoutOutput = WithoutFp8

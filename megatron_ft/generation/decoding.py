@@ -8,6 +8,7 @@ advance a token at a time, longer prompts still being fed their own tokens. Exac
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from megatron_ft.generation.sampling import GREEDY, Sampling, choose
 class Decoder:
     """Generates with a bare model (no sequence parallelism) whose weights are loaded."""
 
-    def __init__(self, model, layout: Layout, stop_ids: Collection[int], max_positions: int):
+    def __init__(self, model: Any, layout: Layout, stop_ids: Collection[int], max_positions: int):
         assert not model.config.sequence_parallel, "single tokens cannot be split along the sequence"
         self.model, self.layout = model.eval(), layout
         self.stop_ids, self.max_positions = set(stop_ids), max_positions
@@ -57,7 +58,9 @@ class Decoder:
                 answers[i] = text
         return answers
 
-    def _batch(self, prompts, max_new_tokens, sampling, generator) -> list[list[int]]:
+    def _batch(
+        self, prompts: list[np.ndarray], max_new_tokens: int, sampling: Sampling, generator: torch.Generator
+    ) -> list[list[int]]:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         shortest, longest = int(lengths.min()), int(lengths.max())
         limit = min(longest + max_new_tokens, self.max_positions)
@@ -82,7 +85,9 @@ class Decoder:
             for row, start, end in zip(tokens, lengths.tolist(), ends.tolist(), strict=True)
         ]
 
-    def _next(self, new_tokens, cache, sampling, generator) -> torch.Tensor:
+    def _next(
+        self, new_tokens: torch.Tensor, cache: Any, sampling: Sampling, generator: torch.Generator
+    ) -> torch.Tensor:
         """Read new_tokens [b, n] into the cache; the token chosen after each, [b], the same on all ranks."""
         batch, count = new_tokens.shape
         logits = get_forward_backward_func()(
@@ -103,7 +108,7 @@ class Decoder:
         dist.broadcast(chosen, src=self.chooser, group=parallel_state.get_model_parallel_group())
         return chosen
 
-    def _forward(self, model, tokens, cache):
+    def _forward(self, model: Any, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
         start = cache.sequence_len_offset
         positions = torch.arange(start, start + tokens.shape[1], device=self.device).expand_as(tokens)
         return model(tokens, positions, None, inference_context=cache, runtime_gather_output=True)
@@ -114,5 +119,5 @@ class Decoder:
         return text[:first_stop]
 
 
-def _pass_through(output, non_loss_data=False):
+def _pass_through(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
     return output

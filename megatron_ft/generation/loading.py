@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megatron_ft.checkpoints.fill import fill_from
 from megatron_ft.checkpoints.folder import (
@@ -28,12 +31,16 @@ from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import DamagedError, TokenizerError
 from megatron_ft.files import read_json, read_text
 from megatron_ft.generation.decoding import Decoder
+from megatron_ft.generation.sampling import Sampling
 from megatron_ft.log import logger
-from megatron_ft.models.architecture import check_layout
+from megatron_ft.models.architecture import Architecture, check_layout
 from megatron_ft.models.build import BuildOptions, build_model
 from megatron_ft.models.hf_source import HfSource
 
 log = logger("generation")
+
+_Read = tuple[Any, Architecture, Tokenizer, str | None]
+"""The model, what it is, its tokenizer, the name of its chat format."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,19 @@ class Speaker:
     tokenizer: Tokenizer
     chat_format: ChatFormat | OwnTemplate | None
 
-    def prompt_ids(self, messages: list[dict[str, str]]):
+    def prompt_ids(self, messages: list[dict[str, str]]) -> np.ndarray:
         """Ids of a conversation that the assistant is to continue; without a chat format, of its last message's plain text."""
         if self.chat_format is None:
             return self.tokenizer.encode(messages[-1]["content"])
         return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt=True)[0]
 
     def answers(
-        self, conversations: list[list[dict[str, str]]], max_new_tokens: int, sampling, batch_size=32, seed=0
+        self,
+        conversations: list[list[dict[str, str]]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        batch_size: int = 32,
+        seed: int = 0,
     ) -> list[str]:
         """The assistant's next message in each conversation, stripped. All ranks of a model call it together."""
         prompts = [self.prompt_ids(messages) for messages in conversations]
@@ -101,7 +113,7 @@ def _config(folder: Path) -> dict:
     return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
-def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests: bool):
+def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests: bool) -> _Read:
     folder = find_checkpoint(root)
     config = describe(folder)
     verify(folder, config, layout, digests)
@@ -113,7 +125,7 @@ def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests:
     return model, config.architecture, tokenizer, config.chat_format
 
 
-def _from_export(folder: Path, layout: Layout, options: BuildOptions, digests: bool):
+def _from_export(folder: Path, layout: Layout, options: BuildOptions, digests: bool) -> _Read:
     problem = None
     try:
         if digests and has_digests(folder):

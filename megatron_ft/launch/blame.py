@@ -101,14 +101,15 @@ class Inquest:
             return Finding(Sureness.SURE)
         consequences = {signal.SIGABRT, *self._asked}  # the libraries abort where a connection breaks
         for rank in self._ranks:
-            if rank.killed or not failed(rank) or rank.number in rank_errors.lost(self._folder):
+            code = rank.code
+            if code is None or rank.killed or not failed(rank) or rank.number in rank_errors.lost(self._folder):
                 continue
-            if rank.code >= 0:
+            if code >= 0:
                 return Finding(
-                    Sureness.SURE, f"{name(rank)} ended with exit code {rank.code} and did not say why; {_THE_OTHERS}"
+                    Sureness.SURE, f"{name(rank)} ended with exit code {code} and did not say why; {_THE_OTHERS}"
                 )
-            if -rank.code not in consequences:
-                return Finding(Sureness.SURE, f"{name(rank)} was ended by {_signal(-rank.code)}; {_THE_OTHERS}")
+            if -code not in consequences:
+                return Finding(Sureness.SURE, f"{name(rank)} was ended by {_signal(-code)}; {_THE_OTHERS}")
         return None
 
     def _suspect(self, seen: Sequence[Sighting]) -> Finding | None:

@@ -154,7 +154,7 @@ class Spoke(Alone):
     def _go_on_alone(self, gone: Gone) -> None:
         if self.news.code is not None:  # it had said all
             return
-        self._wire.close()
+        self.close()
         self._wire = None
         if gone.ended:
             self._lost = True
@@ -174,7 +174,10 @@ def meet(places: Places, held: socket.socket | None, interrupted: Callable[[], b
     """
     if places.nodes == 1:
         return places, Alone()
-    return _as_hub(places, held, interrupted) if places.node == 0 else _as_spoke(places, interrupted)
+    if places.node:
+        return _as_spoke(places, interrupted)
+    assert held is not None
+    return _as_hub(places, held, interrupted)
 
 
 def _card(places: Places) -> dict:
@@ -183,14 +186,15 @@ def _card(places: Places) -> dict:
     return {"run": job, "nodes": places.nodes, "processes": places.here}
 
 
-def _as_hub(places: Places, held: socket.socket, interrupted) -> tuple[Places, Alone] | None:
+def _as_hub(places: Places, held: socket.socket, interrupted: Callable[[], bool]) -> tuple[Places, Alone] | None:
     wires: dict[int, Wire] = {}
     hosts: dict[int, str] = {}
     patience = _Patience()
     with _listening(places.port) as listening:
         while len(wires) < places.nodes - 1:
             if interrupted():
-                return _refuse_all(wires, None)
+                _refuse_all(wires, None)
+                return None
             missing = sorted(set(range(1, places.nodes)) - set(wires))
             who = f"the launcher of node {', '.join(map(str, missing))} at port {places.port} of {socket.gethostname()}"
             if patience.is_over(who):
@@ -204,7 +208,7 @@ def _as_hub(places: Places, held: socket.socket, interrupted) -> tuple[Places, A
             if (hello := _hello(wire)) is None:
                 wire.close()
                 continue
-            node, why = hello.get("node"), _disagreement(places, hello, wires)
+            node, why = hello["node"], _disagreement(places, hello, wires)
             if why:
                 _refuse_all({0: wire}, why)
                 if (
@@ -267,7 +271,7 @@ def _refuse_all(wires: dict[int, Wire], why: str | None) -> None:
         wire.close()
 
 
-def _as_spoke(places: Places, interrupted) -> tuple[Places, Alone] | None:
+def _as_spoke(places: Places, interrupted: Callable[[], bool]) -> tuple[Places, Alone] | None:
     hub = f"{places.address}:{places.port}"
     patience = _Patience()
     wire = None
@@ -309,7 +313,7 @@ def _listening(port: int) -> socket.socket:
 
 
 class _Patience:
-    def __init__(self):
+    def __init__(self) -> None:
         self._began = time.monotonic()
         self._told = False
 

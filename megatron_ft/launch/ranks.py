@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_ft.config.rank_errors import FOLDER, MEETING
 from megatron_ft.launch.places import Places
@@ -88,11 +89,12 @@ def _anew(places: Places, local: int, folder: Path, piped: bool, held: int | Non
     environment = _environment(places, local, folder, held)
     process = subprocess.Popen(
         sys.orig_argv, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
-        stdout=ends, stderr=ends, preexec_fn=_die_with_parent, pass_fds=[held] if MEETING in environment else [],
+        stdout=ends, stderr=ends, preexec_fn=_die_with_parent, pass_fds=[held] if held is not None and MEETING in environment else [],
     )  # fmt: skip
-    outputs = {1: os.dup(process.stdout.fileno()), 2: os.dup(process.stderr.fileno())} if piped else {}
-    for pipe in (process.stdout, process.stderr):
+    outputs = {}
+    for number, pipe in ((1, process.stdout), (2, process.stderr)):
         if pipe:
+            outputs[number] = os.dup(pipe.fileno())
             pipe.close()
     process.returncode = 0  # we wait for it, not the Popen object
     return Rank(places.rank(local), process.pid, outputs=outputs)
@@ -112,14 +114,15 @@ def _fork(places: Places, local: int, folder: Path, piped: bool, held: int | Non
         for end in rank.outputs.values():
             os.close(end)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, (ours, theirs) in pipes.items():
-        os.dup2(theirs, number)
+    for output, (ours, theirs) in pipes.items():
+        os.dup2(theirs, output)
         os.close(ours)
         os.close(theirs)
-    for stream in (sys.stdout, sys.stderr):
+    streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
+    for stream in streams:
         stream.reconfigure(line_buffering=True)  # what a rank says last must not be lost with it
     os.environ.update(_environment(places, local, folder, held))
-    if MEETING in os.environ:
+    if held is not None and MEETING in os.environ:
         os.environ[MEETING] = str(os.dup(held))  # the launcher's code, in this process too, will close its own
     return None
 

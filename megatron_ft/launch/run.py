@@ -45,7 +45,7 @@ def launch(here: Places, log_dir: str | None, prepare: Callable[[], None]) -> in
                     ranks = []
                     return 130 if signal.SIGINT in asked.ever else EXIT_REQUEUE
                 where, link = met
-                ranks = start(where, folder, logs is not None, prepare, held and held.fileno())
+                ranks = start(where, folder, logs is not None, prepare, None if held is None else held.fileno())
             if ranks is not None:
                 return supervise(ranks, folder, asked, Relay(ranks, logs), link)
     finally:

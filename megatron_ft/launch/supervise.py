@@ -32,7 +32,7 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Asked:
     """Signals that this launcher got, to be passed on. A context manager: the handlers are taken down again, but for hear_no_more()."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.numbers: list[int] = []
         self.ever: set[int] = set()
 
@@ -40,7 +40,7 @@ class Asked:
         self._before = {number: signal.signal(number, self._note) for number in _PASSED_ON}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -50,7 +50,7 @@ class Asked:
             signal.signal(number, signal.SIG_IGN)
         self._before = {}
 
-    def _note(self, number, frame) -> None:
+    def _note(self, number: int, frame: object) -> None:
         self.numbers.append(number)
         self.ever.add(number)
 

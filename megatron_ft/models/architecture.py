@@ -71,7 +71,7 @@ class Architecture:
     rotary_share: float = 1.0
     """Share of each head that the rotary embedding turns."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises CheckpointError for a value that no model has: what is read from a file may hold anything."""
         for name, most in _MOST.items():
             value = getattr(self, name)
@@ -131,12 +131,9 @@ class Architecture:
     def layer(self, number: int) -> Layer:
         """Return the parts of a layer, counted from 0."""
         window = self.has_window(number)
-        own_base = window and self.window_rope_theta is not None
-        rope = Rope(
-            self.window_rope_theta if own_base else self.rope_theta,
-            None if own_base else self.rope_scaling,
-            self.rotary_dim,
-        )
+        rope = Rope(self.rope_theta, self.rope_scaling, self.rotary_dim)
+        if window and self.window_rope_theta is not None:
+            rope = Rope(self.window_rope_theta, None, self.rotary_dim)
         attention = AttentionPart(
             self.num_attention_heads, self.num_query_groups, self.head_dim, self.qkv_bias, self.qk_norm,
             self.sliding_window if window else None, rope,

@@ -7,24 +7,28 @@ comes as one long row whose sample boundaries are in RowParams; each sample is a
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_ft.models.kernels import varlen_attention
+from megatron_ft.models.kernels import Choice, varlen_attention
 
 
 class SdpaAttention(MegatronModule):
     """A drop-in for megatron-core's DotProductAttention."""
 
     def __init__(
-        self, config, layer_number, attn_mask_type, attention_type,
-        attention_dropout=None, softmax_scale=None, cp_comm_type=None, pg_collection=None, kernels=None,
+        self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str,
+        attention_dropout: float | None = None, softmax_scale: float | None = None, cp_comm_type: Any = None,
+        pg_collection: Any = None, kernels: Choice | None = None,
     ):  # fmt: skip
         """kernels: a kernels.Choice; None: torch's operations, packed samples one after another."""
         super().__init__(config=config)
@@ -36,8 +40,9 @@ class SdpaAttention(MegatronModule):
         self.window = config.window_size[0] + 1 if windowed else None
 
     def forward(
-        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
-    ):
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, attn_mask_type: Any = None,
+        attention_bias: Any = None, packed_seq_params: Any = None,
+    ) -> Tensor:  # fmt: skip
         """Query [s, b, n, d], key and value [s_k, b, g, d] with g dividing n; of a packed row b is 1.
 
         Returns the context, [s, b, n*d]. Only causal masks and, when decoding from a KV cache, no mask.
@@ -47,10 +52,11 @@ class SdpaAttention(MegatronModule):
         with self._dropout_stream():
             if getattr(packed_seq_params, "boundaries", None) is not None:
                 return self._packed(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params)[:, None]
-            context = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=causal)
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            context = self._attend(q, k, v, causal)
             return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    def _packed(self, query, key, value, rows):
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, rows: Any) -> Tensor:
         """Query [t, n, d], key and value [t, g, d] -> [t, n*d]."""
         if self.varlen is not None:
             dropout = self.dropout if self.training else 0.0
@@ -60,27 +66,27 @@ class SdpaAttention(MegatronModule):
         context = [self._attend(q[None], k[None], v[None], causal=True) for q, k, v in samples]
         return torch.cat(context, dim=2)[0].transpose(0, 1).reshape(query.shape[0], -1)
 
-    def _attend(self, query, key, value, causal):
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
         """Query [b, n, s, d], key and value [b, g, s_k, d] -> [b, n, s, d]."""
         if self.window is None or key.shape[2] <= self.window:
             return self._sdpa(query, key, value, is_causal=causal and query.shape[2] > 1)
-        return self._windowed(query, key, value)
+        return self._windowed(query, key, value, self.window)
 
-    def _windowed(self, query, key, value):
+    def _windowed(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         """The queries are the last s of s_k positions. In blocks of one window, so that a mask never exceeds window x 2 windows."""
         before, blocks = key.shape[2] - query.shape[2], []
-        for start in range(0, query.shape[2], self.window):
-            stop = min(start + self.window, query.shape[2])
-            oldest = max(0, before + start - self.window + 1)
+        for start in range(0, query.shape[2], window):
+            stop = min(start + window, query.shape[2])
+            oldest = max(0, before + start - window + 1)
             seen = slice(oldest, before + stop)
             distance = torch.arange(before + start, before + stop, device=query.device)[:, None] - torch.arange(
                 oldest, before + stop, device=query.device
             )
-            mask = (distance >= 0) & (distance < self.window)
+            mask = (distance >= 0) & (distance < window)
             blocks.append(self._sdpa(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], attn_mask=mask))
         return torch.cat(blocks, dim=2)
 
-    def _sdpa(self, query, key, value, **mask):
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
         if self.kernels and query.shape[1] != key.shape[1] and self.kernels.repeats(masked="attn_mask" in mask):
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         return scaled_dot_product_attention(
@@ -88,7 +94,7 @@ class SdpaAttention(MegatronModule):
             enable_gqa=query.shape[1] != key.shape[1], **mask,
         )  # fmt: skip
 
-    def _dropout_stream(self):
+    def _dropout_stream(self) -> contextlib.AbstractContextManager:
         """Attention dropout differs between tensor-parallel ranks; under sequence parallelism the block has forked already."""
         if self.config.sequence_parallel or not (self.training and self.dropout > 0):
             return torch.autograd.profiler.record_function("core_attention")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -48,13 +49,13 @@ class ChatModel(GPTModel):
     fused: bool = False
     """whether the loss is computed by compiled kernels"""
 
-    def forward(self, *args, packed_seq_params=None, **options):
+    def forward(self, *args: Any, packed_seq_params: Any = None, **options: Any) -> torch.Tensor:
         if self.pre_process:
             self.embedding.embedding_dropout.keys = getattr(packed_seq_params, "keys", None)
         self.rotary_pos_emb.positions = getattr(packed_seq_params, "positions", None)
         return super().forward(*args, packed_seq_params=packed_seq_params, **options)
 
-    def compute_language_model_loss(self, labels, logits):
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels [b, s], logits [s, b, v/tp] -> loss per token [b, s]."""
         losses = vocab_parallel_cross_entropy(
             logits, labels.transpose(0, 1), self.true_vocab_size, self.pg_collection.tp, self.fused
@@ -208,7 +209,9 @@ def build_chunks(arch: Architecture, layout: Layout, options: BuildOptions) -> l
     return [_chunk(arch, layout, options, config, number) for number in range(layout.vp_size)]
 
 
-def _chunk(arch: Architecture, layout: Layout, options: BuildOptions, config, number: int) -> ChatModel:
+def _chunk(
+    arch: Architecture, layout: Layout, options: BuildOptions, config: TransformerConfig, number: int
+) -> ChatModel:
     first, last = number == 0, number == layout.vp_size - 1
     model = ChatModel(
         config=config,

@@ -11,8 +11,8 @@ are those of the engine's unfused function, to the bit where nothing is compiled
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,9 @@ CHUNK = 1 << 21
 CHUNK_ON_GPU = 1 << 26
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, group, fused: bool = False) -> Tensor:
+def vocab_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, vocab_size: int, group: Any, fused: bool = False
+) -> Tensor:
     """Return the loss of each token, [s, b] fp32, in nats.
 
     logits [s, b, v]: this rank's columns, ranks in order. labels [s, b] int64, over all of them. vocab_size: columns of all ranks that
@@ -39,7 +41,7 @@ class _CrossEntropy(torch.autograd.Function):
     """targets [s, b]: the labels counted from this rank's first column; those outside of [0, v) are other ranks'."""
 
     @staticmethod
-    def forward(ctx, logits, targets, valid, group, fused):
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, valid: int, group: Any, fused: bool) -> Tensor:
         rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         steps = _steps(fused)
         peak = _joined(steps.peak(rows[part], valid) for part in _parts(rows, fused))
@@ -53,7 +55,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (torch.log(total) - predicted).view(targets.shape)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, peak, total = ctx.saved_tensors
         rows, flat, factor = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), grad.reshape(-1)
         gradient = _steps(ctx.fused).gradient
@@ -70,12 +72,12 @@ def _parts(rows: Tensor, fused: bool) -> Iterator[slice]:
     return (slice(start, start + each) for start in range(0, rows.shape[0], each))
 
 
-def _joined(parts) -> Tensor:
+def _joined(parts: Iterable[Tensor]) -> Tensor:
     parts = list(parts)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _reduce(values: Tensor, how, group) -> None:
+def _reduce(values: Tensor, how: Any, group: Any) -> None:
     if group.size() > 1:
         dist.all_reduce(values, op=how, group=group)
 
@@ -95,7 +97,11 @@ class _Steps(NamedTuple):
 def _steps(fused: bool) -> _Steps:
     if not fused:
         return _Steps(_peak, _sums, _gradient)
-    return _Steps(*(torch.compile(step, dynamic=True) for step in (_peak_fused, _sums_fused, _gradient_fused)))
+    return _Steps(
+        torch.compile(_peak_fused, dynamic=True),
+        torch.compile(_sums_fused, dynamic=True),
+        torch.compile(_gradient_fused, dynamic=True),
+    )
 
 
 def _peak(rows: Tensor, valid: int) -> Tensor:
@@ -118,7 +124,9 @@ def _sums(rows: Tensor, targets: Tensor, peak: Tensor, valid: int) -> tuple[Tens
     return shifted.exp_().sum(-1), predicted.where(mine, 0.0)
 
 
-def _gradient(out, rows, targets, peak, total, factor, valid: int) -> None:
+def _gradient(
+    out: Tensor, rows: Tensor, targets: Tensor, peak: Tensor, total: Tensor, factor: Tensor, valid: int
+) -> None:
     softmax = _shifted(rows, peak, valid).exp_().div_(total[:, None])
     mine = (targets >= 0) & (targets < rows.shape[1])
     softmax.scatter_add_(1, targets.where(mine, 0)[:, None], -mine[:, None].float())
@@ -146,7 +154,9 @@ def _sums_fused(rows: Tensor, targets: Tensor, peak: Tensor, valid: int) -> tupl
     return _softmax_fused(rows, peak, valid).sum(-1), predicted.where(mine, 0.0)
 
 
-def _gradient_fused(out, rows, targets, peak, total, factor, valid: int) -> None:
+def _gradient_fused(
+    out: Tensor, rows: Tensor, targets: Tensor, peak: Tensor, total: Tensor, factor: Tensor, valid: int
+) -> None:
     softmax = _softmax_fused(rows, peak, valid) / total[:, None]
     hit = torch.arange(rows.shape[1], device=rows.device) == targets[:, None]
     out.copy_((softmax - hit.float()) * factor[:, None])

@@ -12,8 +12,8 @@ The mixing constants are those of lowbias32 (Wellons 2018) and splitmix64 (Steel
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 _WRAP = 1 << 32
 
 
-def token_keys(seed: int, rows: np.ndarray, length: int) -> np.ndarray:
+def token_keys(seed: int, rows: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
     """A key for each position of some rows, [2, b, length] int32. rows: their running numbers since the start of training, [b]."""
     row = _mix64(np.asarray(rows, np.uint64) ^ _mix64(np.asarray([seed], np.uint64)))
     keys = _mix64(row[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
@@ -109,14 +109,16 @@ class FusedDroppedAdd(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, residual, keys, channels, words, scale):
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, keys: Tensor, channels: Tensor, words: Tensor, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(keys, channels, words)
         ctx.scale, ctx.dtype = scale, x.dtype
         # Detached: one that needs a gradient and one that does not would be two graphs to Dynamo.
         return _compiled(_dropped_add)(x.detach(), residual.detach(), keys, channels, words, scale)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _compiled(_dropped)(grad.to(ctx.dtype), *ctx.saved_tensors, ctx.scale), grad, None, None, None, None
 
 
@@ -157,26 +159,34 @@ class RowLayer(TransformerLayer):
 
     keys: Tensor | None = None
 
-    def __init__(self, *args, fused: bool = False, rope: tuple[int, int] = (0, 1), **options):
+    def __init__(self, *args: Any, fused: bool = False, rope: tuple[int, int] = (0, 1), **options: Any):
         super().__init__(*args, **options)
         self.fused, self.rope = fused, rope
         self.self_attn_bda = functools.partial(self._join, 0)
         self.mlp_bda = functools.partial(self._join, 1)
 
-    def forward(self, *args, packed_seq_params=None, rotary_pos_emb=None, **options):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        packed_seq_params: Any = None,
+        rotary_pos_emb: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         self.keys = getattr(packed_seq_params, "keys", None)
         table = self.own_table(rotary_pos_emb)
-        return super().forward(*args, packed_seq_params=packed_seq_params, rotary_pos_emb=table, **options)
+        options |= {"packed_seq_params": packed_seq_params, "rotary_pos_emb": table}
+        return super().forward(hidden_states, *args, **options)
 
     def own_table(self, table: Tensor | None) -> Tensor | None:
         """Return this layer's part of the rotary table."""
         number, count = self.rope
         return table if table is None or count == 1 else table.chunk(count, dim=-1)[number]
 
-    def _join(self, number: int, training: bool, fused: bool):
+    def _join(self, number: int, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The engine's bias_dropout_add: ((x, bias), residual, p) -> residual + dropout(x + bias)."""
 
-        def join(x_with_bias, residual, p):
+        def join(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, p: float) -> Tensor:
             x, bias = x_with_bias
             x = x if bias is None else x + bias
             if not (training and p):

@@ -100,7 +100,7 @@ def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:
 
 def rules(arch: Architecture) -> list[Rule]:
     """Every tensor of the model, once."""
-    names = ("input_layernorm",) if arch.shared_norm else ("ln_attn", "ln_mlp")
+    names: tuple[str, ...] = ("input_layernorm",) if arch.shared_norm else ("ln_attn", "ln_mlp")
     return [
         r.embedding("transformer.word_embeddings.weight"),
         *r.input_norm(arch, _HF + names[0]),

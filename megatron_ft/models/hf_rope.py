@@ -81,7 +81,7 @@ def _said(arch: Architecture) -> tuple[float, dict[str, Any] | None]:
 
     theta, scaling = arch.rope_theta, arch.rope_scaling
     kind = scaling["rope_type"] if scaling else "default"
-    if kind == "default":
+    if not scaling or kind == "default":
         return theta, None
     if kind in rope.BASE_METHODS:
         raised = rope.scaled_base(arch.head_dim, theta, scaling)

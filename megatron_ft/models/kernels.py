@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from megatron_ft.config.sections import Kernels, Numerics, Parallelism
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.machine import FLASH_CAPABILITY, Machine, dotted, machine, varlen_arguments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Attention", "Choice", "Machine", "check_context_parallel", "choose", "machine", "varlen_attention"]
 
@@ -125,6 +129,7 @@ def _packed_attention(
     reasons = []
     if kernels.use_flash_attn:
         reasons.append(f"--use_flash_attn: flash-attn is {here.why_not('flash_attn')}; torch's own attention is used")
+    why: str | None
     if numerics.attention_dropout:
         why = "--attention_dropout: torch's variable-length attention has none"
     else:
@@ -162,7 +167,9 @@ def varlen_attention(choice: Choice) -> Callable | None:
     return {"flash-attn": _flash_attn, "torch-varlen": _torch_varlen}.get(choice.packed_attention)
 
 
-def _flash_attn(query, key, value, boundaries, longest, scale, window, dropout):
+def _flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None, dropout: float
+) -> Tensor:  # fmt: skip
     from flash_attn import flash_attn_varlen_func
 
     left = -1 if window is None else window - 1
@@ -172,7 +179,9 @@ def _flash_attn(query, key, value, boundaries, longest, scale, window, dropout):
     )  # fmt: skip
 
 
-def _torch_varlen(query, key, value, boundaries, longest, scale, window, dropout):
+def _torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None, dropout: float
+) -> Tensor:  # fmt: skip
     """By the installed torch's signature: 2.10 has is_causal, no scale and no window; 2.11 no enable_gqa; 2.12 all of them.
 
     `choose` has seen that what the model needs can be said.
@@ -181,9 +190,10 @@ def _torch_varlen(query, key, value, boundaries, longest, scale, window, dropout
 
     assert not dropout, "torch's variable-length attention has no dropout"
     known, left = varlen_arguments(), -1 if window is None else window - 1
-    asked: dict[str, object] = {"window_size": (left, 0)} if "window_size" in known else {"is_causal": True}
+    asked: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in known else {"is_causal": True}
     if "scale" in known:
         asked["scale"] = scale
     if "enable_gqa" in known:
         asked["enable_gqa"] = query.shape[1] != key.shape[1]
-    return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **asked)
+    context: Any = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **asked)
+    return context

@@ -49,5 +49,6 @@ def rules(arch: Architecture) -> list[Rule]:
     ]
 
 
-def _qkv(kind: str) -> tuple[str, ...]:
-    return tuple(_HF + f"self_attn.{name}_proj.{kind}" for name in "qkv")
+def _qkv(kind: str) -> tuple[str, str, str]:
+    query, key, value = (_HF + f"self_attn.{name}_proj.{kind}" for name in "qkv")
+    return query, key, value

@@ -12,10 +12,15 @@ import inspect
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ft import device
+
+if TYPE_CHECKING:
+    import torch
 
 FLASH_CAPABILITY = (8, 0)
 """Compute capability from which flash kernels (flash-attn 2, torch's) run, and from which bf16 has units of its own."""
@@ -56,7 +61,7 @@ def machine() -> Machine:
     """Return this one. The first call on a GPU imports what is there and tries it, which takes seconds."""
     if not device.has_gpu():
         return Machine()
-    probes = {
+    probes: dict[str, Callable[[], str | None]] = {
         "flash_attn": try_flash_attn,
         "transformer_engine": functools.partial(try_import, "transformer_engine.pytorch.optimizers"),
         "apex": functools.partial(try_import, "apex.optimizers"),
@@ -127,7 +132,7 @@ def try_compile() -> str | None:
     return None
 
 
-def _doubled(x):
+def _doubled(x: torch.Tensor) -> torch.Tensor:
     return x * 2 + 1
 
 

@@ -6,6 +6,8 @@ parallel ranks. Marking the parameters `sequence_parallel` is what makes the eng
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,11 +15,10 @@ from torch import nn
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension. Input and output [..., h]. (Zhang & Sennrich 2019)"""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight = _parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -26,16 +27,21 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """Mean and variance normalisation with weight and bias over the last dimension. Input and output [..., h]."""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-        for parameter in (self.weight, self.bias):
-            parameter.sequence_parallel = config.sequence_parallel
+        self.weight = _parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
+        self.bias = _parameter(torch.zeros(hidden_size, dtype=config.params_dtype), config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def _parameter(values: torch.Tensor, config: Any) -> nn.Parameter:
+    """Marked for the engine, which adds up the gradients of such over the ranks of a tensor-parallel group."""
+    parameter: Any = nn.Parameter(values)
+    parameter.sequence_parallel = config.sequence_parallel
+    return parameter
 
 
 NORMS = {"rmsnorm": ("RMSNorm", RMSNorm), "layernorm": ("LayerNorm", LayerNorm)}

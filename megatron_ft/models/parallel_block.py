@@ -6,6 +6,8 @@ engine's; only how the outputs meet is ours, with the engine's own bias-dropout-
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core import tensor_parallel
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.utils import make_viewless_tensor
@@ -17,7 +19,9 @@ from megatron_ft.models.dropout import RowLayer
 class ParallelBlock(RowLayer):
     """One norm for both (the spec has no pre_mlp_layernorm) or a norm each."""
 
-    def forward(self, hidden_states: Tensor, *_, inference_context=None, packed_seq_params=None, **options):
+    def forward(
+        self, hidden_states: Tensor, *_: Any, inference_context: Any = None, packed_seq_params: Any = None, **options: Any
+    ) -> tuple[Tensor, None]:  # fmt: skip
         """hidden_states [s, b, h] -> ([s, b, h], None), as the engine's own layer."""
         self.keys = getattr(packed_seq_params, "keys", None)
         options = {name: value for name, value in options.items() if name in _ATTENTION}
@@ -40,7 +44,7 @@ class ParallelBlock(RowLayer):
             output = join((total, None), hidden_states, self.hidden_dropout)
         return make_viewless_tensor(inp=output, requires_grad=output.requires_grad, keep_graph=True), None
 
-    def _normed(self, norm, recompute: bool, x: Tensor, again: list) -> Tensor:
+    def _normed(self, norm: Any, recompute: bool, x: Tensor, again: list) -> Tensor:
         """norm(x); where it is to be recomputed, kept only until `again` discards it."""
         if not (recompute and self.training):
             return norm(x)

@@ -136,7 +136,7 @@ def _divisors(size: int, times: int, at_most: int = 64) -> str:
 
 def _written(num_layers: int, parallel: Parallelism) -> PipelineSplit:
     """--pipeline_model_parallel_layout, as Megatron writes it: E embedding, t a layer, L loss, | between chunks, *n repeats."""
-    text, stages = parallel.pipeline_model_parallel_layout, parallel.pipeline_model_parallel_size
+    text, stages = parallel.pipeline_model_parallel_layout or "", parallel.pipeline_model_parallel_size
     where = f"--pipeline_model_parallel_layout {text}"
     expanded = _expanded(text)
     chunks = expanded.split("|")

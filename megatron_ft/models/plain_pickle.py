@@ -27,6 +27,7 @@ class PlainUnpickler(pickle._Unpickler):
     persistent: what a persistent id stands for; torch's storages are such.
     """
 
+    stack: list[Any]
     dispatch: ClassVar[dict[int, Callable]] = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _INSTRUCTIONS
     }
@@ -52,6 +53,6 @@ class PlainUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it changes what it names")
         if isinstance(state, tuple) and not hasattr(target, "__setstate__"):
             raise pickle.UnpicklingError("it sets attributes one by one")
-        super().load_build()
+        super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build

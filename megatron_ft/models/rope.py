@@ -34,14 +34,14 @@ def inverse_frequencies(
     scaling: Architecture.rope_scaling. length: positions of the longest text, for LENGTH_METHODS; None: within the original context.
     Raises ConfigError for a method this version cannot compute.
     """
-    method = method_of(scaling)
+    method, scaling = method_of(scaling), scaling or {}
     if method in BASE_METHODS:
         base = scaled_base(head_dim, base, scaling)
     elif method == "dynamic" and length is not None and length > max_positions:
         stretch = scaling["factor"] * length / max_positions - (scaling["factor"] - 1)
         base = base * stretch ** (head_dim / (head_dim - 2))
     theta = _theta(head_dim, base)
-    original = (scaling or {}).get("original_max_position_embeddings") or max_positions
+    original = scaling.get("original_max_position_embeddings") or max_positions
     if method == "linear":
         return theta / scaling["factor"]
     if method == "llama3":
@@ -58,7 +58,7 @@ def inverse_frequencies(
 
 def attention_factor(scaling: Mapping[str, Any] | None, max_positions: int) -> float:
     """m, by which both queries and keys are scaled; 1.0 for most methods."""
-    method = method_of(scaling)
+    method, scaling = method_of(scaling), scaling or {}
     if method not in ("yarn", "ntk-yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
@@ -34,7 +35,7 @@ class Rotary(RotaryEmbedding):
 
     positions: Tensor | None = None
 
-    def __init__(self, arch: Architecture, dtype: torch.dtype, least: int, cp_group):
+    def __init__(self, arch: Architecture, dtype: torch.dtype, least: int, cp_group: Any):
         """least: positions for which the table is made at once."""
         super().__init__(arch.rotary_dim, rotary_percent=1.0, rotary_base=arch.rope_theta, cp_group=cp_group)
         self.arch, self.dtype, self.least = arch, dtype, least
@@ -42,7 +43,7 @@ class Rotary(RotaryEmbedding):
         self._by_length = method_of(arch.rope_scaling) in LENGTH_METHODS
         self._tables: dict[int, Tensor] = {}
 
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> Tensor:
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
         """Return cosines and sines side by side, [s, 1, 1, 2 x rotary_dim], of each of `ropes` after the other.
 
         max_seq_len: the longest text; the other arguments are the engine's.
@@ -89,7 +90,9 @@ def ropes_of(arch: Architecture) -> list[Rope]:
     return found
 
 
-def turn(x: Tensor, table: Tensor, config, cu_seqlens=None, mscale: float = 1.0, cp_group=None) -> Tensor:
+def turn(
+    x: Tensor, table: Tensor, config: Any, cu_seqlens: Any = None, mscale: float = 1.0, cp_group: Any = None
+) -> Tensor:
     """Return x [s, b, n, d] turned by its positions. In the place of the engine's apply_rotary_pos_emb, whose arguments it takes.
 
     table: cosines and sines as Rotary gives them, [s, 1, 1, 2 x r]; the first r of d are turned. config.apply_rope_fusion: by one

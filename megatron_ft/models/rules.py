@@ -5,6 +5,9 @@ All follow the order of megatron-core's modules. A norm that precedes a linear h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.weights import Rule, Shape, halve_rows, merge_qkv, qkv_rows, split_qkv, stack_rows
 
@@ -83,7 +86,7 @@ def plain_mlp(hf_up: str, hf_down: str) -> list[Rule]:
     return [up, _down(hf_down)]
 
 
-def same(key: str, hf_key: str, shape, **others) -> Rule:
+def same(key: str, hf_key: str, shape: Callable[[Architecture], Shape], **others: Any) -> Rule:
     """One tensor on either side, alike. shape: Architecture -> Shape."""
     return Rule(key, (hf_key,), hf_shapes=lambda a: [shape(a)], full_shape=shape, **others)
 

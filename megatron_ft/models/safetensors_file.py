@@ -52,7 +52,7 @@ class SafetensorsFile:
                 f"{self.path} is cut short or no safetensors file{small}: {str(error)[:100]}; {remedy}"
             ) from error
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "_handle"):
             os.close(self._handle)
 

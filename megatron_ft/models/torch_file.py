@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,19 +38,19 @@ _KINDS = {
 class Inert:
     """Stands in for an object of a type that is not ours to make: takes anything, does nothing, remembers its state."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return super().__new__(cls)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         self.args = args
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             self.__dict__.update({key: value for key, value in state.items() if isinstance(key, str)})
 
-    def __setitem__(self, key, value): ...
-    def append(self, value): ...
-    def extend(self, values): ...
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def append(self, value: Any) -> None: ...
+    def extend(self, values: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class TorchFile:
                 f"{path} is damaged, or holds objects other than tensors and plain values ({_text(error)})"
             ) from error
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "_handle"):
             os.close(self._handle)
 
@@ -171,8 +171,9 @@ class TorchFile:
             return torch.empty(ref.shape, dtype=ref.dtype)
         header = os.pread(self._handle, 30, info.header_offset)
         names = struct.unpack("<2H", header[26:30]) if header[:4] == b"PK\3\4" else None
-        data = names and read_at(self._handle, info.header_offset + 30 + sum(names), info.file_size)
-        if data is None or zlib.crc32(memoryview(data.numpy())) != info.CRC:
+        start = None if names is None else info.header_offset + 30 + sum(names)
+        data = None if start is None else read_at(self._handle, start, info.file_size)
+        if data is None or zlib.crc32(data.numpy().data) != info.CRC:
             raise CheckpointError(
                 f"{self.path} is damaged: the numbers of {ref.storage.record} are not those that were written; restore it"
             )
@@ -193,13 +194,13 @@ class _Kind:
 class _Dict(dict):
     """A module's state_dict carries versions of its parts as an attribute: not wanted."""
 
-    def __setstate__(self, state): ...
+    def __setstate__(self, state: Any) -> None: ...
 
 
 def read_at(handle: int, offset: int, size: int) -> Tensor | None:
     """size bytes as a tensor of uint8; None if the file ends before."""
     data = torch.empty(size, dtype=torch.uint8)
-    view, done = memoryview(data.numpy()), 0
+    view, done = data.numpy().data, 0
     while done < size:
         count = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
         if not count:

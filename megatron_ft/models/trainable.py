@@ -58,7 +58,8 @@ def global_name(chunk: Module, name: str) -> str:
     found = _LAYER.match(name)
     if not found:
         return name
-    number = chunk.decoder.layers[int(found[2])].layer_number - 1
+    decoder: Any = chunk.decoder
+    number = decoder.layers[int(found[2])].layer_number - 1
     return f"{found[1]}{number}{name[found.end() :]}"
 
 

@@ -15,7 +15,7 @@ from megatron_ft.models.families import understood
 
 
 def _llama(
-    layers: int, hidden: int, heads: int, groups: int, ffn: int, vocab: int, positions: int, **more
+    layers: int, hidden: int, heads: int, groups: int, ffn: int, vocab: int, positions: int, **more: Any
 ) -> dict[str, Any]:
     return {
         "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
@@ -24,7 +24,7 @@ def _llama(
     }  # fmt: skip
 
 
-def _falcon(layers: int, hidden: int, heads: int, groups: int, **more) -> dict[str, Any]:
+def _falcon(layers: int, hidden: int, heads: int, groups: int, **more: Any) -> dict[str, Any]:
     return {
         "model_type": "falcon", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
         "num_kv_heads": groups, "vocab_size": 65024, "max_position_embeddings": 2048, "new_decoder_architecture": True,

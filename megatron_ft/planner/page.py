@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ft.planner.known import Gpu
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _GB = 1e9
 
@@ -33,7 +36,7 @@ def show(plan: dict[str, Any], gpu: Gpu) -> None:
         out.print(f"\nNo layout of {plan['gpus']} GPUs of this size fits: more GPUs, larger ones, or shorter rows.")
 
 
-def _stages(plan: dict[str, Any], limit: float):
+def _stages(plan: dict[str, Any], limit: float) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -97,7 +100,7 @@ def _figures(plan: dict[str, Any], gpu: Gpu) -> list[str]:
     ]
 
 
-def _proposals(plan: dict[str, Any]):
+def _proposals(plan: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_ft.config.sections import Parallelism
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture, check_layout
-from megatron_ft.models.pipeline import split_layers
+from megatron_ft.models.pipeline import PipelineSplit, split_layers
 from megatron_ft.planner.figures import step_time
 from megatron_ft.planner.known import Gpu
 from megatron_ft.planner.memory import RECOMPUTE, Job, stages
@@ -77,7 +77,7 @@ def flags(job: Job) -> str:
     return " ".join(words)
 
 
-def _split(arch: Architecture, pp: int, chunks: int):
+def _split(arch: Architecture, pp: int, chunks: int) -> PipelineSplit | None:
     try:
         return split_layers(
             arch.num_layers,

@@ -86,7 +86,7 @@ def optimizer(real: Optimizer) -> Optimizer:
 
 def numerics(real: Numerics) -> Numerics:
     """Groups of layers that are recomputed together cannot be larger than a stage."""
-    return replace(real, **({"recompute_num_layers": 1} if getattr(real, "recompute_num_layers", None) else {}))
+    return replace(real, recompute_num_layers=1) if real.recompute_num_layers else real
 
 
 def data_parallel(parallel: Parallelism, processes: int) -> int:
@@ -117,7 +117,8 @@ def model(real: Model) -> Model:
 
 def launching(real: Launching, processes: int | None, folder: Path) -> Launching:
     """processes: to start on this machine alone; None: as many machines as the real run has."""
-    alone = {"nproc_per_node": processes, "nnodes": 1, "node_rank": 0, "master_addr": None, "master_port": None}
+    machine = {"nnodes": 1, "node_rank": 0, "master_addr": None, "master_port": None}
+    alone: dict[str, Any] = {"nproc_per_node": processes, **machine}
     logs = str(folder / "logs") if real.log_dir else None
     return replace(real, rehearse=False, log_dir=logs, **(alone if processes else {}))
 

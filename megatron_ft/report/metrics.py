@@ -37,7 +37,8 @@ def read_metrics(path: Path) -> Metrics:
 
     A resumed run repeats iterations that it had to do again: the later line counts.
     """
-    metrics, found = Metrics(), {}
+    metrics = Metrics()
+    found: dict[str, dict[int, float | None]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:

@@ -1,6 +1,6 @@
 """The page: a heading, sections, tables. Text given to it is escaped; methods that take `html` say so."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -32,11 +32,11 @@ class Page:
             )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], classes: Sequence[str] = ()) -> str:
     """classes: of each column ("num" aligns right, "code" is monospaced). A cell that is a Html object stays as it is."""
     classes = [*classes, *[""] * (len(head) - len(classes))]
 
-    def line(cells: Sequence[str], tag: str) -> str:
+    def line(cells: Sequence[object], tag: str) -> str:
         return "".join(
             f'<{tag} class="{name}">{cell if isinstance(cell, Html) else escape(str(cell))}</{tag}>'
             for cell, name in zip(cells, classes)

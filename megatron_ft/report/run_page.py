@@ -260,7 +260,8 @@ _LOGGED = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) rank\d+ ([\w.]+): (.*)$
 
 def _warnings(folder: Path) -> Iterator[str]:
     """Our own warnings, each once with its count; how many the libraries gave."""
-    path, counts, others = folder / "finetune.log", Counter(), 0
+    path, others = folder / "finetune.log", 0
+    counts: Counter[tuple[str, str]] = Counter()
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
             for match in filter(None, map(_LOGGED.match, file)):

@@ -25,13 +25,13 @@ class TensorBoard(Hook):
             raise ConfigError("--tensorboard_dir needs tensorboard: pip install 'megatron_ft[logging]'") from error
         self.writer = SummaryWriter(folder)
 
-    def on_step(self, iteration, metrics):
+    def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
         for name, value in _numbers(metrics):
             self.writer.add_scalar(name, value, iteration)
 
     on_eval = on_step
 
-    def on_end(self):
+    def on_end(self) -> None:
         self.writer.close()
 
 
@@ -58,16 +58,16 @@ class WeightsAndBiases(Hook):
                 ) from error
         self.teardown: Callable[[], None] = wandb.teardown
 
-    def on_step(self, iteration, metrics):
+    def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
         self.run.log(dict(_numbers(metrics)), step=iteration)
 
     on_eval = on_step
 
-    def on_end(self):
+    def on_end(self) -> None:
         self.run.finish()
         self.teardown()
 
-    def abandon(self):
+    def abandon(self) -> None:
         # It goes on to listen to what is printed, and would note in our log file, at every line, that nobody takes it.
         logging.getLogger("wandb").propagate = False
 
@@ -89,5 +89,5 @@ def _nothing_at_exit(package: str) -> Iterator[None]:
         sys.exit, sys.excepthook = before
 
 
-def _numbers(metrics: dict[str, Any]):
+def _numbers(metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:
     return ((k, v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v))

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_ft.training.hooks import Hook
@@ -21,7 +22,7 @@ class Console(Hook):
         self.skipped = 0
         self.nan = 0
 
-    def on_step(self, iteration, metrics):
+    def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
         self.window.append(metrics)
         self.skipped += metrics["train/skipped"]
         self.nan += not math.isfinite(metrics["train/loss"])
@@ -29,16 +30,16 @@ class Console(Hook):
             self.print(self._line(iteration))
             self.window = []
 
-    def on_eval(self, iteration, metrics):
+    def on_eval(self, iteration: int, metrics: dict[str, Any]) -> None:
         self.print(
             f" validation loss at iteration {iteration} | lm loss value: {metrics['eval/loss']:.6E} | "
             f"lm loss PPL: {metrics['eval/perplexity']:.6E} |"
         )
 
-    def on_save(self, iteration, folder):
+    def on_save(self, iteration: int, folder: Path) -> None:
         self.print(f" saved checkpoint {folder}")
 
-    def abandon(self):
+    def abandon(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # what it did not take is not to be tried again when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())
 
@@ -89,14 +90,14 @@ class LiveConsole(Console):
         self.task = self.progress.add_task("", total=train_iters)
         self.progress.start()
 
-    def on_step(self, iteration, metrics):
+    def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
         self.window = [*self.window[-19:], metrics]
         _, (tokens, trained) = self._rates()
         rates = f"{_short(tokens)} tok/s ({_short(trained)} trained)"
         text = f"loss {metrics['train/loss']:.3f}  grad {metrics['train/grad_norm']:.2f}  {rates}"
         self.progress.update(self.task, completed=iteration, description=text)
 
-    def on_end(self):
+    def on_end(self) -> None:
         self.progress.stop()
 
     def print(self, line: str) -> None:

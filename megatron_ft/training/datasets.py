@@ -7,10 +7,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.checks import role_weights
 from megatron_ft.config.sections import Data
-from megatron_ft.data.loader import ChatDataset, Choices, NothingFits
+from megatron_ft.data.loader import ChatDataset, Choices, NothingFits, Samples
 from megatron_ft.data.manifest import check_tokenizer
 from megatron_ft.data.plain import PlainShards, is_plain
 from megatron_ft.data.roles import ROLE_NAMES, loss_weights
@@ -39,7 +41,7 @@ def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset
     return train, valid
 
 
-def _validation(data: Data, checkpoint: CheckpointConfig, weights) -> ChatDataset | None:
+def _validation(data: Data, checkpoint: CheckpointConfig, weights: np.ndarray) -> ChatDataset | None:
     """The validation set, where there is one. One that was merely found beside the training set is no reason not to train."""
     paths = data.valid_data_path or _siblings(data.data_path)
     try:
@@ -60,7 +62,9 @@ def _validation(data: Data, checkpoint: CheckpointConfig, weights) -> ChatDatase
 FATE_OF_OVER_LONG = {"cut": "cut", "drop": "dropped", "split": "split over several rows"}
 
 
-def _dataset(prefixes: list[str], data: Data, checkpoint: CheckpointConfig, weights, shuffle: bool) -> ChatDataset:
+def _dataset(
+    prefixes: list[str], data: Data, checkpoint: CheckpointConfig, weights: np.ndarray, shuffle: bool
+) -> ChatDataset:
     shards = [_open(prefix, checkpoint) for prefix in prefixes]
     supervised = sum(loss_weight_of(shard, weights, data.marked_loss_weight) for shard in shards)
     if shuffle and supervised == 0:
@@ -84,7 +88,7 @@ def _plans(data: Data) -> str | None:
     return str(Path(data.data_path[0]).parent / ".plans")
 
 
-def _open(prefix: str, checkpoint: CheckpointConfig):
+def _open(prefix: str, checkpoint: CheckpointConfig) -> Samples:
     """Role-labelled shards that fit the checkpoint's tokenizer, or plain pretraining shards."""
     if is_plain(prefix):
         return PlainShards(prefix, checkpoint.architecture.vocab_size)
@@ -95,7 +99,8 @@ def _open(prefix: str, checkpoint: CheckpointConfig):
 
 def with_chat_format(checkpoint: CheckpointConfig, train_set: ChatDataset) -> CheckpointConfig:
     """The checkpoint's description, its chat format taken from the shards where the conversion did not name one."""
-    names = {shard.manifest.chat_format.get("name") for shard in train_set.shards} - {None}
+    formats = [shard.manifest.chat_format for shard in train_set.shards]
+    names = {known["name"] for known in formats if known.get("name") is not None}
     if len(names) > 1:
         log.warning(f"the shards speak several chat formats ({', '.join(sorted(names))}): none is recorded for export")
     if checkpoint.chat_format and any("template" in shard.manifest.chat_format for shard in train_set.shards):
@@ -108,7 +113,7 @@ def with_chat_format(checkpoint: CheckpointConfig, train_set: ChatDataset) -> Ch
     return dataclasses.replace(checkpoint, chat_format=names.pop())
 
 
-def loss_weight_of(shard, weights, marked_loss_weight: float) -> float:
+def loss_weight_of(shard: Samples, weights: np.ndarray, marked_loss_weight: float) -> float:
     """Sum of the loss weights of all tokens of some shards, by their manifest; marks count once at their weight."""
     by_code = shard.loss_weights(weights, marked_loss_weight)
     counts = shard.manifest.counts

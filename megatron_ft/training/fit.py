@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from megatron_ft.checkpoints import select
 from megatron_ft.checkpoints.folder import CheckpointConfig, check_sizes, check_training_state, describe
@@ -27,7 +26,8 @@ from megatron_ft.models.trainable import check_patterns
 from megatron_ft.training.model_flags import check_model_flags
 
 
-class Start(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Start:
     """What a run begins from.
 
     folders: the checkpoints that may be loaded, newest first. index: of the first with all its files. described: that one.

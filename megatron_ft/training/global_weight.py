@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import finalize_model_grads
 
@@ -23,6 +25,8 @@ class GlobalWeight:
         """weight: scalar fp32, of one microbatch."""
         self.total += weight
 
-    def finalize(self, model, num_tokens=None, pg_collection=None, force_all_reduce=False):
+    def finalize(
+        self, model: list, num_tokens: Any = None, pg_collection: Any = None, force_all_reduce: bool = False
+    ) -> None:
         """The engine's finalize_model_grads_func: reduces gradients over the ranks, then divides by the global weight."""
         finalize_model_grads(model, self.total, pg_collection=pg_collection, force_all_reduce=force_all_reduce)

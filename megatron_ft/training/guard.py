@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_ft.errors import UserError
@@ -52,16 +53,16 @@ class Guarded(Hook):
         self._lock = threading.Lock()
         self._begin(make)
 
-    def on_step(self, iteration, metrics):
+    def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
         self._tell("on_step", iteration, metrics)
 
-    def on_eval(self, iteration, metrics):
+    def on_eval(self, iteration: int, metrics: dict[str, Any]) -> None:
         self._tell("on_eval", iteration, metrics)
 
-    def on_save(self, iteration, folder):
+    def on_save(self, iteration: int, folder: Path) -> None:
         self._tell("on_save", iteration, folder)
 
-    def on_end(self):
+    def on_end(self) -> None:
         self._tell("on_end")
 
     def _begin(self, make: Callable[[], Hook]) -> None:

@@ -29,19 +29,19 @@ class MetricsFile(Hook):
         folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
 
-    def on_step(self, iteration, metrics):
+    def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
         self._write(iteration, metrics)
 
-    def on_eval(self, iteration, metrics):
+    def on_eval(self, iteration: int, metrics: dict[str, Any]) -> None:
         self._write(iteration, metrics)
 
-    def on_save(self, iteration, folder):
+    def on_save(self, iteration: int, folder: Path) -> None:
         self._write(iteration, {"checkpoint": str(folder)})
 
-    def on_end(self):
+    def on_end(self) -> None:
         self.file.close()
 
-    def abandon(self):
+    def abandon(self) -> None:
         with contextlib.suppress(OSError):  # what is still to be flushed is refused again
             self.file.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -81,8 +81,8 @@ class InputStream:
         self._ready: deque[tuple[_Task, Future]] = deque()
 
     def step(
-        self, dataset: ChatDataset, rows_of: list[list[int]], end: int | None = None, dropping: bool = False,
-        waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext, then: list[list[int]] = (),
+        self, dataset: ChatDataset, rows_of: Sequence[list[int]], end: int | None = None, dropping: bool = False,
+        waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext, then: Sequence[list[int]] = (),
     ) -> Iterator[Inputs]:  # fmt: skip
         """Yield the microbatches of these rows, in order. Rows from `end` on are empty; dropping: with dropout keys.
 
@@ -117,7 +117,7 @@ class InputStream:
             arrays = {name: x.reshape(*x.shape[:-2], 1, -1) for name, x in arrays.items()}
             arrays["positions"], arrays["boundaries"] = places(batch.segments)
         if task.dropping and self.dropout_seed is not None:
-            arrays["keys"] = self._keys(batch, task.rows)
+            arrays["keys"] = self._keys(self.dropout_seed, batch, task.rows)
         tensors = {name: device.pinned(torch.from_numpy(np.ascontiguousarray(x))) for name, x in arrays.items()}
         counts = np.array(
             [batch.real_tokens, batch.supervised_tokens, pairs(batch.sample_lengths, self.window)], np.float64
@@ -127,16 +127,16 @@ class InputStream:
 
     def _placed(self, built: _Built) -> Inputs:
         here = {name: tensor.to(self.device, non_blocking=True) for name, tensor in built.tensors.items()}
-        keys, positions, boundaries = (here.pop(name, None) for name in ("keys", "positions", "boundaries"))
+        keys, rows = here.pop("keys", None), None
         if built.lengths is not None:
-            rows = packed_rows(built.lengths, positions, boundaries, keys)
-        else:
-            rows = None if keys is None else one_sample_a_row(built.width, keys)
+            rows = packed_rows(built.lengths, here.pop("positions"), here.pop("boundaries"), keys)
+        elif keys is not None:
+            rows = one_sample_a_row(built.width, keys)
         return Inputs(**here, rows=rows, counts=built.counts)
 
-    def _keys(self, batch: Microbatch, rows: tuple[int, ...]) -> np.ndarray:
+    def _keys(self, seed: int, batch: Microbatch, rows: tuple[int, ...]) -> np.ndarray:
         """The dropout keys as the layers see the tokens: [2, s, b], this rank's stretch under sequence parallelism."""
-        keys = token_keys(self.dropout_seed, rows, batch.tokens.shape[1])
+        keys = token_keys(seed, rows, batch.tokens.shape[1])
         keys = keys.swapaxes(1, 2) if batch.segments is None else keys.reshape(2, -1, 1)
         if self.layout.cp_size > 1:
             keys = own_positions(keys, self.layout, 1)

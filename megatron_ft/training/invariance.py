@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from megatron_ft.data.loader import ChatDataset, Choices
 from megatron_ft.data.manifest import Manifest
 from megatron_ft.data.roles import ASSISTANT, PROMPTER, code_weights, loss_weights
 from megatron_ft.engine.optimizer import make_optimizer, make_schedule
-from megatron_ft.engine.parallel import ParallelSizes, process_groups
+from megatron_ft.engine.parallel import Layout, ParallelSizes, process_groups
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.models.trainable import ALL, Trainable
@@ -124,7 +125,7 @@ class MadeUpChats:
     def codes(self, i: int) -> np.ndarray:
         return self.roles[i]
 
-    def loss_weights(self, by_role, marked_loss_weight: float = 1.0) -> np.ndarray:
+    def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray:
         return code_weights(by_role)
 
 
@@ -161,7 +162,7 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
         gradients = _gathered(bare, arch)
         second = stepper.train(dataset, 0, optimizer)
         losses = _from_reporter(layout, [first.loss, second.loss])
-    return Measured(*losses, first.grad_norm, gradients) if gradients is not None else None
+    return None if gradients is None else Measured(losses[0], losses[1], first.grad_norm, gradients)
 
 
 def compare(one: Measured, other: Measured) -> Difference:
@@ -174,15 +175,15 @@ def compare(one: Measured, other: Measured) -> Difference:
         else:
             apart[name] = float(abs(reference - found).max() / max(abs(reference).max(), 1e-12))
     where = max(apart, key=lambda name: apart[name])
-    scalars = [
+    loss, later_loss, grad_norm = (
         abs(getattr(one, name) - getattr(other, name)) / max(abs(getattr(one, name)), 1e-12)
         for name in ("loss", "later_loss", "grad_norm")
-    ]
-    return Difference(*scalars, apart[where], where)
+    )
+    return Difference(loss, later_loss, grad_norm, apart[where], where)
 
 
 def _parts(
-    chunks: list, of: Callable[[torch.nn.Parameter], torch.Tensor],
+    chunks: list, of: Callable[[Any], torch.Tensor],
     wanted: Callable[[torch.nn.Parameter], bool] = lambda _: True,
 ) -> Iterator[ShardedTensor]:  # fmt: skip
     """The engine's description of every parameter's place in the whole model, around of(parameter) instead of the parameter."""
@@ -245,7 +246,7 @@ def _forget_norms(chunks: list) -> None:
                 parameter.sequence_parallel = False
 
 
-def _from_reporter(layout, values: list[float]) -> list[float]:
+def _from_reporter(layout: Layout, values: list[float]) -> list[float]:
     """What the rank that knows the loss says, on all ranks."""
     said: list = [None] * dist.get_world_size()
     dist.all_gather_object(said, values if layout.is_reporter else None)

@@ -76,9 +76,10 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 and not stopping
                 and (last or _due(progress.iteration, run.eval_interval))
             ):
-                _evaluate(run, progress)
+                _evaluate(run, run.valid_set, progress)
             if run.saver:
-                _save(run, progress, due=_due(progress.iteration, run.save_interval), leaving=last or stopping)
+                due = _due(progress.iteration, run.save_interval)
+                _save(run, run.saver, progress, due, leaving=last or stopping)
     except BrokenGradients:  # raised by all ranks together, and what is still being saved is of before
         if run.saver:
             run.saver.committed(wait=True)
@@ -89,12 +90,12 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     return progress
 
 
-def _save(run: Run, progress: Progress, due: bool, leaving: bool) -> None:
+def _save(run: Run, saver: Saver, progress: Progress, due: bool, leaving: bool) -> None:
     """Save if it is time to, and say what has been committed meanwhile; before the run is left, nothing stays in the background."""
     if due or leaving:
         run.stepper.settle()
-    done = run.saver.save(progress) if due or leaving else []
-    for saved in done + run.saver.committed(wait=leaving):
+    done = saver.save(progress) if due or leaving else []
+    for saved in done + saver.committed(wait=leaving):
         for hook in run.hooks:
             hook.on_save(saved.iteration, saved.folder)
 
@@ -154,8 +155,8 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))
 
 
-def _evaluate(run: Run, progress: Progress) -> None:
-    result = run.stepper.evaluate(run.valid_set, run.eval_iters)
+def _evaluate(run: Run, valid_set: ChatDataset, progress: Progress) -> None:
+    result = run.stepper.evaluate(valid_set, run.eval_iters)
     metrics = {
         "eval/loss": result.loss,
         "eval/perplexity": perplexity(result.loss),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
@@ -79,7 +81,7 @@ def bare(chunks: list) -> list:
     return [_inside(chunk) for chunk in chunks]
 
 
-def _inside(model):
+def _inside(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model

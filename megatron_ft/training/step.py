@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Phases(dict):
         self.exact = exact
 
     @contextlib.contextmanager
-    def __call__(self, name: str):
+    def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         if self.exact:
@@ -86,7 +87,7 @@ class Stepper:
         self.inputs = InputStream(layout, dropout_seed, None if size is None else size[0] + 1)
         model[0].config.finalize_model_grads_func = self.weight.finalize
 
-    def train(self, dataset: ChatDataset, consumed: int, optimizer, last: bool = False) -> StepResult:
+    def train(self, dataset: ChatDataset, consumed: int, optimizer: Any, last: bool = False) -> StepResult:
         """Forward, backward, update on the rows that follow `consumed`. last: no step follows, so that no rows are built for it."""
         for chunk in self.model:
             chunk.train()
@@ -123,10 +124,11 @@ class Stepper:
             chunk.eval()
         rows = len(dataset.epoch_rows(0))
         batches = min(iters, -(-rows // self.global_batch_size))
-        sums = sum(
+        shares = (
             self._run(dataset, i * self.global_batch_size, forward_only=True, end=rows, last=i == batches - 1)
             for i in range(batches)
         )
+        sums = reduce(torch.add, shares)
         for chunk in self.model:
             chunk.train()
         return self._result(dataset, sums)
@@ -165,7 +167,9 @@ class Stepper:
         unknown = torch.zeros(self.objective.log_size(dataset), dtype=torch.float64, device=self.device)
         return torch.cat([counted, torch.stack(logs).sum(0) if logs else unknown])
 
-    def _forward(self, batches: Iterator[Inputs], model, counts: np.ndarray, dataset: ChatDataset):
+    def _forward(
+        self, batches: Iterator[Inputs], model: Any, counts: np.ndarray, dataset: ChatDataset
+    ) -> tuple[torch.Tensor, Callable]:
         """The engine's forward step: one microbatch through one chunk of this rank's stage."""
         batch = next(batches)
         if model is self.model[0]:  # what is counted is counted by a stage's first chunk
@@ -190,7 +194,7 @@ class Stepper:
         lengths = [dataset.width(rows, end) for rows in rows_of]
         return known_shapes(config, [(s // cut, self.micro_batch_size, config.hidden_size) for s in lengths])
 
-    def _result(self, dataset: ChatDataset, sums: torch.Tensor, **more) -> StepResult:
+    def _result(self, dataset: ChatDataset, sums: torch.Tensor, **more: Any) -> StepResult:
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         tokens, supervised, seen, *log = sums.tolist()
         loss, others = self.objective.read(log, dataset)

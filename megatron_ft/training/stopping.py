@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 from megatron_ft import device
 from megatron_ft.config.sections import Stopping
@@ -44,17 +45,17 @@ class StopRequest:
         self.received: int | None = None
         self.until, self.every = until, every
         self.reason, self.exit_code = "stopped by a signal", EXIT_REQUEUE
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame) -> None:
+    def _note(self, number: int, frame: object) -> None:
         self.received = number
 
     def agreed(self, iteration: int = 0) -> bool:

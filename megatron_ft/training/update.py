@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ class Update:
     """Not updated because gradients overflowed fp16 while the scale can still fall: how a dynamic scale finds its height."""
 
 
-def update(optimizer) -> Update:
+def update(optimizer: Any) -> Update:
     """Clip and step, as the engine's ChainedOptimizer.step does, unless the gradient norm is not finite: then nothing changes.
 
     All ranks decide alike, also where only one replica's machine made a number that is not finite.
@@ -53,7 +54,7 @@ def _any_rank(mine: bool) -> bool:
     return bool(found.item())
 
 
-def _can_fall(scaler) -> bool:
+def _can_fall(scaler: Any) -> bool:
     """Whether the loss scale is dynamic and above its floor."""
     floor = getattr(scaler, "min_scale", None)
     return floor is not None and float(scaler.scale) > float(floor)

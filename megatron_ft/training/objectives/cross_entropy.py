@@ -56,7 +56,8 @@ def weighted_sum(losses: Tensor, weights: Tensor, groups: Tensor, sizes: list[in
 
 def breakdown(log: list[float], names: dict[str, tuple[str, ...]]) -> dict[str, float]:
     """Return the mean loss of every group that has tokens: {"loss_by_role/assistant": 1.2, ...}. log: summed, from its third value on."""
-    means, at = {}, 0
+    means: dict[str, float] = {}
+    at = 0
     for kind, groups in names.items():
         sums, counts = log[at : at + len(groups)], log[at + len(groups) : at + 2 * len(groups)]
         means |= {f"loss_by_{kind}/{name}": s / n for name, s, n in zip(groups, sums, counts, strict=True) if n}
