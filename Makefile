@@ -40,13 +40,14 @@ rehearse: $(STAMP)  ## the batch scripts for 32 and 128 GPUs, on this machine; m
 	$(BIN)/python examples/slurm/measure.py examples/slurm/rehearse.sh examples/oasst_llama2_70b/stage1.sbatch llama2-70b
 	STAND_IN_NODES=2 $(BIN)/python examples/slurm/measure.py examples/slurm/rehearse.sh examples/alfred_40b/train.sbatch falcon-40b
 
-lint: $(STAMP)  ## style, and mistakes that can be seen without running
+lint: $(STAMP)  ## style, types, and mistakes that can be seen without running
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(STAMP)  ## docs/flags.md, from the commands themselves
 	$(BIN)/megatron-ft flags > docs/flags.tmp && mv docs/flags.tmp docs/flags.md
 
 clean:  ## remove .venv and what builds and tests leave; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

