@@ -29,7 +29,7 @@ OPTIMIZER_FILE = "distrib_optim.pt"
 
 
 def plan_save(state: dict[str, Any], put: dict, model: Any, optimizer: Any, folder: Path, layout: Layout) -> Plan:
-    """What this rank writes. All ranks call it. state: schedule, progress, sizes and this rank's random streams ("rng")."""
+    """Return what this rank writes. All ranks call it. state: schedule, progress, sizes and this rank's random streams ("rng")."""
     (chunk,) = _one_chunk(model)
     streams: list = [None] * layout.dp_size
     dist.all_gather_object(streams, state["rng"], group=parallel_state.get_data_parallel_group())
@@ -44,7 +44,7 @@ def plan_save(state: dict[str, Any], put: dict, model: Any, optimizer: Any, fold
 
 
 def read(folder: Path, layout: Layout) -> dict[str, Any]:
-    """What plan_save was given, with "model" and "optimizer". Raises CheckpointError for another layout's."""
+    """Return the state that plan_save was given, with "model" and "optimizer". Raise CheckpointError for another layout's."""
     path = _path(folder, layout)
     state = read_tensors(path)
     if "progress" not in state or "sizes" not in state:

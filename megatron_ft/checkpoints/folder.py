@@ -64,7 +64,7 @@ def write_config(folder: Path, config: CheckpointConfig) -> None:
 
 
 def read_config(folder: Path) -> CheckpointConfig:
-    """Raises CheckpointError naming the file when it is missing, incomplete or of a newer format."""
+    """Raise CheckpointError naming the file when it is missing, incomplete or of a newer format."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: not a checkpoint of ours; make one with megatron-ft hf-to-megatron")
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 
 
 def _check_entries(config: CheckpointConfig) -> None:
-    """Raises CheckpointError for an entry that makes no sense: what is read from a file may hold anything."""
+    """Raise CheckpointError for an entry that makes no sense: what is read from a file may hold anything."""
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "padded_vocab_size"):
         value = getattr(config, name)
         if type(value) is not int or not 1 <= value <= 10**9:
@@ -125,7 +125,7 @@ def check_folder(folder: Path) -> None:
 def find_checkpoint(root: Path, iteration: int | str | None = None) -> Path:
     """The release or iter_ folder to read: the one asked for, else the tracker's. `root` may itself be such a folder.
 
-    Raises CheckpointError saying what was found instead.
+    Raise CheckpointError saying what was found instead.
     """
     root = Path(root)
     if not root.is_dir():
@@ -168,7 +168,7 @@ def _checkpoints(root: Path) -> str:
 
 
 def rank_file(folder: Path, tp_rank: int, pp_rank: int, tp_size: int, pp_size: int) -> Path:
-    """The classic file of one rank. Raises ValueError on a rank outside the layout (our bug, not the user's)."""
+    """The classic file of one rank. Raise ValueError on a rank outside the layout (our bug, not the user's)."""
     if not (0 <= tp_rank < tp_size and 0 <= pp_rank < pp_size):
         raise ValueError(f"rank ({tp_rank}, {pp_rank}) outside layout ({tp_size}, {pp_size})")
     stage = f"_{pp_rank:03d}" if pp_size > 1 else ""
@@ -196,7 +196,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def describe(folder: Path) -> CheckpointConfig:
-    """What a checkpoint says of itself. Raises CheckpointError when files that it promises are missing."""
+    """Return the description in a checkpoint's config.json. Raise CheckpointError when files that it promises are missing."""
     config = read_config(folder)
     gone = missing_files(folder)
     if gone:
@@ -214,7 +214,7 @@ def vocab_rows(config: CheckpointConfig) -> int | None:
 def check_sizes(
     folder: Path, config: CheckpointConfig, tp_size: int, pp_size: int, split: PipelineSplit | None = None
 ) -> None:
-    """Raises CheckpointError for a classic checkpoint cut for another layout, ConfigError for one the model does not allow.
+    """Raise CheckpointError for a classic checkpoint cut for another layout, ConfigError for one the model does not allow.
 
     split: a PipelineSplit, where stages may hold several chunks or unequal numbers of layers.
     """
@@ -233,7 +233,7 @@ def check_sizes(
 
 
 def check_training_state(folder: Path, config: CheckpointConfig) -> None:
-    """Raises CheckpointError for converted weights in the classic format; whether others hold training state, their reader tells."""
+    """Raise CheckpointError for converted weights in the classic format; whether others hold training state, their reader tells."""
     if config.ckpt_format == "torch" and not (Path(folder) / SETTINGS).is_file():
         raise no_training_state(folder)
 

@@ -33,7 +33,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
 class FolderLock:
-    """A context manager, on all ranks together. Raises CheckpointError on all where another job holds the folder, or it cannot be
+    """A context manager, on all ranks together. Raise CheckpointError on all where another job holds the folder, or it cannot be
     written. A folder that it made is gone again if nothing came into it.
     """
 
@@ -67,7 +67,7 @@ class FolderLock:
 
 
 def _acquire(path: Path) -> tuple[IO, bool]:
-    """(the lock file, whether it is locked: some file systems cannot). Raises CheckpointError where another job holds it."""
+    """(the lock file, whether it is locked: some file systems cannot). Raise CheckpointError where another job holds it."""
     started = time.monotonic()
     while True:
         try:
@@ -101,7 +101,7 @@ def _acquire(path: Path) -> tuple[IO, bool]:
 
 
 def _holder(file: IO) -> dict:
-    """Who says to hold it: pid, host, job; {} where nobody does."""
+    """Return the holder that is written in it: pid, host, job; {} where there is none."""
     file.seek(0)
     try:
         said = json.loads(file.read())

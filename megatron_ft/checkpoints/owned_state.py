@@ -92,7 +92,7 @@ class _Parameter(NamedTuple):
 
     @property
     def is_written(self) -> bool:
-        """Whether a rank of this data-parallel group writes it: not where another tensor-parallel rank or stage has the same."""
+        """Return whether a rank of this data-parallel group writes it: not where another tensor-parallel rank or stage has the same."""
         return not any(self.described.replica_id[:-1])
 
 
@@ -270,6 +270,6 @@ def _request(described: ShardedTensor | ShardedTensorFactory, key: str) -> Any:
 
 
 def _flat(described: ShardedTensor | ShardedTensorFactory, read: Any) -> torch.Tensor:
-    """What was read of a parameter in one piece, on this rank's device."""
+    """Return what was read of a parameter in one piece, on this rank's device."""
     whole = described.merge_fn(read) if isinstance(described, ShardedTensorFactory) else read
     return whole.reshape(-1).to(device.current_device())

@@ -83,7 +83,7 @@ def _find(module: str, name: str) -> Any:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """A checkpoint's .metadata. Raises CheckpointError when missing, damaged, or naming other types than its own."""
+    """A checkpoint's .metadata. Raise CheckpointError when missing, damaged, or naming other types than its own."""
     if not path.is_file():
         raise CheckpointError(
             f"{path} is missing: the save was not finished; read an earlier iteration with --iteration"
@@ -104,7 +104,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def _check(found: Any) -> None:
-    """Raises ValueError unless it is metadata in which every entry and every place is of the type it should be."""
+    """Raise ValueError unless it is metadata in which every entry and every place is of the type it should be."""
     if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
         raise ValueError("it is not the metadata of a torch_dist checkpoint")
     for name, entry in found.state_dict_metadata.items():
@@ -135,7 +135,7 @@ def _check_sizes(sizes: Any) -> None:
 
 
 def file_slice(path: Path, offset: int, length: int) -> io.BytesIO:
-    """Bytes [offset, offset + length) of a file. Raises CheckpointError when it is missing or shorter."""
+    """Bytes [offset, offset + length) of a file. Raise CheckpointError when it is missing or shorter."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; restore it, or read another iteration with --iteration")
     with open(path, "rb") as file:

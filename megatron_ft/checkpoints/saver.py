@@ -102,7 +102,7 @@ class Saver:
     def committed(self, wait: bool = False) -> list[Saved]:
         """The save under way, if it is finished and thereby committed; with `wait` it is.
 
-        Raises CheckpointError on all ranks where one could not write, or its writer died.
+        Raise CheckpointError on all ranks where one could not write, or its writer died.
         """
         if self._pending is None:
             return []
@@ -175,7 +175,7 @@ class Saver:
 
 
 def _still_running(writer: Here | Forked) -> bool:
-    """Whether any rank's writer is at work and none has failed."""
+    """Return whether any rank's writer is at work and none has failed."""
     running = writer.running()
     state = device.handed([int(running), int(writer.problem is not None)])
     dist.all_reduce(state, op=dist.ReduceOp.MAX)
@@ -186,7 +186,7 @@ def _still_running(writer: Here | Forked) -> bool:
 
 
 def _check_there(folder: Path, entries: dict[str, Entry]) -> None:
-    """Raises CheckpointError unless the main rank sees every rank's files: what lies on another machine's own disk is no checkpoint."""
+    """Raise CheckpointError unless the main rank sees every rank's files: what lies on another machine's own disk is no checkpoint."""
     deadline = time.monotonic() + _PATIENCE
     for name, entry in entries.items():
         path = folder / name

@@ -32,7 +32,7 @@ log = logger("checkpoint")
 def sources(checkpointing: Checkpointing, loudly: bool = True) -> tuple[list[Path], Checkpointing]:
     """(the checkpoints to try, newest first, the section as it then stands): with --auto_resume those in --save, if there are any.
 
-    Raises CheckpointError where --save already holds another run's checkpoints, or is one.
+    Raise CheckpointError where --save already holds another run's checkpoints, or is one.
     """
     save = Path(checkpointing.save) if checkpointing.save else None
     if save is not None and (save / CONFIG).is_file():
@@ -58,7 +58,7 @@ def _in_use(root: Path) -> bool:
 def candidates(root: Path, loudly: bool = True) -> list[Path]:
     """The checkpoints of a root that may be loaded: the tracker's, then older ones. A tracker that says nothing is made up for.
 
-    root may be a single checkpoint, which is then the only one. Raises CheckpointError where there is none.
+    root may be a single checkpoint, which is then the only one. Raise CheckpointError where there is none.
     """
     if (root / CONFIG).is_file() and not (root / TRACKER).exists():
         return [root]
@@ -80,7 +80,7 @@ def candidates(root: Path, loudly: bool = True) -> list[Path]:
 def first_whole(
     folders: Sequence[Path], read: Callable[[Path], CheckpointConfig], checkpointing: Checkpointing
 ) -> tuple[int, CheckpointConfig]:
-    """(index, description) of the first checkpoint with all its files. Raises the first one's CheckpointError if none has.
+    """(index, description) of the first checkpoint with all its files. Raise the first one's CheckpointError if none has.
 
     read: what describes a checkpoint, with the rules that the run has about it.
     """
@@ -113,13 +113,13 @@ def _origin(checkpointing: Checkpointing, folders: Sequence[Path]) -> Architectu
 
 
 def _sizes(arch: Architecture) -> dict:
-    """What cannot differ between a model and itself trained further; positions and rope can, by flags."""
+    """Return what cannot differ between a model and itself trained further. Positions and rope can, by flags."""
     changing = ("hf", "rope_scaling", "rope_theta", "max_position_embeddings")
     return {name: value for name, value in arch.to_dict().items() if name not in changing}
 
 
 def agree(folders: Sequence[Path], first: int, asked: Checkpointing, layout: Layout) -> None:
-    """All ranks call it, once nobody else can save any more. Raises PassingFault on all unless all mean to begin from the same
+    """All ranks call it, once nobody else can save any more. Raise PassingFault on all unless all mean to begin from the same
     checkpoints, and these are what lies there now.
 
     folders: this rank's candidates; the first of them that it can use. asked: the section as the user gave it. Each process looks
@@ -151,7 +151,7 @@ def first_trusted(
 ) -> tuple[Path, CheckpointConfig]:  # fmt: skip
     """(folder, description) of the first checkpoint whose files are what was written; all ranks call it. described: the first's.
 
-    Raises the first one's CheckpointError if there is none; a checkpoint of another model is none.
+    Raise the first one's CheckpointError if there is none; a checkpoint of another model is none.
     """
     from megatron_ft.checkpoints.verify import verify
 

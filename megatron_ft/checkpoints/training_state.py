@@ -70,7 +70,7 @@ class Contents:
 def read_tokenizer(source: Path, config: CheckpointConfig) -> dict[str, bytes]:
     """A checkpoint's tokenizer files, to travel along with the run: the checkpoint itself may be deleted meanwhile.
 
-    Raises CheckpointError where config.json promises a tokenizer and there is none.
+    Raise CheckpointError where config.json promises a tokenizer and there is none.
     """
     folder = source / TOKENIZER_FOLDER
     found = {name: (folder / name).read_bytes() for name in files_below(folder)}
@@ -80,7 +80,7 @@ def read_tokenizer(source: Path, config: CheckpointConfig) -> dict[str, bytes]:
 
 
 def make_saver(contents: Contents, section: Checkpointing) -> contextlib.AbstractContextManager[Saver | None]:
-    """What saves a run as the flags say; None where they name no place."""
+    """Return what saves a run as the flags say; None where they name no place."""
     if not section.save:
         return contextlib.nullcontext()
     keep = Keep(section.keep_last, section.save_retain_interval)
@@ -97,7 +97,7 @@ class _Planner(TorchDistSaveShardedStrategy):
 
 
 def plan_save(contents: Contents, ckpt_format: str, folder: Path, progress: Progress) -> Plan:
-    """What this rank writes into `folder`. All ranks call it."""
+    """Return what this rank writes into `folder`. All ranks call it."""
     own, layout = contents, contents.layout
     state = {
         "schedule": own.schedule.state_dict(),
@@ -137,12 +137,12 @@ def plan_sharded(
 
 
 def _dtype_name(engine: Any) -> str:
-    """What the weights are kept in, by the engine's config of the model."""
+    """Return the type of the weights, by the engine's config of the model."""
     return "bf16" if engine.bf16 else "fp16" if engine.fp16 else "fp32"
 
 
 def small_files(contents: Contents, progress: Progress, ckpt_format: str) -> dict[str, Callable[[Path], Any]]:
-    """What lies beside the tensors in either format: relative name -> how it is written. The main rank's."""
+    """Return the main rank's files beside the tensors, in either format: relative name -> how it is written."""
     layout, model = contents.layout, chunks_of(contents.model)[0]
     config = dataclasses.replace(
         contents.config, ckpt_format=ckpt_format, iteration=progress.iteration,

@@ -34,7 +34,7 @@ MAX_METADATA_BYTES = 1 << 30
 
 
 def verify(folder: Path, config: CheckpointConfig, layout: Layout, digests: bool = True) -> None:
-    """Raises CheckpointError, on every rank the same, unless the files are what was written and name no foreign object.
+    """Raise CheckpointError, on every rank the same, unless the files are what was written and name no foreign object.
 
     digests: compare the content of every file; without it only what could run something is looked at.
     """
@@ -91,7 +91,7 @@ def _read_description(folder: Path, _files: tuple) -> Described:
 
 
 def read_tensors(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
-    """What torch.save wrote of tensors and plain containers. Raises CheckpointError where it is damaged or names foreign objects."""
+    """Return what torch.save wrote of tensors and plain containers. Raise CheckpointError where it is damaged or names foreign objects."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -108,7 +108,7 @@ def read_tensors(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
 
 
 def _check_weights(metadata: Metadata, config: CheckpointConfig, folder: Path) -> None:
-    """Raises CheckpointError unless the weights are those of the model that config.json describes."""
+    """Raise CheckpointError unless the weights are those of the model that config.json describes."""
     arch, stored = config.architecture, metadata.state_dict_metadata
     prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in stored) else ""
     for placed in placed_rules(arch, family_of(arch).rules(arch)):
@@ -123,7 +123,7 @@ def _check_weights(metadata: Metadata, config: CheckpointConfig, folder: Path) -
 
 
 def check_tensors(metadata: Metadata, wanted: dict, folder: Path, cast_weights: bool) -> None:
-    """Raises CheckpointError unless the checkpoint has every tensor this rank asks for, in its shape and type.
+    """Raise CheckpointError unless the checkpoint has every tensor this rank asks for, in its shape and type.
 
     wanted: a sharded state dict. cast_weights: floating-point weights may be of another type, because the run asks for one.
     """

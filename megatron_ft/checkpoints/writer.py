@@ -53,7 +53,7 @@ class Written:
 
 
 def write(part: Part) -> Written:
-    """Write all files of a part, flushed to the disk. Raises OSError where the disk refuses, CheckpointError where there is no such
+    """Write all files of a part, flushed to the disk. Raise OSError where the disk refuses, CheckpointError where there is no such
     folder.
     """
     if not part.folder.is_dir():  # made by the main rank: not to be made again, on another disk
@@ -72,7 +72,7 @@ def write(part: Part) -> Written:
 
 
 def save_tensors(value: Any, path: Path) -> None:
-    """torch.save into a new file. Raises OSError where the disk refuses."""
+    """torch.save into a new file. Raise OSError where the disk refuses."""
     with open(path, "wb") as file:
         try:
             torch.save(value, file)

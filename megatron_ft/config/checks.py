@@ -57,7 +57,7 @@ def data_parallel_size(parallel: Parallelism, world_size: int) -> int:
 
 
 def context_fits(parallel: Parallelism, data: Data) -> None:
-    """What the rows must be like. What the machine must have: models/kernels.py."""
+    """Check the rows. models/kernels.py checks the machine."""
     cp = parallel.context_parallel_size
     unit = 2 * cp * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     if cp > 1 and (data.packing or data.variable_seq_lengths):
@@ -146,7 +146,7 @@ def shares_fit(data: Data) -> None:
 
 
 def role_weights(data: Data) -> dict[str, float]:
-    """--role_loss_weights as a mapping. Raises ConfigError for an entry that is not name=number."""
+    """--role_loss_weights as a mapping. Raise ConfigError for an entry that is not name=number."""
     found = {}
     for entry in data.role_loss_weights:
         name, _, number = entry.partition("=")

@@ -33,7 +33,7 @@ _OUTSIDE = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT E
 def parse(command: Command, argv: Sequence[str]) -> list[Any]:
     """Return one instance of each of the command's sections and groups, in order; with open_flags, last, a dict of the unknown flags.
 
-    Raises ConfigError for a user's mistake, and SystemExit(0) after --help or --print_config have printed.
+    Raise ConfigError for a user's mistake, and SystemExit(0) after --help or --print_config have printed.
     """
     options = options_of(command.sections)
     given = read_flags(command, options, list(argv))

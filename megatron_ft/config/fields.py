@@ -41,7 +41,7 @@ class Option:
 
     @property
     def optional(self) -> bool:
-        """Whether None is a value of this setting."""
+        """Return whether None is a value of this setting."""
         return self.default is None or (self._is_union and types.NoneType in typing.get_args(self.type))
 
     @property

@@ -42,7 +42,7 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """How to say `name` here. prefix: "--" for flags, nothing for YAML keys."""
+    """Return the hint for a name that is not known here. prefix: "--" for flags, nothing for YAML keys."""
     known = list(known)
     ours, remark = HUGGING_FACE.get(name, ("", ""))
     if ours in known:

@@ -50,7 +50,7 @@ def say(line: str) -> None:
 
 
 def speaks_first(error: BaseException) -> bool:
-    """Whether this process should print what went wrong: it is the first of this machine.
+    """Return whether this process prints what went wrong: it is the first of this machine.
 
     Where another process's end or silence is all that went wrong, it leaves that to our launcher, which finds the cause, or, under
     another launcher, waits a while for the process that is the cause.
@@ -64,7 +64,7 @@ def speaks_first(error: BaseException) -> bool:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error is what torch.distributed raises about another process that is gone or does not answer."""
+    """Return whether an error is what torch.distributed raises about another process that is gone or does not answer."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}:
         return True
@@ -81,7 +81,7 @@ def about_to_fail(error: BaseException) -> None:
 
 
 def is_together() -> bool:
-    """Whether the processes of this machine have a folder to agree in."""
+    """Return whether the processes of this machine have a folder to agree in."""
     return _folder() is not None
 
 
@@ -179,7 +179,7 @@ def _folder() -> Path | None:
 
 
 def _first(name: str) -> bool:
-    """Whether no process has made this file before. Where they share nothing, each is the first."""
+    """Return whether no process has made this file before. Where they share nothing, each is the first."""
     folder = _folder()
     if folder is None:
         return True

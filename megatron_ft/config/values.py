@@ -32,7 +32,7 @@ def from_text(option: Option, text: str | list[str], where: str) -> Any:
 def checked(option: Option, value: Any, where: str) -> Any:
     """The value as the field's type (a whole number for a float field, text for a Path, "1e-5" for a float).
 
-    Raises ConfigError: `where` says which flag or which line of which file.
+    Raise ConfigError: `where` says which flag or which line of which file.
     """
     if value is None and option.optional:
         return None

@@ -84,7 +84,7 @@ def yaml_value(text: str) -> Any:
 def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tuple[dict[str, Entry], dict[str, Any]]:
     """Settings of a file by name, and (with open_keys) the keys no section knows as plain values.
 
-    Raises ConfigError with file and line for what is no YAML, no mapping, an unknown key, a setting given twice.
+    Raise ConfigError with file and line for what is no YAML, no mapping, an unknown key, a setting given twice.
     """
     text = read_text(path)
     _check_text(text, path)

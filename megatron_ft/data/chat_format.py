@@ -60,7 +60,7 @@ class ChatFormat:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Conversations in one batch, which is much faster than one by one; the result is the same.
 
-        Raises DataError for a role that the format does not know, TokenizerError where the tokenizer lacks one of its
+        Raise DataError for a role that the format does not know, TokenizerError where the tokenizer lacks one of its
         tokens.
         """
         return split(self.encode_flat(tokenizer, conversations, add_generation_prompt))
@@ -86,7 +86,7 @@ class ChatFormat:
 
     @cached_property
     def _closed(self) -> bool:
-        """Whether text never touches text across turns: then a turn's tokens depend on the turn alone."""
+        """Return whether text never touches text across turns: then a turn's tokens depend on the turn alone."""
         turns = [self._cut(text, 0) for text in (*self.turns.values(), *self.after.values())]
         starts = all(before and before[0].kind == CONTROL for before, _ in turns)
         return starts and self.default_system is None and not self.begin.replace(self.added_tokens[0], "")
@@ -148,7 +148,7 @@ class ChatFormat:
         return parts + self._split(self.generation_prompt, ASSISTANT) if add_generation_prompt else parts
 
     def _said(self, message: Mapping[str, Any]) -> tuple[int, str]:
-        """A message's role number and text. Raises DataError where the format cannot say it."""
+        """A message's role number and text. Raise DataError where the format cannot say it."""
         name, content = message.get("role"), message.get("content")
         role = ROLES.get(name) if isinstance(name, str) else None
         if role not in self.turns:
@@ -291,7 +291,7 @@ ALIASES = {"vicuna_v1.1": "vicuna", "vicuna-1.1": "vicuna", "llama-2": "llama2",
 
 
 def get_format(name: str, tokenizer: Tokenizer | None = None) -> Any:
-    """A format by its name; with a tokenizer, "tokenizer" is the chat template of its own. Raises ConfigError naming
+    """A format by its name; with a tokenizer, "tokenizer" is the chat template of its own. Raise ConfigError naming
     those there are."""
     if name == OWN_TEMPLATE and tokenizer is not None:
         from megatron_ft.data.chat_template import own_template
@@ -308,7 +308,7 @@ def get_format(name: str, tokenizer: Tokenizer | None = None) -> Any:
 
 
 def describe(chat_format: Any) -> dict[str, Any]:
-    """What a manifest keeps of a format: {name, stop_token}, and of a tokenizer's own template {template, stop_token}."""
+    """Return what a manifest keeps of a format: {name, stop_token}, and of a tokenizer's own template {template, stop_token}."""
     if isinstance(chat_format, ChatFormat):
         return {"name": chat_format.name, "stop_token": chat_format.stop_token}
     return {"template": chat_format.digest, "stop_token": chat_format.stop_token}

@@ -29,7 +29,7 @@ def _tools() -> str:
 
 
 def _start(chat: Any) -> str:
-    """What stands before the first message."""
+    """Return the text before the first message."""
     begin = f"{{{{ {_quoted(chat.begin)} }}}}" if chat.begin else ""
     if SYSTEM not in chat.turns:
         return begin

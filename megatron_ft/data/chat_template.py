@@ -48,7 +48,7 @@ class OwnTemplate:
         return split(self.encode_flat(tokenizer, conversations, add_generation_prompt))
 
     def encode_flat(self, tokenizer: Tokenizer, conversations: Any, add_generation_prompt: bool = False) -> Encoded:
-        """Raises DataError for a conversation that the template refuses or changes."""
+        """Raise DataError for a conversation that the template refuses or changes."""
         return encode_parts(tokenizer, [self._parts(messages, add_generation_prompt) for messages in conversations])
 
     def text(self, messages: Any, add_generation_prompt: bool = False) -> str:
@@ -178,7 +178,7 @@ class NoTemplate(TokenizerError):
 
 
 def own_template(tokenizer: Tokenizer) -> OwnTemplate:
-    """The template among a tokenizer's files. Raises TokenizerError where there is none, or one that does not do."""
+    """The template among a tokenizer's files. Raise TokenizerError where there is none, or one that does not do."""
     folder = Path(tokenizer.source_files[0]).parent
     config = _read(folder / "tokenizer_config.json")
     source = template_source(folder)

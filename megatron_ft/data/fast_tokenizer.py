@@ -82,7 +82,7 @@ class FastTokenizer:
     def reserve(self, tokens: dict[str, int]) -> None:
         """Keep text from yielding these tokens: special ones are not looked for in text.
 
-        Raises TokenizerError where a token has another id than the file says, or is an ordinary word of the vocabulary.
+        Raise TokenizerError where a token has another id than the file says, or is an ordinary word of the vocabulary.
         """
         from tokenizers import AddedToken
 
@@ -107,7 +107,7 @@ def _half_a_character() -> TokenizerError:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The parsed tokenizer.json. Raises TokenizerError where it is none."""
+    """The parsed tokenizer.json. Raise TokenizerError where it is none."""
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -139,7 +139,7 @@ def _behind_a_token(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _essence(description: dict[str, Any]) -> list[Any]:
-    """What decides the ids, in a form that another version rewriting the file does not change."""
+    """Return what decides the ids, in a form that another version rewriting the file does not change."""
     model = {key: value for key, value in description["model"].items() if value not in (None, False)}
     if "merges" in model:
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]

@@ -56,7 +56,7 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def read_manifest(prefix: str | Path) -> Manifest:
-    """The manifest of shards. Raises DataError: missing, damaged, or of another version."""
+    """The manifest of shards. Raise DataError: missing, damaged, or of another version."""
     path = manifest_path(prefix)
     try:
         with path.open("rb") as file:
@@ -71,7 +71,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
 
 
 def _instead_of(prefix: Path) -> str:
-    """What to give, where there are no shards of that name."""
+    """Return the advice for a name that has no shards."""
     if prefix.is_file():
         return f"{prefix} is a file of its own: if it holds chats, make shards of it with megatron-ft pretokenize --input {prefix}"
     splits = sorted(

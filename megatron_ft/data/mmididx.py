@@ -42,7 +42,7 @@ def write_index(file: IO[bytes], lengths: np.ndarray, dtype: np.dtype) -> None:
 def read_index(path: Path, digest: str | None = None) -> tuple[np.dtype, np.ndarray]:
     """The dtype and the lengths (int32 [N]) of a .idx file.
 
-    digest: of the whole file, where it is known. Raises DataError naming the file where any number in it is not what write_index
+    digest: of the whole file, where it is known. Raise DataError naming the file where any number in it is not what write_index
     writes for these lengths.
     """
     data = _read_all(path)
@@ -101,7 +101,7 @@ class Sequences:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """One sequence, a copy. Raises DataError where the file has changed since it was opened."""
+        """One sequence, a copy. Raise DataError where the file has changed since it was opened."""
         return self.read(int(self._offsets[index]), int(self.lengths[index]))
 
     def read(self, start: int, count: int) -> np.ndarray:

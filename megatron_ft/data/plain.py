@@ -30,7 +30,7 @@ class PlainShards:
         return len(self.lengths)
 
     def tokens(self, index: int) -> np.ndarray:
-        """The ids of a document. Raises DataError for an id that the model does not have."""
+        """The ids of a document. Raise DataError for an id that the model does not have."""
         ids = self._text[index]
         if len(ids) and (ids.max() >= self.vocab_size or ids.min() < 0):
             raise DataError(
@@ -49,5 +49,5 @@ class PlainShards:
 
 
 def is_plain(prefix: str) -> bool:
-    """Whether PREFIX names plain shards and no role-labelled ones."""
+    """Return whether PREFIX names plain shards and no role-labelled ones."""
     return Path(f"{prefix}.idx").is_file() and not Path(f"{prefix}-text.idx").is_file()

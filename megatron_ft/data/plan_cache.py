@@ -28,7 +28,7 @@ Arrays = Sequence[np.ndarray]
 
 
 def cached(folder: Path, key: Any, build: Callable[[], Arrays]) -> Arrays:
-    """What build() gives for this key, which has to say all that it depends on; read-only and mapped where it was kept."""
+    """Return what build() returns for this key, which has to hold all that it depends on; read-only and mapped where it was kept."""
     path = folder / f"{fingerprint(key).removeprefix('xxh3:')}.npy"
     if (found := _read(path)) is not None:
         return found

@@ -42,7 +42,7 @@ def loss_weights(scalar_loss_mask: float = 0.0, weights: Mapping[str, float] | N
 
     scalar_loss_mask: weight of every role but the assistant, whose weight is 1.
     weights: role name (as in chat files) -> weight, going before both.
-    Raises ConfigError for an unknown role or a weight that is negative or not finite.
+    Raise ConfigError for an unknown role or a weight that is negative or not finite.
     """
     result = np.full(len(ROLE_NAMES), scalar_loss_mask, dtype=np.float32)
     result[ASSISTANT] = 1.0
@@ -75,7 +75,7 @@ def code_weights(
 def weight_table(weights: Sequence[float]) -> list[float]:
     """The table of a set of shards from the weights that occur in it: 1 first, the others by size.
 
-    Raises DataError for more than MOST_WEIGHTS, or one that is negative or not finite.
+    Raise DataError for more than MOST_WEIGHTS, or one that is negative or not finite.
     """
     for weight in weights:
         if not (np.isfinite(weight) and weight >= 0):

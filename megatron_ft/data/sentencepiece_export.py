@@ -24,7 +24,7 @@ UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 
 
 def describe(model: SentencePieceModel) -> dict[str, Any]:
-    """A tokenizer.json without added tokens. Raises TokenizerError for what it cannot express."""
+    """A tokenizer.json without added tokens. Raise TokenizerError for what it cannot express."""
     proto = model.proto()
     _refuse(model, proto)
     if proto.trainer_spec.model_type == UNIGRAM or proto.normalizer_spec.precompiled_charsmap:

@@ -120,7 +120,7 @@ class SentencePieceModel:
 
 
 def are_apart(proto: Any) -> bool:
-    """Whether words of this model (a ModelProto) can be encoded one by one: byte pair encoding, text taken as it is, and no piece
+    """Return whether words of this model (a ModelProto) can be encoded one by one: byte pair encoding, text taken as it is, and no piece
     that reaches over a space or holds a newline."""
     rules, trained = proto.normalizer_spec, proto.trainer_spec
     return (

@@ -64,7 +64,7 @@ class ShardWriter:
         self.manifest.sources.append({"name": name, "file": file, "digest": digest, "documents": [len(self._lengths)]})
 
     def add(self, ids: np.ndarray, roles: np.ndarray) -> None:
-        """One sample: ids [tokens] below vocab_size, roles [tokens] as in roles.py. Raises DataError for anything else,
+        """One sample: ids [tokens] below vocab_size, roles [tokens] as in roles.py. Raise DataError for anything else,
         no tokens included."""
         ids, roles = np.asarray(ids), np.asarray(roles)
         if ids.ndim != 1 or ids.shape != roles.shape or not len(ids):
@@ -173,7 +173,7 @@ class Shards:
         self._check_counts()
 
     def _check_counts(self) -> None:
-        """What the manifest says of samples has to be true of the index: sources by it, loss and mixing by counts."""
+        """Check that what the manifest says of samples is true of the index: sources use it, loss and mixing use its counts."""
         counts, samples = self.manifest.counts, len(self.lengths)
         ends = [end for source in self.manifest.sources for end in source["documents"]]
         said = (counts["samples"], counts["tokens"], sum(counts["tokens_by_role"].values()))
@@ -195,7 +195,7 @@ class Shards:
         return self._text, self._role
 
     def tokens(self, index: int) -> np.ndarray:
-        """The ids of a sample: uint16 or int32 [tokens]. Raises DataError for an id outside the vocabulary."""
+        """The ids of a sample: uint16 or int32 [tokens]. Raise DataError for an id outside the vocabulary."""
         ids = self._text[index]
         if ids.max() >= self.vocab_size or ids.min() < 0:
             where = f"{self.prefix}-text.bin: sample {index}"
@@ -207,7 +207,7 @@ class Shards:
         return self.codes(index) & ROLE_BITS
 
     def codes(self, index: int) -> np.ndarray:
-        """The bytes of a sample's tokens in the role shard, uint8 [tokens]; see roles.py. Raises DataError for one that
+        """The bytes of a sample's tokens in the role shard, uint8 [tokens]; see roles.py. Raise DataError for one that
         means nothing."""
         codes = self._role[index]
         if not self._valid[codes].all():
@@ -227,7 +227,7 @@ def open_shards(prefix: str | os.PathLike, verify: bool = False) -> Shards:
     """Open PREFIX's shards and check what is cheap: manifest, sizes, every number of the indexes, their hashes.
 
     verify: read the .bin files too and compare their hashes; verify.py does it for many shards at once.
-    Raises DataError naming the file and the remedy.
+    Raise DataError naming the file and the remedy.
     """
     shards = Shards(prefix)
     for sequences in shards.sequences if verify else ():
@@ -242,7 +242,7 @@ def remove_shards(prefix: str | os.PathLike) -> None:
 
 
 def _valid_codes(weights: int, extended: bool = True) -> np.ndarray:
-    """Which bytes mean something in shards with so many weights: bool [256]."""
+    """Return which bytes mean something in shards with so many weights: bool [256]."""
     codes = np.arange(256)
     valid = (codes & ROLE_BITS < len(ROLE_NAMES)) & (codes >> WEIGHT_SHIFT < weights)
     return valid if extended else codes < len(ROLE_NAMES)

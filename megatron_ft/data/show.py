@@ -48,7 +48,7 @@ def tokens(shards: Shards, sample: int, tokenizer: Tokenizer | None, by_code: np
 
 
 def token_text(tokenizer: Tokenizer, index: int) -> str:
-    """What one token looks like: spaces as spaces, a byte that is part of a character as <0x..>."""
+    """Return what one token looks like: spaces as spaces, a byte that is part of a character as <0x..>."""
     piece = tokenizer.id_to_token(index)
     if index in tokenizer.special_tokens.values():
         return piece
@@ -61,7 +61,7 @@ def token_text(tokenizer: Tokenizer, index: int) -> str:
 
 
 def source_of(shards: Shards, sample: int) -> str:
-    """Which dataset a sample comes from."""
+    """Return the dataset that a sample comes from."""
     for source in shards.manifest.sources:
         first, end = source["documents"]
         if first <= sample < end:

@@ -67,7 +67,7 @@ class Tokenizer:
 
         at_start: False where a control token stands before the text. It matters to the few tokenizers that put a
         space before the first word of a document only; SentencePiece ones put it before every text.
-        Raises TokenizerError for a text that is no Unicode (a lone surrogate).
+        Raise TokenizerError for a text that is no Unicode (a lone surrogate).
         """
         return self.backend.encode_batch(list(texts), at_start)
 
@@ -87,7 +87,7 @@ class Tokenizer:
         return self._literals[text, at_start]
 
     def control(self, token: str) -> np.ndarray:
-        """A control token as ids, int32 [1]. Raises TokenizerError where there is none of that name."""
+        """A control token as ids, int32 [1]. Raise TokenizerError where there is none of that name."""
         ids = self._controls.get(token)
         return np.array([self.token_id(token)], np.int32) if ids is None else ids
 
@@ -108,7 +108,7 @@ class Tokenizer:
         return "".join([*parts, self.backend.decode(run)])
 
     def token_id(self, token: str) -> int:
-        """The id of a control token. Raises TokenizerError where there is none of that name."""
+        """The id of a control token. Raise TokenizerError where there is none of that name."""
         if token not in self._special:
             known = ", ".join(self.added_tokens) or "none"
             raise TokenizerError(
@@ -117,7 +117,7 @@ class Tokenizer:
         return self._special[token]
 
     def id_to_token(self, index: int) -> str:
-        """A control token's name, else the vocabulary's piece. Raises TokenizerError outside the vocabulary."""
+        """A control token's name, else the vocabulary's piece. Raise TokenizerError outside the vocabulary."""
         if index in self._names:
             return self._names[index]
         if not 0 <= index <= self.backend.highest:
@@ -137,7 +137,7 @@ class Tokenizer:
         return tokenizer_files.fingerprint([self.backend.fingerprint, sorted(self.added_tokens.items())])
 
     def info(self) -> dict[str, Any]:
-        """What a manifest or a checkpoint keeps of the tokenizer; see manifest.check_tokenizer."""
+        """Return what a manifest or a checkpoint keeps of the tokenizer; see manifest.check_tokenizer."""
         return {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
@@ -153,7 +153,7 @@ def extra_tokens(tokenizer_type: str | None, names: str | Sequence[str] | None, 
 
     tokenizer_type: for SentencePieceTokenizer, MEGATRON_TOKENS come first unless new_tokens is False. None: only names.
     names: --vocab_extra_ids_list, a list or one string with commas, quotes inside it allowed as on the model cards.
-    Raises TokenizerError for a type that is none of TOKENIZER_TYPES.
+    Raise TokenizerError for a type that is none of TOKENIZER_TYPES.
     """
     if tokenizer_type is not None and tokenizer_type not in TOKENIZER_TYPES:
         raise TokenizerError(f"unknown tokenizer_type {tokenizer_type}: choose one of {', '.join(TOKENIZER_TYPES)}")
@@ -168,7 +168,7 @@ def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokeni
     Where a folder has both and they agree on every piece, the SentencePiece model does the work (it is faster). Added
     tokens named in the folder's files are known. extra_tokens that are not there yet get the next free ids, in their
     order.
-    Raises TokenizerError: no such file, neither format, or an extra token that ordinary text can spell.
+    Raise TokenizerError: no such file, neither format, or an extra token that ordinary text can spell.
     """
     found = tokenizer_files.find(Path(path))
     backend, known = found.backend(), found.added_tokens()

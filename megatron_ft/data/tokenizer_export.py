@@ -30,7 +30,7 @@ def export_tokenizer(
 
     chat_template: Jinja, as ChatFormat.jinja gives it. stop_token: becomes the end-of-sequence token, where
     generation stops.
-    Raises TokenizerError for a SentencePiece model that tokenizer.json cannot express, or a stop token that is none
+    Raise TokenizerError for a SentencePiece model that tokenizer.json cannot express, or a stop token that is none
     of its tokens.
     """
     folder = Path(folder)

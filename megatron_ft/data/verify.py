@@ -20,7 +20,7 @@ log = logger("data")
 
 
 def verify_shards(several: Sequence[Any], flag: str) -> None:
-    """Raises DataError naming the first file whose bytes are not those that were written.
+    """Raise DataError naming the first file whose bytes are not those that were written.
 
     several: shards of any kind; plain ones have no hashes and are left out. flag: leaves this out, for the log.
     """

@@ -73,7 +73,7 @@ CUTS = (
 
 
 def are_between_spaces(description: dict[str, Any]) -> bool:
-    """Whether words of this tokenizer.json can be encoded one by one: byte-level, cut as CUTS or as GPT-2 does, no token of its own
+    """Return whether words of this tokenizer.json can be encoded one by one: byte-level, cut as CUTS or as GPT-2 does, no token of its own
     that is looked for in text and holds or swallows white space."""
     step = description.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])

@@ -15,7 +15,7 @@ _USERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, er
 
 
 def raise_together(problem: Exception | None) -> None:
-    """All ranks call it. Raises on every rank where any has a problem: the lowest such rank's, in its words.
+    """All ranks call it. Raise on every rank where any has a problem: the lowest such rank's, in its words.
 
     A mistake of the user or a refusal of the system is raised as it is everywhere; any other exception (our bug) is raised with its
     traceback where it happened, and named by the others.
@@ -42,7 +42,7 @@ def _portable(problem: Exception | None) -> UserError | str | None:
 
 
 def refusal(error: OSError) -> CheckpointError:
-    """What the system answered about a file of a checkpoint, as a line for the user."""
+    """Return what the system answered about a file of a checkpoint, as a line for the user."""
     where = f"{error.filename}: " if error.filename else ""
     reason = (error.strerror or str(error)).lower()
     if error.errno in _USERS:

@@ -23,9 +23,9 @@ _FORK = multiprocessing.get_context("fork")
 
 
 def run_forked(size: int, function: Callable[[Any], Any], argument: Any) -> list[Any]:
-    """What function(argument) returns on each of `size` ranks, by rank.
+    """Return what function(argument) returns on each of `size` ranks, by rank.
 
-    Raises the first rank's user error as it is; RuntimeError, with the rank's traceback or end, for any other. No process is left.
+    Raise the first rank's user error as it is; RuntimeError, with the rank's traceback or end, for any other. No process is left.
     """
     import torch
 

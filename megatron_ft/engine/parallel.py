@@ -205,7 +205,7 @@ def _init_process_group(dist: Any, timeout: datetime.timedelta | None) -> None:
 
 
 def _held_store(dist: Any, timeout: datetime.timedelta | None) -> dict:
-    """What rank 0 says more where the launcher holds the port that the ranks meet at: torch's own store, on that very socket."""
+    """Return more arguments for rank 0 where the launcher holds the port that the ranks meet at: torch's own store, on that very socket."""
     held = os.environ.pop(rank_errors.MEETING, None)
     if held is None:
         return {}

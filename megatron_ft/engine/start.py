@@ -19,7 +19,7 @@ SUPPORTED = "0.16."
 def prepare_engine() -> None:
     """Import megatron-core once, on the CPU through the stand-in. Call before any other import of megatron.core.
 
-    Raises ConfigError when the installed megatron-core is of a release this package was not checked against.
+    Raise ConfigError when the installed megatron-core is of a release this package was not checked against.
     """
     # torch's C++ warns of every connection that another process's end closes, with its own stack. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -72,7 +72,7 @@ class Architecture:
     """Share of each head that the rotary embedding turns."""
 
     def __post_init__(self) -> None:
-        """Raises CheckpointError for a value that no model has: what is read from a file may hold anything."""
+        """Raise CheckpointError for a value that no model has: what is read from a file may hold anything."""
         for name, most in _MOST.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
@@ -149,7 +149,7 @@ class Architecture:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP multiplies two projections, [gate; up] in one matrix."""
+        """Return whether the MLP multiplies two projections, [gate; up] in one matrix."""
         return self.activation in GATED
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
-        """Inverse of to_dict. Raises CheckpointError on an unknown or missing entry: a newer or damaged config.json."""
+        """Inverse of to_dict. Raise CheckpointError on an unknown or missing entry: a newer or damaged config.json."""
         if not isinstance(data, dict):
             raise CheckpointError("architecture is no list of entries; convert the model again")
         names = {f.name for f in fields(cls)}
@@ -188,7 +188,7 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, multiple
 
 
 def check_layout(arch: Architecture, tensor_model_parallel_size: int, pipeline_model_parallel_size: int = 1) -> None:
-    """Raises ConfigError, naming the sizes that would do, unless every tensor can be cut evenly into TP x PP parts.
+    """Raise ConfigError, naming the sizes that would do, unless every tensor can be cut evenly into TP x PP parts.
 
     Stages that may hold unequal numbers of layers are pipeline.py's business.
     """

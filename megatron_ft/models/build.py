@@ -191,7 +191,7 @@ def _leave(weight: torch.Tensor) -> None:
 def build_model(arch: Architecture, layout: Layout, options: BuildOptions = BuildOptions()) -> ChatModel:
     """This rank's stage and slice, on its device, weights not yet filled; for layouts of one chunk a stage.
 
-    Raises ConfigError when the layout does not divide the model.
+    Raise ConfigError when the layout does not divide the model.
     """
     (model,) = build_chunks(arch, layout, options)
     return model

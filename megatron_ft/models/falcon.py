@@ -35,7 +35,7 @@ _HF = "transformer.h.{n}."
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
-    """A Hugging Face config.json -> Architecture. Raises CheckpointError with the reason for what is not supported."""
+    """A Hugging Face config.json -> Architecture. Raise CheckpointError with the reason for what is not supported."""
     old = {new: config[name] for name, new in _OLD_NAMES.items() if name in config}
     config = {**old, **{key: value for key, value in config.items() if key not in _OLD_NAMES}}
     new = bool(config.get("new_decoder_architecture")) or config.get("model_type") == "RefinedWeb"

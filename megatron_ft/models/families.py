@@ -15,7 +15,7 @@ FAMILIES: dict[str, ModuleType] = {family.NAME: family for family in (llama, mis
 
 
 def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
-    """By model_type, else by architectures. Raises CheckpointError naming what is supported."""
+    """By model_type, else by architectures. Raise CheckpointError naming what is supported."""
     model_type, classes = hf_config.get("model_type"), hf_config.get("architectures") or []
     for family in FAMILIES.values():
         if model_type in family.MODEL_TYPES or (model_type is None and set(classes) & set(family.HF_CLASSES)):
@@ -26,7 +26,7 @@ def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
 
 
 def understood(hf_config: Any) -> tuple[ModuleType, Architecture]:
-    """(family, architecture) of what a config.json holds. Raises CheckpointError for whatever makes no sense in it."""
+    """(family, architecture) of what a config.json holds. Raise CheckpointError for whatever makes no sense in it."""
     if not isinstance(hf_config, dict):
         raise CheckpointError("config.json is not a Hugging Face config; fetch the file again")
     layers = hf_config.get("num_hidden_layers", 1)

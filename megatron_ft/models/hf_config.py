@@ -31,7 +31,7 @@ def read(
 ) -> Architecture:
     """taken: further keys that `fields` stand for. head_dim: where the config does not say; None: hidden / heads.
 
-    Raises CheckpointError with the reason for what is not supported.
+    Raise CheckpointError with the reason for what is not supported.
     """
     refuse(config, _MUST_BE)
     activation = choice(config, "hidden_act", ACTIVATIONS, "silu")
@@ -81,7 +81,7 @@ def write(arch: Architecture, model_type: str, hf_class: str, dtype: str | None,
 
 
 def head(arch: Architecture, model_type: str, hf_class: str, dtype: str | None) -> dict[str, Any]:
-    """What every family's config says: carried entries, its own name, rope, type."""
+    """Return the entries of every family's config: carried ones, its own name, rope, type."""
     return {
         **arch.hf,
         "architectures": [hf_class],
@@ -98,14 +98,14 @@ def carried(config: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
 
 
 def refuse(config: Mapping[str, Any], must_be: Mapping[str, tuple[Any, str]], ignore: Sequence[str] = ()) -> None:
-    """Raises CheckpointError, with the reason, where an entry is neither absent nor null nor what it must be."""
+    """Raise CheckpointError, with the reason, where an entry is neither absent nor null nor what it must be."""
     for key, (supported, reason) in {**must_be, **_FOREIGN}.items():
         if key not in ignore and config.get(key, supported) not in (supported, None):
             raise CheckpointError(f"config.json: {key} {config[key]!r} is not supported: {reason}")
 
 
 def choice(config: Mapping[str, Any], key: str, table: Mapping[str, str], default: str) -> str:
-    """What the table has for an entry. Raises CheckpointError naming what there is."""
+    """Return the table's value for an entry. Raise CheckpointError, naming the values that are supported."""
     value = config.get(key) or default
     if value not in table:
         raise CheckpointError(f"config.json: {key} {value!r} is not supported; supported: {', '.join(table)}")

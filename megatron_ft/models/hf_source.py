@@ -32,7 +32,7 @@ _FETCH_AGAIN = "fetch the file again"
 
 
 class HfSource:
-    """An opened model folder. Raises CheckpointError, naming the file, for whatever is missing or does not fit."""
+    """An opened model folder. Raise CheckpointError, naming the file, for whatever is missing or does not fit."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
@@ -48,7 +48,7 @@ class HfSource:
         return placed.rule.to_megatron(self.arch, [self._tensor(key) for key in placed.hf_keys])
 
     def carried(self) -> dict[str, Any]:
-        """What an export should give back besides the architecture: token ids, the generation config, the name."""
+        """Return what an export has to give back besides the architecture: token ids, the generation config, the name."""
         path = self.folder / "generation_config.json"
         generation = read_json(path) if path.is_file() else {}
         generation = {key: value for key, value in generation.items() if key not in _NOT_CARRIED}
@@ -71,7 +71,7 @@ class HfSource:
         return config
 
     def dtype_of(self, placed: Placed) -> torch.dtype:
-        """What `full` will give: the widest of its tensors' types."""
+        """Return the type of what `full` returns: the widest of its tensors' types."""
         kinds = [self._handle(self.files[key]).tensors[key][0] for key in placed.hf_keys]
         return functools.reduce(torch.promote_types, kinds)
 

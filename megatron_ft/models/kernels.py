@@ -150,7 +150,7 @@ def _varlen_lacks(here: Machine, attention: Attention) -> str | None:
 
 
 def check_context_parallel(parallel: Parallelism, here: Machine) -> None:
-    """Raises ConfigError where this machine cannot attend over rows that several processes share."""
+    """Raise ConfigError where this machine cannot attend over rows that several processes share."""
     size = parallel.context_parallel_size
     if size > 1 and not (here.has_gpu and here.transformer_engine):
         lacks = "this machine has no GPU" if not here.has_gpu else "Transformer Engine is not installed"

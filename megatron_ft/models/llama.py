@@ -22,7 +22,7 @@ _HF = "model.layers.{n}."
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
-    """A Hugging Face config.json -> Architecture. Raises CheckpointError with the reason for what is not supported."""
+    """A Hugging Face config.json -> Architecture. Raise CheckpointError with the reason for what is not supported."""
     return hf_config.read(config, NAME)
 
 

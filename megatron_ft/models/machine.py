@@ -48,7 +48,7 @@ class Machine:
 
     @property
     def flash(self) -> bool:
-        """Whether flash kernels run on this GPU."""
+        """Return whether flash kernels run on this GPU."""
         return self.has_gpu and self.capability >= FLASH_CAPABILITY
 
     def why_not(self, name: str) -> str:

@@ -60,7 +60,7 @@ def _span(layers: range) -> str:
 
 
 def split_layers(num_layers: int, parallel: Parallelism) -> PipelineSplit:
-    """The split that the flags ask for. Raises ConfigError for one that does not come out even, naming what would."""
+    """The split that the flags ask for. Raise ConfigError for one that does not come out even, naming what would."""
     stages = parallel.pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout:
         return _written(num_layers, parallel)

@@ -32,7 +32,7 @@ def inverse_frequencies(
     """Angular step per position for each rotary pair, [head_dim / 2], fp32, radians.
 
     scaling: Architecture.rope_scaling. length: positions of the longest text, for LENGTH_METHODS; None: within the original context.
-    Raises ConfigError for a method this version cannot compute.
+    Raise ConfigError for a method this version cannot compute.
     """
     method, scaling = method_of(scaling), scaling or {}
     if method in BASE_METHODS:
@@ -79,7 +79,7 @@ def scaled_base(head_dim: int, base: float, scaling: Mapping[str, Any]) -> float
 
 
 def method_of(scaling: Mapping[str, Any] | None) -> str:
-    """Raises ConfigError for an unknown one."""
+    """Raise ConfigError for an unknown one."""
     method = scaling["rope_type"] if scaling else "default"
     if method not in METHODS:
         raise ConfigError(f"rope scaling {method!r} is not supported; known: {', '.join(METHODS)}")
@@ -94,7 +94,7 @@ EXTENDING: tuple[str, ...] = get_args(RopeScaling)
 def extend(arch: Architecture, method: str, factor: float) -> Architecture:
     """The model with its context stretched `factor` times. A factor of 1 changes nothing, whatever the method.
 
-    Raises ConfigError for a model that is scaled already, a method that needs more than a factor, or a factor below 1.
+    Raise ConfigError for a model that is scaled already, a method that needs more than a factor, or a factor below 1.
     """
     if method not in EXTENDING:
         raise ConfigError(f"rope scaling {method!r} cannot be chosen by a factor; choose one of {', '.join(EXTENDING)}")

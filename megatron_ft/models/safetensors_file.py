@@ -37,7 +37,7 @@ _NAMES = {dtype: name for name, dtype in KINDS.items()}
 
 
 class SafetensorsFile:
-    """An opened file. Raises CheckpointError, naming it, for whatever does not fit."""
+    """An opened file. Raise CheckpointError, naming it, for whatever does not fit."""
 
     def __init__(self, path: Path, remedy: str):
         self.path, self._remedy = Path(path), remedy

@@ -75,14 +75,14 @@ class TensorRef:
         return self.storage.dtype
 
     def read(self) -> Tensor:
-        """Raises CheckpointError where the bytes are not those that were written."""
+        """Raise CheckpointError where the bytes are not those that were written."""
         return self.file.read(self)
 
 
 class TorchFile:
     """An opened file; `value` is what was saved, with a TensorRef for every tensor.
 
-    harmless: (module, name) -> whether such a type may become an Inert. Raises CheckpointError, naming the file.
+    harmless: (module, name) -> whether such a type may become an Inert. Raise CheckpointError, naming the file.
     """
 
     def __init__(self, path: Path, harmless: Callable[[str, str], bool] = lambda module, name: False):
@@ -122,7 +122,7 @@ class TorchFile:
             self.value = PlainUnpickler(archive.read(pickled), self._finder(harmless), self.storage).load()
 
     def _finder(self, harmless: Callable[[str, str], bool]) -> Callable[[str, str], Any]:
-        """What the names that torch.save writes stand for here."""
+        """Return what stands here for a name that torch.save writes."""
         known: dict[tuple[str, str], Any] = {
             ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
@@ -145,7 +145,7 @@ class TorchFile:
         return find
 
     def storage(self, identity: Any) -> _Storage:
-        """What a persistent id names; checked against the size of its record."""
+        """Return what a persistent id names, checked against the size of its record."""
         _, kind, key, _, count = identity
         dtype = _KINDS.get(getattr(kind, "name", ""))
         info = self._infos.get(f"{self._root}data/{key}")

@@ -124,7 +124,7 @@ def pad_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def placed_rules(arch: Architecture, rules: Sequence[Rule], pp_size: int = 1, pp_rank: int = 0) -> Iterator[Placed]:
-    """What stage pp_rank holds, in the order of the forward pass. With the defaults: the whole model."""
+    """Yield what stage pp_rank holds, in the order of the forward pass. With the defaults: the whole model."""
     if pp_rank == 0:
         yield from (_place(rule) for rule in rules if rule.stage == "first")
     for local, layer in enumerate(layers_of_stage(arch.num_layers, pp_size, pp_rank)):

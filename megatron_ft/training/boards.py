@@ -16,7 +16,7 @@ from megatron_ft.training.hooks import Hook
 
 
 class TensorBoard(Hook):
-    """Scalars by iteration. Raises ConfigError where tensorboard is not installed."""
+    """Scalars by iteration. Raise ConfigError where tensorboard is not installed."""
 
     def __init__(self, folder: str):
         try:
@@ -36,7 +36,7 @@ class TensorBoard(Hook):
 
 
 class WeightsAndBiases(Hook):
-    """A wandb run with the resolved settings. Raises ConfigError where wandb is not installed, or does not know whose run it is.
+    """A wandb run with the resolved settings. Raise ConfigError where wandb is not installed, or does not know whose run it is.
 
     wandb is a process of its own beside this one. What it would do when Python ends, waiting for that process above all, is done in
     on_end: what does not come back there must not hold the end of the program either.

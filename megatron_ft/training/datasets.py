@@ -82,7 +82,7 @@ def _dataset(
 
 
 def _plans(data: Data) -> str | None:
-    """Where plans of epochs are kept."""
+    """Return the folder where plans of epochs are kept."""
     if data.data_cache_path is not None:
         return None if data.data_cache_path == "none" else data.data_cache_path
     return str(Path(data.data_path[0]).parent / ".plans")

@@ -198,7 +198,7 @@ def _parts(
 
 
 def _box(part: ShardedTensor) -> tuple[slice, ...]:
-    """Where a part lies in the whole tensor."""
+    """Return the place of a part in the whole tensor."""
     offset = part.global_offset[part.prepend_axis_num :]
     return tuple(slice(start, start + size) for start, size in zip(offset, part.local_shape, strict=True))
 
@@ -247,7 +247,7 @@ def _forget_norms(chunks: list) -> None:
 
 
 def _from_reporter(layout: Layout, values: list[float]) -> list[float]:
-    """What the rank that knows the loss says, on all ranks."""
+    """Return the values of the rank that knows the loss, on all ranks."""
     said: list = [None] * dist.get_world_size()
     dist.all_gather_object(said, values if layout.is_reporter else None)
     return next(found for found in said if found is not None)

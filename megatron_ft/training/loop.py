@@ -45,8 +45,8 @@ class Run:
 def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     """Train from `progress` to run.train_iters, or until a signal asks to stop. All ranks call it together.
 
-    Hooks are given to the reporting rank only. Raises BrokenGradients after run.max_skipped steps in a row that had to be skipped;
-    a loss scale that finds its height, and batches without a supervised token, do not count. Raises ReplicasDiffer.
+    Hooks are given to the reporting rank only. Raise BrokenGradients after run.max_skipped steps in a row that had to be skipped;
+    a loss scale that finds its height, and batches without a supervised token, do not count. Raise ReplicasDiffer.
     """
     skipped = 0
     try:

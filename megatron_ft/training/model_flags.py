@@ -35,7 +35,7 @@ SIZES = {
 def check_model_flags(flags: Model, checkpoint: CheckpointConfig) -> CheckpointConfig:
     """The checkpoint's description, its rope scaled where the flags ask for it.
 
-    Raises ConfigError for flags that contradict the checkpoint, all of them in one line.
+    Raise ConfigError for flags that contradict the checkpoint, all of them in one line.
     """
     wrong = [*_differences(flags, checkpoint.architecture), *_tokenizer_difference(flags, checkpoint)]
     if wrong and not flags.use_checkpoint_args:

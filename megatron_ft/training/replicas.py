@@ -20,7 +20,7 @@ class ReplicasDiffer(UserError):
 
 
 def check_replicas(chunks: list, iteration: int) -> None:
-    """All ranks call it. Raises ReplicasDiffer on every rank where any replica differs, naming weight and ranks."""
+    """All ranks call it. Raise ReplicasDiffer on every rank where any replica differs, naming weight and ranks."""
     named = [(name, parameter) for chunk in chunks for name, parameter in chunk.named_parameters()]
     mine = torch.stack([_checksum(parameter.detach()) for _, parameter in named])
     group = parallel_state.get_data_parallel_group()

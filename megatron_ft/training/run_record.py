@@ -66,7 +66,7 @@ def record(folder: Path, start: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What is installed of what matters: package -> version."""
+    """Return the versions of the packages that matter: package -> version."""
     found = {"megatron_ft": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:

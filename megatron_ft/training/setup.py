@@ -72,7 +72,7 @@ def make_model(
 
 
 def dtype_of(numerics: Numerics) -> torch.dtype:
-    """What weights and activations are kept in."""
+    """Return the type of weights and activations."""
     return torch.bfloat16 if numerics.bf16 else torch.float16 if numerics.fp16 else torch.float32
 
 

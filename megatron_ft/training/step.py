@@ -180,13 +180,13 @@ class Stepper:
         return output, partial(self.objective.contribution, batch=batch, dataset=dataset)
 
     def _shape(self, dataset: ChatDataset) -> dict:
-        """What passes between pipeline stages: [s, b, h]; a packed batch is one row of b * s."""
+        """Return the shape of what passes between pipeline stages, [s, b, h]; a packed batch is one row of b * s."""
         if dataset.packed:
             return {"seq_length": dataset.seq_length * self.micro_batch_size, "micro_batch_size": 1}
         return {"seq_length": dataset.seq_length, "micro_batch_size": self.micro_batch_size}
 
     def _exchange(self, dataset: ChatDataset, rows_of: list[list[int]], end: int | None) -> dict:
-        """How stages exchange microbatches of different lengths; {}: they do not differ, or there is one stage."""
+        """Return how stages exchange microbatches of different lengths; {}: they do not differ, or there is one stage."""
         config = self.model[0].config
         if not (config.variable_seq_lengths and self.layout.pp_size > 1):
             return {}

@@ -25,7 +25,9 @@ class BrokenGradients(UserError):
 
 
 def time_limit(section: Stopping) -> float | None:
-    """When to save and stop (seconds since the epoch): --exit_duration_in_mins from now, or so long before the SLURM job's end."""
+    """Return the time to save and stop (seconds since the epoch): --exit_duration_in_mins from now, or so long before the SLURM job's
+    end.
+    """
     limits = []
     if section.exit_duration_in_mins is not None:
         limits.append(time.time() + 60 * section.exit_duration_in_mins)
@@ -59,7 +61,7 @@ class StopRequest:
         self.received = number
 
     def agreed(self, iteration: int = 0) -> bool:
-        """Whether to stop after `iteration`, because any rank was asked to; all ranks call it and get the same answer.
+        """Return whether to stop after `iteration`, because any rank got a signal; all ranks call it and get the same answer.
 
         reason and exit_code then say why and how to leave.
         """

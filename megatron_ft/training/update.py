@@ -46,7 +46,7 @@ def update(optimizer: Any) -> Update:
 
 
 def _any_rank(mine: bool) -> bool:
-    """Whether it is so on any rank: the engine's norm is the same within a replica of the model, not over all of them."""
+    """Return whether it is so on any rank: the engine's norm is the same within a replica of the model, not over all of them."""
     found = torch.full(
         [1], int(mine), device=device.current_device()
     )  # filled there: nothing is copied, the host goes on
@@ -55,6 +55,6 @@ def _any_rank(mine: bool) -> bool:
 
 
 def _can_fall(scaler: Any) -> bool:
-    """Whether the loss scale is dynamic and above its floor."""
+    """Return whether the loss scale is dynamic and above its floor."""
     floor = getattr(scaler, "min_scale", None)
     return floor is not None and float(scaler.scale) > float(floor)
