@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,11 @@ def _anew(places: Places, local: int, folder: Path, piped: bool, held: int | Non
     """The very command line that started us, as torchrun would start it."""
     ends = subprocess.PIPE if piped else None
     environment = _environment(places, local, folder, held)
-    process = subprocess.Popen(
-        sys.orig_argv, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
-        stdout=ends, stderr=ends, preexec_fn=_die_with_parent, pass_fds=[held] if held is not None and MEETING in environment else [],
-    )  # fmt: skip
+    with _signals_held_back():
+        process = subprocess.Popen(
+            sys.orig_argv, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=ends, stderr=ends,
+            preexec_fn=_begin_as_child, pass_fds=[held] if held is not None and MEETING in environment else [],
+        )  # fmt: skip
     outputs = {}
     for number, pipe in ((1, process.stdout), (2, process.stderr)):
         if pipe:
@@ -102,14 +103,14 @@ def _anew(places: Places, local: int, folder: Path, piped: bool, held: int | Non
 
 def _fork(places: Places, local: int, folder: Path, piped: bool, held: int | None, older: list[Rank]) -> Rank | None:
     pipes = {number: os.pipe() for number in (1, 2)} if piped else {}
-    pid = os.fork()
+    with _signals_held_back():
+        pid = os.fork()
+        if not pid:
+            _begin_as_child()
     if pid:
         for _, theirs in pipes.values():
             os.close(theirs)
         return Rank(places.rank(local), pid, outputs={number: ours for number, (ours, _) in pipes.items()})
-    _die_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for rank in older:
         for end in rank.outputs.values():
             os.close(end)
@@ -125,6 +126,31 @@ def _fork(places: Places, local: int, folder: Path, piped: bool, held: int | Non
     if held is not None and MEETING in os.environ:
         os.environ[MEETING] = str(os.dup(held))  # the launcher's code, in this process too, will close its own
     return None
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Keep signals waiting while a process is started.
+
+    A new process has the launcher's handlers at first. A signal that it gets then would be noted in its copy of the launcher's notes, which
+    nobody reads: the rank would go on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_as_child() -> None:
+    """Take the launcher's handlers down in a new process, then let signals come that waited: they end it, as nothing is new yet."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    _die_with_parent()
 
 
 def _die_with_parent() -> None:
