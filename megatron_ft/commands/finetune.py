@@ -227,10 +227,11 @@ def _hooks(layout: Layout, settings: TrainingSettings, resolved: str) -> list[Ho
     if not layout.is_reporter:
         return []
     from megatron_ft.files import atomic_file
-    from megatron_ft.training.boards import TensorBoard, WeightsAndBiases
     from megatron_ft.training.console import make_console
     from megatron_ft.training.guard import Aside, Guarded, attempt
     from megatron_ft.training.hooks import METRICS, MetricsFile
+    from megatron_ft.training.tensorboard_hook import TensorBoard
+    from megatron_ft.training.wandb_hook import WeightsAndBiases
 
     logging = settings.logging
     folder = _run_folder(settings.checkpointing, logging)

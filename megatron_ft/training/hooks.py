@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ class Hook:
     def on_end(self) -> None: ...
     def abandon(self) -> None:
         """It failed, and is called no more: give back what it has taken of this process, without waiting for anything."""
+
+
+def numbers(metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the entries that are finite numbers."""
+    return ((k, v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v))
 
 
 class MetricsFile(Hook):

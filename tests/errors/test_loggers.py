@@ -100,7 +100,7 @@ def test_wandb_is_killed(shop, tmp_path):
 BROKEN = """
 import sys
 from megatron_ft.report import run_page
-from megatron_ft.training import boards, console, hooks, run_record
+from megatron_ft.training import console, hooks, run_record, tensorboard_hook, wandb_hook
 from megatron_ft.training.hooks import Hook
 
 def broken(*_, **__):
@@ -110,9 +110,9 @@ class Ended(Hook):  # as a library that ends the program where it should raise
     def on_step(self, iteration, metrics):
         sys.exit(9)
 
-run_record.record = run_page.write_run_report = boards.TensorBoard.__init__ = broken
+run_record.record = run_page.write_run_report = tensorboard_hook.TensorBoard.__init__ = broken
 hooks.MetricsFile.on_eval = console.Console.on_save = broken
-boards.WeightsAndBiases = lambda *_: Ended()
+wandb_hook.WeightsAndBiases = lambda *_: Ended()
 """
 
 

@@ -1,38 +1,17 @@
-"""Metrics to TensorBoard and Weights & Biases, under the names that metrics.jsonl has. Both are optional installs."""
+"""Metrics to Weights & Biases, under the names that metrics.jsonl has. An optional install."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ft.errors import ConfigError
-from megatron_ft.training.hooks import Hook
-
-
-class TensorBoard(Hook):
-    """Scalars by iteration. Raise ConfigError where tensorboard is not installed."""
-
-    def __init__(self, folder: str):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError("--tensorboard_dir needs tensorboard: pip install 'megatron_ft[logging]'") from error
-        self.writer = SummaryWriter(folder)
-
-    def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
-        for name, value in _numbers(metrics):
-            self.writer.add_scalar(name, value, iteration)
-
-    on_eval = on_step
-
-    def on_end(self) -> None:
-        self.writer.close()
+from megatron_ft.training.hooks import Hook, numbers
 
 
 class WeightsAndBiases(Hook):
@@ -59,7 +38,7 @@ class WeightsAndBiases(Hook):
         self.teardown: Callable[[], None] = wandb.teardown
 
     def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
-        self.run.log(dict(_numbers(metrics)), step=iteration)
+        self.run.log(dict(numbers(metrics)), step=iteration)
 
     on_eval = on_step
 
@@ -74,7 +53,7 @@ class WeightsAndBiases(Hook):
 
 @contextlib.contextmanager
 def _nothing_at_exit(package: str) -> Iterator[None]:
-    """What a package asks Python meanwhile to call at its end, it does not get; its changes of sys.exit and the like are undone."""
+    """Keep a package from asking Python to call something at its end, and undo its changes of sys.exit and the like."""
     register, before = atexit.register, (sys.exit, sys.excepthook)
 
     def selective(function: Callable, *args: Any, **named: Any) -> Callable:
@@ -87,7 +66,3 @@ def _nothing_at_exit(package: str) -> Iterator[None]:
     finally:
         atexit.register = register
         sys.exit, sys.excepthook = before
-
-
-def _numbers(metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    return ((k, v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v))
