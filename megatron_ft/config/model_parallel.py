@@ -1,13 +1,13 @@
-"""The two sizes that recur in every command that cuts a model or runs a cut one. Plain data."""
+"""The two model-parallel sizes, which all commands share that split a model or run a split one. Plain data."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ModelParallel:
-    """How the model is cut"""
+    """Parallel layout of the model"""
 
     tensor_model_parallel_size: int = 1
-    """Parts each matrix is cut into (TP)."""
+    """Number of parts that each weight matrix is split into (TP)."""
     pipeline_model_parallel_size: int = 1
-    """Groups of layers, one after another (PP)."""
+    """Number of pipeline stages that the layers are divided over (PP)."""

@@ -1,6 +1,6 @@
-"""The settings of training, a dataclass a section: each field is a flag, its docstring the help. Names are Megatron's.
+"""The settings of training, one dataclass per section. Each field is a flag and its docstring is the help text. Names are Megatron's.
 
-Values only. The rules between them are in checks.py; all sections together are settings.TrainingSettings.
+Only values: the rules between them are in checks.py, and settings.TrainingSettings holds all sections together.
 """
 
 from __future__ import annotations
@@ -10,123 +10,123 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 RopeScaling = Literal["linear", "ntk", "ntk-margin", "ntk-yarn", "ntk-by-parts", "yarn", "dynamic"]
-"""Methods that a factor alone describes: models/rope.py."""
+"""RoPE scaling methods that need only a factor: models/rope.py."""
 CkptFormat = Literal["torch_dist", "torch"]
 
 
 @dataclass
 class Parallelism:
-    """How the model is spread over processes"""
+    """Parallel layout of the model"""
 
     tensor_model_parallel_size: int = 1
-    """processes that share each layer's matrices (TP)"""
+    """number of processes that share each layer's weight matrices (TP)"""
     pipeline_model_parallel_size: int = 1
-    """stages the layers are divided over (PP); the remaining processes are data parallel"""
+    """number of pipeline stages that the layers are divided over (PP); the remaining processes are data parallel"""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """interleave: each stage holds several chunks of this many layers, which shortens the pipeline's idle time"""
+    """interleaved pipeline, with less idle time: each stage holds several chunks of this many layers; default: one chunk per stage"""
     virtual_pipeline_model_parallel_size: int | None = None
-    """the same said the other way: chunks a stage"""
+    """interleaved pipeline: number of chunks of layers that each stage holds; default: one"""
     decoder_first_pipeline_num_layers: int | None = None
-    """layers of the first stage, where it is to hold fewer (it has the embedding too); default: as many as the others"""
+    """number of layers of the first pipeline stage, which also holds the embedding; default: as many as the other stages"""
     decoder_last_pipeline_num_layers: int | None = None
-    """layers of the last stage, which has the output layer too"""
+    """number of layers of the last pipeline stage, which also holds the output layer; default: as many as the other stages"""
     pipeline_model_parallel_layout: str | None = None
-    """every chunk written out: E embedding, t a layer, L loss, | between chunks, *n repeats: Et*3|(tt|)*2t*3L"""
+    """layers of every pipeline chunk as text, such as Et*3|(tt|)*2t*3L: E embedding, t one layer, L loss, | between chunks, *n repeats"""
     context_parallel_size: int = 1
-    """processes that share the positions of each row (CP): for long rows, on GPUs with Transformer Engine, with --no_packing"""
+    """number of processes that share the positions of each row (CP), for long rows; needs GPUs, Transformer Engine and --no_packing"""
     sequence_parallel: bool = False
-    """split activations outside the matrix products along the sequence too (with TP > 1)"""
+    """with TP > 1: also split the activations outside the matrix products along the sequence"""
     use_distributed_optimizer: bool = False
-    """split optimizer state over the data-parallel processes (ZeRO-1)"""
+    """split the optimizer state over the data-parallel processes (ZeRO-1)"""
     distributed_timeout_minutes: float = 30.0
-    """how long a process waits for another before it gives up"""
+    """minutes that a process waits for another one before the run fails"""
 
     @property
     def model_parallel_sizes(self) -> tuple[int, ...]:
-        """Sizes of the groups that share one replica of the model: TP, PP, CP."""
+        """Return the sizes of the groups that share one replica of the model: TP, PP, CP."""
         return (self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size)
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that hold one replica of the model: TP x PP x CP."""
+        """Return the number of processes that hold one replica of the model: TP x PP x CP."""
         return math.prod(self.model_parallel_sizes)
 
 
 @dataclass
 class Data:
-    """What is trained on"""
+    """Training data"""
 
     data_path: list[str] = field(default_factory=list, metadata={"required": True})
-    """prefix of the training shards (PREFIX of PREFIX-text.bin), one or more"""
+    """prefixes of the training shards (PREFIX of PREFIX-text.bin), one or more"""
     valid_data_path: list[str] = field(default_factory=list)
-    """prefix of the validation shards; default: the -val shards beside a -train prefix, where there are any"""
+    """prefixes of the validation shards; default: the -val shards beside each -train prefix, if they exist"""
     seq_length: int = 4096
-    """positions in a row"""
+    """tokens per row (the context length of training)"""
     packing: bool = True
-    """put several samples in a row, each with its own positions and attention; --no_packing: one padded sample a row"""
+    """put several samples in one row, each with its own positions and attention; --no_packing: one padded sample per row"""
     variable_seq_lengths: bool = False
-    """with --no_packing: rows as long as the longest sample of the microbatch, not seq_length"""
+    """with --no_packing: pad rows to the longest sample of the microbatch instead of seq_length"""
     over_long: Literal["cut", "drop", "split"] = "cut"
-    """what becomes of a sample longer than a row: its beginning, nothing, or all of it in several rows"""
+    """a sample longer than seq_length is shortened to its beginning (cut), left out (drop) or divided over several rows (split)"""
     data_weights: list[float] = field(default_factory=list)
-    """share of each data_path in an epoch; default: as many samples as each has"""
+    """share of each data_path in an epoch, one number per prefix; default: in proportion to the number of samples"""
     data_weights_by: Literal["samples", "supervised_tokens"] = "samples"
-    """what the shares are shares of"""
+    """unit of --data_weights: shares of samples, or of tokens that are trained on"""
     verify_data: bool = True
-    """compare all shards with their hashes before the run, once on each machine (gigabytes a second); --no_verify_data skips this"""
+    """compare all shards with their hashes before the run, once per machine (gigabytes per second); --no_verify_data skips this"""
     data_cache_path: str | None = None
-    """folder for the packing plans of large sets, which processes share; default: .plans beside the first data_path; "none": no files"""
+    """folder for the packing plans of large datasets, shared by processes; default: .plans beside the first data_path; "none": no files"""
     scalar_loss_mask: float = 0.0
-    """loss weight of tokens that are not the assistant's (assistant tokens have 1)"""
+    """loss weight of all tokens that are not the assistant's; assistant tokens have weight 1"""
     role_loss_weights: list[str] = field(default_factory=list)
-    """loss weight of single roles: user=0.1 system=0"""
+    """loss weights of single roles, such as user=0.1 system=0; default: 1 for the assistant, --scalar_loss_mask for all others"""
     marked_loss_weight: float = 1.0
-    """loss weight of tokens that the shards mark for language modelling, whoever speaks; 0 ignores the marks"""
+    """loss weight of tokens that the shards mark for language modelling, in any role; 0: ignore the marks"""
     seed: int = 1234
-    """of the sample order and of dropout"""
+    """seed of the random sample order and of dropout"""
 
 
 @dataclass
 class Batch:
-    """How much at a time"""
+    """Batch size and number of steps"""
 
     micro_batch_size: int = 1
-    """rows a process computes at once"""
+    """rows that one process computes at once"""
     global_batch_size: int | None = None
-    """rows an optimizer step; default: micro_batch_size x data-parallel size"""
+    """rows per optimizer step, over all processes; default: micro_batch_size x data-parallel size"""
     train_iters: int = field(default=0, metadata={"required": True})
-    """optimizer steps in the whole run"""
+    """number of optimizer steps of the whole run, counted from its first start"""
     max_skipped_iters: int = 10
-    """steps in a row that may be skipped for gradients that are not finite, before the run gives up; overflows with a dynamic loss
-    scale do not count"""
+    """stop the run after this many consecutive steps were skipped because of gradients that are not finite; overflows with a
+    dynamic loss scale do not count"""
 
 
 @dataclass
 class Optimizer:
-    """AdamW and its schedule"""
+    """AdamW and learning rate schedule"""
 
     lr: float = 1e-5
-    """highest learning rate"""
+    """highest learning rate, reached after the warm-up"""
     min_lr: float = 0.0
     """learning rate at the end of the decay"""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """shape of the decay"""
+    """shape of the learning rate decay"""
     lr_warmup_iters: int = 0
-    """steps of linear warm-up from 0"""
+    """number of steps in which the learning rate rises linearly from 0 to lr"""
     lr_decay_iters: int | None = None
-    """steps until min_lr; default: train_iters"""
+    """number of steps after which the learning rate is min_lr; default: train_iters"""
     weight_decay: float = 0.01
-    """decoupled weight decay, not on norms and biases"""
+    """decoupled weight decay; norms and biases have none"""
     adam_beta1: float = 0.9
-    """decay of the first moment"""
+    """decay rate of Adam's first moment"""
     adam_beta2: float = 0.999
-    """decay of the second moment"""
+    """decay rate of Adam's second moment"""
     adam_eps: float = 1e-8
-    """added to the root of the second moment"""
+    """epsilon that Adam adds to the square root of the second moment"""
     clip_grad: float = 1.0
-    """largest gradient norm; 0: no clipping"""
+    """clip the gradient to this global norm; 0: no clipping"""
     unfrozen_parameters: list[str] = field(default_factory=list)
-    """train only parameters whose name in the checkpoint holds a match of one of these regular expressions, such as
+    """train only parameters whose name in the checkpoint matches one of these regular expressions, such as
     layers.(30|31).mlp; default: all parameters"""
 
 
@@ -137,193 +137,193 @@ class Numerics:
     bf16: bool = False
     """compute in bfloat16, with fp32 main weights and gradients"""
     fp16: bool = False
-    """compute in float16 instead, with fp32 main weights and gradients and a loss scale"""
+    """compute in float16, with fp32 main weights and gradients and a loss scale"""
     loss_scale: float | None = None
-    """fixed scale of the loss with fp16; default: one that falls when gradients overflow and rises when they do not"""
+    """with --fp16: fixed loss scale; default: dynamic, lowered after overflows of the gradients and raised when there are none"""
     initial_loss_scale: float = 4294967296.0
-    """first value of that scale"""
+    """with --fp16 and a dynamic loss scale: its first value"""
     min_loss_scale: float = 1.0
-    """below which it does not fall"""
+    """with --fp16 and a dynamic loss scale: its lowest value"""
     loss_scale_window: int = 1000
-    """steps without an overflow after which it doubles"""
+    """with --fp16 and a dynamic loss scale: number of steps without an overflow after which it is doubled"""
     hysteresis: int = 2
-    """overflows after which it halves"""
+    """with --fp16 and a dynamic loss scale: number of overflows after which it is halved"""
     grad_reduce_in_bf16: bool = False
-    """with bf16: gradients too are kept and reduced in bfloat16, 2 bytes a parameter instead of 4, less exact"""
+    """with --bf16: also store and reduce gradients in bfloat16, 2 bytes per parameter instead of 4; less exact"""
     hidden_dropout: float = 0.0
-    """dropout on the residual stream"""
+    """dropout probability on the residual stream"""
     attention_dropout: float = 0.0
-    """dropout on the attention weights"""
+    """dropout probability on the attention weights"""
     lima_dropout: bool = False
-    """let the residual dropout rise linearly from 0 at the first layer to hidden_dropout at the last"""
+    """increase the residual dropout linearly from 0 at the first layer to hidden_dropout at the last"""
     recompute_granularity: Literal["selective", "full"] | None = None
-    """recompute activations in the backward pass: of parts of each layer (selective) or of whole layers (full)"""
+    """recompute activations in the backward pass to save memory: parts of each layer (selective) or whole layers (full); default: none"""
     recompute_modules: list[Literal["core_attn", "mlp", "layernorm"]] = field(default_factory=list)
-    """which parts with selective; default: core_attn"""
+    """parts of a layer that --recompute_granularity selective recomputes; default: core_attn"""
     recompute_method: Literal["uniform", "block"] | None = None
-    """with full: all layers, in groups (uniform, the default), or only the first of each stage (block)"""
+    """with --recompute_granularity full: all layers, in groups (uniform, the default), or only the first layers of each stage (block)"""
     recompute_num_layers: int | None = None
-    """layers a group (uniform), or how many of the stage (block); default: 1"""
+    """with --recompute_granularity full: layers per group (uniform), or recomputed layers per stage (block); default: 1"""
     check_replicas_every: int | None = None
-    """compare the weights of data-parallel replicas, to the bit, every so many steps; default: never"""
+    """number of steps between bit-exact comparisons of the weights of data-parallel replicas; default: never"""
 
 
 @dataclass
 class Checkpointing:
-    """Where weights come from and go to"""
+    """Loading and saving checkpoints"""
 
     load: str = field(default="", metadata={"required": True})
-    """checkpoint to start from (hf-to-megatron makes one) or to resume"""
+    """checkpoint to start from (made by hf-to-megatron) or to resume"""
     save: str | None = None
-    """where checkpoints go; default: nowhere"""
+    """folder for the checkpoints of this run; default: nothing is saved"""
     save_interval: int | None = None
-    """steps between checkpoints; default: only at the end"""
+    """number of steps between checkpoints; default: one checkpoint at the end"""
     keep_last: int | None = None
-    """checkpoints to keep in --save, the newest; default: all"""
+    """keep only this many checkpoints in --save, the newest; default: all"""
     save_retain_interval: int | None = None
-    """with --keep_last: checkpoints at multiples of this iteration stay for good"""
+    """with --keep_last: never remove checkpoints at multiples of this iteration"""
     async_save: bool = False
-    """write checkpoints in the background while training goes on"""
+    """write checkpoints in the background while training continues"""
     ckpt_format: CkptFormat = "torch_dist"
-    """torch_dist: loads into any layout; torch: classic mp_rank folders, for the layout they were saved in"""
+    """format of the saved checkpoints; torch_dist: loads into any layout; torch: mp_rank folders, which load into the same layout only"""
     verify_checkpoint: bool = True
     """compare every file of a checkpoint with its digest before loading it; --no_verify_checkpoint skips this"""
     auto_resume: bool = False
-    """continue from the newest checkpoint in --save where there is one, else begin from --load"""
+    """continue from the newest checkpoint in --save if there is one, else start from --load"""
     finetune: bool = False
-    """take the weights only: iteration, optimizer and schedule start anew"""
+    """load only the weights from --load; iteration, optimizer and schedule start from the beginning"""
 
 
 @dataclass
 class Model:
-    """What the model is said to be (the checkpoint knows; a flag that differs is refused)"""
+    """Expected architecture (read from the checkpoint; a flag that differs is an error)"""
 
     use_checkpoint_args: bool = False
-    """let the checkpoint win where a flag of this section differs, with a warning"""
+    """use the checkpoint's value, with a warning, where a flag of this section differs"""
     model_name: str | None = None
-    """family: llama, llama2, mistral, falcon, ..."""
+    """expected model family: llama, llama2, mistral, falcon, ..."""
     num_layers: int | None = None
-    """transformer layers"""
+    """expected number of transformer layers"""
     hidden_size: int | None = None
-    """width of the residual stream"""
+    """expected width of the residual stream"""
     ffn_hidden_size: int | None = None
-    """width of the MLP"""
+    """expected width of the MLP's hidden layer"""
     num_attention_heads: int | None = None
-    """query heads"""
+    """expected number of query heads"""
     num_attention_heads_kv: int | None = None
-    """key-value heads"""
+    """expected number of key-value heads"""
     max_position_embeddings: int | None = None
-    """positions the model was made for"""
+    """expected number of positions (context length) of the model"""
     position_embedding_type: Literal["rotary", "rope"] | None = None
-    """rotary is the only kind"""
+    """expected position embedding; rotary and rope are the same, and nothing else is supported"""
     use_rms_norm: bool = False
-    """RMSNorm rather than LayerNorm"""
+    """the model is expected to have RMSNorm instead of LayerNorm"""
     layernorm_epsilon: float | None = None
-    """added to the variance in norms"""
+    """expected epsilon, added to the variance in the norms"""
     glu_activation: Literal["swiglu"] | None = None
-    """gated activation of the MLP"""
+    """expected gated activation of the MLP"""
     no_tie_embed_logits: bool = False
-    """the output layer has weights of its own"""
+    """the model is expected to have separate weights in embedding and output layer"""
     tokenizer_type: str | None = None
-    """SentencePieceTokenizer or a Hugging Face kind; with vocab_file"""
+    """with --vocab_file: type of that tokenizer, SentencePieceTokenizer or a Hugging Face one"""
     vocab_file: str | None = None
-    """tokenizer the model should have: compared with the checkpoint's"""
+    """expected tokenizer file, compared with the checkpoint's tokenizer"""
     vocab_extra_ids_list: str | None = None
-    """tokens added to it, with commas between"""
+    """tokens added to the --vocab_file tokenizer, separated by commas"""
     rope_scaling_type: RopeScaling | None = None
-    """method that stretches the positions of a model that has none yet; default with a factor: linear"""
+    """method that extends the context of a model without RoPE scaling; default with --rope_scaling_factor: linear"""
     rope_scaling_factor: float | None = None
-    """how many times longer; 1.0 is no scaling"""
+    """extend the model's context by this factor with RoPE scaling; 1.0: no scaling"""
 
 
 @dataclass
 class Kernels:
-    """Faster ways to compute the same (GPU)"""
+    """Faster kernels and communication (GPU)"""
 
     use_flash_attn: bool = False
-    """flash-attn for packed rows where it is installed, else torch's own flash attention"""
+    """use the flash-attn package for packed rows if it is installed, else torch's own flash attention"""
     fused_kernels: bool = True
-    """on a GPU, activation, loss, rotary embedding and dropout compiled into one kernel each; --no_fused_kernels: torch's operations
-    one by one"""
+    """on a GPU: compile activation, loss, rotary embedding and dropout into one kernel each; --no_fused_kernels: use torch's separate
+    operations"""
     gradient_accumulation_fusion: bool = True
-    """add weight gradients to their buffer within the matrix product, where apex's extension for it is installed (GPU)"""
+    """on a GPU: add weight gradients to their buffer within the matrix product, if apex's extension for it is installed"""
     no_bias_gelu_fusion: bool = False
-    """accepted as written in Megatron command lines: nothing is fused with a bias here"""
+    """has no effect, accepted because Megatron command lines contain it: bias and GELU are never fused"""
     no_bias_dropout_fusion: bool = False
-    """likewise"""
+    """has no effect, accepted because Megatron command lines contain it: bias and dropout are never fused"""
     overlap_grad_reduce: bool = False
-    """reduce gradients while the backward pass goes on"""
+    """reduce gradients over data-parallel processes during the backward pass"""
     overlap_param_gather: bool = False
-    """gather parameters while the forward pass goes on (with the distributed optimizer)"""
+    """with --use_distributed_optimizer: gather parameters during the forward pass"""
     overlap_p2p_communication: bool = False
-    """exchange activations between interleaved pipeline stages while computing"""
+    """with an interleaved pipeline: exchange activations between stages during the computation"""
     tp_comm_overlap: bool = False
-    """accepted as written in Megatron command lines: it needs Transformer Engine's linear layers, which are not used here"""
+    """has no effect, accepted because Megatron command lines contain it: Transformer Engine's linear layers are not used"""
 
 
 @dataclass
 class Logging:
-    """What is printed and measured"""
+    """Progress, metrics and reports"""
 
     log_interval: int = 10
-    """steps between progress lines"""
+    """number of steps between lines of progress"""
     eval_interval: int | None = None
-    """steps between evaluations on the validation shards; default: only at the end"""
+    """number of steps between evaluations on the validation shards; default: only at the end"""
     eval_iters: int = 10
-    """global batches an evaluation takes, at most; 0: no evaluation"""
+    """largest number of global batches per evaluation; 0: no evaluation"""
     run_dir: str | None = None
-    """where metrics.jsonl and training.yaml go; default: the --save folder"""
+    """folder for metrics.jsonl, training.yaml and report.html; default: the --save folder"""
     report: bool = True
-    """write report.html there when the run ends; at any other time: megatron-ft report"""
+    """write report.html into the run's folder at the end; `megatron-ft report` writes it at any other time"""
     tensorboard_dir: str | None = None
-    """where TensorBoard's event files go"""
+    """folder for TensorBoard's event files; default: none are written"""
     log_timers_to_tensorboard: bool = False
-    """wait for the device after each phase of a step, so that the seconds logged per phase are exact"""
+    """wait for the device after each phase of a step, so that the logged seconds per phase are exact; slower"""
     wandb_logger: bool = False
-    """log to Weights & Biases (WANDB_MODE=offline keeps it on this machine)"""
+    """log to Weights & Biases; with WANDB_MODE=offline the logs stay on this machine"""
     wandb_project: str = "megatron_ft"
-    """project there"""
+    """name of the Weights & Biases project"""
     wandb_name: str | None = None
-    """name of the run there; default: wandb's own"""
+    """name of the run in Weights & Biases; default: generated by wandb"""
 
 
 @dataclass
 class Processes:
-    """Starting the processes"""
+    """Processes and machines"""
 
     nproc_per_node: int | None = None
-    """processes to start on this machine, one for each GPU; default: this one alone, or those that torchrun or srun started"""
+    """number of processes to start on this machine, one per GPU; default: only this process, or those started by torchrun or srun"""
     nnodes: int | None = None
-    """machines that take part, each with the same command; default: as many as srun says, else 1"""
+    """number of machines of the run, each with the same command; default: from srun's variables, else 1"""
     node_rank: int | None = None
-    """number of this machine, from 0; default: as srun says"""
+    """index of this machine, from 0; default: from srun's variables"""
     master_addr: str | None = None
-    """name of the first machine; default: MASTER_ADDR"""
+    """host name or address of the first machine (node_rank 0); default: the variable MASTER_ADDR"""
     master_port: int | None = None
-    """a free port there; default: MASTER_PORT, or any on a single machine"""
+    """free port on the first machine (node_rank 0); default: the variable MASTER_PORT, or any free port on a single machine"""
     log_dir: str | None = None
-    """what each process prints also goes to rank-000.log and so on in this folder"""
+    """folder for a copy of each process's output, in rank-000.log and so on; default: no copy"""
 
 
 @dataclass
 class Launching(Processes):
-    """Starting the processes, and trying a command line out"""
+    """Processes and machines, and trials of a command line"""
 
     dry_run: bool = False
-    """do all but the steps: read the settings and the data, build and load the model, say what would be done; nothing is written"""
+    """read settings and data, build and load the model, print what would be done, and stop before the first step; nothing is written"""
     rehearse: bool = False
-    """the same command on CPU processes of one machine, model and rows shrunk: shows a launch script's mistakes before it has GPUs"""
+    """run the same command with a small model and short rows on CPU processes, to find mistakes of a launch script without GPUs"""
     make_believe: str | None = None
-    """with --rehearse: make up a checkpoint or shards that are not there, for this model (llama2-70b, or a config.json)"""
+    """with --rehearse: generate a missing checkpoint or missing shards for this model (a name such as llama2-70b, or a config.json)"""
 
 
 @dataclass
 class Stopping:
-    """When to save and stop before train_iters"""
+    """Saving and stopping before train_iters"""
 
     exit_duration_in_mins: float | None = None
-    """minutes after which the run saves and stops, with exit code 75: start it again with --auto_resume"""
+    """save and stop with exit code 75 after this many minutes; start again with --auto_resume; default: no limit"""
     exit_interval: int | None = None
-    """save and stop, with exit code 0, after an iteration that this divides"""
+    """save and stop with exit code 0 at the next iteration that is a multiple of this number; default: never"""
     exit_before_end_in_mins: float = 5.0
-    """minutes before the end of a SLURM job (SLURM_JOB_END_TIME) at which to save and stop, with exit code 75; 0: do not"""
+    """save and stop with exit code 75 this many minutes before the end of a SLURM job (SLURM_JOB_END_TIME); 0: never"""
