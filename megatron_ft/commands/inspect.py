@@ -1,5 +1,5 @@
-"""megatron-ft inspect: what is in shards, as training will see it. Samples in the colours of their roles, in the terminal
-or as one HTML page; with --seq_length also how a packed row is cut."""
+"""megatron-ft inspect: show samples of shards as training sees them, coloured by role, in the terminal or as one HTML page; with
+--seq_length also how samples are packed into a row."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from megatron_ft.errors import ConfigError, UserError
 
 @dataclass
 class Inspect:
-    """What to look at"""
+    """Shards and samples"""
 
     prefix: str = field(default="", metadata={"required": True})
-    """prefix of the shards (PREFIX of PREFIX-text.bin)"""
+    """prefix of the shards to show (PREFIX of PREFIX-text.bin)"""
     tokenizer: str | None = None
-    """tokenizer to read the tokens with; default: where the shards' manifest says it was"""
+    """tokenizer file or folder, to decode the tokens; default: the path recorded in the manifest of the shards"""
     sample: list[int] = field(default_factory=list)
-    """numbers of the samples to show; default: a few, evenly from the whole"""
+    """indices of the samples to show, from 0; default: --count samples at equal distances"""
     count: int = 3
-    """how many samples to show without --sample"""
+    """number of samples to show if --sample is not given"""
     tokens: bool = False
-    """show every token with its id and loss weight instead of running text"""
+    """list every token with its id, role and loss weight instead of continuous text"""
     html: str | None = None
-    """write one HTML page here instead of printing"""
+    """file for an HTML page; default: print to the terminal"""
     seq_length: int | None = None
-    """also show how a packed row of so many positions is cut"""
+    """also show how samples are packed into a row of this many tokens; default: no row is shown"""
     scalar_loss_mask: float = 0.0
-    """loss weight of tokens that are not the assistant's, as in training"""
+    """loss weight of all tokens that are not the assistant's, as in finetune"""
     marked_loss_weight: float = 1.0
-    """loss weight of marked tokens, as in training"""
+    """loss weight of tokens that the shards mark for language modelling, as in finetune"""
     seed: int = 1234
-    """of the order in which samples are packed"""
+    """seed of the sample order in the packed row of --seq_length"""
     verify_data: bool = True
-    """compare the shards with their hashes first, which reads them whole; --no_verify_data skips this"""
+    """compare the shards with their hashes first, which reads them completely; --no_verify_data skips this"""
 
 
 COMMAND = Command(
     name="inspect",
-    summary="samples of shards as training sees them: roles, tokens, what is trained on",
+    summary="show samples of shards as training sees them: roles, tokens, loss weights",
     sections=(Inspect,),
     examples=(
         "megatron-ft inspect data/mine-train",
@@ -53,7 +53,7 @@ COMMAND = Command(
 
 
 def run(options: Inspect) -> int:
-    """Raises UserError for shards or a sample that is not there."""
+    """Print the samples or write the page. Raise UserError for missing shards or samples."""
     import numpy as np
 
     from megatron_ft.commands import inspect_page
@@ -66,7 +66,7 @@ def run(options: Inspect) -> int:
     if options.verify_data:
         verify_shards([shards], "--no_verify_data")
     if not len(shards):
-        raise ConfigError(f"{options.prefix}: no samples in these shards")
+        raise ConfigError(f"{options.prefix}: these shards contain no samples")
     chosen = options.sample or sorted(set(np.linspace(0, len(shards) - 1, max(1, options.count)).astype(int).tolist()))
     for sample in chosen:
         if not 0 <= sample < len(shards):
@@ -91,21 +91,26 @@ def _tokenizer(options: Inspect, shards: Any) -> Any:
     from megatron_ft.data.tokenizer import load_tokenizer
     from megatron_ft.log import logger
 
-    said = shards.manifest.tokenizer
-    place = options.tokenizer or said.get("file")
+    recorded = shards.manifest.tokenizer
+    place = options.tokenizer or recorded.get("file")
     if place is None or (options.tokenizer is None and not Path(place).exists()):
-        logger("inspect").warning("no tokenizer at %s: ids only; name it with --tokenizer", place or "hand")
+        problem = f"{place} does not exist" if place else "the manifest records no tokenizer"
+        logger("inspect").warning("%s: only token ids are shown; set --tokenizer", problem)
         return None
-    tokenizer = load_tokenizer(place, list(said.get("added_tokens", {})))
-    if said.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(f"{place}: not the tokenizer of {options.prefix}; name another with --tokenizer")
+    tokenizer = load_tokenizer(place, list(recorded.get("added_tokens", {})))
+    if recorded.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(f"{place}: not the tokenizer of {options.prefix}; set --tokenizer to the one it was made with")
     return tokenizer
 
 
 def _head(prefix: str, shards: Any) -> list[str]:
+    from megatron_ft.data.roles import display_name
+
     counts, chat = shards.manifest.counts, shards.manifest.chat_format
-    whole = max(1, counts["tokens"])
-    roles = ", ".join(f"{name} {100 * n / whole:.1f}%" for name, n in counts["tokens_by_role"].items() if n)
+    total = max(1, counts["tokens"])
+    roles = ", ".join(
+        f"{display_name(name)} {100 * n / total:.1f}%" for name, n in counts["tokens_by_role"].items() if n
+    )
     lines = [
         f"{prefix}: {counts['samples']:,} samples, {counts['tokens']:,} tokens ({roles})",
         f"format {chat.get('name') or ('of the tokenizer' if chat else 'plain text')}, "
@@ -119,7 +124,7 @@ def _head(prefix: str, shards: Any) -> list[str]:
 
 
 def _row(seed: int, seq_length: int, lengths: Any) -> list[tuple[int, int, int, int]]:
-    """A row as training packs them: (sample, first position, end, tokens that do not fit) of each sample in it."""
+    """Return a row as training packs it: (sample, first position, end, tokens that do not fit) for each sample in it."""
     import numpy as np
 
     from megatron_ft.data import packing
@@ -128,8 +133,8 @@ def _row(seed: int, seq_length: int, lengths: Any) -> list[tuple[int, int, int, 
     sizes = packing.positions(lengths, seq_length)
     rows = packing.best_fit(order, sizes, seq_length)
     if not len(rows):
-        raise ConfigError("no sample has two tokens: there is no row to pack")
-    most = int(np.argmax(np.diff(rows.starts)))  # the row that shows most
+        raise ConfigError("no sample has two or more tokens: there is no row to show; omit --seq_length")
+    most = int(np.argmax(np.diff(rows.starts)))  # the row with the most samples
     ends = np.cumsum(sizes[rows.samples(most)]).tolist()
     return [
         (int(sample), end - int(sizes[sample]), end, int(lengths[sample]) - 1 - int(sizes[sample]))
@@ -143,10 +148,15 @@ COLOURS = {"system": "33", "prompter": "34", "assistant": "32", "context": "90"}
 def _print(head: list[str], samples: list, row: list | None, tokens: bool) -> None:
     import os
 
+    from megatron_ft.data.roles import display_name
+
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("\n".join(head))
     if colour:
-        print("  ".join(f"\033[{code}m{name}\033[0m" for name, code in COLOURS.items()) + "  \033[4mtrained on\033[0m")
+        print(
+            "  ".join(f"\033[{code}m{display_name(name)}\033[0m" for name, code in COLOURS.items())
+            + "  \033[4mtrained on\033[0m"
+        )
     else:
         print("«» = trained on")
     for number, source, sample in samples:
@@ -163,17 +173,19 @@ def _print(head: list[str], samples: list, row: list | None, tokens: bool) -> No
 
 
 def _listed(sample: list) -> str:
-    """A token a line."""
+    """Return one line per token."""
+    from megatron_ft.data.roles import display_name
+
     lines = [f"  {'id':>7}  {'role':10}{'weight':>7}  text"]
     for token in sample:
         text = "" if token.text is None else repr(token.text)[1:-1]
         mark = " marked" if token.marked else ""
-        lines.append(f"  {token.id:7}  {token.role:10}{token.weight:7.2f}  {text}{mark}")
+        lines.append(f"  {token.id:7}  {display_name(token.role):10}{token.weight:7.2f}  {text}{mark}")
     return "\n".join(lines)
 
 
 def _painted(sample: list, colour: bool) -> str:
-    """Running text; runs of one role and one weight share their paint."""
+    """Return continuous text, in which tokens of one role and one weight have one colour."""
     parts, last = [], None
     for token in sample:
         text = f"{token.id} " if token.text is None else token.text

@@ -1,4 +1,4 @@
-"""The HTML page of `megatron-ft inspect`: one file, nothing from elsewhere."""
+"""The HTML page of `megatron-ft inspect`: one file without external resources."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_ft.data.show import Token
 
+from megatron_ft.data.roles import display_name
+
 STYLE = """body{font:15px/1.6 system-ui,sans-serif;margin:2rem auto;max-width:64rem;padding:0 1rem;color:#222}
 .sample{white-space:pre-wrap;font:14px/1.9 ui-monospace,monospace;border:1px solid #ddd;border-radius:6px;padding:.8rem}
 .t{border-right:1px solid #0002;padding:1px 0}.system{background:#fdf3d8}.prompter{background:#dcebfb}
@@ -16,14 +18,14 @@ STYLE = """body{font:15px/1.6 system-ui,sans-serif;margin:2rem auto;max-width:64
 padding:.4rem .2rem;border-right:2px solid #fff}.row span:nth-child(odd){background:#bcd9f5}.row span:nth-child(even)
 {background:#d9e8c5}.row .pad{background:#f3f3f3!important;color:#888}h2{font-size:1rem;margin-top:1.6rem}"""
 LEGEND = (
-    '<p><span class="system">system</span> <span class="prompter">prompter</span> <span class="assistant">assistant</span> '
+    '<p><span class="system">system</span> <span class="prompter">user</span> <span class="assistant">assistant</span> '
     '<span class="context">context or text</span> <span class="on">trained on</span> <span class="m">marked</span>; '
     "a line between tokens; hover for id, role and weight</p>"
 )
 
 
 def page(title: str, head: list[str], samples: list, row: list | None) -> str:
-    """samples: (number, source, tokens). row: (sample, first position, end, tokens cut off), None for none."""
+    """Return the page. samples: (number, source, tokens). row: (sample, first position, end, tokens cut off) each, or None."""
     parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(line)}</p>" for line in head), LEGEND]
     if row is not None:
         parts += ["<h2>A packed row</h2>", _row(row)]
@@ -40,8 +42,8 @@ def _token(token: Token) -> str:
     kinds += [name for name, yes in (("on", token.weight > 0), ("c", token.control), ("m", token.marked)) if yes]
     text = str(token.id) if token.text is None else token.text
     shown = escape(text).replace("\n", "⏎\n")
-    told = f"id {token.id}, {token.role}, weight {token.weight:g}"
-    return f'<span class="{" ".join(kinds)}" title="{told}">{shown}</span>'
+    details = f"id {token.id}, {display_name(token.role)}, weight {token.weight:g}"
+    return f'<span class="{" ".join(kinds)}" title="{details}">{shown}</span>'
 
 
 def _row(row: list) -> str:

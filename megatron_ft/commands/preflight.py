@@ -1,6 +1,6 @@
-"""megatron-ft preflight: a finetune command line held against its shards and checkpoint, without starting it.
+"""megatron-ft preflight: check a finetune command line against its shards and checkpoint, without starting it.
 
-Takes the flags of finetune as they are. Every finding names the flag that mends it. Needs no GPU and no torch.
+Takes the flags of finetune. Every finding names the flag that fixes it. Needs neither a GPU nor torch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from megatron_ft.errors import UserError
 
 @dataclass
 class Preflight:
-    """What to check"""
+    """Size of the run"""
 
     world_size: int = field(default=1)
-    """processes that the run will have, over all nodes"""
+    """number of processes of the run, over all nodes"""
 
 
 COMMAND = Command(
     name="preflight",
-    summary="check shards against a finetune command line, without starting it",
+    summary="check shards and checkpoint against a finetune command line, without starting it",
     sections=(Preflight, TrainingSettings),
     examples=(
         "megatron-ft preflight --world_size 32 --load runs/model --data_path data/mine-train --train_iters 500 "
@@ -37,14 +37,14 @@ COMMAND = Command(
 
 
 class Finding(NamedTuple):
-    """level: error, warning or ok. text: says the flag that mends it."""
+    """One result. level: error, warning or ok. text: the problem and the flag that fixes it."""
 
     level: str
     text: str
 
 
 def run(options: Preflight, settings: TrainingSettings) -> int:
-    """Print every finding; 0 if none is an error, else 2."""
+    """Print every finding. Return 0 if none is an error, else 2."""
     findings = list(_findings(options, settings))
     for level in ("error", "warning", "ok"):
         for finding in findings:
@@ -66,7 +66,7 @@ def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Findin
         consistent = True
     except UserError as error:
         yield Finding("error", str(error))
-        consistent = False  # what they mean for a model and for rows cannot be computed
+        consistent = False  # their effect on a model and on rows cannot be computed
     for flag, place in places_to_write(settings).items():
         try:
             check_writable(flag, place)
@@ -76,9 +76,7 @@ def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Findin
     try:
         folder = find_checkpoint(Path(settings.checkpointing.load))
         described = describe(folder)
-        yield Finding(
-            "ok", f"checkpoint {folder}: {described.architecture.family}, {described.dtype}, its files are there"
-        )
+        yield Finding("ok", f"checkpoint {folder}: {described.architecture.family}, {described.dtype}, all files exist")
     except UserError as error:
         yield Finding("error", f"{error} (--load)")
     if consistent and described is not None:
@@ -90,7 +88,7 @@ def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Findin
 
 
 def _model(settings: TrainingSettings, world_size: int) -> Iterator[Finding]:
-    """Yield whether the run can begin from its checkpoint, and save."""
+    """Yield findings on the checkpoint to start from and on the space for new ones."""
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.training.fit import find_start
 
@@ -108,11 +106,11 @@ def _model(settings: TrainingSettings, world_size: int) -> Iterator[Finding]:
 def disk(
     folder: Path, described: Any, checkpointing: Checkpointing, batch: Batch, numerics: Numerics
 ) -> Iterator[Finding]:
-    """Yield whether all checkpoints of the run have room: weights, in bf16 with fp32 main weights, and two moments."""
+    """Yield a finding on the disk space for the run's checkpoints: weights, with bf16 also fp32 main weights, and two moments."""
     import shutil
 
     if checkpointing.save is None:
-        yield Finding("warning", "no --save: the trained weights are kept nowhere")
+        yield Finding("warning", "--save is not set: the trained weights will not be saved")
         return
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     parameters = size / (4 if described.dtype == "fp32" else 2)
@@ -124,9 +122,11 @@ def disk(
     free = shutil.disk_usage(place).free
     text = f"{saves} checkpoints of about {each / 1e9:.2f} GB, {free / 1e9:.1f} GB free at {place}"
     if each > free:
-        yield Finding("error", f"{text}: not one fits; --save on another disk")
+        yield Finding("error", f"{text}: not one fits; set --save to a folder on another disk")
     elif each * saves > free:
-        yield Finding("warning", f"{text}: not all fit; raise --save_interval, or --save on another disk")
+        yield Finding(
+            "warning", f"{text}: not all fit; increase --save_interval, or set --save to a folder on another disk"
+        )
     else:
         yield Finding("ok", text)
 
@@ -140,7 +140,7 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
     try:
         if is_plain(prefix):
             plain = PlainShards(prefix, described.architecture.vocab_size if described is not None else 1 << 31)
-            yield Finding("ok", f"{prefix}: {len(plain):,} documents without roles, trained on whole")
+            yield Finding("ok", f"{prefix}: {len(plain):,} documents without roles, every token is trained on")
             return
         shards = open_shards(prefix)
         if not quick:
@@ -157,7 +157,7 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
         if ours != described.chat_format:
             yield Finding(
                 "warning",
-                f"{prefix}: chat format {ours}, the checkpoint's is {described.chat_format}, which its export will speak; "
+                f"{prefix}: chat format {ours}, the checkpoint's is {described.chat_format}, which its export will use; "
                 "pretokenize with the same --chat_format",
             )
     if not quick:
@@ -165,7 +165,7 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
 
 
 def supervision(prefix: str, shards: Any, data: Data) -> Iterator[Finding]:
-    """Yield whether every sample has supervised tokens once it is cut, and ends of turns among them. Read every token."""
+    """Yield findings on the supervised tokens and ends of turns that remain after cutting. Read every token."""
     from megatron_ft.config.checks import role_weights
     from megatron_ft.data.roles import ASSISTANT, ROLE_BITS, loss_weights
 
@@ -175,15 +175,15 @@ def supervision(prefix: str, shards: Any, data: Data) -> Iterator[Finding]:
     cut = silent = silent_whole = endless = unlearnt = 0
     for sample in range(len(shards)):
         codes, ids = shards.codes(sample), shards.tokens(sample)
-        kept = data.seq_length + 1
+        limit = data.seq_length + 1
         weights = by_code[codes[1:]]
-        cut += len(codes) > kept
-        if not (weights[: kept - 1] > 0).any():
+        cut += len(codes) > limit
+        if not (weights[: limit - 1] > 0).any():
             silent += 1
             silent_whole += not (weights > 0).any()
         if stop is not None and ((codes & ROLE_BITS) == ASSISTANT).any():
             ends = (ids[1:] == stop) & ((codes[1:] & ROLE_BITS) == ASSISTANT)
-            endless += not ends[: kept - 1].any()
+            endless += not ends[: limit - 1].any()
             unlearnt += bool((ends & (weights == 0)).any())
     whole = len(shards)
     if cut:
@@ -194,32 +194,34 @@ def supervision(prefix: str, shards: Any, data: Data) -> Iterator[Finding]:
     if silent_whole:
         yield Finding(
             "warning",
-            f"{prefix}: nothing is trained on in {silent_whole:,} of {whole:,} samples; pretokenize with "
+            f"{prefix}: {silent_whole:,} of {whole:,} samples have no token that is trained on; pretokenize with "
             "--min_assistant_tokens 1, or set --scalar_loss_mask",
         )
     if silent > silent_whole:
         yield Finding(
             "error",
-            f"{prefix}: {silent - silent_whole:,} of {whole:,} samples lose all that is trained on when they are cut; raise "
+            f"{prefix}: {silent - silent_whole:,} of {whole:,} samples lose all tokens that are trained on when they are cut; increase "
             f"--seq_length, or pretokenize with --max_tokens {data.seq_length + 1}",
         )
     if endless:
         yield Finding(
             "warning",
-            f"{prefix}: in {endless:,} of {whole:,} samples no answer ends within --seq_length {data.seq_length}; raise it, or "
+            f"{prefix}: in {endless:,} of {whole:,} samples no answer ends within --seq_length {data.seq_length}; increase it, or "
             f"pretokenize with --max_tokens {data.seq_length + 1}",
         )
     if unlearnt:
         yield Finding(
             "warning",
-            f"{prefix}: in {unlearnt:,} samples the end of an answer has weight 0, by the weight of its message",
+            f"{prefix}: in {unlearnt:,} samples the end of an answer has loss weight 0, because of the weight of its message",
         )
     if not silent and not endless and not unlearnt:
-        yield Finding("ok", f"{prefix}: every sample is trained on after cutting, ends of turns included")
+        yield Finding(
+            "ok", f"{prefix}: after cutting, every sample has tokens that are trained on, ends of turns included"
+        )
 
 
 def _length(data: Data, batch: Batch, world_size: int, parallel: Parallelism) -> Iterator[Finding]:
-    """How often the data is seen."""
+    """Yield a finding on the number of epochs."""
     import numpy as np
 
     from megatron_ft.data import packing
@@ -235,7 +237,10 @@ def _length(data: Data, batch: Batch, world_size: int, parallel: Parallelism) ->
     a_step = batch.global_batch_size or batch.micro_batch_size * replicas
     epochs = batch.train_iters * a_step / max(1.0, float(rows))
     text = f"--train_iters {batch.train_iters} x {a_step} rows is {epochs:.2f} epochs of about {rows:,.0f} rows"
-    yield Finding("warning" if epochs > 20 else "ok", text + ("; is that meant?" if epochs > 20 else ""))
+    yield Finding(
+        "warning" if epochs > 20 else "ok",
+        text + ("; check --train_iters and --global_batch_size" if epochs > 20 else ""),
+    )
 
 
 if __name__ == "__main__":

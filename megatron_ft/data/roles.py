@@ -33,6 +33,12 @@ ROLES = {
     "tool": CONTEXT,
 }
 
+
+def display_name(role: str) -> str:
+    """Return the name of a role for people: files keep Open-Assistant's "prompter", which is shown as "user"."""
+    return "user" if role == "prompter" else role
+
+
 ROLE_BITS, MARKED, WEIGHT_SHIFT = 0b111, 0b1000, 4
 MOST_WEIGHTS = 16  # different weights of messages in one set of shards, 1 included
 

@@ -1,4 +1,4 @@
-"""The demo's report: verdict, conversations, curves, what was trained on, layout, how to do it again."""
+"""The demo's report: verdict, conversations, curves, training data, layout, commands to repeat it."""
 
 from collections.abc import Sequence
 from html import escape
@@ -18,32 +18,32 @@ from megatron_ft.report.curves import bars
 from megatron_ft.report.page import Html, badge, commands, curves, table
 
 _SAMPLES = 3
-_CONVERSATIONS = 12  # shown at once; the others are a click away
+_CONVERSATIONS = 12  # shown at first; the others can be unfolded
 
 
 def write_report(
     folder: Path, summary: dict[str, Any], rows: Sequence[Row], ran: Sequence[Sequence[str]],
     before: Sequence[Answer], after: Sequence[Answer], facts: int,
 ) -> None:  # fmt: skip
-    """FOLDER/report.html, from what the demo's commands left in the folder."""
+    """Write FOLDER/report.html from the output files of the demo's commands."""
     passed = all(row.passed for row in rows)
     page = Page(
-        "megatron_ft demo: " + ("everything needed was reached" if passed else "something needed was missed"),
-        f"A tiny Llama, split over {summary['world_size']} processes as on a cluster, learned to answer in "
+        "megatron_ft demo: " + ("all requirements met" if passed else "a requirement was not met"),
+        f"A tiny Llama, split over {summary['world_size']} processes as on a cluster, was trained to answer in "
         f"{clock(summary['wall_seconds'])}. Seed {summary['seed']}.",
     )
     page.section("Verdict", _verdict(rows))
     page.section(
         "Before and after",
         _conversations(before, after),
-        note="Held-out questions: the model met each fact in other wordings, and each wording with other subjects, but "
-        "none of these questions is in the training chats. Failures first. Right means letter for letter.",
+        note="Held-out questions: training contained each fact in other wordings, and each wording with other subjects, but "
+        "none of these questions. Wrong answers are shown first. An answer is right if it is exactly the expected text.",
     )
     page.section("Training", curves(read_metrics(folder / "metrics.jsonl")), _numbers(summary))
-    page.section("What was trained on", *_data(folder, facts))
+    page.section("Training data", *_data(folder, facts))
     page.section("Layout", *_layout(folder, summary))
-    page.section("Do it again", *_again(folder, summary, ran))
-    page.section("What is in the folder", _files(folder))
+    page.section("How to repeat it", *_again(folder, summary, ran))
+    page.section("Files in the folder", _files(folder))
     page.write(folder / "report.html")
 
 
@@ -53,21 +53,21 @@ def _verdict(rows: Sequence[Row]) -> str:
         f'<p class="bad">{escape(row.name)}: likely cause: {escape(row.cause)}.</p>' for row in rows if not row.passed
     )
     return table(
-        ("", "before", "after", "needed", "", "how it was measured"), cells, ("", "num", "num", "num", "", "soft")
+        ("", "before", "after", "required", "", "how it was measured"), cells, ("", "num", "num", "num", "", "soft")
     ) + causes  # fmt: skip
 
 
 def _conversations(before: Sequence[Answer], after: Sequence[Answer]) -> str:
     pairs = sorted(zip(before, after, strict=True), key=lambda pair: pair[1].right)
-    # The first right ones would all be of one topic: take them from all over the set.
+    # The first right ones would all have one topic: take them at equal distances.
     wrong = [pair for pair in pairs if not pair[1].right]
     right = [pair for pair in pairs if pair[1].right]
     step = max(1, len(right) // max(1, _CONVERSATIONS - len(wrong)))
     shown = [*wrong, *right[::step]][: max(_CONVERSATIONS, min(len(wrong), 30))]
     rest = [pair for pair in pairs if pair not in shown]
-    said = f"<p>{len(right)} of {len(after)} right after training, {sum(a.right for a in before)} before.</p>"
+    count = f"<p>{len(right)} of {len(after)} right after training, {sum(a.right for a in before)} before.</p>"
     more = f"<details><summary>the other {len(rest)}</summary>{_answers(rest)}</details>" if rest else ""
-    return said + _answers(shown) + more
+    return count + _answers(shown) + more
 
 
 def _answers(pairs: Sequence[tuple[Answer, Answer]]) -> str:
@@ -86,10 +86,10 @@ def _answers(pairs: Sequence[tuple[Answer, Answer]]) -> str:
 def _numbers(summary: dict[str, Any]) -> str:
     validation = summary["loss_validation"]
     return (
-        f'<p class="below">{summary["iterations"]} steps; {summary["tokens_per_second"]:,.0f} tokens a second; rows '
+        f'<p class="below">{summary["iterations"]} steps; {summary["tokens_per_second"]:,.0f} tokens per second; rows '
         f"{summary['packing_filled']:.1%} full. "
-        + (f"Validation loss {validation:.4f}, on chats of the same wordings as the training chats. " if validation else "")
-        + "The loss counts the assistant's tokens only.</p>"
+        + (f"Validation loss {validation:.4f}, on chats with the same wordings as the training chats. " if validation else "")
+        + "The loss includes only the assistant's tokens.</p>"
     )  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def _data(folder: Path, facts: int) -> list[str]:
         f"<p>{counts['samples']:,} chats about {facts} facts, {counts['tokens']:,} tokens.</p>",
         f'<div class="grid2"><div><h3>tokens by role</h3>{samples.by_role([shards], [weights])}</div>',
         f"<div><h3>length of a chat</h3>{samples.by_length([shards], 'chats')}</div></div>",
-        f'<h3>three chats, read back from the shards: {samples.key([shards])} <span class="on">trained on</span></h3>',
-        *(samples.sample(shards, index, tokenizer, weights) for index in samples.chosen(shards, _SAMPLES)),
+        f'<h3>three chats, decoded from the shards: {samples.legend([shards])} <span class="on">trained on</span></h3>',
+        *(samples.sample(shards, index, tokenizer, weights) for index in samples.select(shards, _SAMPLES)),
     ]
 
 
@@ -120,12 +120,12 @@ def _layout(folder: Path, summary: dict[str, Any]) -> list[str]:
     times = [(name, seconds, clock(seconds)) for name, seconds in summary["step_seconds"].items()]
     return [
         table(
-            ("rank", "tensor part", "pipeline stage", "holds its part of", "parameters", "file of the checkpoint"),
+            ("rank", "tensor part", "pipeline stage", "layers (its part of)", "parameters", "file of the checkpoint"),
             rows,
             ("num", "num", "num", "", "num", "code"),
         ),
-        '<p class="below">Parameters of a rank include rows of zeros that pad the vocabulary, and norms that every '
-        "tensor part holds. Training adds sequence parallelism and the distributed optimizer.</p>",
+        '<p class="below">The parameters of a rank include the zero rows that pad the vocabulary, and the norms, which '
+        "every tensor part holds. Training also uses sequence parallelism and the distributed optimizer.</p>",
         f"<h3>time by step</h3>{bars(times)}",
     ]
 
@@ -145,7 +145,7 @@ def _again(folder: Path, summary: dict[str, Any], ran: Sequence[Sequence[str]]) 
     ]
     return [
         commands(f"megatron-ft demo --run_dir {folder} --seed {summary['seed']}"),
-        "<p>or one by one, as the demo ran them (each refuses to overwrite what is there):</p>",
+        "<p>or the single commands of the demo (each refuses to overwrite existing files):</p>",
         commands("\n".join("\n".join(wrapped(words)).removeprefix("$ ") for words in ran)),
         f"<details><summary>finetune.yaml</summary>{commands((folder / 'finetune.yaml').read_text())}</details>",
         f"<details><summary>versions and hashes</summary>{table(('', ''), [*versions, *hashes], ('', 'code'))}</details>",
@@ -155,16 +155,16 @@ def _again(folder: Path, summary: dict[str, Any], ran: Sequence[Sequence[str]]) 
 def _files(folder: Path) -> str:
     about = (
         ("report.html, summary.json, metrics.jsonl", "this page, its numbers, the numbers of every step"),
-        ("demo.log", "everything that the commands and libraries said"),
-        ("chats.jsonl, heldout.jsonl", "the chats, and the questions kept out of them"),
-        ("hf_base/", "the untrained model, as one would download it"),
+        ("demo.log", "the complete output of the commands"),
+        ("chats.jsonl, heldout.jsonl", "the chats, and the held-out questions"),
+        ("hf_base/", "the untrained model, in the format of a downloaded one"),
         ("data/", "role-labelled shards, manifest and statistics"),
         ("megatron/", "the untrained model split over four ranks"),
         ("finetune.yaml", "the settings of the training run"),
-        ("tuned/", "the trained checkpoint, with the state to go on from; any layout loads it"),
+        ("tuned/", "the trained checkpoint with the state to resume from; it loads into any layout"),
         ("before.jsonl, after.jsonl", "the answers"),
         ("hf/", "the trained model for transformers, with chat template and stop token"),
-        ("round_trip/", "the untrained model back from the four ranks, for the comparison"),
+        ("round_trip/", "the untrained model, converted back from the four ranks for the comparison"),
     )
     shown = [(name, text) for name, text in about if (folder / name.split(",")[0]).exists() or "report" in name]
     nexts = commands(

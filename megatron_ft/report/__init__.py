@@ -1,6 +1,6 @@
-"""The run report: one HTML file, pictures inside it, nothing fetched from anywhere.
+"""The run report: one HTML file that contains its figures and needs no other resource.
 
-Made from metrics.jsonl and from sections that a command adds; knows nothing of training or models.
+It is made from metrics.jsonl and from sections that a command adds, without training code or models.
 """
 
 from megatron_ft.report.metrics import Metrics, read_metrics

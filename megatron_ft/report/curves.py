@@ -1,4 +1,4 @@
-"""Line pictures as SVG text. No library: a few axes, lines and marks are all that a run's report needs."""
+"""Line charts as SVG text. No library is used: a run's report needs only axes, lines and marks."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from html import escape
 
 from megatron_ft.report.metrics import Curve
 
-WIDTH, HEIGHT = 520, 220  # units of the picture's own coordinates; it scales to its place
+WIDTH, HEIGHT = 520, 220  # SVG coordinates; the browser scales the figure
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 30
-_POINTS = 400  # of a line; more cannot be seen
-_HOVER = 60  # places of a line that say their value under the mouse
+_POINTS = 400  # largest number of points drawn of a line
+_HOVER = 60  # number of points of a line that show their value under the mouse
 
 
 @dataclass(frozen=True)
 class Line:
-    """dots: every value as a dot too, for few values (evaluations)."""
+    """One line. dots: also draw a dot for every value, for lines with few values (evaluations)."""
 
     name: str
     points: Curve
@@ -24,24 +24,24 @@ class Line:
 
 
 def picture(title: str, lines: Sequence[Line], log: bool = False, marks: Sequence[int] = ()) -> str:
-    """A figure with a title. log: logarithmic values. marks: iterations with a vertical line (checkpoints)."""
+    """Return a figure with a title. log: logarithmic values. marks: iterations with a vertical line (checkpoints)."""
     lines = [Line(line.name, _finite(line.points, log), line.style, line.dots) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
     scale = _Scale.of([point for line in lines for point in line.points], log)
     parts = [_grid(scale), *(_mark(scale, at) for at in marks), *(_line(scale, line) for line in lines)]
-    key = "".join(f'<span class="key {line.style}">{escape(line.name)}</span>' for line in lines)
+    legend = "".join(f'<span class="key {line.style}">{escape(line.name)}</span>' for line in lines)
     if marks:
-        key += '<span class="key mark">checkpoint</span>'
+        legend += '<span class="key mark">checkpoint</span>'
     return (
-        f'<figure><figcaption><b>{escape(title)}</b>{key}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<figure><figcaption><b>{escape(title)}</b>{legend}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
     )
 
 
 def bars(rows: Sequence[tuple[str, float, str]]) -> str:
-    """Horizontal bars: (name, length, text at its end)."""
+    """Return horizontal bars. rows: (name, length, text at its end)."""
     longest = max((length for _, length, _ in rows), default=0) or 1
     return "".join(
         f'<div class="bar"><span>{escape(name)}</span><em><i style="width:{100 * length / longest:.1f}%"></i></em>'
@@ -52,7 +52,7 @@ def bars(rows: Sequence[tuple[str, float, str]]) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """From iterations and values to places in the picture."""
+    """Converts iterations and values to coordinates."""
 
     first: float
     last: float
@@ -80,7 +80,7 @@ class _Scale:
         return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - value) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        """Round values on the vertical axis."""
+        """Return round values for the vertical axis."""
         if not self.log:
             return _round_steps(self.low, self.high, 4)
         steps = [
@@ -146,7 +146,7 @@ def _finite(points: Curve, log: bool) -> Curve:
 
 
 def short(value: float) -> str:
-    """0.00031 -> 3.1e-4, 1200 -> 1.2k: what fits beside an axis."""
+    """Return a short form for an axis: 0.00031 -> 3.1e-4, 1200 -> 1.2k."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.3g}M"

@@ -1,4 +1,4 @@
-"""metrics.jsonl as curves: the names are those that docs/metrics.md gives."""
+"""Reads metrics.jsonl as curves, with the names of docs/metrics.md."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ Curve = list[tuple[int, float]]  # (iteration, value), by iteration
 
 @dataclass
 class Metrics:
-    """curves: metric name -> its values; not a number is left out and counted. checkpoints: iteration -> folder."""
+    """curves: metric name -> its values; NaN values are counted and left out. checkpoints: iteration -> folder."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
@@ -27,15 +27,15 @@ class Metrics:
         return sum(self.values(name))
 
     def rate(self, name: str) -> Curve:
-        """A count per step as a count per second."""
+        """Return a count per step as a count per second."""
         seconds = dict(self.curve("train/seconds"))
         return [(at, value / seconds[at]) for at, value in self.curve(name) if seconds.get(at)]
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Raises DataError naming file and line. A last line that is cut short (the run is being written) is left out.
+    """Read the file. Raise DataError with file and line. An incomplete last line (the run is still writing) is left out.
 
-    A resumed run repeats iterations that it had to do again: the later line counts.
+    A resumed run may repeat iterations; the later line counts.
     """
     metrics = Metrics()
     found: dict[str, dict[int, float | None]] = {}

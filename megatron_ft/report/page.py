@@ -1,4 +1,4 @@
-"""The page: a heading, sections, tables. Text given to it is escaped; methods that take `html` say so."""
+"""The HTML page: a heading, sections, tables. All text is escaped, except arguments named `html`."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -11,16 +11,16 @@ from megatron_ft.report.style import STYLE
 
 
 class Page:
-    """Collects sections, then write()s one file."""
+    """Collects sections and writes them as one file."""
 
     def __init__(self, title: str, subtitle: str = ""):
         self.title = title
         self.parts = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{escape(subtitle)}</p>' if subtitle else ""]
 
     def section(self, title: str, *html: str, note: str = "") -> None:
-        """A titled part of the page, with a line of explanation below its title."""
-        said = f'<p class="note">{escape(note)}</p>' if note else ""
-        self.parts.append(f"<section><h2>{escape(title)}</h2>{said}{''.join(html)}</section>")
+        """Add a section. note: a line of explanation below its title."""
+        explanation = f'<p class="note">{escape(note)}</p>' if note else ""
+        self.parts.append(f"<section><h2>{escape(title)}</h2>{explanation}{''.join(html)}</section>")
 
     def write(self, path: Path) -> None:
         with atomic_file(path, "w") as file:
@@ -33,7 +33,7 @@ class Page:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], classes: Sequence[str] = ()) -> str:
-    """classes: of each column ("num" aligns right, "code" is monospaced). A cell that is a Html object stays as it is."""
+    """Return a table. classes: of each column ("num" aligns right, "code" is monospaced). Html cells are not escaped."""
     classes = [*classes, *[""] * (len(head) - len(classes))]
 
     def line(cells: Sequence[object], tag: str) -> str:
@@ -56,12 +56,12 @@ def badge(passed: bool, yes: str = "pass", no: str = "FAIL") -> Html:
 
 
 def commands(text: str) -> str:
-    """Lines of a terminal, to copy."""
+    """Return terminal commands to copy."""
     return f"<pre>{escape(text)}</pre>"
 
 
 def curves(metrics: Metrics) -> str:
-    """Losses, learning rate, gradient norm and speed, checkpoints marked."""
+    """Return figures of losses, learning rate, gradient norm and speed, with marks at checkpoints."""
     marks = sorted(metrics.checkpoints)
     tokens, trained = metrics.rate("train/tokens"), metrics.rate("train/supervised_tokens")
     pictures = (

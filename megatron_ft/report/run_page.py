@@ -1,6 +1,6 @@
-"""The report of a training run, from what the run left in its folder: metrics.jsonl, run.json, training.yaml, finetune.log.
+"""The report of a training run, from the files in its folder: metrics.jsonl, run.json, training.yaml, finetune.log.
 
-Whatever of it is missing is left out of the page, so that it can be made at any time, of a run that is going on or one that died.
+Sections whose file is missing are left out, so the page can be made at any time, also for a run that is in progress or has failed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_ft import files
 from megatron_ft.data.plain import is_plain
+from megatron_ft.data.roles import display_name
 from megatron_ft.data.shards import open_shards
 from megatron_ft.errors import DataError, UserError
 from megatron_ft.report import samples
@@ -25,41 +26,41 @@ from megatron_ft.report.metrics import Curve, Metrics, read_metrics
 from megatron_ft.report.page import Page, badge, commands, curves, table
 
 REPORT = "report.html"
-_LAST = 10  # steps that "at the end" is the mean of
-_RANKS = 64  # shown at once
+_LAST = 10  # number of last steps that a final value is the mean of
+_RANKS = 64  # number of ranks shown at first
 _WARNINGS = 30
-_BREAKDOWNS = {"role": "who speaks", "source": "source", "position": "position in the conversation"}
+_BREAKDOWNS = {"role": "role", "source": "source", "position": "position in the conversation"}
 
 
 def write_run_report(folder: Path, target: Path | None = None) -> Path:
-    """FOLDER/report.html, or `target`. Raises DataError where FOLDER holds no run."""
+    """Write FOLDER/report.html, or `target`, and return its path. Raise DataError if FOLDER contains no run."""
     folder = Path(folder)
     metrics = read_metrics(folder / "metrics.jsonl")
     starts = read_starts(folder)
     if not metrics.curve("train/loss") and not starts:
         raise DataError(
-            f"{folder}: no metrics.jsonl and no run.json here; give the folder of a run (--run_dir or --save of finetune)"
+            f"{folder}: no metrics.jsonl and no run.json in this folder; give the folder of a run (finetune's --run_dir or --save)"
         )
     now = starts[-1] if starts else {}
     page = Page(_title(folder, metrics, now), _subtitle(now))
-    page.section("How it went", _verdict(metrics, now), _numbers(metrics))
+    page.section("Result", _verdict(metrics, now), _numbers(metrics))
     page.section("Curves", curves(metrics))
     if where := list(_where(metrics)):
-        page.section("Where the loss is", f'<div class="grid2">{"".join(where)}</div>', note=_WHERE)
+        page.section("Loss by group", f'<div class="grid2">{"".join(where)}</div>', note=_WHERE)
     if now:
-        page.section("What was trained on", *_data(folder, now["data"]))
+        page.section("Training data", *_data(folder, now["data"]))
         page.section("Layout", *_layout(now))
     page.section("Time and memory", *_time(metrics))
     page.section("Warnings", *_warnings(folder))
-    page.section("Do it again", *_again(folder, starts))
-    page.section("What is in the folder", *_files(folder))
+    page.section("How to repeat it", *_again(folder, starts))
+    page.section("Files in the folder", *_files(folder))
     target = target or folder / REPORT
     page.write(target)
     return target
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts that run.json tells of; none where it is missing or damaged."""
+    """Return the starts recorded in run.json; [] if it is missing or damaged."""
     try:
         return list(files.read_json(folder / "run.json")["starts"])
     except (OSError, UserError, ValueError, KeyError, TypeError):
@@ -68,8 +69,8 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 def _title(folder: Path, metrics: Metrics, now: dict[str, Any]) -> str:
     done = max((at for at, _ in metrics.curve("train/loss")), default=0)
-    asked = f" of {now['train_iters']:,}" if now else ""
-    return f"{folder.name}: {done:,}{asked} steps"
+    total = f" of {now['train_iters']:,}" if now else ""
+    return f"{folder.name}: {done:,}{total} steps"
 
 
 def _subtitle(now: dict[str, Any]) -> str:
@@ -84,23 +85,23 @@ def _subtitle(now: dict[str, Any]) -> str:
 
 def _verdict(metrics: Metrics, now: dict[str, Any]) -> str:
     loss, held_out = metrics.curve("train/loss"), metrics.curve("eval/loss")
-    done, asked = max((at for at, _ in loss), default=0), now.get("train_iters", 0)
+    done, total = max((at for at, _ in loss), default=0), now.get("train_iters", 0)
     rows: list[tuple[str, ...]] = []
-    if asked:
-        rows.append(("steps done", f"{done:,}", f"{asked:,} asked for", badge(done >= asked, "all", "not all")))
+    if total:
+        rows.append(("steps done", f"{done:,}", f"of {total:,}", badge(done >= total, "all", "not all")))
     if loss:
         first, last = loss[0][1], _mean_end(loss)
         rows.append(
-            ("training loss", f"{first:.4f} to {last:.4f}", "to fall", badge(last < first, "fell", "did not fall"))
+            ("training loss", f"{first:.4f} to {last:.4f}", "should fall", badge(last < first, "fell", "did not fall"))
         )
         rows.append(_finite(metrics))
     if held_out:
         best, at = min((value, at) for at, value in held_out)
         last = held_out[-1][1]
         note = (
-            "lowest at the end" if last <= best * 1.001 else f"lowest at step {at:,}: {best:.4f}; it rises from there"
+            "lowest at the end" if last <= best * 1.001 else f"lowest at step {at:,}: {best:.4f}; it rises after that"
         )
-        rows.append(("validation loss", f"{last:.4f}", note, badge(last <= best * 1.001, "good", "look")))
+        rows.append(("validation loss", f"{last:.4f}", note, badge(last <= best * 1.001, "good", "check")))
     return table(("", "", "", ""), rows, ("", "num", "soft", ""))
 
 
@@ -111,7 +112,7 @@ def _finite(metrics: Metrics) -> tuple[str, ...]:
         "steps skipped for a loss or gradient that is not finite",
         f"{skipped:,}",
         "0",
-        badge(not bad, "none", "look"),
+        badge(not bad, "none", "check"),
     )
 
 
@@ -126,22 +127,22 @@ def _numbers(metrics: Metrics) -> str:
     if not tokens:
         return ""
     text = (
-        f"{tokens:,.0f} tokens seen, {trained:,.0f} of them trained on ({trained / tokens:.0%}), in {_clock(seconds)} of "
-        f"steps: {tokens / max(seconds, 1e-9):,.0f} tokens a second, {trained / max(seconds, 1e-9):,.0f} trained on."
+        f"{tokens:,.0f} tokens read, {trained:,.0f} of them trained on ({trained / tokens:.0%}), in {_clock(seconds)} of "
+        f"steps: {tokens / max(seconds, 1e-9):,.0f} tokens per second, {trained / max(seconds, 1e-9):,.0f} trained on."
     )
     if held_out := metrics.values("eval/perplexity"):
-        text += f" Validation perplexity {held_out[0]:.3f} at first, {held_out[-1]:.3f} at last."
+        text += f" Validation perplexity: first {held_out[0]:.3f}, last {held_out[-1]:.3f}."
     return f'<p class="below">{escape(text)}</p>'
 
 
 _WHERE = (
     "Mean loss in nats per token over the last steps, tokens of weight 0 included, and the curves of the largest groups. "
-    "Bars of tokens that are only read say how well the model would predict them."
+    "For tokens that are not trained on, the loss shows how well the model predicts them."
 )
 
 
 def _where(metrics: Metrics) -> Iterator[str]:
-    """A block for each breakdown that says more than one number."""
+    """Yield a block for each breakdown that has several groups."""
     for kind, title in _BREAKDOWNS.items():
         before = f"train/loss_by_{kind}/"
         groups = {name.removeprefix(before): c for name, c in metrics.curves.items() if name.startswith(before) and c}
@@ -149,31 +150,39 @@ def _where(metrics: Metrics) -> Iterator[str]:
             continue
         if groups:
             ends = {name: _mean_end(curve) for name, curve in groups.items()}
-            yield f"<div><h3>by {title}</h3>" + bars([(name, end, f"{end:.4f}") for name, end in ends.items()])
+            yield f"<div><h3>by {title}</h3>" + bars(
+                [(display_name(name), end, f"{end:.4f}") for name, end in ends.items()]
+            )
             largest = sorted(groups, key=lambda name: len(groups[name]), reverse=True)[:4]
-            lines = [Line(name, groups[name], style) for name, style in zip(largest, "abcd", strict=False)]
+            lines = [
+                Line(display_name(name), groups[name], style) for name, style in zip(largest, "abcd", strict=False)
+            ]
             yield picture("over the steps", lines, log=True) + "</div>"
 
 
 def _data(folder: Path, data: dict[str, Any]) -> Iterator[str]:
-    packed = "packed, each attended on its own" if data["packed"] else "one a row"
-    over = f"; {data['over_long']:,} longer than a row were {data['fate_of_over_long']}" if data["over_long"] else ""
+    packed = "packed, without attention between samples" if data["packed"] else "one per row"
+    over = (
+        f"; {data['over_long']:,} samples longer than a row were {data['fate_of_over_long']}"
+        if data["over_long"]
+        else ""
+    )
     yield (
         f"<p>{data['samples']:,} samples in {data['rows']:,} rows of {data['seq_length']:,} positions, {packed}: "
-        f"{data['filled']:.1%} of positions hold a token{over}.</p>"
+        f"{data['filled']:.1%} of positions contain a token{over}.</p>"
     )
     opened = list(_opened(data["train"]))
     if not opened:
-        yield f'<p class="soft">{escape(", ".join(data["train"]))}: no longer there to look into.</p>'
+        yield f'<p class="soft">{escape(", ".join(data["train"]))}: these shards no longer exist.</p>'
         return
     by_role = np.array(list(data["loss_weights"].values()), np.float32)
     weights = [shard.loss_weights(by_role, data["marked_loss_weight"]) for shard in opened]
     yield f'<div class="grid2"><div><h3>tokens by role</h3>{samples.by_role(opened, weights)}'
     yield f"{_sources(opened)}</div><div><h3>length of a sample</h3>{samples.by_length(opened)}</div></div>"
-    first, reader = opened[0], samples.reader_of(opened[0], *folder.glob("*/tokenizer"))
-    yield f'<h3>some samples, as they are in the shards: {samples.key(opened)} <span class="on">trained on</span></h3>'
-    for index in samples.chosen(first):
-        yield samples.sample(first, index, reader, weights[0])
+    first, tokenizer = opened[0], samples.tokenizer_of(opened[0], *folder.glob("*/tokenizer"))
+    yield f'<h3>some samples of the shards: {samples.legend(opened)} <span class="on">trained on</span></h3>'
+    for index in samples.select(first):
+        yield samples.sample(first, index, tokenizer, weights[0])
 
 
 def _opened(prefixes: list[str]) -> Iterator[Any]:
@@ -212,7 +221,7 @@ def _layout(now: dict[str, Any]) -> Iterator[str]:
         )
         for rank in ranks
     ]
-    head = ("rank", "tensor", "pipeline", "data", "holds its part of", "parameters", "machine")
+    head = ("rank", "tensor", "pipeline", "data", "layers (its part of)", "parameters", "machine")
     kinds = ("num", "num", "num", "num", "", "num", "soft")
     yield table(head, rows[:_RANKS], kinds)
     if rows[_RANKS:]:
@@ -227,7 +236,7 @@ def _holds(rank: dict[str, Any]) -> str:
 
 
 def spans(numbers: list[int]) -> str:
-    """[0, 1, 2, 8, 9] as "0 to 2, 8 to 9"."""
+    """Return [0, 1, 2, 8, 9] as "0 to 2, 8 to 9"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -245,21 +254,21 @@ def _time(metrics: Metrics) -> Iterator[str]:
         if name.startswith(before) and metrics.values(name)
     }
     if phases:
-        yield "<h3>mean seconds of a step</h3>" + bars(
+        yield "<h3>mean seconds per step</h3>" + bars(
             [(name, value, f"{value:.4g} s") for name, value in phases.items()]
         )
     if memory := metrics.values("train/memory_gb"):
-        yield f'<p class="below">Most memory of the reporting process: {max(memory):.2f} GB.</p>'
+        yield f'<p class="below">Largest memory use of the reporting process: {max(memory):.2f} GB.</p>'
     if speed := metrics.values("train/tflops_per_gpu"):
         share = metrics.values("train/mfu")
-        yield f'<p class="below">{speed[-1]:.1f} TFLOP/s a GPU{f", {share[-1]:.1%} of its peak" if share else ""}.</p>'
+        yield f'<p class="below">{speed[-1]:.1f} TFLOP/s per GPU{f", {share[-1]:.1%} of its peak" if share else ""}.</p>'
 
 
 _LOGGED = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) rank\d+ ([\w.]+): (.*)$")
 
 
 def _warnings(folder: Path) -> Iterator[str]:
-    """Our own warnings, each once with its count; how many the libraries gave."""
+    """Yield this project's warnings, each once with its count, and the number of libraries' warnings."""
     path, others = folder / "finetune.log", 0
     counts: Counter[tuple[str, str]] = Counter()
     if path.is_file():
@@ -273,15 +282,15 @@ def _warnings(folder: Path) -> Iterator[str]:
         rows = [(level, text, n) for (level, text), n in counts.most_common(_WARNINGS)]
         yield table(("", "", "times, all ranks"), rows, ("", "", "num"))
     else:
-        yield "<p>None of ours.</p>"
+        yield "<p>No warnings of megatron_ft.</p>"
     if others:
-        yield f'<p class="below">Libraries gave {others:,} more: see finetune.log.</p>'
+        yield f'<p class="below">Libraries logged {others:,} more: see finetune.log.</p>'
 
 
 def _again(folder: Path, starts: list[dict[str, Any]]) -> Iterator[str]:
     settings = folder / "training.yaml"
     if starts:
-        head = ("started (UTC)", "at step", "layout", "as")
+        head = ("started (UTC)", "at step", "layout", "command")
         rows = [
             (s["time"][:19].replace("T", " "), f"{s['iteration']:,}", s["layout"]["text"], s["command"]) for s in starts
         ]
@@ -289,7 +298,7 @@ def _again(folder: Path, starts: list[dict[str, Any]]) -> Iterator[str]:
     if settings.is_file() and starts:
         size = starts[-1]["layout"]["world_size"]
         started = f"--nproc_per_node {size} " if size > 1 else ""
-        yield "<p>The same settings again, into a folder of its own:</p>"
+        yield "<p>A new run with the same settings, in a new folder:</p>"
         yield commands(f"megatron-ft finetune {started}--config {shlex.quote(str(settings))} --save NEW_FOLDER")
         yield f"<details><summary>training.yaml</summary>{commands(settings.read_text(encoding='utf-8'))}</details>"
     if starts:
@@ -302,17 +311,22 @@ def _files(folder: Path) -> Iterator[str]:
         REPORT: "this page",
         "metrics.jsonl": "the numbers of every step",
         "run.json": "layout, data and versions of each start",
-        "training.yaml": "every setting; goes back in with --config",
-        "finetune.log": "what every process logged, libraries' warnings included",
-        "latest_checkpointed_iteration.txt": "which checkpoint is the newest",
+        "training.yaml": "all settings, for --config",
+        "finetune.log": "the log of all processes, warnings of libraries included",
+        "latest_checkpointed_iteration.txt": "the iteration of the newest checkpoint",
     }
-    kept = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
+    checkpoints = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
     rows = [(name, text) for name, text in about.items() if name == REPORT or (folder / name).exists()]
-    if kept:
-        named = kept[-1] if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
-        rows.append((f"{named}/", f"{len(kept)} checkpoint{'s' if len(kept) > 1 else ''}, any layout loads them"))
+    if checkpoints:
+        named = checkpoints[-1] if len(checkpoints) == 1 else f"{checkpoints[0]} to {checkpoints[-1]}"
+        rows.append(
+            (
+                f"{named}/",
+                f"{len(checkpoints)} checkpoint{'s' if len(checkpoints) > 1 else ''}, each loads into any layout",
+            )
+        )
     yield table(("", ""), rows, ("code", ""))
-    if kept:
+    if checkpoints:
         place = shlex.quote(str(folder))
         yield "<h3>next</h3>" + commands(
             f'megatron-ft generate --load {place} --prompt "..."\n'
@@ -321,7 +335,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _clock(seconds: float) -> str:
-    """3725 -> 1:02:05; 65 -> 1:05."""
+    """Return seconds as 1:02:05 or 1:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""The page's style: one sheet, light and dark, no fonts or pictures from elsewhere."""
+"""The page's style sheet, light and dark, without external fonts or images."""
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1d2126; --soft: #667079; --line: #e3e5e8;

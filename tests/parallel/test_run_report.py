@@ -39,7 +39,7 @@ def test_a_run_leaves_its_report(folder):
     text, losses = text_of(folder), read_metrics(folder)
     assert "tuned: 8 of 8 steps" in text
     assert f"{losses[0]:.4f} to {sum(losses[-10:]) / len(losses[-10:]):.4f}" in text
-    assert "by who speaks" in text and "by position" not in text  # all samples are short: one stretch says nothing
+    assert "by role" in text and "by position" not in text  # all samples are short: one stretch says nothing
     assert "trained on, weight 0.25" in text  # the other roles' tokens
 
 
@@ -83,15 +83,15 @@ def test_what_goes_wrong_shows(folder, tmp_path):
         file.write("2026-01-01 00:00:00,000 WARNING rank0 megatron_ft.training: mind the <gap>\n" * 2)
     write_run_report(tmp_path / "bad")
     text = text_of(tmp_path / "bad")
-    assert re.search(r"not finite\s+1\s+0\s+look", text)
-    assert re.search(r"lowest at step \d+: .*; it rises from there\s+look", text)
+    assert re.search(r"not finite\s+1\s+0\s+check", text)
+    assert re.search(r"lowest at step \d+: .*; it rises after that\s+check", text)
     assert re.search(r"mind the <gap>\s+2", text)
 
 
 def test_a_report_that_fails_is_no_failure_of_the_run(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_text("not json\nat all\n")
     write_at_end(tmp_path)
-    assert "no report (DataError" in caplog.text
+    assert "no report was written (DataError" in caplog.text
 
 
 def test_spans():

@@ -34,7 +34,7 @@ def test_samples_in_the_terminal(shards, capsys):
     assert re.search(r"positions +0 to +\d+: sample \d", said)
     assert look("out/mine-train", "--tokens", "--count", 1) == 0
     said = capsys.readouterr().out
-    assert re.search(r"\d+ +prompter +1.00 .*marked", said)
+    assert re.search(r"\d+ +user +1.00 .*marked", said)
     assert look("out/mine-train", "--sample", 10) == 2
     assert "samples 0 to 9" in capsys.readouterr().err
 
@@ -49,7 +49,7 @@ def test_a_page(shards, capsys):
 def test_without_or_with_another_tokenizer(shards, capsys):
     (shards / "tokenizer.model").rename(shards / "moved.model")
     assert look("out/mine-train") == 0
-    assert "ids only" in capsys.readouterr().err
+    assert "only token ids are shown" in capsys.readouterr().err
     assert look("out/mine-train", "--tokenizer", "moved.model") == 0
     assert "assistant" in capsys.readouterr().out
 
@@ -77,7 +77,7 @@ def test_a_good_command_line(shards, capsys):
     checkpoint(shards, tokenizer.vocab_size, tokenizer.info(), chat_format="chatml")
     assert fly("--seq_length", 128) == 0, capsys.readouterr()
     said = capsys.readouterr().out
-    assert "0 errors" in said and "every sample is trained on after cutting" in said
+    assert "0 errors" in said and "every sample has tokens that are trained on" in said
     assert not (shards / "runs").exists()
 
 
@@ -88,17 +88,17 @@ def test_a_good_command_line(shards, capsys):
         (("--tensor_model_parallel_size", 3, "--world_size", 3), ["does not divide the model's num_attention_heads 4"]),
         (("--pipeline_model_parallel_size", 3, "--world_size", 3), ["does not divide the model's num_layers 4"]),
         (("--tensor_model_parallel_size", 2), ["1 process(es) cannot hold tensor_model_parallel_size 2"]),
-        (("--seq_length", 4), ["lose all that is trained on", "raise --seq_length", "are cut"]),
+        (("--seq_length", 4), ["lose all tokens that are trained on", "increase --seq_length", "are cut"]),
         (("--load", "nothing"), ["(--load)"]),
         (("--data_path", "nothing"), ["(--data_path)"]),
-        (("--train_iters", 100_000), ["epochs", "is that meant?"]),
+        (("--train_iters", 100_000), ["epochs", "check --train_iters"]),
     ],
 )  # fmt: skip
 def test_findings_name_the_flag(shards, capsys, flags, messages):
     assert shortcut("--val_split", 0, "--overwrite") == 0
     tokenizer = load_tokenizer("tokenizer.model", CONTROLS)
     checkpoint(shards, tokenizer.vocab_size, tokenizer.info())
-    assert fly("--seq_length", 128, *flags) == (0 if "is that meant?" in messages else 2)
+    assert fly("--seq_length", 128, *flags) == (0 if "check --train_iters" in messages else 2)
     said = capsys.readouterr().out
     for message in messages:
         assert message in said
@@ -117,7 +117,7 @@ def test_another_vocabulary_another_format_and_a_full_disk(shards, capsys, monke
     assert fly("--seq_length", 128) == 2
     said = capsys.readouterr().out
     assert "chat format chatml, the checkpoint's is alfred" in said
-    assert "not one fits; --save on another disk" in said
+    assert "not one fits; set --save to a folder on another disk" in said
 
 
 def test_samples_that_teach_nothing(place, capsys):  # noqa: F811
@@ -130,6 +130,6 @@ def test_samples_that_teach_nothing(place, capsys):  # noqa: F811
     checkpoint(place, tokenizer.vocab_size, tokenizer.info())
     assert fly("--data_path", "x-train", "--seq_length", 128) == 0
     said = capsys.readouterr().out
-    assert "nothing is trained on in 2 of 3 samples" in said
-    assert "no answer ends" in said and "has weight 0" in said
+    assert "2 of 3 samples have no token that is trained on" in said
+    assert "no answer ends" in said and "has loss weight 0" in said
     assert len(open_shards("x-train")) == 3
