@@ -1,4 +1,4 @@
-"""megatron-ft chat DIR: talk to a checkpoint or an exported model at the terminal."""
+"""megatron-ft chat DIR: chat with a checkpoint or an exported model in the terminal."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from megatron_ft.config.cli import Command, run_script
 from megatron_ft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_ft.generation.loading import Speaker
+    from megatron_ft.generation.loading import ChatModel
 
 
 @dataclass
 class Chat:
-    """Whom to talk to, and how"""
+    """Model and sampling"""
 
     load: str = field(default="", metadata={"required": True})
-    """checkpoint or exported Hugging Face model"""
+    """folder of a checkpoint or of an exported Hugging Face model"""
     system: str | None = None
-    """a system message to begin with"""
+    """system message at the start of the conversation; default: none"""
     chat_format: str | None = None
-    """chat format to speak; default: what the folder says"""
+    """chat format of the prompts; default: the one recorded in the folder"""
     verify_checkpoint: bool = True
-    """compare the folder's files with its digests, where it has them; --no_verify_checkpoint skips this"""
+    """compare the folder's files with their recorded digests, if there are any; --no_verify_checkpoint skips this"""
     max_new_tokens: int = 256
-    """longest answer, in tokens"""
+    """largest number of tokens per answer"""
     temperature: float = 0.0
-    """0: always the likeliest token (greedy)"""
+    """sampling temperature; 0: always the most likely token (greedy)"""
     top_k: int = 0
-    """choose among the k likeliest only; 0: among all"""
+    """sample only from this many most likely tokens; 0: from all"""
     top_p: float = 1.0
-    """choose among the likeliest that together have this probability"""
+    """sample only from the most likely tokens whose probabilities add up to this; 1: from all"""
     bf16: bool = False
-    """compute in bfloat16"""
+    """compute in bfloat16 instead of fp32"""
 
 
 COMMAND = Command(
     name="chat",
-    summary="talk to a checkpoint or an exported model",
+    summary="chat with a checkpoint or an exported model in the terminal",
     sections=(Chat,),
     examples=("megatron-ft chat runs/demo/hf", "megatron-ft chat runs/tuned --temperature 0.8 --top_p 0.9"),
     positional=("load",),
@@ -50,24 +50,23 @@ COMMAND = Command(
 
 
 def run(chat: Chat) -> int:
-    """One conversation until the input ends. /new starts over, /quit ends. Raises UserError as `generate` does."""
+    """Answer line by line until the input ends; /new starts a new conversation, /quit ends. Raise UserError as `generate` does."""
     from megatron_ft.checkpoints.folder import check_folder
     from megatron_ft.engine.parallel import process_groups
 
     check_sampling(chat)
     check_folder(Path(chat.load))
     with process_groups() as layout:
-        from megatron_ft.generation.loading import open_speaker
+        from megatron_ft.generation.loading import open_chat_model
 
-        speaker = open_speaker(Path(chat.load), layout, chat.chat_format, chat.bf16, chat.verify_checkpoint)
-        print(
-            f"{chat.load}, {speaker.chat_format.name if speaker.chat_format else 'plain text'}. /new starts over, /quit ends."
-        )
-        _converse(chat, speaker)
+        model = open_chat_model(Path(chat.load), layout, chat.chat_format, chat.bf16, chat.verify_checkpoint)
+        chat_format = model.chat_format.name if model.chat_format else "plain text"
+        print(f"{chat.load}, {chat_format}. /new starts a new conversation, /quit ends.")
+        _converse(chat, model)
     return 0
 
 
-def _converse(chat: Chat, speaker: Speaker) -> None:
+def _converse(chat: Chat, model: ChatModel) -> None:
     from megatron_ft.generation.sampling import Sampling
 
     sampling = Sampling(chat.temperature, chat.top_k, chat.top_p)
@@ -81,9 +80,11 @@ def _converse(chat: Chat, speaker: Speaker) -> None:
             continue
         messages.append({"role": "user", "content": text})
         try:
-            answer = speaker.answers([messages], chat.max_new_tokens, sampling, seed=turn)[0]
+            answer = model.answers([messages], chat.max_new_tokens, sampling, seed=turn)[0]
         except ConfigError:  # longer than the model's positions
-            print("this no longer fits the model's context: ask something shorter, or start over with /new")
+            print(
+                "the conversation is longer than the model's context: ask a shorter question, or start a new one with /new"
+            )
             messages.pop()
             continue
         print(answer)
@@ -91,7 +92,7 @@ def _converse(chat: Chat, speaker: Speaker) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, line by line, until the input ends."""
+    """Yield the lines that the user types, without empty ones, until the input ends."""
     while True:
         try:
             text = input("> ").strip()

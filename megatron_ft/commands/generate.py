@@ -1,4 +1,4 @@
-"""megatron-ft generate: answers to prompts, from a checkpoint in any layout or an exported model."""
+"""megatron-ft generate: answer prompts with a checkpoint in any layout or an exported model."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ if TYPE_CHECKING:
 
 @dataclass
 class Generation:
-    """What to generate"""
+    """Model and prompts"""
 
     load: str = field(default="", metadata={"required": True})
-    """checkpoint (its root, or one iter_ folder) or exported Hugging Face model"""
+    """folder of a checkpoint (its root, or one iter_ folder) or of an exported Hugging Face model"""
     prompt: list[str] = field(default_factory=list)
-    """questions to ask, each as a user's message of its own"""
+    """prompts to answer, each as a separate user message"""
     prompts: str | None = None
-    """file of prompts, one JSON object a line: {"prompt": text} or {"messages": [...]}"""
+    """file of prompts instead of --prompt, one JSON object per line: {"prompt": text} or {"messages": [...]}"""
     output: str | None = None
-    """where to write each prompt's object with its "answer"; default: print"""
+    """file for the answers, one JSON object per prompt with the key "answer"; default: print them"""
     chat_format: str | None = None
-    """chat format to speak; default: what the checkpoint says"""
+    """chat format of the prompts; default: the one recorded in the checkpoint"""
     verify_checkpoint: bool = True
-    """compare the folder's files with its digests, where it has them; --no_verify_checkpoint skips this"""
+    """compare the folder's files with their recorded digests, if there are any; --no_verify_checkpoint skips this"""
 
 
 @dataclass
 class SamplingOptions:
-    """How to choose words"""
+    """Sampling"""
 
     max_new_tokens: int = 256
-    """longest answer, in tokens"""
+    """largest number of tokens per answer"""
     temperature: float = 0.0
-    """0: always the likeliest token (greedy)"""
+    """sampling temperature; 0: always the most likely token (greedy)"""
     top_k: int = 0
-    """choose among the k likeliest only; 0: among all"""
+    """sample only from this many most likely tokens; 0: from all"""
     top_p: float = 1.0
-    """choose among the likeliest that together have this probability"""
+    """sample only from the most likely tokens whose probabilities add up to this; 1: from all"""
     seed: int = 0
-    """of the choices"""
+    """seed of the sampling"""
     batch_size: int = 32
-    """prompts at once"""
+    """number of prompts that are answered at once"""
     bf16: bool = False
-    """compute in bfloat16"""
+    """compute in bfloat16 instead of fp32"""
 
 
 @dataclass(frozen=True)
 class GenerationLayout(ModelParallel):
-    """How the model is spread over processes; those that remain share the prompts"""
+    """Parallel layout of the model; the remaining processes divide the prompts among them"""
 
 
 COMMAND = Command(
@@ -73,7 +73,7 @@ COMMAND = Command(
 
 
 def run(generation: Generation, options: SamplingOptions, parallel: GenerationLayout, processes: Processes) -> int:
-    """Raises UserError for a missing checkpoint, malformed prompts or a layout that does not fit."""
+    """Answer the prompts. Raise UserError for a missing checkpoint, malformed prompts or a layout that does not fit."""
     lines = read_prompts(generation)
     check_sampling(options)
     if options.batch_size < 1:
@@ -98,7 +98,7 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
 
 
 def read_prompts(generation: Generation) -> list[dict]:
-    """Every prompt as an object that holds "messages". Raises DataError with file and line."""
+    """Return every prompt as an object with the key "messages". Raise DataError with file and line."""
     if bool(generation.prompt) == bool(generation.prompts):
         raise ConfigError('give either --prompt "text" or --prompts FILE.jsonl')
     if generation.prompt:
@@ -111,7 +111,7 @@ def read_prompts(generation: Generation) -> list[dict]:
         raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 file of JSON lines") from error
     numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not numbered:
-        raise DataError(f"{path}: holds no prompt")
+        raise DataError(f"{path}: contains no prompts; write one JSON object per line")
     return [_parse_line(line, f"{path}, line {number}") for number, line in numbered]
 
 
@@ -131,7 +131,7 @@ def _with_messages(entry: object, where: str) -> dict:
 
 
 class _Sampling(Protocol):
-    """A section with SamplingOptions' fields."""
+    """A section with the fields of SamplingOptions."""
 
     max_new_tokens: int
     temperature: float
@@ -140,7 +140,7 @@ class _Sampling(Protocol):
 
 
 def check_sampling(options: _Sampling) -> None:
-    """Raises ConfigError."""
+    """Raise ConfigError for values out of range."""
     if options.max_new_tokens < 1:
         raise ConfigError("--max_new_tokens must be at least 1")
     if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
@@ -148,19 +148,19 @@ def check_sampling(options: _Sampling) -> None:
 
 
 def _answer(generation: Generation, options: SamplingOptions, layout: Layout, conversations: list) -> list[str]:
-    """Answers to all conversations, on every rank; data-parallel ranks take every dp_size-th prompt."""
+    """Return the answers to all conversations, on every rank. Data-parallel ranks take every dp_size-th prompt."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_ft.generation.loading import open_speaker
+    from megatron_ft.generation.loading import open_chat_model
     from megatron_ft.generation.sampling import Sampling
 
-    speaker = open_speaker(
+    model = open_chat_model(
         Path(generation.load), layout, generation.chat_format, options.bf16, generation.verify_checkpoint
     )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     mine = conversations[layout.dp_rank :: layout.dp_size]
-    answers = speaker.answers(mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank)
+    answers = model.answers(mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank)
     shares: list[Any] = [None] * layout.dp_size
     dist.all_gather_object(shares, answers, group=parallel_state.get_data_parallel_group())
     return [shares[i % layout.dp_size][i // layout.dp_size] for i in range(len(conversations))]

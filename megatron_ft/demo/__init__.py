@@ -1,4 +1,4 @@
-"""What `megatron-ft demo` needs: a small chat set, a tiny random model, checks of what came out, and its pages.
+"""The parts of `megatron-ft demo`: a small chat dataset, a tiny random model, checks of the results, and the report.
 
-Drives the other commands as a user would, in processes of their own; knows nothing of how they work.
+The demo starts the other commands as separate processes, as a user would, and imports none of them.
 """

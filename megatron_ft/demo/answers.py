@@ -1,4 +1,4 @@
-"""What the model said to the held-out questions, read from what `megatron-ft generate` wrote."""
+"""The model's answers to the held-out questions, read from the output file of `megatron-ft generate`."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ MAX_NEW_TOKENS = 24  # the longest right answer has about half of them
 
 @dataclass(frozen=True)
 class Answer:
-    """One question, what was hoped for, what came."""
+    """One question, the expected answer and the model's answer."""
 
     topic: str
     question: str
@@ -19,7 +19,7 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Letter for letter the same, spaces around it left out."""
+        """Return True if the answer is exactly the expected one, without surrounding spaces."""
         return self.text == self.expected
 
 
@@ -33,5 +33,5 @@ def read_answers(path: Path) -> list[Answer]:
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of right answers, 0 to 1."""
+    """Return the share of right answers, 0 to 1."""
     return sum(answer.right for answer in answers) / len(answers)

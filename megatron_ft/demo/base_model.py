@@ -1,4 +1,4 @@
-"""A tokenizer and a tiny Llama with random weights, as a Hugging Face model folder: what the demo starts from.
+"""Write the demo's base model: a tokenizer and a tiny Llama with random weights, as a Hugging Face model folder.
 
 Written without transformers, in the files a downloaded model has: config.json, generation_config.json,
 model.safetensors, tokenizer.model and tokenizer_config.json.
@@ -16,7 +16,7 @@ BOS, EOS = 1, 2  # SentencePiece's own, as in Llama 2
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of the model. As a Llama 2 70B in small: grouped queries, untied output layer."""
+    """The size of the model. Like Llama 2 70B it has grouped queries and an untied output layer."""
 
     vocab_size: int = 1000
     hidden_size: int = 192
@@ -28,7 +28,7 @@ class Shape:
 
 
 def write_base_model(folder: Path, texts: Iterable[str], seed: int, shape: Shape = Shape()) -> None:
-    """Train the tokenizer on `texts`, draw the weights, write the folder. The same for the same arguments."""
+    """Train the tokenizer on `texts`, draw the weights and write the folder. Deterministic for given arguments."""
     with atomic_folder(folder) as made:
         pieces = _train_tokenizer(made / "tokenizer.model", texts, shape.vocab_size)
         write_json(made / "config.json", _config(shape, pieces))
@@ -38,7 +38,7 @@ def write_base_model(folder: Path, texts: Iterable[str], seed: int, shape: Shape
 
 
 def _train_tokenizer(path: Path, texts: Iterable[str], vocab_size: int) -> int:
-    """A SentencePiece model with Llama 2's settings: BPE, bytes for what it does not know. Returns its size."""
+    """Train a SentencePiece model with Llama 2's settings (BPE with byte fallback). Return its vocabulary size."""
     import sentencepiece
 
     with path.open("wb") as file:
@@ -88,9 +88,9 @@ def _write_weights(path: Path, shape: Shape, vocab_size: int, seed: int) -> None
     from safetensors.torch import save
 
     hidden, ffn = shape.hidden_size, shape.intermediate_size
-    keys = hidden // shape.num_attention_heads * shape.num_key_value_heads
+    kv_size = hidden // shape.num_attention_heads * shape.num_key_value_heads
     layer = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv_size, hidden), "self_attn.v_proj": (kv_size, hidden),
         "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
     }  # fmt: skip
@@ -99,11 +99,11 @@ def _write_weights(path: Path, shape: Shape, vocab_size: int, seed: int) -> None
         shapes |= {f"model.layers.{n}.{name}": size for name, size in layer.items()}
     random = torch.Generator().manual_seed(seed)
     weights = {f"{name}.weight": _initial(size, random) for name, size in shapes.items()}
-    path.write_bytes(save(weights, metadata={"format": "pt"}))  # save_file's would be for their owner only
+    path.write_bytes(save(weights, metadata={"format": "pt"}))  # save_file would make it readable by its owner only
 
 
 def _initial(size: tuple[int, ...], random: Any) -> Any:
-    """Norms 1; matrices normal with a spread that suits a model of few, narrow layers (0.02 is for wide ones)."""
+    """Return ones for norms; for matrices normal values with std 0.04, for few narrow layers (0.02 is for wide ones)."""
     import torch
 
     return torch.ones(size) if len(size) == 1 else torch.empty(size).normal_(0.0, 0.04, generator=random)

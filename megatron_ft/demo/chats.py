@@ -1,8 +1,8 @@
-"""The demo's chats, and the questions that are kept out of them.
+"""The demo's chats, and the held-out questions.
 
-Every fact can be asked in ten wordings. Of each fact, HELD_OUT wordings (other ones for other facts) never occur in the
-training chats: there the model meets the fact in its other wordings, and the wording with other subjects. Such a
-question is held out: answering it takes putting the two together. `check_held_out` holds this on the finished files' text.
+Every fact can be asked in ten wordings. For each fact, HELD_OUT of these wordings do not occur in the training chats; they differ
+between facts. The training chats contain the fact in its other wordings, and the held-out wording with other subjects. To answer a
+held-out question, the model must combine the two. `check_held_out` verifies this on the text of the finished chats.
 """
 
 import random
@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_ft.demo.facts import TOPICS, Topic
 
-HELD_OUT = 2  # of the ten wordings of a fact
+HELD_OUT = 2  # number of wordings, out of the ten of a fact
 CHATS = 1600
 SYSTEM = "Answer in one short sentence."
 Chat = dict[str, list[dict[str, str]]]  # {"messages": [{"role", "content"}]}, a line of a JSONL file
@@ -38,18 +38,18 @@ class ChatSet:
 
 
 def make_chats(seed: int, chats: int = CHATS, topics: Sequence[Topic] = TOPICS) -> ChatSet:
-    """The same for the same arguments, on every machine."""
+    """Return the chats and held-out questions, deterministic for given arguments on every machine."""
     rng = random.Random(seed)
     trained: list[Question] = []
     held_out: list[Question] = []
     facts = 0
     for topic in topics:
-        for subject, asked in topic.facts.items():
-            questions = _questions(topic, subject, asked)
-            # Neighbours hold out other wordings, so that each wording is trained with most subjects of its topic.
-            kept_out = {(facts * HELD_OUT + i) % len(questions) for i in range(HELD_OUT)}
-            held_out += [questions[i] for i in sorted(kept_out)]
-            trained += [question for i, question in enumerate(questions) if i not in kept_out]
+        for subject, fact in topic.facts.items():
+            questions = _questions(topic, subject, fact)
+            # Successive facts hold out different wordings, so that each wording is trained with most subjects of its topic.
+            held_out_here = {(facts * HELD_OUT + i) % len(questions) for i in range(HELD_OUT)}
+            held_out += [questions[i] for i in sorted(held_out_here)]
+            trained += [question for i, question in enumerate(questions) if i not in held_out_here]
             facts += 1
     result = ChatSet([_chat(picked, rng) for picked in _draw(trained, chats, rng)], held_out, facts)
     check_held_out(result)
@@ -64,20 +64,20 @@ def check_held_out(made: ChatSet) -> None:
 
 
 def as_prompts(questions: Iterable[Question]) -> list[dict[str, Any]]:
-    """Lines for `megatron-ft generate`; it carries "expected" and "topic" over to its answers."""
+    """Return the lines for `megatron-ft generate`, which copies "expected" and "topic" to its answers."""
     return [
         {"messages": [{"role": "user", "content": question.text}], "expected": question.answer, "topic": question.topic}
         for question in questions
     ]
 
 
-def _questions(topic: Topic, subject: str, asked: str) -> list[Question]:
-    fill = {"x": subject, "X": subject[0].upper() + subject[1:], "y": asked}
+def _questions(topic: Topic, subject: str, fact: str) -> list[Question]:
+    fill = {"x": subject, "X": subject[0].upper() + subject[1:], "y": fact}
     return [Question(topic.name, wording.format(**fill), topic.answer.format(**fill)) for wording in topic.wordings]
 
 
 def _draw(questions: list[Question], chats: int, rng: random.Random) -> Iterator[list[Question]]:
-    """One to three questions a chat; every question comes up once before any comes up again."""
+    """Yield one to three questions per chat. Every question occurs once before any occurs again."""
     deck: list[Question] = []
     for _ in range(chats):
         count = rng.randint(1, 3)

@@ -1,7 +1,7 @@
-"""The facts of the demo's chats: subjects of six topics, ten wordings of the question for each, and one answer.
+"""The facts of the demo's chats: six topics with their subjects, ten wordings of the question and one form of the answer.
 
-A wording has {x} for the subject, never as its first word: a tokenizer writes a first word differently. An answer has {x},
-or {X} with a capital letter, and {y} for what is asked.
+In a wording {x} is the subject. It is never the first word, because tokenizers encode a first word differently. In an answer {x}, or
+{X} with a capital letter, is the subject, and {y} is the fact.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topic:
-    """facts: subject -> what is asked about it."""
+    """One topic. facts: subject -> the fact about it."""
 
     name: str
     wordings: tuple[str, ...]
@@ -18,7 +18,7 @@ class Topic:
 
 
 def _pairs(text: str) -> dict[str, str]:
-    """ "a plum: purple, a lemon: yellow" as a dict."""
+    """Return "a plum: purple, a lemon: yellow" as a dict."""
     return dict(pair.strip().split(": ") for pair in text.split(","))
 
 

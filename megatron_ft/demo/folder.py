@@ -1,6 +1,6 @@
-"""The demo's run folder: taken by one demo at a time, and an earlier demo's only given up once there is a new one.
+"""The demo's run folder. One demo uses it at a time, and an earlier demo is deleted only after the new one has finished.
 
-Only a folder that a demo made (it holds MARKER) is ever moved or deleted.
+Only a folder that a demo has made (it contains MARKER) is moved or deleted.
 """
 
 import contextlib
@@ -12,15 +12,15 @@ from pathlib import Path
 from megatron_ft.errors import ConfigError
 
 MARKER = ".megatron_ft_demo"
-SUMMARY = "summary.json"  # written last: a folder with it is a finished demo's
+SUMMARY = "summary.json"  # written last: a folder that contains it is a finished demo
 
 
 @contextlib.contextmanager
 def fresh_run_folder(folder: Path) -> Iterator[None]:
-    """An empty `folder` for the block. A finished demo in it waits in FOLDER.previous and is deleted at the end.
+    """Provide an empty `folder` for the block. A finished demo in it is moved to FOLDER.previous and deleted at the end.
 
-    If the block does not write SUMMARY (it was stopped), the previous demo stays where it is.
-    Raises ConfigError when the folder holds something else, or a demo that is still running.
+    If the block does not write SUMMARY (it was stopped), FOLDER.previous is kept.
+    Raise ConfigError if the folder contains other files, or a demo that is still running.
     """
     previous = folder.with_name(folder.name + ".previous")
     _refuse_strange(folder)
@@ -41,9 +41,9 @@ def fresh_run_folder(folder: Path) -> Iterator[None]:
 
 def _refuse_strange(folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ConfigError(f"--run_dir: {folder} is not a plain folder: choose another")
+        raise ConfigError(f"--run_dir: {folder} is not a plain folder; choose another one")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).exists():
-        raise ConfigError(f"--run_dir: {folder} holds something else than a demo, and stays as it is: choose another")
+        raise ConfigError(f"--run_dir: {folder} contains files that are not a demo's; choose another folder")
 
 
 @contextlib.contextmanager
@@ -52,7 +52,9 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"--run_dir: a demo is running in {folder}: wait for it, or choose another") from None
+            raise ConfigError(
+                f"--run_dir: another demo is running in {folder}; wait until it ends, or choose another folder"
+            ) from None
         except OSError:
             pass  # a file system without locks
         yield

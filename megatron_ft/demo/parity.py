@@ -1,7 +1,7 @@
-"""The exported model in transformers against the checkpoint it was made from, in one process.
+"""Compare the exported model in transformers with its checkpoint, in one process.
 
-`python -m megatron_ft.demo.parity RUN_DIR` writes RUN_DIR/parity.json. The checkpoint was trained on four processes and
-is loaded here on one; transformers loads the export as anyone would who never heard of this project.
+`python -m megatron_ft.demo.parity RUN_DIR` writes RUN_DIR/parity.json. The checkpoint was trained on four processes and is loaded
+here on one. transformers loads the export without any code of this project.
 """
 
 import sys
@@ -20,17 +20,17 @@ _BATCH = 64
 
 @dataclass
 class Parity:
-    """What to compare"""
+    """Comparison"""
 
     run_dir: str = field(default="runs/demo", metadata={"required": True})
-    """the demo's folder"""
+    """folder of the demo"""
     prompts: int = 48
-    """how many of the asked questions to compare"""
+    """number of held-out questions to compare"""
 
 
 COMMAND = Command(
     name="demo.parity",
-    summary="the export in transformers against the checkpoint it was made from",
+    summary="compare the export in transformers with its checkpoint",
     sections=(Parity,),
     positional=("run_dir",),
 )
@@ -38,20 +38,20 @@ COMMAND = Command(
 
 def run(options: Parity) -> None:
     folder = Path(options.run_dir)
-    asked = read_answers(folder / "after.jsonl")
-    asked = asked[:: max(1, len(asked) // options.prompts)][: options.prompts]
+    recorded = read_answers(folder / "after.jsonl")
+    recorded = recorded[:: max(1, len(recorded) // options.prompts)][: options.prompts]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf", padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
-    answers = _answers(model, tokenizer, asked)
-    texts = [_conversation(tokenizer, answer) for answer in asked]
+    answers = _answers(model, tokenizer, recorded)
+    texts = [_conversation(tokenizer, answer) for answer in recorded]
     difference, largest = _logits_difference(model, folder / "tuned", texts)
     write_json(
         folder / RESULT,
         {
-            "prompts": len(asked),
-            "same_answers": sum(_same(theirs, ours, folder) for theirs, ours in zip(answers, asked, strict=True)),
+            "prompts": len(recorded),
+            "same_answers": sum(_same(theirs, ours, folder) for theirs, ours in zip(answers, recorded, strict=True)),
             "hf_logits_max_abs_diff": difference,
             "largest_logit": largest,
             "positions": sum(len(text) for text in texts),
@@ -59,11 +59,11 @@ def run(options: Parity) -> None:
     )
 
 
-def _answers(model: Any, tokenizer: Any, asked: list[Answer]) -> list[tuple[str, list[int]]]:
-    """transformers' greedy answers as text and ids, ended by the export's own generation_config.json."""
+def _answers(model: Any, tokenizer: Any, recorded: list[Answer]) -> list[tuple[str, list[int]]]:
+    """Return transformers' greedy answers as text and ids, ended as the export's generation_config.json defines."""
     answers = []
-    for start in range(0, len(asked), _BATCH):
-        prompts = [[{"role": "user", "content": answer.question}] for answer in asked[start : start + _BATCH]]
+    for start in range(0, len(recorded), _BATCH):
+        prompts = [[{"role": "user", "content": answer.question}] for answer in recorded[start : start + _BATCH]]
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         batch = tokenizer.apply_chat_template(
@@ -82,9 +82,9 @@ def _answers(model: Any, tokenizer: Any, asked: list[Answer]) -> list[tuple[str,
 
 
 def _same(theirs: tuple[str, list[int]], ours: Answer, folder: Path) -> bool:
-    """The same text; for bytes that are no text (from a model that has not learned), the same ids read by one reader.
+    """Return True if both texts are the same; for invalid UTF-8, if our tokenizer decodes their ids to our text.
 
-    SentencePiece and tokenizers disagree about how many replacement characters such bytes are.
+    An untrained model generates invalid UTF-8. SentencePiece and tokenizers then give different numbers of replacement characters.
     """
     text, ids = theirs
     if text == ours.text or "\ufffd" not in text:
@@ -93,28 +93,28 @@ def _same(theirs: tuple[str, list[int]], ours: Answer, folder: Path) -> bool:
 
 
 def _conversation(tokenizer: Any, answer: Answer) -> list[int]:
-    """Ids of the question and the answer that was given, as the chat template writes them."""
+    """Return the ids of the question and the model's answer in the chat template."""
     messages = [{"role": "user", "content": answer.question}, {"role": "assistant", "content": answer.text}]
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
 
 
 def _logits_difference(model: Any, checkpoint: Path, texts: list[list[int]]) -> tuple[float, float]:
-    """(largest absolute difference of any logit at any position, largest absolute logit)."""
+    """Return (largest absolute difference of any logit at any position, largest absolute logit)."""
     import torch
 
     from megatron_ft.engine.parallel import process_groups
-    from megatron_ft.generation.loading import open_speaker
+    from megatron_ft.generation.loading import open_chat_model
 
     differences, sizes = [], []
     with process_groups() as layout, torch.no_grad():
-        ours = open_speaker(checkpoint, layout).decoder.model
+        ours = open_chat_model(checkpoint, layout).decoder.model
         for text in texts:
             ids = torch.tensor([text])
             theirs = model(ids).logits
             mine = ours(ids, torch.arange(len(text))[None], None)[..., : theirs.shape[-1]]
             differences.append((mine - theirs).abs().max())
             sizes.append(theirs.abs().max())
-    # torch's max, not Python's: it lets a not-a-number through.
+    # torch's max, not Python's: its result is NaN if a value is NaN.
     return float(torch.stack(differences).max()), float(torch.stack(sizes).max())
 
 

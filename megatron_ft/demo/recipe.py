@@ -1,6 +1,6 @@
-"""The demo from first to last: what it makes itself, six steps with the commands a user would type, the verdict.
+"""The demo from start to end: its data and base model, six steps with the commands a user would type, the verdict.
 
-Nothing is computed here that a command computes: this file starts them, reads what they wrote and compares.
+This file starts the commands, reads their output files and compares them. It repeats no computation of a command.
 """
 
 import json
@@ -34,7 +34,7 @@ _SHOWN = ("colour", "capital", "opposite")  # topics of the questions that are p
 
 @dataclass(frozen=True)
 class Plan:
-    """What one demo does. The sizes are for tests; the defaults were chosen to learn well in a few minutes."""
+    """The settings of one demo. Tests use smaller sizes; the defaults train well in a few minutes."""
 
     folder: Path
     seed: int = 1
@@ -47,7 +47,7 @@ class Plan:
 
 
 def run_demo(plan: Plan) -> list[Row]:
-    """All of it. Returns the verdict. Raises CommandFailed where a command does not do its work."""
+    """Run the whole demo and return the verdict. Raise CommandFailed if a command fails."""
     return _Demo(plan).run()
 
 
@@ -64,9 +64,9 @@ class _Demo:
         made = self.prepare()
         self.pretokenize()
         self.convert()
-        before = self.ask("ask it first", self.path("megatron"), "before")
+        before = self.ask("ask before training", self.path("megatron"), "before")
         self.finetune()
-        after = self.ask("ask it again", self.path("tuned"), "after")
+        after = self.ask("ask after training", self.path("tuned"), "after")
         self.export()
         return self.conclude(made, before, after)
 
@@ -74,12 +74,14 @@ class _Demo:
         return str(self.folder / name)
 
     def prepare(self) -> ChatSet:
-        """The chats, the questions kept out of them, the base model."""
+        """Write the chats, the held-out questions and the base model."""
         screen, cores = self.screen, _cores()
-        screen.line("megatron_ft demo: a tiny Llama learns to answer, split as on a cluster (TP 2 x PP 2)", "bold")
+        screen.line(
+            "megatron_ft demo: train a tiny Llama to answer questions, split as on a cluster (TP 2 x PP 2)", "bold"
+        )
         screen.line(f"{TP * PP} processes on {cores} CPU cores. No GPU, no download. About 3 minutes.")
         if hint := active_hint():
-            screen.line(f"The commands below are the ones to type yourself, after: {hint}")
+            screen.line(f"To run the commands below yourself, first run: {hint}")
         screen.line()
         made = make_chats(self.plan.seed, self.plan.chats, self.plan.topics)
         _write_lines(self.folder / "chats.jsonl", made.chats)
@@ -87,9 +89,9 @@ class _Demo:
         texts = (message["content"] for chat in made.chats for message in chat["messages"])
         write_base_model(self.folder / "hf_base", texts, self.plan.seed, self.plan.shape)
         wordings = len(self.plan.topics[0].wordings)
-        screen.note(f"made     {len(made.chats):,} chats about {made.facts} facts, and a Llama with random weights")
+        screen.note(f"created  {len(made.chats):,} chats about {made.facts} facts, and a Llama with random weights")
         screen.note(
-            f"kept out {len(made.held_out)} questions: of each fact's {wordings} wordings, {HELD_OUT} are in no chat"
+            f"held out {len(made.held_out)} questions: of each fact's {wordings} wordings, {HELD_OUT} are in no chat"
         )
         self.seconds["prepare"] = time.monotonic() - self.started
         return made
@@ -161,7 +163,7 @@ class _Demo:
 
     def export(self) -> None:
         words = ["megatron-ft", "megatron-to-hf", self.path("tuned"), self.path("hf")]
-        self.begin(f"TP{TP} x PP{PP} -> HF, and check it", words)
+        self.begin(f"TP{TP} x PP{PP} -> HF, and check", words)
         self.shell.run(words)
         check = ["python", "-m", "megatron_ft.demo.parity", str(self.folder)]
         self.also(check)
@@ -204,12 +206,12 @@ class _Demo:
         self.screen.table(rows)
         self.screen.line(f"  report     {self.path('report.html')}")
         self.screen.line(f"  numbers    {self.path(SUMMARY)}, metrics.jsonl    log  demo.log")
-        self.screen.line(f"  talk       $ megatron-ft chat {self.path('hf')}")
+        self.screen.line(f"  chat       $ megatron-ft chat {self.path('hf')}")
         self.screen.line("  your data  $ less examples/my_chats/README.md   (the same commands, your JSONL)")
         return rows
 
     def step(self, title: str, words: list[str], result: Callable[[str], str]) -> str:
-        """A step of one command; `result` makes its line from what it printed."""
+        """Run a step of one command. `result` makes the step's line from the command's output."""
         self.begin(title, words)
         output = self.shell.run(words)
         self.seconds[title] = self.screen.done(result(output))
@@ -221,7 +223,7 @@ class _Demo:
         self.commands.append(words)
 
     def also(self, words: list[str]) -> None:
-        """One more command of the same step."""
+        """Run one more command of the same step."""
         self.screen.command(words)
         self.commands.append(words)
         self.shell.run(words)
@@ -232,7 +234,7 @@ def _four(command: str) -> list[str]:
 
 
 def _settings(plan: Plan) -> str:
-    """The file given to finetune with --config, with a word on each choice."""
+    """Return the file for finetune --config, with comments."""
     return f"""\
 # megatron-ft finetune --config {plan.folder}/finetune.yaml
 load: {json.dumps(str(plan.folder / "megatron"))}
@@ -245,9 +247,9 @@ pipeline_model_parallel_size: {PP}
 sequence_parallel: true
 use_distributed_optimizer: true
 
-seq_length: {plan.seq_length}  # several chats share a row; none sees another
+seq_length: {plan.seq_length}  # several chats share a row, without attention between them
 micro_batch_size: 4
-global_batch_size: 8  # rows a step, in two microbatches
+global_batch_size: 8  # rows per step, in two microbatches
 train_iters: {plan.train_iters}
 seed: {plan.seed}
 
@@ -274,12 +276,12 @@ def _write_lines(path: Path, objects: Iterable[Any]) -> None:
 
 
 def _line_with(output: str, text: str) -> str:
-    """The last line that a command printed with `text` in it."""
+    """Return the last line of a command's output that contains `text`."""
     return next((line.strip() for line in reversed(output.splitlines()) if text in line), "done")
 
 
 def _conversion(output: str) -> str:
-    """ "2.0 M parameters, 39 tensors, 4 shards" """
+    """Return "2.0 M parameters, 39 tensors, 4 shards" from the output of a conversion."""
     return ", ".join(_line_with(output, "parameters").split(", ")[:3])
 
 

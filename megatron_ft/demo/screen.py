@@ -1,4 +1,4 @@
-"""What the demo says while it runs: numbered steps, the command of each, a live line on a terminal, a table at the end."""
+"""The demo's output: numbered steps with their commands, a live progress line on a terminal, a table at the end."""
 
 import shlex
 import shutil
@@ -20,7 +20,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 class Screen:
-    """Lines are plain text where the output is no terminal; colours follow NO_COLOR."""
+    """Prints plain lines if the output is not a terminal; colours follow NO_COLOR."""
 
     def __init__(self, steps: int):
         self.console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
@@ -33,7 +33,7 @@ class Screen:
         self.console.print(Text(text, style=style))
 
     def step(self, title: str) -> None:
-        """Begin a step; done() gives its seconds."""
+        """Begin a step; done() returns its seconds."""
         self.number += 1
         self.started = time.monotonic()
         self.line(f"[{self.number}/{self.steps}] {title}", "bold")
@@ -43,7 +43,7 @@ class Screen:
             self.line(f"{_INDENT}{part}", "cyan")
 
     def done(self, text: str) -> float:
-        """The step's result with its time at the right. Returns the seconds."""
+        """Print the step's result with its time at the right. Return the seconds."""
         seconds = time.monotonic() - self.started
         self.line(f"{_INDENT}{text:{WIDTH - 12}}{clock(seconds):>6}")
         return seconds
@@ -52,7 +52,7 @@ class Screen:
         self.line(f"{_INDENT}{text}")
 
     def answers(self, shown: Sequence[Answer]) -> None:
-        """Questions with what the model said."""
+        """Print questions with the model's answers."""
         width = max(len(answer.question) for answer in shown)
         for answer in shown:
             text = Text(f"{_INDENT}{answer.question:{width}}  ->  {shortened(answer.text, 36):36}  ")
@@ -60,7 +60,7 @@ class Screen:
             self.console.print(text)
 
     def progress(self, metrics: Metrics, train_iters: int, every: int) -> None:
-        """Where training is: a bar that moves on a terminal, a line every `every` iterations elsewhere."""
+        """Show the progress of training: a live bar on a terminal, else a line every `every` iterations."""
         if not (losses := metrics.curve("train/loss")):
             return
         done = losses[-1][0]
@@ -80,20 +80,20 @@ class Screen:
             self.live = None
 
     def table(self, rows: Sequence[Row]) -> None:
-        """The verdict."""
-        self.line(f"\n  {'RESULT':32}{'before':>10}{'after':>13}    needed", "bold")
+        """Print the verdict."""
+        self.line(f"\n  {'RESULT':32}{'before':>10}{'after':>13}    required", "bold")
         for row in rows:
             text = Text(f"  {row.name:32}{row.before:>10}{row.after:>13}    {row.needed:13}")
             text.append("pass" if row.passed else "MISSED", "green" if row.passed else "bold red")
             self.console.print(text)
         for row in rows:
             if not row.passed:
-                self.line(f"\n  {row.name}: {row.after}, needed {row.needed}. Likely cause: {row.cause}.", "red")
+                self.line(f"\n  {row.name}: {row.after}, required {row.needed}. Likely cause: {row.cause}.", "red")
         self.line()
 
 
 def wrapped(words: Sequence[str]) -> list[str]:
-    """A command as lines to paste: broken before flags, with backslashes."""
+    """Return a command as lines to paste: broken before flags, with backslashes."""
     groups: list[str] = []
     for i, word in enumerate(words):
         if i and words[i - 1].startswith("--") and not word.startswith("--"):
@@ -111,13 +111,13 @@ def wrapped(words: Sequence[str]) -> list[str]:
 
 
 def shortened(text: str, width: int) -> str:
-    """One line of at most `width` characters that every terminal can show."""
+    """Return the text as one line of at most `width` printable characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:
-    """The course of some values in `width` characters."""
+    """Return a curve of the values in `width` characters."""
     width = min(width, len(values))
     picked = [values[i * (len(values) - 1) // max(1, width - 1)] for i in range(width)]
     low, high = min(picked, default=0), max(picked, default=0)
@@ -129,7 +129,7 @@ def thousands(value: float) -> str:
 
 
 def active_hint() -> str | None:
-    """What to type first where `megatron-ft` is not found as a command, else None."""
+    """Return the command that makes `megatron-ft` available in the shell, None if it is."""
     return None if shutil.which("megatron-ft") else "source .venv/bin/activate"
 
 

@@ -1,4 +1,4 @@
-"""Runs commands as a user would type them, in processes of their own, with everything they say in one log file."""
+"""Runs commands as a user would type them, each in its own process, with all output in one log file."""
 
 import os
 import shlex
@@ -13,27 +13,27 @@ _AS_TYPED = {
     "megatron-ft": ("-m", "megatron_ft"),
     "python": (),
 }
-# Tiny matrices gain nothing from threads, and four processes' threads would fight for few cores. The demo is the same
-# on every machine, so a GPU stays unused.
+# Threads do not speed up tiny matrices, and the threads of four processes would compete for few cores. The demo is the same on
+# every machine, so it does not use a GPU.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MEGATRON_FT_DEVICE": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 _POLL = 0.2  # seconds
 _SHOWN = 12  # last lines of a failed command's output
 
 
 class CommandFailed(Exception):
-    """A command ended with an error. The text: the command, what its end means, its last lines."""
+    """A command ended with an error. The text: the command, the reason, its last lines of output."""
 
 
 class Shell:
-    """log: file that all output is appended to. Nothing it starts outlives a run()."""
+    """Runs commands. log: file that all output is appended to. All processes end with their run()."""
 
     def __init__(self, log: Path):
         self.log = log
 
     def run(self, words: Sequence[str], watch: Callable[[], None] | None = None) -> str:
-        """Run a command (its first word is megatron-ft or python) and return what it printed.
+        """Run a command (its first word is megatron-ft or python) and return its output.
 
-        watch: called a few times a second meanwhile. Raises CommandFailed.
+        watch: called a few times per second while it runs. Raise CommandFailed if it ends with an error.
         """
         with self.log.open("ab") as log:
             log.write(f"\n$ {shlex.join(words)}\n".encode())
@@ -63,7 +63,7 @@ class Shell:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Stop a command that still runs; a launcher, asked politely, stops the processes that it started."""
+    """Stop a command that is still running. SIGTERM comes first: it lets a launcher stop the processes that it started."""
     if process.poll() is not None:
         return
     for kind, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):  # a run saves first
@@ -79,9 +79,9 @@ def _end(process: subprocess.Popen) -> None:
 
 def _explain(words: Sequence[str], code: int, output: str, log: Path) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
-    said = [line for line in lines if ": error: " in line]
+    errors = [line for line in lines if ": error: " in line]
     what = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
     if -code == signal.SIGKILL or "SIGKILL" in output:
-        what += " (often the machine's way to say that its memory is full)"
-    tail = "\n".join(f"  | {line[:200]}" for line in (said or lines)[-_SHOWN:])
-    return f"$ {shlex.join(words)}\n  {what}; its last lines, all of them are in {log}:\n{tail}"
+        what += " (often because the machine's memory is full)"
+    tail = "\n".join(f"  | {line[:200]}" for line in (errors or lines)[-_SHOWN:])
+    return f"$ {shlex.join(words)}\n  {what}; the complete output is in {log}, its last lines are:\n{tail}"

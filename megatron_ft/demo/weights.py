@@ -1,4 +1,4 @@
-"""Are two Hugging Face model folders the same, bit for bit, but for rows that were added?"""
+"""Bit-exact comparison of two Hugging Face model folders, of which the second may have additional rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Comparison:
-    """identical: every tensor of the original is in the copy with the same bytes; where rows were added, the old ones."""
+    """identical: the copy has every tensor of the original with the same bytes, apart from additional rows at the end."""
 
     tensors: int
     identical: bool
@@ -16,7 +16,7 @@ class Comparison:
 
 
 def compare_models(original: Path, copy: Path) -> Comparison:
-    """original, copy: folders with one model.safetensors each. Tensors may have grown at their end, no more."""
+    """Compare two folders with one model.safetensors each. Tensors of the copy may have additional rows at the end."""
     from safetensors import safe_open
 
     with safe_open(original / "model.safetensors", "pt") as old, safe_open(copy / "model.safetensors", "pt") as new:
@@ -32,11 +32,11 @@ def compare_models(original: Path, copy: Path) -> Comparison:
 
 
 def _same(old: Any, new: Any) -> tuple[bool, int]:
-    """(the same bytes as far as the old one goes, rows added)."""
+    """Return (whether the rows of the old tensor have the same bytes in the new one, number of added rows)."""
     import torch
 
     if old.dtype != new.dtype or old.shape[1:] != new.shape[1:] or old.shape[0] > new.shape[0]:
         return False, 0
-    kept = new[: old.shape[0]].contiguous()
+    common = new[: old.shape[0]].contiguous()
     # As bytes: -0.0 and 0.0 are equal numbers, and NaN is not equal to itself.
-    return torch.equal(old.contiguous().view(torch.uint8), kept.view(torch.uint8)), new.shape[0] - old.shape[0]
+    return torch.equal(old.contiguous().view(torch.uint8), common.view(torch.uint8)), new.shape[0] - old.shape[0]

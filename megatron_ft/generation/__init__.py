@@ -1,1 +1,1 @@
-"""Generation: sampling (pure) and decoding (aware of the layout)."""
+"""Generation: sampling (pure functions), decoding (in any layout) and loading of chat models."""

@@ -1,8 +1,9 @@
 """Decoding with a KV cache, in any tensor x pipeline layout.
 
-The engine's own forward-only schedule carries activations between stages. The last stage chooses each token and broadcasts it, so
-that every rank of a model holds the same text. Prompts of different lengths share a batch: the shortest is read at once, then all
-advance a token at a time, longer prompts still being fed their own tokens. Exact, without padding or masks.
+The engine's forward-only schedule passes activations between stages. The last stage samples each token and broadcasts it, so that
+every rank of a model holds the same text. Prompts of different lengths share a batch: a first pass reads as many tokens as the
+shortest prompt has. Then all sequences advance one token at a time, and longer prompts still read their own tokens. This is exact
+and needs no padding or masks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_ft.generation.sampling import GREEDY, Sampling, choose
 
 
 class Decoder:
-    """Generates with a bare model (no sequence parallelism) whose weights are loaded."""
+    """Generates with an unwrapped model without sequence parallelism, whose weights are loaded."""
 
     def __init__(self, model: Any, layout: Layout, stop_ids: Collection[int], max_positions: int):
         assert not model.config.sequence_parallel, "single tokens cannot be split along the sequence"
@@ -32,21 +33,21 @@ class Decoder:
         self.stop_ids, self.max_positions = set(stop_ids), max_positions
         self.device = device.current_device()
         members = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-        self.chooser = members[-layout.tp_size]
+        self.sampling_rank = members[-layout.tp_size]
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling = GREEDY,
         batch_size: int = 32, seed: int = 0,
     ) -> list[list[int]]:  # fmt: skip
-        """Ids after each prompt, up to (and without) the stop token. All ranks of a model call it with the same arguments.
+        """Return the ids after each prompt, up to and without the stop token. All ranks of a model call it with the same arguments.
 
-        Raises ConfigError for a prompt that leaves no room within the model's positions.
+        Raise ConfigError for an empty prompt and for one that fills the model's context.
         """
         for number, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.max_positions:
                 raise ConfigError(
-                    f"prompt {number} has {len(prompt)} tokens; the model takes 1 to {self.max_positions - 1}: shorten it"
+                    f"prompt {number} has {len(prompt)} tokens; the model accepts 1 to {self.max_positions - 1}: shorten it"
                 )
         generator = torch.Generator(self.device).manual_seed(seed)
         answers: list[list[int]] = [[] for _ in prompts]
@@ -88,7 +89,7 @@ class Decoder:
     def _next(
         self, new_tokens: torch.Tensor, cache: Any, sampling: Sampling, generator: torch.Generator
     ) -> torch.Tensor:
-        """Read new_tokens [b, n] into the cache; the token chosen after each, [b], the same on all ranks."""
+        """Read new_tokens [b, n] into the cache. Return the next token of each sequence, [b], the same on all ranks."""
         batch, count = new_tokens.shape
         logits = get_forward_backward_func()(
             forward_step_func=lambda _, model: (self._forward(model, new_tokens, cache), _pass_through),
@@ -103,9 +104,9 @@ class Decoder:
         cache.sequence_len_offset += count
         cache.enable_decode_mode()
         chosen = torch.zeros(batch, dtype=torch.long, device=self.device)
-        if dist.get_rank() == self.chooser:
+        if dist.get_rank() == self.sampling_rank:
             chosen = choose(logits[0][:, -1, : self.model.true_vocab_size], sampling, generator)
-        dist.broadcast(chosen, src=self.chooser, group=parallel_state.get_model_parallel_group())
+        dist.broadcast(chosen, src=self.sampling_rank, group=parallel_state.get_model_parallel_group())
         return chosen
 
     def _forward(self, model: Any, tokens: torch.Tensor, cache: Any) -> torch.Tensor:

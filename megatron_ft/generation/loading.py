@@ -1,6 +1,6 @@
-"""A model to talk to, from a checkpoint of ours or a Hugging Face export: weights, tokenizer, chat format.
+"""Load a chat model (weights, tokenizer, chat format) from a checkpoint or from a Hugging Face export.
 
-Both kinds of folder describe themselves, so no flag about the model is needed. Training has its own loading (training/checkpoint).
+Both kinds of folder contain the architecture, so no flag about the model is needed. Training loads with its own code (training/fit).
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from megatron_ft.models.hf_source import HfSource
 log = logger("generation")
 
 _Read = tuple[Any, Architecture, Tokenizer, str | None]
-"""The model, what it is, its tokenizer, the name of its chat format."""
+"""The model, its architecture, its tokenizer, the name of its chat format."""
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A decoder with the words around it."""
+class ChatModel:
+    """A decoder with its tokenizer and chat format."""
 
     decoder: Decoder
     tokenizer: Tokenizer
     chat_format: ChatFormat | OwnTemplate | None
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> np.ndarray:
-        """Ids of a conversation that the assistant is to continue; without a chat format, of its last message's plain text."""
+        """Return the ids of a conversation for the assistant to continue; without a chat format those of its last message's text."""
         if self.chat_format is None:
             return self.tokenizer.encode(messages[-1]["content"])
         return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt=True)[0]
@@ -65,33 +65,33 @@ class Speaker:
         batch_size: int = 32,
         seed: int = 0,
     ) -> list[str]:
-        """The assistant's next message in each conversation, stripped. All ranks of a model call it together."""
+        """Return the assistant's next message in each conversation, stripped. All ranks of a model call it together."""
         prompts = [self.prompt_ids(messages) for messages in conversations]
         ids = self.decoder.generate(prompts, max_new_tokens, sampling, batch_size, seed)
         return [self.tokenizer.decode(answer, skip_special=True).strip() for answer in ids]
 
 
-def open_speaker(
+def open_chat_model(
     folder: Path, layout: Layout, chat_format: str | None = None, bf16: bool = False, digests: bool = True
-) -> Speaker:
-    """Load what lies at `folder`. chat_format overrules what the folder says. Raises CheckpointError when it is neither kind.
+) -> ChatModel:
+    """Load the checkpoint or export in `folder`. All ranks call it. Raise CheckpointError if it is neither.
 
-    digests: compare its files with its digests.json first, where there is one. All ranks call it.
+    chat_format: overrides the one recorded in the folder. digests: first compare the files with digests.json, if it exists.
     """
     check_folder(folder)
     options = _options(bf16)
     is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
     read = _from_export if is_export else _from_checkpoint
-    model, arch, tokenizer, said = read(folder, layout, options, digests)
-    chat = _spoken(chat_format or said, tokenizer)
+    model, arch, tokenizer, recorded = read(folder, layout, options, digests)
+    chat = _select_chat_format(chat_format or recorded, tokenizer)
     stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     if chat:
         stops.add(tokenizer.token_id(chat.stop_token))
-    return Speaker(Decoder(model, layout, stops, arch.max_position_embeddings), tokenizer, chat)
+    return ChatModel(Decoder(model, layout, stops, arch.max_position_embeddings), tokenizer, chat)
 
 
-def _spoken(name: str | None, tokenizer: Tokenizer) -> ChatFormat | OwnTemplate | None:
-    """The chat format of that name; without one the template that the tokenizer brings; without either plain text."""
+def _select_chat_format(name: str | None, tokenizer: Tokenizer) -> ChatFormat | OwnTemplate | None:
+    """Return the chat format of that name, else the tokenizer's own template, else None for plain text."""
     if name:
         return get_format(name, tokenizer)
     try:
@@ -99,7 +99,7 @@ def _spoken(name: str | None, tokenizer: Tokenizer) -> ChatFormat | OwnTemplate 
     except NoTemplate:
         return None
     except TokenizerError as error:
-        log.warning(f"the model is spoken to in plain text: {error}")
+        log.warning(f"prompts are plain text without a chat format: {error}")
         return None
 
 
@@ -120,7 +120,7 @@ def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests:
     model = build_model(config.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config)))
     load_weights(folder, config, model, layout, verified=True)
     if not config.tokenizer:
-        raise TokenizerError(f"{folder} was converted without a tokenizer: convert it again with --tokenizer")
+        raise TokenizerError(f"{folder}: the checkpoint has no tokenizer; convert it again with --tokenizer")
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER, list(config.tokenizer["added_tokens"]))
     return model, config.architecture, tokenizer, config.chat_format
 
@@ -139,7 +139,7 @@ def _from_export(folder: Path, layout: Layout, options: BuildOptions, digests: b
     model = build_model(arch, layout, options)
     fill_from(model, arch, source.rules, source.full, layout)
     template = folder / "chat_template.jinja"
-    said = next(
+    recorded = next(
         (f.name for f in FORMATS.values() if template.is_file() and f.jinja == read_text(template).rstrip("\n")), None
     )
-    return model, arch, load_tokenizer(folder), said
+    return model, arch, load_tokenizer(folder), recorded

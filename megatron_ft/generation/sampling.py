@@ -1,4 +1,4 @@
-"""Choosing the next token from logits. Pure: logits and a generator in, ids out."""
+"""Sampling of the next token from logits: pure functions of logits and a random generator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
+    """Sampling parameters. temperature 0 is greedy; top_k 0 and top_p 1 turn these filters off."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -20,7 +20,7 @@ GREEDY = Sampling()
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Logits [b, v] -> ids [b]."""
+    """Return the sampled ids [b] for logits [b, v]."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scaled = logits.float() / sampling.temperature
@@ -36,7 +36,7 @@ def _keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Nucleus sampling (Holtzman et al. 2019): the fewest most likely tokens whose probabilities sum to p or more."""
+    """Mask all but the fewest most likely tokens whose probabilities sum to p or more (nucleus sampling, Holtzman et al. 2019)."""
     ordered, index = logits.sort(descending=True)
     probabilities = ordered.softmax(-1)
     beyond = probabilities.cumsum(-1) - probabilities >= p

@@ -20,7 +20,7 @@ def test_whole_demo(tmp_path, capfd):
     said = capfd.readouterr()
     summary = json.loads((tmp_path / "demo/summary.json").read_text())
     assert code == 1, said.out
-    assert "held-out exact match: 0.0%, needed >= 90%. Likely cause: training did not get far enough" in said.out
+    assert "held-out exact match: 0.0%, required >= 90%. Likely cause: training was not long enough" in said.out
     assert "4 shards" in said.out and said.err == ""
     assert summary["heldout_exact_match_before"] == summary["heldout_exact_match_after"] == 0
     assert summary["loss_last"] < summary["loss_first"] and not summary["passed"]
@@ -31,4 +31,4 @@ def test_whole_demo(tmp_path, capfd):
     ) == (4, 2, 2)  # fmt: skip
     assert summary["wall_seconds"] > 0
     report = (tmp_path / "demo/report.html").read_text()
-    assert "FAIL" in report and 'class="line a"' in report and "something needed was missed" in report
+    assert "FAIL" in report and 'class="line a"' in report and "a requirement was not met" in report

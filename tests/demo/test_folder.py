@@ -33,7 +33,7 @@ def test_a_demo_that_was_stopped_leaves_the_finished_one(tmp_path):
 
 def test_someone_s_files_stay(tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
-    with pytest.raises(ConfigError, match="something else"), fresh_run_folder(tmp_path):
+    with pytest.raises(ConfigError, match="not a demo's"), fresh_run_folder(tmp_path):
         pass
     assert (tmp_path / "thesis.txt").exists()
 

@@ -77,7 +77,7 @@ def test_weights_alone_cannot_be_resumed(refused, shop, tmp_path):
         (["--pipeline_model_parallel_size", 3], "--pipeline_model_parallel_size 3 does not divide the model's num_layers 4; .* 1, 2, 4"),
         (["--chat_format", "chatl"], "unknown chat format 'chatl': choose one of chatml"),
         (["--tokenizer", "/nowhere.model"], "/nowhere.model: no such tokenizer"),
-        (["--vocab_extra_ids_list", "a,a"], "a token is named twice"),
+        (["--vocab_extra_ids_list", "a,a"], "a token occurs twice"),
         (["--make_vocab_size_divisible_by", 0], "must be at least 1"),
     ],
 )  # fmt: skip
@@ -95,7 +95,7 @@ def test_conversion_of_what_is_not_there(refused, shop, tmp_path):
 
 def test_prompt_longer_than_the_model(refused, shop):
     words = ["--load", shop.dist, "--prompt", "plum " * 200]
-    refused(r"prompt 0 has \d+ tokens; the model takes 1 to 127: shorten it", "generate", *words)
+    refused(r"prompt 0 has \d+ tokens; the model accepts 1 to 127: shorten it", "generate", *words)
 
 
 def test_conversation_that_the_format_cannot_say(refused, shop, tmp_path):

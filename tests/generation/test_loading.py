@@ -20,7 +20,7 @@ CHAT = [{"role": "user", "content": "a plum"}]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """name -> folder of one model: torch_dist, classic TP2 x PP2, an export in one file, in several, as pytorch_model.bin."""
-    place = tmp_path_factory.mktemp("speakers")
+    place = tmp_path_factory.mktemp("chat_models")
     model = make_llama(place / "source")
     with torch.no_grad():  # answers that are not one word again and again
         for weight in model.parameters():
@@ -40,13 +40,13 @@ def folders(tmp_path_factory):
 def ask(folder, layout, digests=True):
     """(ids of the answer to CHAT, its text)."""
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
-    from megatron_ft.generation.loading import open_speaker
+    from megatron_ft.generation.loading import open_chat_model
     from megatron_ft.generation.sampling import GREEDY
 
     with process_groups(ParallelSizes(*layout)) as here:
-        speaker = open_speaker(folder, here, digests=digests)
-        (ids,) = speaker.decoder.generate([speaker.prompt_ids(CHAT)], 12)
-        return ids, speaker.answers([CHAT], 12, GREEDY)[0]
+        model = open_chat_model(folder, here, digests=digests)
+        (ids,) = model.decoder.generate([model.prompt_ids(CHAT)], 12)
+        return ids, model.answers([CHAT], 12, GREEDY)[0]
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ TEMPLATE = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor 
 
 def record(path: str) -> None:
     """In the command's process: write down what the model is asked."""
-    from megatron_ft.generation.loading import Speaker
+    from megatron_ft.generation.loading import ChatModel
 
-    made = Speaker.prompt_ids
+    made = ChatModel.prompt_ids
 
     def prompt_ids(self, messages):
         ids = made(self, messages)
@@ -24,7 +24,7 @@ def record(path: str) -> None:
             json.dump(np.asarray(ids).tolist(), file)
         return ids
 
-    Speaker.prompt_ids = prompt_ids
+    ChatModel.prompt_ids = prompt_ids
 
 
 @pytest.fixture(scope="module")
