@@ -1,4 +1,4 @@
-"""megatron-ft doctor: what this machine has, what training will use, what is missing for what; --check tries it."""
+"""megatron-ft doctor: list what is installed, what training will use and what is missing; --check runs small tests."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 @dataclass
 class Doctor:
-    """What to do"""
+    """Checks"""
 
     check: bool = False
-    """try this machine: small real runs, five minutes at most, one line each"""
+    """also test this machine with small real runs: one line per run, five minutes at most"""
     check_report: str = "megatron-ft-doctor.txt"
-    """with --check: file that gets all of it, to paste into a bug report"""
+    """with --check: file for the complete output, to paste into a bug report"""
 
 
 COMMAND = Command(
     name="doctor",
-    summary="what is installed, what will be used, what is missing for what; --check tries it",
+    summary="list what is installed, what training will use and what is missing; --check runs small tests",
     sections=(Doctor,),
     examples=("megatron-ft doctor", "megatron-ft doctor --check"),
 )
 
 NEEDED = ("torch", "megatron-core", "numpy", "sentencepiece", "tokenizers", "safetensors", "pydantic")
-"""Distributions without which nothing works."""
+"""Distributions that every command needs."""
 TRIED = {
-    "torch": "tests run with 2.13, one H200 with 2.11; of 2.10 to 2.12 the signatures of attention are tested",
-    "megatron-core": "tests run with 0.16.1; others than 0.16 are refused",
+    "torch": "tested with 2.13, on one H200 with 2.11; for 2.10 to 2.12 the signatures of attention are tested",
+    "megatron-core": "tested with 0.16.1; versions other than 0.16 are refused",
 }
-"""Distribution -> which of its versions have been tried."""
+"""Distribution -> its tested versions."""
 OPTIONAL = {
     "transformers": "checking exports (demo, verify)",
     "tensorboard": "--tensorboard_dir",
@@ -54,29 +54,29 @@ OPTIONAL = {
     "transformer-engine": "its optimizer; without it torch's fused AdamW",
     "psutil": "saving checkpoints",
 }
-"""Distribution -> what it is for."""
+"""Distribution -> its purpose."""
 
 
 def run(options: Doctor) -> int:
-    """Print what is there, and with --check what came of trying it. Returns 2 where something that is needed is missing, 1 where a
-    check failed, else 0.
+    """Print the inventory, and with --check the results of the checks. Return 2 if a required package is missing, 1 if a check
+    failed, else 0.
     """
     if options.check:
         check_writable("--check_report", Path(options.check_report).parent)
     elif options.check_report != Doctor.check_report:
-        raise ConfigError("--check_report is written by --check: add it")
+        raise ConfigError("--check_report has an effect only with --check: add --check")
     listing = inventory()
     print(*listing, sep="\n", flush=True)
     if any(_version(name) is None for name in NEEDED):
         return 2
     if options.check:
         return check_machine(listing, Path(options.check_report))
-    print("\nto try all this: megatron-ft doctor --check")
+    print("\nto test this machine: megatron-ft doctor --check")
     return 0
 
 
 def inventory() -> list[str]:
-    """Lines: this machine, what is installed, what will be used."""
+    """Return lines that describe this machine, the installed packages and what training will use."""
     import megatron_ft
 
     lines = [
@@ -95,26 +95,26 @@ def inventory() -> list[str]:
 
 
 def check_machine(listing: list[str], report: Path) -> int:
-    """Run the checks, print a line for each as it ends, then a verdict; write all of it to the report."""
+    """Run the checks, print a line for each as it ends, then a verdict; write all of it to the report. Return 1 if one failed, else 0."""
     from megatron_ft.doctor.checks import CHECKS
-    from megatron_ft.doctor.desk import desk
+    from megatron_ft.doctor.runner import check_runner
     from megatron_ft.doctor.verdict import verdict, write_report
 
     width = max(len(check.name) for check in CHECKS)
-    print(f"\n{len(CHECKS)} checks, up to five minutes in all; each is a small real run of its own", flush=True)
+    print(f"\n{len(CHECKS)} checks, up to five minutes in total; each is a small real run", flush=True)
     results, began = [], time.monotonic()
-    with desk() as checking:
-        for result in checking.results():
+    with check_runner() as runner:
+        for result in runner.results():
             print(result.line(width), flush=True)
             results.append(result)
-    said = verdict(results, time.monotonic() - began)
-    write_report(report, listing, results, said)
-    print(f"\n{said}\n{report}: all of this, to paste into a bug report")
+    conclusion = verdict(results, time.monotonic() - began)
+    write_report(report, listing, results, conclusion)
+    print(f"\n{conclusion}\n{report}: the complete output, to paste into a bug report")
     return int(any(result.outcome == "fail" for result in results))
 
 
 def choices() -> list[tuple[str, str]]:
-    """What training on this machine will use with --bf16 --use_flash_attn, one line a decision."""
+    """Return (name, choice) for each thing that training on this machine will use with --bf16 --use_flash_attn."""
     from megatron_ft import device
     from megatron_ft.models.kernels import choose, machine
 
@@ -136,7 +136,7 @@ def choices() -> list[tuple[str, str]]:
 
 
 def _gradient_fusion(here: Machine) -> str:
-    """Whether weight gradients are added within the matrix product, and what that needs."""
+    """Describe if weight gradients are added within the matrix product, and what that needs."""
     if here.accumulates:
         return "apex's extension"
     return f"{here.why_not('accumulates')}  (apex built with --cpp_ext --cuda_ext; without it two passes over each gradient)"

@@ -1,1 +1,1 @@
-"""`megatron-ft doctor --check`: small real runs that show whether this machine trains as it should. Each check is a function."""
+"""`megatron-ft doctor --check`: small real runs that test training on this machine. Each check is a function."""

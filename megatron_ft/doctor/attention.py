@@ -1,4 +1,4 @@
-"""Attention over packed samples against the textbook formula in fp32, one sample at a time: outputs and gradients."""
+"""Compare attention over packed samples with the formula in fp32, one sample at a time: outputs and gradients."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from megatron_ft.models.machine import FLASH_CAPABILITY, machine
 from megatron_ft.models.rows import packed_on
 
 LENGTHS = (1, 7, 64, 65, 130, 33)
-"""Of the samples of a row: around the blocks that kernels work in, and one token alone."""
+"""Lengths of the samples of a row: around the block sizes of kernels, and a single token."""
 HEADS = 8
 CASES = list(itertools.product((64, 128), (HEADS, 2), (None, 24)))
 """(head size, groups of keys and values, sliding window)."""
 BOUND = {torch.bfloat16: 3e-2, torch.float32: 1e-5}
-"""Largest difference, relative to the largest entry. A window that is one key off, or a sample that sees another, is far beyond."""
+"""Largest difference, relative to the largest entry. A window wrong by one key, or attention across samples, gives far more."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]
 """f(query [t, n, d], key and value [t, g, d], boundaries int32 [samples + 1], longest, scale, window) -> [t, n, d]."""
 
 
 def by_sample(folder: Path) -> Found:
-    """Our own loop over torch's scaled_dot_product_attention: what runs where no kernel takes all samples at once."""
+    """Check the loop over samples with scaled_dot_product_attention, which runs if no kernel computes all samples at once."""
     dtype = torch.bfloat16 if device.has_gpu() else torch.float32
-    return compared("torch scaled_dot_product_attention, once a sample", _by_sample, dtype)
+    return compared("torch scaled_dot_product_attention, one call per sample", _by_sample, dtype)
 
 
 def torch_varlen(folder: Path) -> Found:
-    """torch's own, with all that models ask of it: grouped heads, windows."""
+    """Check torch's variable-length attention with grouped heads and windows."""
     here = machine()
     if not here.flash:
-        return skipped(f"flash kernels run on GPUs of sm{'{}{}'.format(*FLASH_CAPABILITY)} and later only")
+        return skipped(f"flash kernels need a GPU of sm{'{}{}'.format(*FLASH_CAPABILITY)} or later")
     choice = choose(Kernels(), Numerics(bf16=True), here, Attention(grouped=True, window=True))
     if choice.packed_attention != "torch-varlen":
         return skipped("; ".join(choice.reasons))
@@ -53,10 +53,10 @@ def torch_varlen(folder: Path) -> Found:
 
 
 def flash_attn(folder: Path) -> Found:
-    """Installed and broken is a failure; not installed is a choice."""
+    """Check the flash-attn package. Fail if it is installed but broken, skip if it is not installed."""
     here = machine()
     if not here.flash:
-        return skipped(f"flash kernels run on GPUs of sm{'{}{}'.format(*FLASH_CAPABILITY)} and later only")
+        return skipped(f"flash kernels need a GPU of sm{'{}{}'.format(*FLASH_CAPABILITY)} or later")
     if not here.flash_attn:
         why = here.why_not("flash_attn")
         return (
@@ -66,7 +66,7 @@ def flash_attn(folder: Path) -> Found:
 
 
 def compared(what: str, attend: Attend, dtype: torch.dtype) -> Found:
-    """Try all CASES; the worst decides."""
+    """Compare all CASES; fail if one is beyond the bound."""
     worst, where = 0.0, ""
     for head, groups, window in CASES:
         apart = difference(attend, head, groups, window, dtype)
@@ -82,7 +82,7 @@ def compared(what: str, attend: Attend, dtype: torch.dtype) -> Found:
 
 
 def difference(attend: Attend, head: int, groups: int, window: int | None, dtype: torch.dtype) -> float:
-    """The largest difference of the output or a gradient from the formula's, relative to the largest entry of each."""
+    """Return the largest difference of the output or a gradient from the formula's, relative to the largest entry of each."""
     stream = torch.Generator().manual_seed(head + groups)
     sizes = (HEADS, groups, groups, HEADS)
     made = [
@@ -94,11 +94,11 @@ def difference(attend: Attend, head: int, groups: int, window: int | None, dtype
     found = _with_gradients(
         lambda q, k, v: attend(q, k, v, boundaries, max(LENGTHS), scale, window), (query, key, value), upstream
     )
-    wanted = _with_gradients(
+    expected = _with_gradients(
         lambda q, k, v: formula(q, k, v, scale, window), tuple(x.float() for x in (query, key, value)), upstream.float()
     )
     apart = [
-        float((one.float() - other).abs().max() / other.abs().max()) for one, other in zip(found, wanted, strict=True)
+        float((one.float() - other).abs().max() / other.abs().max()) for one, other in zip(found, expected, strict=True)
     ]
     return math.inf if any(map(math.isnan, apart)) else max(apart)
 
@@ -110,7 +110,7 @@ def _with_gradients(function: Callable, inputs: tuple[Tensor, ...], upstream: Te
 
 
 def formula(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """softmax(q k' scale) v with a mask, sample by sample; query [t, n, d], key and value [t, g, d] -> [t, n, d]."""
+    """Return softmax(q k' scale) v with a mask, sample by sample: query [t, n, d], key and value [t, g, d] -> [t, n, d]."""
     outputs = []
     for q, k, v in zip(*(x.split(LENGTHS) for x in (query, key, value)), strict=True):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -130,7 +130,7 @@ def _kernel(name: str) -> Attend:
 def _by_sample(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:
-    """SdpaAttention as a layer of the model calls it."""
+    """Compute SdpaAttention as a layer of the model does."""
     heads, head, groups = query.shape[1], query.shape[2], key.shape[1]
     arch = replace(
         LLAMA,

@@ -1,7 +1,7 @@
-"""The list of all checks, in the order in which they run. To add one: write its function, add its line.
+"""The list of all checks, in the order in which they run. To add one: write its function and add a line here.
 
-A function takes the folder in which it may write (removed at the end) and returns a Found. It runs in a process of its own, and so may
-crash or hang. Imported by name where it runs: this file knows neither torch nor the engine.
+A function takes a folder for its files (removed at the end) and returns a Found. It runs in a separate process, so it may crash or
+hang. It is imported by name in that process: this file imports neither torch nor the engine.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from megatron_ft.doctor.result import Found
 @dataclass(frozen=True)
 class Check:
     name: str
-    """As the report has it."""
+    """Name in the report."""
     function: str
-    """module:function, the module within this package (with dots: anywhere)."""
+    """module:function; a module name without dots is in this package."""
     seconds: float = 120.0
-    """After which it counts as hanging."""
+    """Time limit after which the check counts as hanging."""
 
     @property
     def needs_engine(self) -> bool:
-        """Whether megatron-core has to be importable; what looks at the machine alone answers even where it is not."""
+        """Return True if the check needs megatron-core; the checks of the machine run without it."""
         return not self.function.partition(":")[0].endswith("machine")
 
     def load(self) -> Callable[[Path], Found]:

@@ -1,4 +1,4 @@
-"""What a step costs beside its arithmetic: waits of the host, compilations, memory."""
+"""Checks of the overhead of a step: waits of the host, compilations, memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LARGER = replace(
 
 
 def host_waits(folder: Path) -> Found:
-    """Of one step, after one that warms up."""
+    """Count the host's waits in one step, after a warm-up step."""
     if not device.has_gpu():
-        return skipped("the host waits for a GPU, and there is none")
+        return skipped("there is no GPU to wait for")
     with training(LLAMA, BF16_LIMA, Kernels(use_flash_attn=True)) as step:
         step(0)
         with gpu_facts.host_waits() as stacks:
@@ -35,18 +35,18 @@ def host_waits(folder: Path) -> Found:
 
 
 def recompilations(folder: Path) -> Found:
-    """Rows differ from step to step in how many samples they hold and how long those are; kernels must not be compiled anew."""
+    """Check that kernels are not compiled again when the number and lengths of the samples in a row change."""
     if not device.has_gpu():
         return skipped("nothing is compiled on a CPU")
     import torch._dynamo
 
-    torch._dynamo.reset()  # what earlier checks compiled would hide what these rows need
+    torch._dynamo.reset()  # graphs compiled by earlier checks would hide compilations
     with training(LLAMA, BF16_LIMA, Kernels(use_flash_attn=True)) as step:
         return judge_compilations([_compiled_after(step, number) for number in range(STEPS)])
 
 
 def _compiled_after(step: Callable[[int], Any], number: int) -> int:
-    """Graphs compiled since the process began, once step `number` is done."""
+    """Take step `number`; return the number of graphs compiled since the process began."""
     from torch._dynamo.utils import counters
 
     step(number * ROWS)
@@ -54,7 +54,7 @@ def _compiled_after(step: Callable[[int], Any], number: int) -> int:
 
 
 def memory(folder: Path) -> Found:
-    """Peak of three steps, beyond what was there before, against `megatron-ft plan` for the same job."""
+    """Compare the additional memory peak of three steps with `megatron-ft plan` for the same job."""
     gpu = device.has_gpu()
     arch, rows = (
         (replace(LARGER, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32), 2) if gpu else (LARGER, 2)

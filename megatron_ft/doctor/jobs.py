@@ -1,4 +1,4 @@
-"""How runs of several processes end: all by themselves, and after one of them is killed. `finetune` itself, with our launcher."""
+"""Checks of the end of a `finetune` run with several processes: a normal end, and after one process is killed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_ft.doctor.result import Ended, Found, failed
 from megatron_ft.doctor.stand_ins import finetune
 
 BEGINS, RUNS = 90.0, 60.0
-"""Seconds until the first step, and from then to the end."""
+"""Time limits in seconds: until the first step, and from there to the end."""
 ITERATION = re.compile(r"iteration +(\d+)/ *(\d+)")
 
 
 class Job:
-    """A command that runs, what it prints in two files of the folder. A context manager: nothing of it outlives the block."""
+    """A running command, whose output goes to two files of the folder. A context manager that kills all its processes at the end."""
 
     def __init__(self, words: list[str], folder: Path):
         self.files = (folder / "job.out", folder / "job.err")
@@ -41,7 +41,7 @@ class Job:
         self.process.wait()
 
     def wait(self, until: Callable[[str], bool], seconds: float) -> bool:
-        """Until what it has printed is enough; False where it has ended, or takes longer."""
+        """Wait until the output satisfies `until`. Return False if the command ended without that, or at the time limit."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if until(self.files[0].read_text(errors="replace")):
@@ -52,7 +52,7 @@ class Job:
         return False
 
     def ranks(self) -> list[int]:
-        """Process ids of what it has started, in order."""
+        """Return the ids of the processes that it has started, in order."""
         try:
             return [
                 int(pid)
@@ -62,7 +62,7 @@ class Job:
             return []
 
     def end(self, ranks: list[int], seconds: float) -> Ended:
-        """Once it and the ranks are gone; code None where one is not, in time."""
+        """Wait until it and the ranks have ended. Return code None if one has not ended within the time limit."""
         deadline = time.monotonic() + seconds
         while (self.process.poll() is None or any(map(_alive, ranks))) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -74,7 +74,7 @@ class Job:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process is there and has not ended; one that nobody has waited for yet has."""
+    """Return True if a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
@@ -82,28 +82,28 @@ def _alive(pid: int) -> bool:
 
 
 def clean_exit(folder: Path) -> Found:
-    """Some steps on several processes: how long after the last one all are gone, and whether with exit code 0."""
+    """Run some steps on several processes; check that all end soon after the last step, with exit code 0."""
     count = several()
     with Job(finetune(folder, "--bf16", "--nproc_per_node", count, iters=5), folder) as job:
         if not job.wait(_has_begun, BEGINS):
-            return failed(f"it came to no step: {job.end([], 0).said}")
+            return failed(f"no step was taken: {job.end([], 0).reason}")
         ranks = job.ranks()
         if not job.wait(_is_done, RUNS):
-            return failed(f"it did not come to its last step: {job.end(ranks, 0).said}")
+            return failed(f"the last step was not reached: {job.end(ranks, 0).reason}")
         began = time.monotonic()
         ended = job.end(ranks, LEAVES)
         return judge_exit(ended, count, time.monotonic() - began)
 
 
 def killed_rank(folder: Path) -> Found:
-    """SIGKILL to the last of the ranks, in the midst of steps: the launcher has to name it first and end the others."""
+    """Kill the last rank during a step with SIGKILL; check that the launcher reports it first and ends the others."""
     count = several()
     with Job(finetune(folder, "--bf16", "--nproc_per_node", count, iters=1_000_000), folder) as job:
         if not job.wait(_has_begun, BEGINS):
-            return failed(f"it came to no step: {job.end([], 0).said}")
+            return failed(f"no step was taken: {job.end([], 0).reason}")
         ranks = job.ranks()
         if len(ranks) != count:
-            return failed(f"{count} processes were to be started, {len(ranks)} are there")
+            return failed(f"{len(ranks)} of {count} processes were started")
         began = time.monotonic()
         os.kill(ranks[-1], signal.SIGKILL)
         ended = job.end(ranks, LEAVES)

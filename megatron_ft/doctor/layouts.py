@@ -1,4 +1,4 @@
-"""One step in a layout of two processes against the same step in one: loss, gradient norm and every gradient."""
+"""Compare one step on two processes with the same step on one: loss, gradient norm and every gradient."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pipeline(folder: Path) -> Found:
 
 
 def interleaved(folder: Path) -> Found:
-    """Two chunks a stage, which exchange activations one after the other, and on GPUs while they compute too."""
+    """Check two chunks per stage that exchange activations without overlap, and on GPUs also with overlap."""
     chunks = Parallelism(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
     cases = [Case("interleaved", PROCESSES, chunks)]
     if device.has_gpu():
@@ -49,22 +49,22 @@ def interleaved(folder: Path) -> Found:
 
 
 def compared(folder: Path, cases: Sequence[Case]) -> Found:
-    """The reference is computed here, the cases by two ranks, one after another."""
+    """Compute the reference in this process and the cases on two ranks, one after another; compare them."""
     if device.has_gpu() and len(gpu_facts.gpus()) < PROCESSES:
-        return skipped("one GPU here, a layout needs two; MEGATRON_FT_DEVICE=cpu tries it on CPU processes")
+        return skipped("this machine has one GPU, a layout needs two; MEGATRON_FT_DEVICE=cpu tests it on CPU processes")
     reference = measure(PROBLEM, Case("one process", 1))
     (folder / GIVEN).write_bytes(pickle.dumps((reference, list(cases))))
     write_json(folder / FOUND, {})
     ended = run_on_ranks("layouts:on_ranks", folder, PROCESSES, 120)
     found = read_json(folder / FOUND)
     if ended.code != 0:
-        missing = next((case.name for case in cases if case.name not in found), "after the last")
-        return failed(f"{missing}: {ended.said}")
+        missing = next((case.name for case in cases if case.name not in found), "after the last case")
+        return failed(f"{missing}: {ended.reason}")
     return judge_layouts(found)
 
 
 def on_ranks(folder: Path) -> None:
-    """As each rank: every case; rank 0 writes {name: [largest relative difference, where]} after each."""
+    """Compute every case on this rank. Rank 0 writes {name: [largest relative difference, where]} after each."""
     reference, cases = pickle.loads((folder / GIVEN).read_bytes())
     found: dict[str, list] = {}
     for case in cases:

@@ -1,4 +1,4 @@
-"""What is installed and what the hardware is. The judgements are pure functions over facts."""
+"""Checks of the installation and the hardware. The judge_ functions are pure functions of facts."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ ON_CPU = "torch computes on the CPU here"
 
 @dataclass(frozen=True)
 class DriverFacts:
-    """What decides whether torch can use the GPU."""
+    """The facts that determine if torch can use the GPU."""
 
     seen: tuple[str, ...]
     """Signs of a GPU: device files, lines of nvidia-smi."""
     wheel: str | None
-    """CUDA that torch was built with."""
+    """CUDA version that torch was built with."""
     driver: str | None
-    """Newest CUDA that the driver supports."""
+    """Newest CUDA version that the driver supports."""
     usable: bool
-    """Whether torch computes on a GPU here."""
+    """torch can compute on a GPU."""
     hidden: bool = False
     """GPUs are hidden on purpose."""
 
 
 def driver(folder: Path) -> Found:
-    """A GPU that torch cannot use is the first thing to know: everything else follows from it."""
+    """Check that torch can use the GPU. This check is the first, because all others depend on it."""
     seen = tuple(gpu_facts.hardware_seen())
     return judge_driver(
         DriverFacts(seen, gpu_facts.wheel_version(), gpu_facts.driver_version(), device.has_gpu(), device.hidden())
@@ -38,24 +38,24 @@ def driver(folder: Path) -> Found:
 
 
 def judge_driver(facts: DriverFacts) -> Found:
-    """Pure. Minor releases of one CUDA major work together (NVIDIA's minor version compatibility); majors do not look ahead."""
+    """Judge the driver. Minor releases of one CUDA major version are compatible (NVIDIA's minor version compatibility)."""
     if facts.hidden and not facts.usable:
-        return skipped("GPUs are hidden (MEGATRON_FT_DEVICE=cpu, or an empty CUDA_VISIBLE_DEVICES): the CPU is tried")
+        return skipped("GPUs are hidden (MEGATRON_FT_DEVICE=cpu, or an empty CUDA_VISIBLE_DEVICES): the CPU is tested")
     if not facts.seen and not facts.usable:
-        return skipped("no NVIDIA GPU here (no /dev/nvidia0 to open, none in nvidia-smi -L): the CPU is tried")
+        return skipped("no NVIDIA GPU found (no /dev/nvidia0, none in nvidia-smi -L): the CPU is tested")
     both = f"driver supports CUDA {facts.driver}, torch was built for {f'CUDA {facts.wheel}' if facts.wheel else 'the CPU'}"
     where = facts.seen[0] if facts.seen else "a GPU"
     if facts.driver is None:
-        return failed(f"{where} is here, but no driver answers (libcuda.so.1): install or load NVIDIA's driver")
+        return failed(f"{where} exists, but no driver responds (libcuda.so.1): install or load NVIDIA's driver")
     if facts.wheel is None:
-        return failed(f"{where} is here, but {both}: install torch's build for CUDA {facts.driver}")
+        return failed(f"{where} exists, but {both}: install torch's build for CUDA {facts.driver}")
     if _release(facts.driver)[0] < _release(facts.wheel)[0]:
         return failed(
-            f"{both}: the driver is too old; update it, or install a torch built for CUDA {facts.driver} or before"
+            f"{both}: the driver is too old; update it, or install a torch built for CUDA {facts.driver} or earlier"
         )
     if not facts.usable:
         return failed(
-            f"{both}, but torch finds no GPU: run nvidia-smi; look at CUDA_VISIBLE_DEVICES and at the container's --gpus option"
+            f"{both}, but torch finds no GPU: run nvidia-smi; check CUDA_VISIBLE_DEVICES and the container's --gpus option"
         )
     return passed(both)
 
@@ -69,7 +69,7 @@ def capability(folder: Path) -> Found:
 
 
 def judge_capability(gpus: Sequence[tuple[str, tuple[int, int]]], compiled_for: Sequence[str]) -> Found:
-    """Pure. gpus: (name, compute capability) of each. compiled_for: see gpu_facts.wheel_architectures."""
+    """Judge the GPUs. gpus: (name, compute capability) of each. compiled_for: see gpu_facts.wheel_architectures."""
     if not gpus:
         return skipped(ON_CPU)
     kinds = dict(gpus)
@@ -81,30 +81,30 @@ def judge_capability(gpus: Sequence[tuple[str, tuple[int, int]]], compiled_for: 
         )
     if any(found < FLASH_CAPABILITY for found in kinds.values()):
         return failed(
-            f"{listed}: flash kernels need sm80 (A100 and later): packed rows are attended sample by sample, slowly"
+            f"{listed}: flash kernels need sm80 (A100) or later: attention runs sample by sample over packed rows, which is slow"
         )
-    return passed(listed + ("; the slowest of them sets the pace" if len(kinds) > 1 else ""))
+    return passed(listed + ("; the slowest one limits the speed" if len(kinds) > 1 else ""))
 
 
 def _runs(compiled: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels for sm_86 or compute_90 run on a GPU: machine code within its generation, portable code on any later GPU."""
+    """Return True if code for sm_86 or compute_90 runs on a GPU: sm_ within its generation, compute_ on any later one."""
     kind, _, number = compiled.rstrip("af").partition("_")
     major, minor = divmod(int(number), 10)
     return (major, minor) <= capability and (kind == "compute" or major == capability[0])
 
 
 def compiler(folder: Path) -> Found:
-    """Triton, a C compiler and Python.h, as `finetune` finds them; then a kernel's numbers."""
+    """Check Triton, a C compiler and Python.h, as `finetune` finds them; then the results of a compiled kernel."""
     found = judge_compiler(machine())
     return _compile_one() if found.outcome == "pass" else found
 
 
 def judge_compiler(here: Machine) -> Found:
-    """Pure."""
+    """Judge the compiler."""
     if not here.has_gpu:
         return skipped("kernels are compiled on GPUs only")
     if not here.compiles:
-        return failed(f"{here.why_not('compiles')}; until then torch's operations run one by one, which is slower")
+        return failed(f"{here.why_not('compiles')}; without it torch's operations run separately, which is slower")
     return passed("Triton, C compiler and Python.h")
 
 
@@ -117,5 +117,7 @@ def _compile_one() -> Found:
     x, y = torch.randn(2, 1000, device=device.current_device()).unbind()
     apart = float((torch.compile(silu_times)(x, y) - silu_times(x, y)).abs().max())
     if not apart < 1e-5:
-        return failed(f"a compiled kernel is {apart:.1e} from torch's own operations: train with --no_fused_kernels")
-    return passed(f"Triton, C compiler and Python.h; a compiled kernel is {apart:.0e} from torch's own operations")
+        return failed(
+            f"a compiled kernel differs by {apart:.1e} from torch's operations: train with --no_fused_kernels"
+        )
+    return passed(f"Triton, C compiler and Python.h; a compiled kernel differs by {apart:.0e} from torch's operations")

@@ -1,4 +1,4 @@
-"""Starts the several processes of a check, with the project's own launcher: forked on a CPU, one anew for each GPU.
+"""Starts the processes of a check with this project's launcher: forked on a CPU, separate processes on GPUs.
 
 `python -m megatron_ft.doctor.ranks --job layouts:on_ranks --folder F --nproc_per_node 2` runs that function on each of two ranks.
 """
@@ -28,12 +28,12 @@ from megatron_ft.launch.run import launch, planned
 
 @dataclass
 class Job:
-    """What each process does"""
+    """Job of the processes"""
 
     job: str = field(default="", metadata={"required": True})
-    """module:function of megatron_ft.doctor; it is given the folder"""
+    """module:function in megatron_ft.doctor, called with the folder"""
     folder: str = field(default="", metadata={"required": True})
-    """where it reads and writes"""
+    """folder for its files"""
 
 
 COMMAND = Command(name="doctor", summary="a check of several processes", sections=(Job, Processes))
@@ -51,18 +51,18 @@ def run(job: Job, processes: Processes) -> int:
 
 
 def several() -> int:
-    """Processes of a check that needs more than one: two, or the one GPU's."""
+    """Return the number of processes for a check of several: two, or one on a machine with a single GPU."""
     return min(2, len(gpu_facts.gpus())) if device.has_gpu() else 2
 
 
 def run_on_ranks(job: str, folder: Path, processes: int, seconds: float) -> Ended:
-    """Run module:function on each of some ranks; what it prints on failure also goes to our own standard error."""
+    """Run module:function on several ranks. On failure, print their output to standard error too."""
     words = ["megatron_ft.doctor.ranks", "--job", job, "--folder", str(folder), "--nproc_per_node", str(processes)]
     return run_module(words, seconds)
 
 
 def run_module(words: Sequence[str], seconds: float, **environment: str) -> Ended:
-    """`python -m WORDS`, ended after so many seconds; the ranks of a launcher end with it."""
+    """Run `python -m WORDS`; kill it after this many seconds, and with it the ranks of a launcher."""
     process = subprocess.Popen(
         [sys.executable, "-m", *words], text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, **environment},
@@ -71,7 +71,7 @@ def run_module(words: Sequence[str], seconds: float, **environment: str) -> Ende
 
 
 def run_as_ranks(words: Sequence[str], processes: int, seconds: float, **environment: str) -> Ended:
-    """The same, as the ranks of one run that some other launcher has started. The first that failed speaks for all."""
+    """Run `python -m WORDS` as the ranks of one run, as another launcher would. Return the result of the first that failed."""
     assert not is_rank()
     with meeting_place(places(Processes(nproc_per_node=processes, nnodes=1))) as (here, held):
         assert held is not None

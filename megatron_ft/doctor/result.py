@@ -1,4 +1,4 @@
-"""What a check found. Plain data, without torch."""
+"""Results of checks. Plain data, without torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Outcome = Literal["pass", "fail", "skipped"]
 
 @dataclass(frozen=True)
 class Found:
-    """What a check's function returns."""
+    """The return value of a check's function."""
 
     outcome: Outcome
     detail: str
-    """One line: what was measured, what is wrong and how to put it right, or why it was not tried."""
+    """One line: the measurement, the problem and how to fix it, or the reason why the check was skipped."""
 
 
 def passed(detail: str) -> Found:
@@ -31,34 +31,34 @@ def skipped(reason: str) -> Found:
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the report."""
+    """One line of the report."""
 
     name: str
     outcome: Outcome
     detail: str
     seconds: float
     log: str = ""
-    """Where it failed: the end of what the check's processes printed."""
+    """For a failed check: the end of its output."""
 
     def line(self, width: int) -> str:
-        """width: of the name's column."""
+        """Return the line as text. width: of the column of names."""
         return f"  {self.outcome:8} {self.name:{width}} {self.seconds:5.1f} s  {self.detail}"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended, or was ended: code is None where it hung."""
+    """A command that has ended. code is None if it was killed at the time limit."""
 
     code: int | None
     out: str
     err: str
 
     @property
-    def said(self) -> str:
-        """Why it failed, in one line: what the command itself says, else its last words."""
+    def reason(self) -> str:
+        """Return the reason of a failure in one line: the command's error message, else the last line of its output."""
         if self.code is None:
             return "it hangs"
         lines = [line.strip() for line in (self.err or self.out).splitlines() if line.strip()]
         errors = [line for line in lines if ": error: " in line]
         traced = [lines[-1]] if errors and errors[0].endswith(":") and lines[-1] != errors[0] else []
-        return " ".join([*(errors[:1] or lines[-1:]), *traced]) or "it said nothing"
+        return " ".join([*(errors[:1] or lines[-1:]), *traced]) or "it printed nothing"

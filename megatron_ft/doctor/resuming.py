@@ -1,4 +1,4 @@
-"""Saving and going on: to the bit, written at once or in the background, and with fp16 before its first update."""
+"""Checks that resuming is bit-exact, with saves in the foreground and background, and with fp16 before its first update."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def resume_async(folder: Path) -> Found:
 
 
 def _resume_check(folder: Path, *more: str) -> Found:
-    """`megatron-ft resume-check` with dropout and a sharded optimizer: without a stop against a stop, a save and a new start."""
+    """Run `megatron-ft resume-check` with dropout and the distributed optimizer."""
     words = ["megatron_ft", "resume-check", *settings(folder, STEPS), "--check_steps", str(STEPS), "--bf16",
              "--hidden_dropout", "0.1", "--use_distributed_optimizer", *more]  # fmt: skip
-    # cuBLAS promises the same bits again only with a workspace of its own.
+    # cuBLAS is deterministic only with this setting of its workspace.
     count = several()
     ended = run_as_ranks(words, count, 200, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     if ended.code != 0:
-        return failed(f"{count} processes: {ended.said}")
+        return failed(f"{count} processes: {ended.reason}")
     tensors = next((line for line in ended.out.splitlines() if line.startswith("tensors of the last checkpoint")), "")
     if "of which 0 differ" not in tensors:
-        return failed(f"{count} processes: no word of equal tensors: {ended.said}")
-    return passed(f"{STEPS} steps = {STEPS // 2}, save, resume, {STEPS // 2} to the bit, {count} processes: {tensors}")
+        return failed(f"{count} processes: the output does not report equal tensors: {ended.reason}")
+    return passed(f"{STEPS} steps = {STEPS // 2}, save, resume, {STEPS // 2}; bit-exact, {count} processes: {tensors}")
 
 
 def fp16(folder: Path) -> Found:
-    """A run that saves while its loss scale is still falling, and another that goes on from there until it trains."""
+    """Run until a save while the loss scale is still falling, and resume from there until weights are updated."""
     more = ("--fp16", "--save", folder / "fp16", "--lr_decay_iters", FP16_STEPS)
     for iters, resumes in ((FP16_SAVED_AT, ()), (FP16_STEPS, ("--auto_resume",))):
         ended = run_module(finetune(folder, *more, *resumes, iters=iters, rows=1), 80)
         if ended.code != 0:
-            return failed(f"{'resumed' if resumes else 'first'} run: {ended.said}")
+            return failed(f"{'resumed' if resumes else 'first'} run: {ended.reason}")
     lines = map(json.loads, (folder / "fp16" / "metrics.jsonl").read_text().splitlines())
     return judge_fp16([line for line in lines if "train/loss" in line])

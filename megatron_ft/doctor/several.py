@@ -1,4 +1,4 @@
-"""Do the processes of this machine reach each other? A sum over all GPUs, or over two processes of a CPU."""
+"""Check of the communication between processes of this machine: a sum over all GPUs, or over two CPU processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_ft.files import read_json, write_json
 
 FOUND = "communication.json"
 NUMBERS = 1 << 22
-"""fp32, 16 MiB"""
+"""Number of fp32 values: 16 MiB."""
 ROUNDS = 5
 
 
@@ -21,7 +21,7 @@ def communication(folder: Path) -> Found:
     ended = run_on_ranks("several:sum_on_ranks", folder, processes, 90)
     what = f"{gpu_facts.backend_version()}, {processes} process{'es' if processes > 1 else ''}"
     if ended.code != 0:
-        return failed(f"{what}: {ended.said}")
+        return failed(f"{what}: {ended.reason}")
     found = read_json(folder / FOUND)
     if found["wrong"]:
         return failed(f"{what}: the sum of {processes} tensors is wrong by {found['wrong']:g}; try NCCL_P2P_DISABLE=1")
@@ -29,7 +29,7 @@ def communication(folder: Path) -> Found:
 
 
 def sum_on_ranks(folder: Path) -> None:
-    """As each rank: all_reduce its number, in every entry; rank 0 writes how far any rank is from the true sum."""
+    """Sum a tensor of this rank's number over all ranks. Rank 0 writes the time and the largest error of any rank."""
     import torch
     import torch.distributed as dist
 
@@ -37,7 +37,7 @@ def sum_on_ranks(folder: Path) -> None:
     for round_ in range(ROUNDS + 1):
         numbers = torch.full((NUMBERS,), rank + 1.0, device=device.current_device())
         device.synchronize()
-        if round_ < 2:  # the first one makes the connections
+        if round_ < 2:  # the first one opens the connections
             began = time.perf_counter()
         dist.all_reduce(numbers)
         device.synchronize()

@@ -1,4 +1,4 @@
-"""The tiny Llama that the checks train, with made-up weights and chats; nothing is read or written."""
+"""The tiny Llama that the checks train, with random weights and chats, without files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LLAMA = Architecture(
     family="llama", num_layers=4, hidden_size=256, ffn_hidden_size=704, num_attention_heads=4, num_query_groups=2,
     head_dim=64, vocab_size=203, max_position_embeddings=256, norm_epsilon=1e-5,
 )  # fmt: skip
-"""Heads of 64 and grouped, as flash kernels want them; the vocabulary is odd, so that its padding differs between layouts."""
+"""Grouped heads of size 64, as flash kernels require; an odd vocabulary size, so that its padding differs between layouts."""
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def training(
     seq_length: int = SEQ_LENGTH,
     rows: int = ROWS,
 ) -> Iterator[Callable[[int], StepResult]]:
-    """Yield a function that takes one optimizer step, on one process, over the packed rows that follow `consumed`."""
+    """Provide a function that takes one optimizer step on one process, over the packed rows after the first `consumed`."""
     with process_groups(seed=SEED) as layout:
         data = Data(seq_length=seq_length)
         chunks = setup.make_model(arch, layout, data, Parallelism(), numerics, kernels)

@@ -1,4 +1,4 @@
-"""The tiny model as a checkpoint, and shards for it: what the commands that are tried read."""
+"""The tiny model as a checkpoint, and shards for it, for checks that run commands."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from megatron_ft.rehearsal import make_up
 
 
 def finetune(folder: Path, *words: object, iters: int, rows: int = 4) -> list[str]:
-    """The words of a `megatron-ft finetune` over them, made where they are not there yet. Raises UserError where that fails."""
+    """Return the command line of a `finetune` run with them. Write them first if they do not exist; raise UserError on failure."""
     return ["megatron_ft", "finetune", *settings(folder, iters, rows), *map(str, words)]
 
 
 def settings(folder: Path, iters: int, rows: int = 4) -> list[str]:
-    """What all runs have in common. rows: in a step."""
+    """Return the flags that all runs have in common. rows: per step."""
     model, shards = folder / "model", folder / "chats-train"
     if not model.is_dir():
-        # On the CPU and in a process of its own: it forks, which one that has touched a GPU must not.
+        # In a separate process on the CPU: it forks, which is not possible after a GPU was used.
         job = ["megatron_ft.doctor.ranks", "--job", "stand_ins:make", "--folder", str(folder)]
         ended = run_module(job, 90, MEGATRON_FT_DEVICE="cpu")
         if ended.code != 0:
-            raise UserError(f"the tiny model could not be made: {ended.said}")
+            raise UserError(f"the tiny model could not be written: {ended.reason}")
     return [
         "--load", str(model), "--data_path", str(shards), "--seq_length", str(SEQ_LENGTH), "--micro_batch_size", "1",
         "--global_batch_size", str(rows), "--lr", "1e-4", "--train_iters", str(iters), "--log_interval", "1", "--no_report",

@@ -1,4 +1,4 @@
-"""Some steps in bf16 over packed rows: do they train, and do compiled kernels compute what torch's operations compute?"""
+"""Checks of some steps in bf16 over packed rows: the loss falls, and compiled kernels agree with torch's operations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def plain_steps(folder: Path) -> Found:
 
 
 def masks(folder: Path) -> Found:
-    """Which entries compiled dropout drops, forward and backward, against the same hash computed on the CPU."""
+    """Compare the entries that compiled dropout drops, forward and backward, with the same hash computed on the CPU."""
     if not device.has_gpu():
         return skipped("nothing is compiled on a CPU")
     return judge_masks({rate: compare_masks(rate) for rate in (0.1, 0.3)})
 
 
 def compare_masks(rate: float) -> tuple[float, int, int]:
-    """Return (share of entries kept, entries whose fate is another than on the CPU forward, and backward) of 512 x 4 x 2048."""
+    """Return (share of entries kept, entries that differ from the CPU's mask: forward, backward) of 512 x 4 x 2048."""
     import numpy as np
     import torch
 
@@ -42,7 +42,7 @@ def compare_masks(rate: float) -> tuple[float, int, int]:
 
 
 def lima_steps(folder: Path) -> Found:
-    """Dropout that rises over the layers; its masks are a function of the token, so both paths drop the same entries."""
+    """Check steps with LIMA dropout. Its masks are a function of the token, so both paths drop the same entries."""
     return _fused_against_plain(Numerics(bf16=True, hidden_dropout=0.3, lima_dropout=True))
 
 

@@ -1,7 +1,7 @@
 """The process in which checks run: `python -m megatron_ft.doctor.worker --folder F` reads their functions from standard input.
 
-On a CPU it imports the engine once and forks for every check. A process that uses a GPU cannot be forked, so there checks run in the
-worker itself, and after one that failed the desk starts another worker: an error of the GPU stays with the process.
+On a CPU it imports the engine once and forks for every check. A process that uses a GPU cannot be forked, so with a GPU the checks run
+in the worker itself. After a failed check the runner starts a new worker, because a GPU error affects the whole process.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from megatron_ft.files import read_json, write_json
 
 @dataclass
 class Worker:
-    """Where to work"""
+    """Worker"""
 
     folder: str = field(default="", metadata={"required": True})
-    """where checks write, and their answers go"""
+    """folder for the files of the checks and their results"""
 
 
 COMMAND = Command(name="doctor", summary="runs checks", sections=(Worker,))
 
 
-def answer_file(folder: Path, check: Check) -> Path:
+def result_file(folder: Path, check: Check) -> Path:
     return folder / f"{check.function.replace(':', '-')}.json"
 
 
@@ -46,12 +46,12 @@ def run(options: Worker) -> int:
         check = Check("", line.strip())
         found = serve(check, folder)
         sys.stderr.flush()
-        write_json(answer_file(folder, check), asdict(found))
+        write_json(result_file(folder, check), asdict(found))
     return 0
 
 
 def serve(check: Check, folder: Path) -> Found:
-    """In a fork on a CPU, here on a GPU."""
+    """Run a check in a fork on a CPU, in this process on a GPU."""
     try:
         if check.needs_engine:
             prepare_engine()
@@ -67,7 +67,7 @@ def serve(check: Check, folder: Path) -> Found:
 
 
 def outcome(check: Check, folder: Path) -> Found:
-    """What the check's function returns, or how it failed."""
+    """Return the result of the check's function, or its error as a failed check."""
     try:
         return check.load()(folder)
     except Exception as error:
@@ -93,11 +93,11 @@ def _forked(check: Check, folder: Path) -> Found:
         finally:
             sys.stderr.flush()
             os._exit(code)
-    return died(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) or Found(**read_json(theirs))
+    return exit_failure(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) or Found(**read_json(theirs))
 
 
-def died(code: int) -> Found | None:
-    """What an exit code says of a process that was to answer; None: it has. Negative: a signal, as subprocess has it."""
+def exit_failure(code: int) -> Found | None:
+    """Return a failed check for a nonzero exit code, else None. A negative code is a signal, as in subprocess."""
     if code == 0:
         return None
     return failed(

@@ -10,7 +10,7 @@ def test_the_report(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "megatron-core        0.16." in said and "not installed  (for --wandb_logger)" in said
     assert "device" in said and "optimizer" in said
-    assert said.endswith("to try all this: megatron-ft doctor --check\n")
+    assert said.endswith("to test this machine: megatron-ft doctor --check\n")
 
 
 def test_something_needed_is_missing(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checks that go wrong in every way, for the desk."""
+"""Checks that fail in every way, for tests of the runner."""
 
 import ctypes
 import sys

@@ -125,7 +125,7 @@ def test_compiled_again_is_noticed(rank):
 
 
 def layouts(folder: str):
-    """As the desk runs it: in a process that is no rank of another run."""
+    """Run it as the runner does: in a process that is not a rank of another run."""
     import os
     from pathlib import Path
 

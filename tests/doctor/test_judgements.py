@@ -19,9 +19,9 @@ NODE = ("/dev/nvidia0",)
         (DriverFacts(NODE, "12.8", "12.2", usable=True), "pass", "12.2"),  # minor releases work together
         (DriverFacts(NODE, "13.0", "12.4", usable=False), "fail", "too old; update it, or install a torch built for CUDA 12.4"),
         (DriverFacts(NODE, None, "12.4", usable=False), "fail", "built for the CPU: install torch's build for CUDA 12.4"),
-        (DriverFacts(NODE, "12.8", None, usable=False), "fail", "no driver answers"),
+        (DriverFacts(NODE, "12.8", None, usable=False), "fail", "no driver responds"),
         (DriverFacts(NODE, "12.8", "12.8", usable=False), "fail", "torch finds no GPU"),
-        (DriverFacts((), None, None, usable=False), "skipped", "no NVIDIA GPU here"),
+        (DriverFacts((), None, None, usable=False), "skipped", "no NVIDIA GPU found"),
         (DriverFacts(NODE, "12.8", "12.8", usable=False, hidden=True), "skipped", "hidden"),
     ],
 )  # fmt: skip
@@ -116,11 +116,11 @@ def scaled(*changes: dict) -> list[dict]:
     "steps, words",
     [
         (scaled()[:-1], "39 of 40 steps"),
-        (scaled({n: {"train/skipped": 1} for n in range(1, 41)}), "not one of 40"),
+        (scaled({n: {"train/skipped": 1} for n in range(1, 41)}), "overflowed in all 40 steps"),
         (scaled({1: {"train/skipped": 0}}), "before the first update"),
-        (scaled({3: {"train/loss_scale": 2.0**32}}), "forgot the scale"),
-        (scaled({39: {"train/skipped": 1}}), "does not settle"),
-        (scaled({30: {"train/loss": None}}), "without a loss in steps [30]"),
+        (scaled({3: {"train/loss_scale": 2.0**32}}), "was not resumed"),
+        (scaled({39: {"train/skipped": 1}}), "does not become stable"),
+        (scaled({30: {"train/loss": None}}), "no loss in steps [30]"),
     ],
 )
 def test_fp16(steps, words):
@@ -145,7 +145,9 @@ def test_host_waits():
     step = ("megatron_ft/doctor/efficiency.py", "megatron_ft/training/step.py", "torch/_tensor.py")
     found = judge.judge_waits([stack(*step), stack(*step), stack("torch/other.py")])
     assert (
-        found.outcome == "pass" and "3 a step" in found.detail and "megatron_ft/training/step.py:7 (2x)" in found.detail
+        found.outcome == "pass"
+        and "3 per step" in found.detail
+        and "megatron_ft/training/step.py:7 (2x)" in found.detail
     )
     for file in ("megatron_ft/models/attention.py", "megatron/core/transformer/transformer_layer.py"):
         found = judge.judge_waits([stack(*step), stack(*step[:2], file, "torch/_tensor.py")])

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_ft.commands import doctor
 from megatron_ft.doctor.checks import CHECKS, Check
-from megatron_ft.doctor.desk import desk
 from megatron_ft.doctor.result import Result
+from megatron_ft.doctor.runner import check_runner
 from megatron_ft.doctor.verdict import verdict, write_report
 from megatron_ft.errors import ConfigError, UserError
 
@@ -27,13 +27,13 @@ def test_every_end_of_a_process_is_a_line():
         trouble("mistake"),
         trouble("leave"),
     ]
-    with desk() as checking:
-        results = list(checking.results([*checks, Check("again", "tests.doctor.broken_machine:sound", 60)]))
-        folder, worker = checking.folder, checking.worker.pid
+    with check_runner() as runner:
+        results = list(runner.results([*checks, Check("again", "tests.doctor.broken_machine:sound", 60)]))
+        folder, worker = runner.folder, runner.worker.pid
     assert [result.outcome for result in results] == ["fail", "pass", "fail", "fail", "fail", "fail", "pass"]
     said = [result.detail for result in results]
     assert said[0] == "the process was ended by SIGSEGV" and "last words" in results[0].log
-    assert "it hangs: no answer within 8 s" in said[2]
+    assert "it hangs: no result within 8 s" in said[2]
     assert said[3] == "ValueError: the cat sat on it" and "Traceback" in results[3].log
     assert said[4] == "the disk is full: make room" and said[5] == "the process ended with exit code 1"
     assert not folder.exists() and not Path(f"/proc/{worker}").exists()
@@ -54,8 +54,8 @@ GOOD, BAD = Result("one", "pass", "it works", 1.0), Result("two", "fail", "it do
 
 
 def test_verdict_and_report(tmp_path):
-    assert verdict([GOOD], 61) == "1 passed, 0 skipped, 0 failed in 1:01. All of it works on this machine."
-    assert "not proved" in verdict([GOOD, Result("three", "skipped", "no GPU", 0.0)], 5)
+    assert verdict([GOOD], 61) == "1 passed, 0 skipped, 0 failed in 1:01. All checks passed on this machine."
+    assert "not tested" in verdict([GOOD, Result("three", "skipped", "no GPU", 0.0)], 5)
     said = verdict([GOOD, BAD], 5)
     assert "1 failed" in said and "FAILED: two." in said
     write_report(tmp_path / "report.txt", ["torch 2"], [GOOD, BAD], said)
@@ -65,9 +65,9 @@ def test_verdict_and_report(tmp_path):
 
 @pytest.mark.parametrize("results, code", [([GOOD], 0), ([GOOD, BAD], 1)])
 def test_the_command(results, code, tmp_path, monkeypatch, capsys):
-    import megatron_ft.doctor.desk
+    import megatron_ft.doctor.runner
 
-    monkeypatch.setattr(megatron_ft.doctor.desk.Desk, "results", lambda self: iter(results))
+    monkeypatch.setattr(megatron_ft.doctor.runner.CheckRunner, "results", lambda self: iter(results))
     report = tmp_path / "mine.txt"
     assert doctor.run(doctor.Doctor(check=True, check_report=str(report))) == code
     out = capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_the_command(results, code, tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(ConfigError, match="--check_report is written by --check"):
+    with pytest.raises(ConfigError, match="--check_report has an effect only with --check"):
         doctor.run(doctor.Doctor(check_report="mine.txt"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not a folder"):

@@ -1,4 +1,4 @@
-"""Gives checks to a worker one after another, with a deadline each; whatever becomes of the worker, there is a result."""
+"""Runs the checks one after another in a worker process, each with a time limit. A crash of the worker is a failed check."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from pathlib import Path
 
 from megatron_ft.doctor.checks import CHECKS, Check
 from megatron_ft.doctor.result import Found, Result, failed
-from megatron_ft.doctor.worker import answer_file, died
+from megatron_ft.doctor.worker import exit_failure, result_file
 from megatron_ft.files import read_json
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "MASTER_", "SLURM_", "TORCHELASTIC", "MEGATRON_FT_RANKS")
-"""Beginnings of environment variables by which a process knows itself as one of several. A check starts its own."""
+"""Prefixes of the environment variables of launchers. Checks run without them, because they start their own processes."""
 _SHOWN = 4000
-"""Characters of a failed check's output that are kept, the last ones."""
+"""Number of last characters of a failed check's output that go to the report."""
 
 
 @contextlib.contextmanager
-def desk() -> Iterator[Desk]:
-    """A desk over a temporary folder; at the end nothing of either is left."""
+def check_runner() -> Iterator[CheckRunner]:
+    """Provide a runner with a temporary folder; at the end its processes and the folder are removed."""
     with tempfile.TemporaryDirectory(prefix="megatron-ft-doctor-", ignore_cleanup_errors=True) as name:
-        one = Desk(Path(name))
+        runner = CheckRunner(Path(name))
         try:
-            yield one
+            yield runner
         finally:
-            one.close()
+            runner.close()
 
 
-class Desk:
-    """Starts the worker when there is something to do."""
+class CheckRunner:
+    """Runs checks in a worker process, which starts with the first check."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -44,45 +44,45 @@ class Desk:
         self.worker: subprocess.Popen | None = None
 
     def results(self, checks: Sequence[Check] = CHECKS) -> Iterator[Result]:
-        """Run checks, in order, each as soon as it is asked for."""
+        """Run the checks in order; each runs when its result is requested."""
         for check in checks:
             began, seen = time.monotonic(), self.log.stat().st_size
-            found = self._ask(check)
+            found = self._run(check)
             log = ""
             if found.outcome == "fail":
                 self.close()
                 log = self.log.read_bytes()[seen:].decode(errors="replace")[-_SHOWN:]
             yield Result(check.name, found.outcome, found.detail, time.monotonic() - began, log)
 
-    def _ask(self, check: Check) -> Found:
+    def _run(self, check: Check) -> Found:
         worker = self.worker = self.worker or self._start()
-        answer, deadline = answer_file(self.folder, check), time.monotonic() + check.seconds
+        result, deadline = result_file(self.folder, check), time.monotonic() + check.seconds
         assert worker.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             worker.stdin.write(f"{check.function}\n")
             worker.stdin.flush()
         while time.monotonic() < deadline:
-            ended = worker.poll()  # before looking: what it wrote last is there by now
-            if answer.exists():
-                return Found(**read_json(answer))
+            ended = worker.poll()  # before the file is read: a worker that has ended has written everything
+            if result.exists():
+                return Found(**read_json(result))
             if ended is not None:
-                return died(ended) or failed("the process ended without an answer")
+                return exit_failure(ended) or failed("the process ended without a result")
             time.sleep(0.05)
-        return failed(f"it hangs: no answer within {check.seconds:.0f} s")
+        return failed(f"it hangs: no result within {check.seconds:.0f} s")
 
     def _start(self) -> subprocess.Popen:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
         places = {name: str(self.folder / "tmp") for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
         (self.folder / "tmp").mkdir(exist_ok=True)
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "megatron_ft.doctor.worker", "--folder", str(self.folder)],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True,
-                env={"OMP_NUM_THREADS": "1", **kept, **places},
+                env={"OMP_NUM_THREADS": "1", **environment, **places},
             )  # fmt: skip
 
     def close(self) -> None:
-        """End the worker and all that it has started."""
+        """Kill the worker and all processes that it has started."""
         if self.worker is None:
             return
         with contextlib.suppress(ProcessLookupError):
