@@ -1,1 +1,1 @@
-"""Starts the processes of a run on this machine, watches them, and ends with the exit code that they deserve. No torch here."""
+"""Starts the processes of a run on this machine, watches them and returns one exit code. Without torch."""

@@ -1,6 +1,6 @@
-"""Where the ranks of one machine meet: a port that the launcher finds, holds from then on, and hands to rank 0.
+"""The rendezvous port of the ranks of one machine: the launcher finds a free one, keeps it bound, and passes it to rank 0.
 
-A port that is found and let go again may be another program's a second later, before rank 0 has imported torch.
+If the launcher released the port, another program could take it before rank 0 has imported torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from megatron_ft.launch.places import Places
 
 @contextlib.contextmanager
 def meeting_place(places: Places) -> Iterator[tuple[Places, socket.socket | None]]:
-    """Yield the places and the socket that rank 0 is to listen on; None where that is on another machine, or the user named the port.
+    """Yield the places and the socket on which rank 0 listens; None if rank 0 is on another machine, or the user set the port.
 
-    Of one machine the places come with the port. Of several they keep that of the launchers, who tell each other the ranks' (nodes.py).
+    On one machine the places contain this port. On several they keep the launchers' port; the launchers exchange the ranks' (nodes.py).
     """
     if places.node or (places.nodes == 1 and places.port):
         yield places, None
@@ -27,7 +27,7 @@ def meeting_place(places: Places) -> Iterator[tuple[Places, socket.socket | None
 
 
 def _held() -> socket.socket:
-    """A socket bound to a free port of every address: rank 0 listens on it."""
+    """Return a socket bound to a free port on every address, on which rank 0 listens."""
     both = socket.has_dualstack_ipv6()
     held = socket.socket(socket.AF_INET6 if both else socket.AF_INET, socket.SOCK_STREAM)
     if both:

@@ -1,8 +1,8 @@
-"""What the launchers of a run's machines tell each other: that something is wrong, what each knows of the cause, how its ranks ended.
+"""Communication between the launchers of a run's machines: failures, what each knows of the cause, how its ranks ended.
 
-They meet at --master_addr and --master_port before any rank is started. The launcher of node 0 decides (judge.py), so that one of
-them names the cause and all leave together, with one exit code: whoever left early would have srun end the others while they save.
-Where launchers lose each other, each goes on as if it were alone.
+They connect at --master_addr and --master_port before any rank is started. The launcher of node 0 decides (judge.py), so that one of
+them prints the cause and all leave together with one exit code. If one left early, srun would end the others while they save.
+If launchers lose each other, each continues as if it were alone.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from megatron_ft.errors import ConfigError, PassingFault
 from megatron_ft.launch.blame import Sureness
 from megatron_ft.launch.judge import Judge, News, Report
 from megatron_ft.launch.places import Places
-from megatron_ft.launch.wire import Gone, Wire
+from megatron_ft.launch.wire import ConnectionLost, Wire
 
 _MEETING = 600.0  # seconds that the first launcher waits for the last
-_WORTH_A_WORD = 20.0  # seconds, and it is said who is waited for
+_WORTH_A_WORD = 20.0  # seconds after which a message says which launcher is missing
 _AGAIN = 0.2  # seconds between two tries
 
 
 class Alone:
-    """A launcher that has no others to ask. news: what is decided, anew at each poll."""
+    """The link of a launcher without others. news: the decision, updated by each poll."""
 
     node = 0
 
@@ -48,15 +48,15 @@ class Alone:
         self._judge.ended(self.node, report)
 
     def gone(self) -> str | None:
-        """Which launchers went without a word; None: none."""
+        """Return a message about launchers that ended without a report, None if there are none."""
         return None
 
     def close(self) -> None:
-        """No more is said or heard."""
+        """Close the connections."""
 
 
 class Hub(Alone):
-    """The launcher of node 0. wires: to the others, by node; hosts: their names."""
+    """The link of node 0's launcher to all others. wires: connections by node. hosts: their names."""
 
     def __init__(self, wires: dict[int, Wire], hosts: dict[int, str]):
         super().__init__(1 + len(wires))
@@ -66,43 +66,45 @@ class Hub(Alone):
         for node, wire in list(self._wires.items()):
             try:
                 for message in wire.receive():
-                    self._hear(node, message)
-            except Gone as gone:
+                    self._handle(node, message)
+            except ConnectionLost as gone:
                 self._lose(node, gone)
         before, self.news = self.news, self._judge.news()
         if self.news != before:
             for node, wire in list(self._wires.items()):
                 try:
                     wire.send(asdict(self.news))
-                except Gone as gone:
+                except ConnectionLost as gone:
                     self._lose(node, gone)
 
     def gone(self) -> str | None:
         names = [f"node {node} ({self._hosts[node]})" for node in self._judge.lost_nodes]
         return (
-            f"the launcher of {', '.join(names)} is gone: it, its machine or its network has failed" if names else None
+            f"the launcher of {', '.join(names)} does not respond: it, its machine or its network has failed"
+            if names
+            else None
         )
 
     def close(self) -> None:
         for wire in self._wires.values():
             wire.close()
 
-    def _hear(self, node: int, message: dict) -> None:
+    def _handle(self, node: int, message: dict) -> None:
         match message:
             case {"trouble": True}:
                 self._judge.trouble()
-            case {"found": str(word)}:
-                self._judge.found(node, Sureness(word))
+            case {"found": str(sureness)}:
+                self._judge.found(node, Sureness(sureness))
             case {"ended": dict(report)}:
                 self._judge.ended(node, Report(**{**report, "codes": tuple(report["codes"])}))
 
-    def _lose(self, node: int, gone: Gone) -> None:
+    def _lose(self, node: int, gone: ConnectionLost) -> None:
         self._wires.pop(node).close()
         self._judge.gone(node)
 
 
 class Spoke(Alone):
-    """The launcher of another node. wire: to node 0's, whose name is hub."""
+    """The link of another node's launcher to that of node 0. wire: the connection. hub: its address."""
 
     def __init__(self, node: int, wire: Wire, hub: str):
         super().__init__()
@@ -113,29 +115,29 @@ class Spoke(Alone):
     def poll(self) -> None:
         if self._wire is None:
             decided = self._judge.news()
-            self.news = replace(decided, speaker=None if decided.speaker is None else self.node)
+            self.news = replace(decided, reporter=None if decided.reporter is None else self.node)
             return
         try:
             for message in self._wire.receive():
                 self.news = News(**message)
-        except Gone as gone:
-            self._go_on_alone(gone)
+        except ConnectionLost as gone:
+            self._continue_alone(gone)
 
     def trouble(self) -> None:
         super().trouble()
-        self._tell({"trouble": True})
+        self._send({"trouble": True})
 
     def found(self, sureness: Sureness) -> None:
-        self._judge.found(0, sureness)  # kept for the case that it has to decide alone
-        self._tell({"found": sureness.value})
+        self._judge.found(0, sureness)  # needed if this launcher has to decide alone
+        self._send({"found": sureness.value})
 
     def ended(self, report: Report) -> None:
         self._judge.ended(0, report)
-        self._tell({"ended": asdict(report)})
+        self._send({"ended": asdict(report)})
 
     def gone(self) -> str | None:
         return (
-            f"the launcher of node 0 ({self._hub}) is gone: it, its machine or its network has failed"
+            f"the launcher of node 0 ({self._hub}) does not respond: it, its machine or its network has failed"
             if self._lost
             else None
         )
@@ -144,15 +146,15 @@ class Spoke(Alone):
         if self._wire is not None:
             self._wire.close()
 
-    def _tell(self, message: dict) -> None:
+    def _send(self, message: dict) -> None:
         if self._wire is not None:
             try:
                 self._wire.send(message)
-            except Gone as gone:
-                self._go_on_alone(gone)
+            except ConnectionLost as gone:
+                self._continue_alone(gone)
 
-    def _go_on_alone(self, gone: Gone) -> None:
-        if self.news.code is not None:  # it had said all
+    def _continue_alone(self, gone: ConnectionLost) -> None:
+        if self.news.code is not None:  # the decision has arrived
             return
         self.close()
         self._wire = None
@@ -161,16 +163,16 @@ class Spoke(Alone):
             self._judge.trouble()
         else:
             print(
-                f"megatron-ft: warning: node {self.node} does not reach the launcher of node 0 ({self._hub})",
+                f"megatron-ft: warning: node {self.node} cannot reach the launcher of node 0 ({self._hub})",
                 file=sys.stderr,
             )
 
 
 def meet(places: Places, held: socket.socket | None, interrupted: Callable[[], bool]) -> tuple[Places, Alone] | None:
-    """Find the other launchers of the run; returns the places with the port where ranks meet, and the link to the others.
+    """Connect to the other launchers of the run. Return the places with the ranks' rendezvous port, and the link to the others.
 
-    held: on node 0, what holds that port. interrupted: whether this launcher was told to stop meanwhile; then None is returned.
-    Raises ConfigError where the port is another program's or the launchers do not belong together, PassingFault where some do not come.
+    held: on node 0, the socket bound to that port. interrupted: returns True if this launcher was asked to stop; then return None.
+    Raise ConfigError if the port is in use or the launchers do not match, PassingFault if some do not connect in time.
     """
     if places.nodes == 1:
         return places, Alone()
@@ -180,8 +182,8 @@ def meet(places: Places, held: socket.socket | None, interrupted: Callable[[], b
     return _as_hub(places, held, interrupted)
 
 
-def _card(places: Places) -> dict:
-    """What has to be the same on all machines."""
+def _identity(places: Places) -> dict:
+    """Return the values that must be the same on all machines."""
     job = ".".join(os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     return {"run": job, "nodes": places.nodes, "processes": places.here}
 
@@ -189,7 +191,7 @@ def _card(places: Places) -> dict:
 def _as_hub(places: Places, held: socket.socket, interrupted: Callable[[], bool]) -> tuple[Places, Alone] | None:
     wires: dict[int, Wire] = {}
     hosts: dict[int, str] = {}
-    patience = _Patience()
+    deadline = _Deadline()
     with _listening(places.port) as listening:
         while len(wires) < places.nodes - 1:
             if interrupted():
@@ -197,10 +199,10 @@ def _as_hub(places: Places, held: socket.socket, interrupted: Callable[[], bool]
                 return None
             missing = sorted(set(range(1, places.nodes)) - set(wires))
             who = f"the launcher of node {', '.join(map(str, missing))} at port {places.port} of {socket.gethostname()}"
-            if patience.is_over(who):
-                _refuse_all(wires, f"node {', '.join(map(str, missing))} did not come")
+            if deadline.is_over(who):
+                _refuse_all(wires, f"node {', '.join(map(str, missing))} did not connect")
                 raise PassingFault(
-                    f"{_MEETING:.0f} s have passed without {who}: is it started there, can that machine reach this one?"
+                    f"{who} did not connect within {_MEETING:.0f} s: check that it is started and that its machine can reach this one"
                 )
             if not select.select([listening], [], [], _AGAIN)[0]:
                 continue
@@ -212,8 +214,8 @@ def _as_hub(places: Places, held: socket.socket, interrupted: Callable[[], bool]
             if why:
                 _refuse_all({0: wire}, why)
                 if (
-                    hello.get("run") == _card(places)["run"]
-                ):  # one of ours, wrongly started; another run's is not our concern
+                    hello.get("run") == _identity(places)["run"]
+                ):  # a launcher of this run with wrong flags; one of another run is only refused
                     _refuse_all(wires, why)
                     raise ConfigError(why)
                 continue
@@ -222,41 +224,39 @@ def _as_hub(places: Places, held: socket.socket, interrupted: Callable[[], bool]
     for node, wire in wires.items():
         try:
             wire.send({"port": port})
-        except Gone as gone:
-            raise PassingFault(
-                f"the launcher of node {node} ({hosts[node]}) is gone before the run has begun"
-            ) from gone
+        except ConnectionLost as gone:
+            raise PassingFault(f"the launcher of node {node} ({hosts[node]}) ended before the run began") from gone
     return replace(places, port=port), Hub(wires, hosts)
 
 
 def _disagreement(places: Places, hello: dict, wires: dict[int, Wire]) -> str | None:
     mine, its, node = (
-        _card(places),
+        _identity(places),
         {name: hello.get(name) for name in ("run", "nodes", "processes")},
         hello.get("node"),
     )
     who = f"the launcher of node {node} ({hello.get('host')})"
     if its["run"] != mine["run"]:
-        return f"port {places.port} of {socket.gethostname()} is where another run meets: name another --master_port"
+        return f"port {places.port} of {socket.gethostname()} is used by another run: choose another --master_port"
     if its != mine:
         return (
-            f"{who} was started with --nnodes {its['nodes']} --nproc_per_node {its['processes']}, that of node 0 with --nnodes "
-            f"{mine['nodes']} --nproc_per_node {mine['processes']}: they have to be the same"
+            f"{who} was started with --nnodes {its['nodes']} --nproc_per_node {its['processes']}, the launcher of node 0 with --nnodes "
+            f"{mine['nodes']} --nproc_per_node {mine['processes']}: the values must be the same"
         )
     if node in wires or node == 0:
-        return f"two launchers were started with --node_rank {node}: each machine needs another one, from 0 to {places.nodes - 1}"
+        return f"two launchers were started with --node_rank {node}: give each machine a different one, from 0 to {places.nodes - 1}"
     return None
 
 
 def _hello(wire: Wire) -> dict | None:
-    """What the other end says first; None where that is no launcher."""
+    """Return the first message of the other end, None if it is not a launcher."""
     until = time.monotonic() + 5
     try:
         while time.monotonic() < until:
             for message in wire.receive():
                 return message if isinstance(message.get("node"), int) else None
             time.sleep(0.01)
-    except Gone:
+    except ConnectionLost:
         pass
     return None
 
@@ -266,33 +266,33 @@ def _refuse_all(wires: dict[int, Wire], why: str | None) -> None:
         try:
             if why:
                 wire.send({"refused": why})
-        except Gone:
+        except ConnectionLost:
             pass
         wire.close()
 
 
 def _as_spoke(places: Places, interrupted: Callable[[], bool]) -> tuple[Places, Alone] | None:
     hub = f"{places.address}:{places.port}"
-    patience = _Patience()
+    deadline = _Deadline()
     wire = None
     while True:
         if interrupted():
             if wire:
                 wire.close()
             return None
-        if patience.is_over(f"the launcher of node 0 at {hub}"):
+        if deadline.is_over(f"the launcher of node 0 at {hub}"):
             raise PassingFault(
-                f"{_MEETING:.0f} s without the launcher of node 0 at {hub}: is it started, can this machine reach it?"
+                f"no connection to the launcher of node 0 at {hub} within {_MEETING:.0f} s: check that it is started and can be reached"
             )
         try:
             if wire is None:
                 wire = Wire(socket.create_connection((places.address, places.port), timeout=5))
-                wire.send({"node": places.node, "host": socket.gethostname(), **_card(places)})
+                wire.send({"node": places.node, "host": socket.gethostname(), **_identity(places)})
             for message in wire.receive():
                 if "refused" in message:
                     raise ConfigError(message["refused"])
                 return replace(places, port=int(message["port"])), Spoke(places.node, wire, hub)
-        except (OSError, Gone):  # not there yet
+        except (OSError, ConnectionLost):  # not started yet
             if wire:
                 wire.close()
             wire = None
@@ -307,20 +307,20 @@ def _listening(port: int) -> socket.socket:
         )  # fmt: skip
     except OSError as error:
         raise ConfigError(
-            f"port {port} of {socket.gethostname()}, where the launchers of this run are to meet, cannot be had ({error.strerror}): "
-            f"name a free one with --master_port or MASTER_PORT"
+            f"port {port} of {socket.gethostname()}, where the launchers of this run connect, cannot be opened ({error.strerror}): "
+            f"choose a free one with --master_port or MASTER_PORT"
         ) from error
 
 
-class _Patience:
+class _Deadline:
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._told = False
+        self._announced = False
 
     def is_over(self, who: str) -> bool:
-        """Whether one has waited long enough. Once it takes a while, says for whom."""
+        """Return True after the time limit. Print once who is missing if it takes long."""
         waited = time.monotonic() - self._began
-        if waited > _WORTH_A_WORD and not self._told:
-            self._told = True
+        if waited > _WORTH_A_WORD and not self._announced:
+            self._announced = True
             print(f"megatron-ft: waiting for {who}", file=sys.stderr, flush=True)
         return waited > _MEETING

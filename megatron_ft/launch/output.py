@@ -1,4 +1,4 @@
-"""What ranks print: into a file for each of them and, as it comes, to our own standard output and error."""
+"""Copies the output of ranks into one file per rank and to this process's standard output and error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AT_ONCE = 1 << 16  # bytes
 
 
 class Relay:
-    """log_dir: gets rank-000.log and so on, appended to; None: ranks print to where we do, and there is nothing to copy."""
+    """Copies output. log_dir: folder of rank-000.log and so on, appended to; None: ranks have our output and nothing is copied."""
 
     def __init__(self, ranks: Sequence[Rank], log_dir: Path | None):
         self._selector = selectors.DefaultSelector()
@@ -31,7 +31,7 @@ class Relay:
                 self._selector.register(end, selectors.EVENT_READ, (number, file))
 
     def copy(self, seconds: float) -> bool:
-        """Pass on what has come, waiting at most this long for something. Returns whether anything came."""
+        """Copy available output; wait at most this many seconds for some. Return True if there was any."""
         if not self._selector.get_map():
             time.sleep(seconds)
             return False
@@ -43,24 +43,24 @@ class Relay:
                 os.close(key.fd)
                 continue
             number, file = key.data
-            self._keep(file, data)
+            self._log(file, data)
             os.write(number, data)
         return bool(ready)
 
-    def _keep(self, file: FileIO, data: bytes) -> None:
-        """A log that cannot be written does not end the run: it is said once, and the file left alone."""
+    def _log(self, file: FileIO, data: bytes) -> None:
+        """Write to a log. If that fails, warn once and stop writing to it; the run continues."""
         if file not in self._given_up:
             try:
                 file.write(data)
             except OSError as error:
                 self._given_up.add(file)
                 print(
-                    f"warning: {file.name}: {(error.strerror or str(error)).lower()}; no more is logged there",
+                    f"warning: {file.name}: {(error.strerror or str(error)).lower()}; nothing more is written to this log",
                     file=sys.stderr,
                 )
 
     def finish(self) -> None:
-        """What is left in the pipes, once all ranks have ended."""
+        """Copy the rest of the output after all ranks have ended."""
         while self._selector.get_map() and self.copy(0.2):
             pass
         for file in self._files:

@@ -1,4 +1,4 @@
-"""Who is who: the number of each process of a run, from flags, from SLURM's environment, or on one machine alone.
+"""The rank of each process of a run, from flags, from SLURM's environment, or on a single machine.
 
 torch.distributed reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 """
@@ -13,7 +13,7 @@ from megatron_ft.errors import ConfigError
 from megatron_ft.log import setup
 
 _STEP_NODES, _STEP_TASKS = "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"
-"""What srun alone sets; much else is in a batch script's environment too."""
+"""Variables that only srun sets; most others are also in the environment of a batch script."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Places:
     """The processes of one machine within the run."""
 
     here: int
-    """Processes on this machine."""
+    """Number of processes on this machine."""
     nodes: int
     node: int
     """Number of this machine, from 0."""
     address: str
     """Machine of rank 0."""
     port: int
-    """0 on a machine alone: one that the launcher finds and holds, see meeting.py."""
+    """0 on a single machine: the launcher finds a free one, see meeting.py."""
 
     @property
     def world_size(self) -> int:
@@ -38,7 +38,7 @@ class Places:
         return self.node * self.here + local
 
     def environment(self, local: int) -> dict[str, str]:
-        """What process `local` of this machine is told."""
+        """Return the environment variables of process `local` of this machine."""
         return {
             "RANK": str(self.rank(local)), "LOCAL_RANK": str(local), "WORLD_SIZE": str(self.world_size),
             "LOCAL_WORLD_SIZE": str(self.here), "GROUP_RANK": str(self.node),
@@ -47,14 +47,14 @@ class Places:
 
 
 def is_rank() -> bool:
-    """Whether a launcher (ours, torchrun or another) has started this process as one of several."""
+    """Return True if a launcher (this project's, torchrun or another) has started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join_srun(launching: Processes) -> None:
-    """Where srun started several processes, and they are to start none themselves: say who this one is, in torch's words.
+    """Set torch's environment variables if srun started this process as one of several, which start no others.
 
-    Raises ConfigError where they are on several machines and do not know where to meet.
+    Raise ConfigError if they are on several machines and MASTER_ADDR is not set.
     """
     slurm = os.environ
     if (
@@ -67,25 +67,23 @@ def join_srun(launching: Processes) -> None:
     if "MASTER_ADDR" not in slurm and int(slurm.get(_STEP_NODES, "1")) > 1:
         raise ConfigError(
             f"srun started {slurm[_STEP_TASKS]} processes on {slurm[_STEP_NODES]} machines, and MASTER_ADDR is not set: export MASTER_ADDR "
-            f"(the first machine's name) and MASTER_PORT (a free port there), or start one task a machine with --nproc_per_node"
+            f"(the first machine's name) and MASTER_PORT (a free port on it), or start one task per machine with --nproc_per_node"
         )
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20000))
     os.environ.update(
         RANK=slurm["SLURM_PROCID"], WORLD_SIZE=slurm[_STEP_TASKS], LOCAL_RANK=slurm.get("SLURM_LOCALID", "0")
     )
-    setup()  # from now on what all ranks do alike is said by one of them
+    setup()  # from now on only one rank logs what all ranks do
 
 
 def places(launching: Processes) -> Places:
-    """Flags first, then what srun says. Raises ConfigError where several machines are to find each other and cannot."""
-    slurm = (
-        os.environ if _STEP_NODES in os.environ else {}
-    )  # a batch script that is not under srun has SLURM_NODEID too
+    """Return the places from flags, else from srun's variables. Raise ConfigError if several machines lack an address."""
+    slurm = os.environ if _STEP_NODES in os.environ else {}  # a batch script outside srun has SLURM_NODEID too
     nodes = launching.nnodes or int(slurm.get(_STEP_NODES, "1"))
     if nodes > 1 and launching.node_rank is None and not slurm:
         raise ConfigError(
-            f"--nnodes {nodes} needs --node_rank, another one on every machine: 0 to {nodes - 1} (srun tells it by itself)"
+            f"--nnodes {nodes} needs --node_rank, a different one on every machine: 0 to {nodes - 1} (with srun it is set automatically)"
         )
     node = launching.node_rank if launching.node_rank is not None else int(slurm.get("SLURM_NODEID", "0"))
     address = launching.master_addr or os.environ.get("MASTER_ADDR")
@@ -94,7 +92,7 @@ def places(launching: Processes) -> Places:
         raise ConfigError(f"--node_rank {node} with --nnodes {nodes}: machines are numbered from 0 to {nodes - 1}")
     if nodes > 1 and not (address and port):
         raise ConfigError(
-            f"--nnodes {nodes} needs --master_addr and --master_port, the same on every machine: the name of the first and a free "
+            f"--nnodes {nodes} needs --master_addr and --master_port, the same on every machine: the first machine's name and a free "
             f"port on it (or MASTER_ADDR and MASTER_PORT in the environment)"
         )
     return Places(launching.nproc_per_node or 1, nodes, node, address or "localhost", port)

@@ -1,7 +1,7 @@
-"""Starts a process for every rank of this machine: forked from one that has imported the engine, or anew.
+"""Starts a process for every rank of this machine: forked from one that has imported the engine, or as a new process.
 
-Forking is quick (one import instead of one a rank) and shares the libraries' memory. A process that uses a GPU cannot be forked
-after the driver has been asked, so machines with one start each rank anew, as torchrun does.
+Forking is fast (one import instead of one per rank) and shares the libraries' memory. A process cannot be forked after it has used the
+GPU driver, so machines with a GPU start each rank as a new process, as torchrun does.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _GPU = ("/dev/nvidiactl", "/dev/kfd")  # NVIDIA's driver, AMD's
 
 @dataclass
 class Rank:
-    """A process that was started. code: as subprocess has it, negative for a signal; None while it runs."""
+    """A started process. code: exit code as in subprocess, negative for a signal; None while it runs."""
 
     number: int
     pid: int
     code: int | None = None
     killed: bool = False
-    """By us, because another one had failed."""
+    """The launcher killed it because another rank had failed."""
     outputs: dict[int, int] = field(default_factory=dict)
-    """1 and 2 -> our ends of the pipes that stand for its standard output and error; empty: it has ours."""
+    """1 and 2 -> our ends of the pipes of its standard output and error; empty: it shares ours."""
 
     def poll(self) -> int | None:
         if self.code is None:
@@ -52,14 +52,14 @@ class Rank:
 def start(
     places: Places, folder: Path, piped: bool, prepare: Callable[[], None], held: int | None = None
 ) -> list[Rank] | None:
-    """Start this machine's ranks. Returns them in the launcher, None in a forked rank, which goes on as such.
+    """Start this machine's ranks. Return them in the launcher, None in a forked rank.
 
-    folder: where these processes and the launcher leave each other notes, see config/rank_errors.py.
-    piped: catch what they print. prepare: what is done once before forking. held: the socket that rank 0 listens on, its own.
+    folder: for notes between these processes and the launcher, see config/rank_errors.py. piped: read their output through pipes.
+    prepare: called once before forking. held: file descriptor of the socket on which rank 0 listens.
     """
     _share_cores(places.here)
     if any(Path(device).exists() for device in _GPU) and os.environ.get("MEGATRON_FT_DEVICE") != "cpu":
-        return [_anew(places, local, folder, piped, held) for local in range(places.here)]
+        return [_spawn(places, local, folder, piped, held) for local in range(places.here)]
     prepare()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -73,7 +73,7 @@ def start(
 
 
 def _share_cores(processes: int) -> None:
-    """Threads of one process, unless the user has said: more than there are cores only get in each other's way."""
+    """Set the threads per process, unless the user did, so that all processes together have one thread per core."""
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
@@ -83,8 +83,8 @@ def _environment(places: Places, local: int, folder: Path, held: int | None) -> 
     return {**places.environment(local), FOLDER: str(folder), "PYTHONUNBUFFERED": "1", **meeting}
 
 
-def _anew(places: Places, local: int, folder: Path, piped: bool, held: int | None) -> Rank:
-    """The very command line that started us, as torchrun would start it."""
+def _spawn(places: Places, local: int, folder: Path, piped: bool, held: int | None) -> Rank:
+    """Start a rank with this process's command line, as torchrun would."""
     ends = subprocess.PIPE if piped else None
     environment = _environment(places, local, folder, held)
     with _signals_held_back():
@@ -97,7 +97,7 @@ def _anew(places: Places, local: int, folder: Path, piped: bool, held: int | Non
         if pipe:
             outputs[number] = os.dup(pipe.fileno())
             pipe.close()
-    process.returncode = 0  # we wait for it, not the Popen object
+    process.returncode = 0  # this module waits for it, not the Popen object
     return Rank(places.rank(local), process.pid, outputs=outputs)
 
 
@@ -121,10 +121,10 @@ def _fork(places: Places, local: int, folder: Path, piped: bool, held: int | Non
         os.close(theirs)
     streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
     for stream in streams:
-        stream.reconfigure(line_buffering=True)  # what a rank says last must not be lost with it
+        stream.reconfigure(line_buffering=True)  # the last output of a rank must not be lost
     os.environ.update(_environment(places, local, folder, held))
     if held is not None and MEETING in os.environ:
-        os.environ[MEETING] = str(os.dup(held))  # the launcher's code, in this process too, will close its own
+        os.environ[MEETING] = str(os.dup(held))  # the launcher's code closes its own copy, also in this process
     return None
 
 
@@ -154,6 +154,6 @@ def _begin_as_child() -> None:
 
 
 def _die_with_parent() -> None:
-    """A launcher that is killed leaves no ranks behind (Linux)."""
+    """Have Linux kill this rank when its launcher ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The whole of launching: start the ranks, watch them, end with one exit code. In a rank that was forked it returns at once."""
+"""Launching: start the ranks, watch them, return one exit code. In a forked rank it returns at once."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from megatron_ft.launch.nodes import Alone, meet
 from megatron_ft.launch.output import Relay
 from megatron_ft.launch.places import Places, is_rank, places
 from megatron_ft.launch.ranks import Rank, start
-from megatron_ft.launch.supervise import Asked, supervise
+from megatron_ft.launch.supervise import ReceivedSignals, supervise
 from megatron_ft.log import setup
 
 
 def planned(launching: Processes) -> Places | None:
-    """The processes to start; None where there is nothing to start: this process is one of several already, or to be alone."""
+    """Return the processes to start; None if this process is a rank already, or should be the only one."""
     return None if launching.nproc_per_node is None or is_rank() else places(launching)
 
 
 def launch(here: Places, log_dir: str | None, prepare: Callable[[], None]) -> int | None:
-    """Start ranks that do what this process was about to do, and wait for them.
+    """Start ranks that run this process's command, and wait for them. Return the exit code; in a forked rank return None.
 
-    log_dir: gets a file for each rank. prepare: what ranks that are forked need in common (importing the engine).
-    Returns the exit code; in a forked rank None: it goes on.
+    log_dir: folder of one log file per rank. prepare: called once before forking (imports the engine).
     """
     logs = Path(log_dir) if log_dir else None
     if logs is not None:
@@ -38,20 +37,20 @@ def launch(here: Places, log_dir: str | None, prepare: Callable[[], None]) -> in
     ranks: list[Rank] | None = []
     link: Alone | None = None
     try:
-        with Asked() as asked:
+        with ReceivedSignals() as received:
             with meeting_place(here) as (here, held):
-                met = meet(here, held, lambda: bool(asked.numbers))
-                if met is None:  # told to stop before there was anything
+                met = meet(here, held, lambda: bool(received.pending))
+                if met is None:  # stopped before any rank was started
                     ranks = []
-                    return 130 if signal.SIGINT in asked.ever else EXIT_REQUEUE
+                    return 130 if signal.SIGINT in received.ever else EXIT_REQUEUE
                 where, link = met
                 ranks = start(where, folder, logs is not None, prepare, None if held is None else held.fileno())
             if ranks is not None:
-                return supervise(ranks, folder, asked, Relay(ranks, logs), link)
+                return supervise(ranks, folder, received, Relay(ranks, logs), link)
     finally:
         if link is not None:
             link.close()
-        if ranks is not None:  # in a rank it is the launcher's to remove
+        if ranks is not None:  # not in a forked rank: the launcher removes it
             shutil.rmtree(folder, ignore_errors=True)
     setup()
     rank_errors.be_seen()

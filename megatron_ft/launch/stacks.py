@@ -1,7 +1,7 @@
-"""Finds the rank that the others wait for: the one that is stopped, or that computes, sleeps or reads where they communicate.
+"""Finds the rank that the others wait for: one that is stopped, or that is not in the communication in which the others are.
 
-Each rank writes its stack when asked (config/rank_errors.py); a stopped one does so the moment it is allowed to go on, before
-anything else happens in it.
+Each rank writes its stack when it receives a signal (config/rank_errors.py). A stopped one writes it as soon as it is continued, before
+it does anything else.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from pathlib import Path
 from megatron_ft.config import rank_errors
 from megatron_ft.launch.ranks import Rank
 
-_WRITING = 0.3  # seconds without another line, and a stack is whole
-_NO_STACK = "  (no stack: it has not begun, or does not answer)"
+_WRITING = 0.3  # seconds without another line after which a stack is complete
+_NO_STACK = "  (no stack: it has not started yet, or does not respond)"
 _THREADS = re.compile(r"\n+(?=(?:Current thread|Thread) )")
 _FRAME = re.compile(r'File "(.+?)", line (\d+) in')
 _IN_FILE = re.compile(r"torch/distributed/|p2p_communication")
 _IN_LINE = re.compile(
     r"\.wait\(|all_reduce|all_gather|reduce_scatter|broadcast|barrier|\bTCPStore\(|\b[a-z_]*(send|recv)\w*\("
 )
-"""A rank waits for others where the innermost calls are in such a file, or the innermost is of such a line."""
-_INNERMOST = 3  # frames at the top of a thread's stack that tell whether it waits
+"""A rank waits for others if one of its innermost calls is in such a file, or the innermost call is such a line."""
+_INNERMOST = 3  # number of innermost frames of a thread that are examined
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """Where a rank is."""
+    """The stack of a rank at one time."""
 
     rank: Rank
     stopped: bool
     stack: str
-    """Of all its threads, innermost call first; says so where there is none."""
+    """Stacks of all its threads, innermost call first, or a line that there is none."""
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for others."""
+        """Return True if it waits for others."""
         return is_waiting(self.stack)
 
 
 class Stacks:
-    """Asks ranks where they are, and collects the answers as they come."""
+    """Requests the stacks of ranks and collects them as they are written."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._asked: set[int] = set()
         self.stopped: dict[int, Rank] = {}
-        """Ranks that were stopped when they were asked. They go on then, and may lose the others or end: they stay the ones to look at."""
-        self._came: dict[int, tuple[str, float]] = {}  # rank -> its answer so far, since when that has not grown
+        """Ranks that were stopped at the request. It continues them, and they may then lose others or end; they remain suspects."""
+        self._came: dict[int, tuple[str, float]] = {}  # rank -> its stack so far, time of its last growth
         self.seen: list[Sighting] = []
-        """The answers so far; of a rank that cannot be asked yet, that it has no stack."""
+        """The stacks so far; a rank that has not started has the line _NO_STACK."""
 
     def ask(self, ranks: Sequence[Rank], now: float) -> bool:
-        """Ask those that were not asked yet; returns whether all of these have answered, or never can. now: s, of any clock."""
+        """Request the stacks not requested yet. Return True if all are complete or cannot come. now: seconds of any clock."""
         for rank in ranks:
             if rank.number not in self._asked:
                 self._asked.add(rank.number)
@@ -65,16 +65,16 @@ class Stacks:
                 if rank_errors.ready(self._folder, rank.number):
                     rank.send(rank_errors.STACK_SIGNAL)
                     rank.send(signal.SIGCONT)
-        looked_at = list({rank.number: rank for rank in [*ranks, *self.stopped.values()]}.values())
-        for rank in looked_at:
+        examined = list({rank.number: rank for rank in [*ranks, *self.stopped.values()]}.values())
+        for rank in examined:
             text = _stack(self._folder, rank)
             if text != self._came.get(rank.number, ("", now))[0]:
                 self._came[rank.number] = text, now
         self.seen = [
             Sighting(rank, rank.number in self.stopped, self._came.get(rank.number, (_NO_STACK, now))[0])
-            for rank in looked_at
+            for rank in examined
         ]
-        return all(self._is_whole(rank, now) for rank in looked_at)
+        return all(self._is_whole(rank, now) for rank in examined)
 
     def _is_whole(self, rank: Rank, now: float) -> bool:
         if rank.number in self._came:
@@ -83,12 +83,12 @@ class Stacks:
 
 
 def is_waiting(stack: str) -> bool:
-    """Whether any thread of a stack that faulthandler wrote is inside communication."""
+    """Return True if any thread of a stack, as faulthandler writes it, is in communication."""
     for thread in _THREADS.split(stack):
         frames = _FRAME.findall(thread)[:_INNERMOST]
         if any(_IN_FILE.search(path) for path, _ in frames):
             return True
-        # What is written in C++ has no frame of its own: the line that called it tells.
+        # C++ code has no frame: the line that calls it is examined.
         if frames and _IN_LINE.search(linecache.getline(frames[0][0], int(frames[0][1]))):
             return True
     return False
@@ -103,7 +103,7 @@ def _stack(folder: Path, rank: Rank) -> str:
 
 
 def oldest_first(stack: str) -> str:
-    """The main thread before those that it started: Python writes the newest first, and the answer is hardly ever there."""
+    """Return the stack with the main thread first. Python writes the newest thread first, which is rarely the cause."""
     return "\n\n".join(reversed(_THREADS.split(stack)))
 
 
@@ -117,7 +117,7 @@ def _is_gone(pid: int) -> bool:
 
 
 def _state(pid: int) -> str:
-    """The letter of proc(5); empty where there is no such process, or no /proc."""
+    """Return the state letter of proc(5), "" if there is no such process or no /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

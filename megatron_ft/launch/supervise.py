@@ -1,7 +1,7 @@
-"""Watches the ranks of one machine until all have ended: passes on signals, ends all when one fails, names the cause.
+"""Watches the ranks of one machine until all have ended: forwards signals, ends all ranks when one fails, reports the cause.
 
-A rank that is killed says nothing, and one that is stopped or hangs is noticed by the others alone, when their patience
-(--distributed_timeout_minutes) ends. So the launcher looks (blame.py), with the launchers of other machines (nodes.py).
+A killed rank prints nothing. Other ranks notice one that is stopped or hangs only after --distributed_timeout_minutes. So the launcher
+looks for the cause (blame.py), together with the launchers of other machines (nodes.py).
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ft.config import rank_errors
-from megatron_ft.launch.blame import LIMIT, Finding, Inquest, Sureness
+from megatron_ft.launch.blame import LIMIT, CauseFinder, Finding, Sureness
 from megatron_ft.launch.judge import Report
 from megatron_ft.launch.nodes import Alone
 from megatron_ft.launch.output import Relay
 from megatron_ft.launch.ranks import Rank
 
 PATIENCE = 2.0
-"""Seconds that the others have, once the cause is known, to end by themselves."""
+"""Seconds in which the other ranks may end by themselves after the cause is known."""
 _OTHERS = 60.0
-"""Seconds after our ranks' end in which the other machines' have to end too, where something is wrong. Else they may take their time."""
+"""After a failure: seconds after the end of this machine's ranks in which those of other machines must end. Without one: no limit."""
 _POLL = 0.05  # seconds
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Asked:
-    """Signals that this launcher got, to be passed on. A context manager: the handlers are taken down again, but for hear_no_more()."""
+class ReceivedSignals:
+    """Signals that this launcher received and forwards. A context manager that restores the handlers, except after ignore()."""
 
     def __init__(self) -> None:
-        self.numbers: list[int] = []
+        self.pending: list[int] = []
         self.ever: set[int] = set()
 
-    def __enter__(self) -> Asked:
+    def __enter__(self) -> ReceivedSignals:
         self._before = {number: signal.signal(number, self._note) for number in _PASSED_ON}
         return self
 
@@ -44,134 +44,136 @@ class Asked:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def hear_no_more(self) -> None:
-        """To the end of this process: srun sends SIGTERM to those that are still there when the first leaves."""
+    def ignore(self) -> None:
+        """Ignore signals until this process ends: srun sends SIGTERM to the remaining launchers when the first one leaves."""
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
         self._before = {}
 
     def _note(self, number: int, frame: object) -> None:
-        self.numbers.append(number)
+        self.pending.append(number)
         self.ever.add(number)
 
-    def pass_on(self, ranks: Sequence[Rank]) -> None:
-        while self.numbers:
-            number = self.numbers.pop(0)
+    def forward(self, ranks: Sequence[Rank]) -> None:
+        while self.pending:
+            number = self.pending.pop(0)
             for rank in ranks:
                 rank.send(number)
 
 
-def supervise(ranks: Sequence[Rank], folder: Path, asked: Asked, relay: Relay, link: Alone) -> int:
-    """Wait for all ranks, of all machines; returns the exit code. folder: what ranks share with us, see config/rank_errors.py."""
-    cause = _Cause(Inquest(ranks, folder, asked.ever), folder, link)
+def supervise(ranks: Sequence[Rank], folder: Path, received: ReceivedSignals, relay: Relay, link: Alone) -> int:
+    """Wait for all ranks of all machines; return the exit code. folder: for notes of the ranks, see config/rank_errors.py."""
+    cause = _Cause(CauseFinder(ranks, folder, received.ever), folder, link)
     deadline = None
     while None in [rank.poll() for rank in ranks]:
-        asked.pass_on(ranks)
+        received.forward(ranks)
         relay.copy(_POLL)
         link.poll()
         now = time.monotonic()
-        if signal.SIGINT in asked.ever:  # nobody has to be named, nor waited for
+        if signal.SIGINT in received.ever:  # there is no cause to report, and no need to wait
             deadline = deadline or now + PATIENCE
-        elif cause.is_sought(now):
+        elif cause.search(now):
             deadline = min(deadline or now + LIMIT + PATIENCE, now + (PATIENCE if cause.is_known else LIMIT + PATIENCE))
         if deadline is not None and now > deadline:
             _end(ranks)
     relay.finish()
-    return _leave(ranks, folder, asked, cause, link)
+    return _leave(ranks, folder, received, cause, link)
 
 
 class _Cause:
-    """What is known of the cause here, and whether it is ours to name."""
+    """This launcher's knowledge of the cause, which it prints if it is the reporter."""
 
-    def __init__(self, inquest: Inquest, folder: Path, link: Alone):
-        self._inquest, self._folder, self._link = inquest, folder, link
+    def __init__(self, finder: CauseFinder, folder: Path, link: Alone):
+        self._finder, self._folder, self._link = finder, folder, link
         self._finding: Finding | None = None
-        self._said = False
+        self._reported = False
 
     @property
     def is_known(self) -> bool:
-        """Whether it is decided who names it."""
-        return self._link.news.speaker is not None
+        """Return True if it is decided which launcher reports it."""
+        return self._link.news.reporter is not None
 
-    def is_sought(self, now: float) -> bool:
-        """Look, where there is reason to, tell the others, and say it where it is ours to say. now: s. Returns whether there is reason."""
-        inquest, link = self._inquest, self._link
-        if inquest.began is None:
-            if not (link.news.trouble or inquest.signs()):
+    def search(self, now: float) -> bool:
+        """Return True after a failure. Then look for the cause, send it to the others, and print it if this is the reporter."""
+        finder, link = self._finder, self._link
+        if finder.began is None:
+            if not (link.news.trouble or finder.signs()):
                 return False
-            inquest.began = now
+            finder.began = now
             link.trouble()
         if self._finding is None or (self._finding.sureness is not Sureness.SURE and not self.is_known):
-            self._tell(inquest.look(now))
-        self._speak()
+            self._send(finder.look(now))
+        self._report()
         return True
 
     def conclude(self) -> None:
-        """All ranks of this machine have ended."""
-        if self._inquest.began is None and self._inquest.signs():
+        """Look for the cause a last time, after all ranks of this machine have ended."""
+        if self._finder.began is None and self._finder.signs():
             self._link.trouble()
-            self._inquest.began = time.monotonic()
-        if self._inquest.began is not None and not self.is_known:
-            self._tell(self._inquest.conclude())
+            self._finder.began = time.monotonic()
+        if self._finder.began is not None and not self.is_known:
+            self._send(self._finder.conclude())
 
-    def speak(self, in_the_end: bool) -> None:
-        """Say it where it is ours to say. in_the_end: also that nobody knows it."""
-        self._speak(in_the_end)
+    def report(self, at_the_end: bool) -> None:
+        """Print the cause if this launcher is the reporter. at_the_end: also print that it is not known."""
+        self._report(at_the_end)
 
-    def _tell(self, finding: Finding | None) -> None:
+    def _send(self, finding: Finding | None) -> None:
         if finding is None or (self._finding is not None and finding.sureness is self._finding.sureness):
             return
         if finding.sureness is Sureness.NOTHING and self._finding is not None:
-            return  # a suspect that has ended since stays one
+            return  # a suspect remains one after it has ended
         self._finding = finding
         self._link.found(finding.sureness)
 
-    def _speak(self, in_the_end: bool = False) -> None:
-        if self._said or self._link.news.speaker != self._link.node:
+    def _report(self, at_the_end: bool = False) -> None:
+        if self._reported or self._link.news.reporter != self._link.node:
             return
         finding = self._finding or Finding(Sureness.NOTHING)
         line, stack = finding.line, finding.stack
-        # A launcher that is gone is a fact; a rank that is elsewhere may be so because of it.
+        # A lost launcher is certain; a suspected rank may only be its consequence.
         if finding.sureness is not Sureness.SURE and (gone := self._link.gone()):
             line, stack = gone, None
-        elif finding.sureness is Sureness.NOTHING and in_the_end:
-            line = self._inquest.loss()
+        elif finding.sureness is Sureness.NOTHING and at_the_end:
+            line = self._finder.loss()
         if line is None:
-            self._said = finding.sureness is Sureness.SURE
+            self._reported = finding.sureness is Sureness.SURE
             return
-        self._said = True
+        self._reported = True
         if rank_errors.claim(self._folder):
             print(f"megatron-ft: error: {line}", file=sys.stderr, flush=True)
             if stack:
                 print(stack, file=sys.stderr, flush=True)
 
 
-def _leave(ranks: Sequence[Rank], folder: Path, asked: Asked, cause: _Cause, link: Alone) -> int:
-    """Wait until all machines' ranks have ended, so that launchers leave together. Returns the exit code of all."""
+def _leave(ranks: Sequence[Rank], folder: Path, received: ReceivedSignals, cause: _Cause, link: Alone) -> int:
+    """Wait until the ranks of all machines have ended, so that launchers leave together. Return the exit code of all."""
     codes = tuple(1 if rank.killed else rank.code or 0 for rank in ranks)
-    told = asked.ever & {-code for code in codes}  # ended by what the launcher was sent: there is no cause to name
-    interrupted = signal.SIGINT in asked.ever
-    if not told and not interrupted:
+    by_signal = received.ever & {
+        -code for code in codes
+    }  # ended by a signal to the launcher: there is no cause to report
+    interrupted = signal.SIGINT in received.ever
+    if not by_signal and not interrupted:
         cause.conclude()
-    lost = not told and bool(rank_errors.lost(folder))
-    link.ended(Report(codes, bool(asked.ever - {signal.SIGINT}), interrupted, lost))
+    lost = not by_signal and bool(rank_errors.lost(folder))
+    link.ended(Report(codes, bool(received.ever - {signal.SIGINT}), interrupted, lost))
     link.poll()
     ended = time.monotonic()
-    while link.news.code is None and signal.SIGINT not in asked.ever:
+    while link.news.code is None and signal.SIGINT not in received.ever:
         if link.news.trouble and time.monotonic() - ended > _OTHERS:
             break
         time.sleep(_POLL)
         link.poll()
-        cause.speak(in_the_end=False)
-    asked.hear_no_more()
+        cause.report(at_the_end=False)
+    received.ignore()
     code = link.news.code
     if code is None:
-        code = 130 if interrupted or signal.SIGINT in asked.ever else 1
+        code = 130 if interrupted or signal.SIGINT in received.ever else 1
     if code == 130:
-        if rank_errors.claim(folder):  # no rank came to say so
+        if rank_errors.claim(folder):  # no rank has printed it
             print("megatron-ft: stopped by Ctrl-C", file=sys.stderr, flush=True)
     elif code == 1:
-        cause.speak(in_the_end=True)
+        cause.report(at_the_end=True)
     return code
 
 

@@ -1,4 +1,4 @@
-"""Messages between two launchers: a JSON object a line, over TCP."""
+"""Messages between two launchers over TCP, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import contextlib
 import json
 import socket
 
-_IDLE, _BETWEEN, _TIMES = 20, 10, 4  # s, s, probes: a machine whose network is cut is noticed after a minute
+_IDLE, _BETWEEN, _TIMES = 20, 10, 4  # s, s, probes: a machine that loses its network is noticed after a minute
 _SENDING = 10.0  # seconds
 
 
-class Gone(Exception):
-    """The other end is gone. ended: it was closed there; else it does not answer, and may still be at work."""
+class ConnectionLost(Exception):
+    """The connection is lost. ended: the other end closed it; else it does not respond and may still be running."""
 
     def __init__(self, ended: bool):
-        super().__init__("ended" if ended else "does not answer")
+        super().__init__("ended" if ended else "does not respond")
         self.ended = ended
 
 
@@ -30,15 +30,15 @@ class Wire:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def send(self, message: dict) -> None:
-        """Raises Gone."""
+        """Send a message. Raise ConnectionLost."""
         try:
             self._socket.settimeout(_SENDING)
             self._socket.sendall(json.dumps(message).encode() + b"\n")
         except OSError as error:
-            raise Gone(isinstance(error, ConnectionError)) from error
+            raise ConnectionLost(isinstance(error, ConnectionError)) from error
 
     def receive(self) -> list[dict]:
-        """What has come by now, without waiting. Raises Gone once there is no more, and where what came is no message."""
+        """Return the messages received so far, without waiting. Raise ConnectionLost at the end, and for data that is no message."""
         closed = False
         try:
             self._socket.setblocking(False)
@@ -49,14 +49,14 @@ class Wire:
         except BlockingIOError:
             pass
         except OSError as error:
-            raise Gone(isinstance(error, ConnectionError)) from error
+            raise ConnectionLost(isinstance(error, ConnectionError)) from error
         *lines, self._rest = self._rest.split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
         except ValueError as error:
-            raise Gone(True) from error
+            raise ConnectionLost(True) from error
         if closed and not messages:
-            raise Gone(True)
+            raise ConnectionLost(True)
         return [message for message in messages if isinstance(message, dict)]
 
     def close(self) -> None:

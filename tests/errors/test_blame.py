@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ft.config import rank_errors
-from megatron_ft.launch.blame import DOUBT, LIMIT, Inquest, Sureness
+from megatron_ft.launch.blame import DOUBT, LIMIT, CauseFinder, Sureness
 from megatron_ft.launch.ranks import Rank
 from tests.errors.conftest import ROOT
 
@@ -51,10 +51,10 @@ def lost(folder: Path, number: int, at: float = 1.0, reason: str = "Connection c
     (folder / f"lost-{number}").write_text(json.dumps({"at": at, "reason": reason}))
 
 
-def begun(ranks, folder: Path, asked=()) -> Inquest:
-    inquest = Inquest(ranks, folder, set(asked))
-    inquest.began = 0.0
-    return inquest
+def begun(ranks, folder: Path, received=()) -> CauseFinder:
+    finder = CauseFinder(ranks, folder, set(received))
+    finder.began = 0.0
+    return finder
 
 
 @pytest.fixture
@@ -90,12 +90,12 @@ def process(tmp_path, monkeypatch):
 def test_a_death_that_is_seen_after_its_consequences(looks, tmp_path):
     ranks = [Rank(0, 0, code=1), dying(1, -signal.SIGKILL, looks)]
     lost(tmp_path, 0)
-    inquest = begun(ranks, tmp_path)
+    finder = begun(ranks, tmp_path)
     found = None
     for look in range(20):
         for rank in ranks:
             rank.poll() if isinstance(rank, Late) else None
-        found = found or inquest.look(0.05 * look)
+        found = found or finder.look(0.05 * look)
     assert (
         found.sureness is Sureness.SURE and found.line.startswith("rank 1 (process 0 on ") and "SIGKILL" in found.line
     )
@@ -106,15 +106,15 @@ def test_a_rank_that_is_about_to_speak_is_waited_for(tmp_path):
     ranks = [Rank(0, 0, code=1), dying(1, 1, 10**6)]
     lost(tmp_path, 0)
     (tmp_path / "failing-1").touch()
-    inquest = begun(ranks, tmp_path)
-    assert inquest.look(DOUBT + 1) is None
+    finder = begun(ranks, tmp_path)
+    assert finder.look(DOUBT + 1) is None
     (tmp_path / "said-first").touch()
-    found = inquest.look(DOUBT + 2)
+    found = finder.look(DOUBT + 2)
     assert (found.sureness, found.line) == (Sureness.SURE, None)
 
 
 @pytest.mark.parametrize(
-    "code, words", [(3, "ended with exit code 3 and did not say why"), (-11, "was ended by SIGSEGV")]
+    "code, words", [(3, "ended with exit code 3 without an error message"), (-11, "was ended by SIGSEGV")]
 )
 def test_a_rank_that_ends_without_a_word(code, words, tmp_path):
     ranks = [Rank(0, 0, code=1), Rank(1, 0, code=code)]
@@ -132,9 +132,9 @@ def test_consequences_are_no_causes(tmp_path):
     ]
     lost(tmp_path, 0)
     lost(tmp_path, 1, at=0.5, reason="Timed out")
-    inquest = begun(ranks, tmp_path, asked=[signal.SIGTERM])
-    assert inquest.conclude().sureness is Sureness.NOTHING
-    assert inquest.loss().startswith("rank 1 on ") and "Timed out" in inquest.loss()  # of the first that noticed
+    finder = begun(ranks, tmp_path, received=[signal.SIGTERM])
+    assert finder.conclude().sureness is Sureness.NOTHING
+    assert finder.loss().startswith("rank 1 on ") and "Timed out" in finder.loss()  # of the first that noticed
 
 
 def test_a_library_s_abort_is_named_where_nothing_else_is_known(tmp_path):
@@ -142,9 +142,9 @@ def test_a_library_s_abort_is_named_where_nothing_else_is_known(tmp_path):
     assert found.sureness is Sureness.SUSPECT and "rank 0 (process 0 on " in found.line and "SIGABRT" in found.line
 
 
-def _until_found(inquest: Inquest):
+def _until_found(finder: CauseFinder):
     began = time.monotonic()
-    while (found := inquest.look(time.monotonic() - began)) is None:
+    while (found := finder.look(time.monotonic() - began)) is None:
         assert time.monotonic() - began < 3 * LIMIT
         time.sleep(0.05)
     return found
@@ -158,7 +158,7 @@ def test_the_one_that_is_elsewhere(tmp_path, process):
     assert (
         found.sureness is Sureness.SUSPECT
         and found.line.startswith("rank 2 (process ")
-        and "did not come" in found.line
+        and "did not reach the call" in found.line
     )
     assert found.stack.startswith("Current thread") and "in <module>" in found.stack.split("\n\n")[0]
 
@@ -168,15 +168,15 @@ def test_the_one_that_was_stopped(tmp_path, process):
     stopped = process(1)
     os.kill(stopped.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
-    inquest = begun([Rank(0, 0, code=1), stopped], tmp_path)
+    finder = begun([Rank(0, 0, code=1), stopped], tmp_path)
     lost(tmp_path, 0)
-    assert inquest.look(1.0) is None
+    assert finder.look(1.0) is None
     lost(tmp_path, 1)
     deadline = time.monotonic() + 30
     while not (tmp_path / "stack-1").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    found = inquest.conclude()
+    found = finder.conclude()
     assert (
         found.sureness is Sureness.SUSPECT and found.line.startswith("rank 1 (process ") and "is stopped" in found.line
     )

@@ -30,7 +30,7 @@ def test_nothing_is_wrong():
         assert one.news().code is None
     one.ended(1, Report((75, 75)))
     news = one.news()
-    assert (news.trouble, news.speaker, news.code) == (False, None, 75)
+    assert (news.trouble, news.reporter, news.code) == (False, None, 75)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -39,25 +39,25 @@ def test_the_surest_speaks(order):
     one, _ = judge(3)
     told = {0: SUSPECT, 1: NOTHING, 2: SURE}
     for node in order:
-        assert one.news().speaker is None
+        assert one.news().reporter is None
         one.found(node, told[node])
         if told[node] is SURE:
             break
-    assert one.news().trouble and one.news().speaker == 2
+    assert one.news().trouble and one.news().reporter == 2
 
 
 def test_a_suspect_speaks_once_all_have_looked():
     one, clock = judge(3)
     one.found(1, SUSPECT)
     one.found(0, NOTHING)
-    assert one.news().speaker is None
+    assert one.news().reporter is None
     one.ended(2, Report((0, 0)))  # whose ranks are gone has no suspects
-    assert one.news().speaker == 1
+    assert one.news().reporter == 1
     late, clock = judge(2)
     late.found(1, SUSPECT)
-    assert late.news().speaker is None
+    assert late.news().reporter is None
     clock.now += LIMIT + 3
-    assert late.news().speaker == 1
+    assert late.news().reporter == 1
 
 
 def test_a_launcher_that_is_gone():
@@ -68,8 +68,8 @@ def test_a_launcher_that_is_gone():
     assert not one.news().trouble and one.lost_nodes == []
     one.gone(1)
     one.found(0, NOTHING)
-    assert one.news().trouble and one.news().speaker == 0 and one.lost_nodes == [1]
-    one.ended(0, Report((75,), asked=True))
+    assert one.news().trouble and one.news().reporter == 0 and one.lost_nodes == [1]
+    one.ended(0, Report((75,), stop_requested=True))
     assert one.news().code == 1
 
 
@@ -77,18 +77,18 @@ def test_where_nobody_knows_a_loss_is_told():
     one, _ = judge(2)
     one.found(0, NOTHING)
     one.found(1, NOTHING)
-    assert one.news().speaker is None
+    assert one.news().reporter is None
     one.ended(0, Report((1,)))
     one.ended(1, Report((1,), lost=True))
-    assert one.news().speaker == 1 and one.news().code == 1
+    assert one.news().reporter == 1 and one.news().code == 1
 
 
 @pytest.mark.parametrize(
     "reports, expected",
     [
-        ([Report((75, 75), asked=True), Report((75, -9), asked=True)], 1),
+        ([Report((75, 75), stop_requested=True), Report((75, -9), stop_requested=True)], 1),
         ([Report((75,)), Report((2, 1))], 2),
-        ([Report((-15,), asked=True), Report((1,), lost=True)], 75),
+        ([Report((-15,), stop_requested=True), Report((1,), lost=True)], 75),
         ([Report((1,), interrupted=True), Report((1,))], 130),
     ],
 )

@@ -104,8 +104,8 @@ def test_one_rank_is_killed(shop, tmp_path):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("os.kill(os.getpid(), signal.SIGSTOP)", "is stopped, it answers nobody"),
-        ("time.sleep(1000)", "did not come where the others waited for it"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "is stopped and does not respond"),
+        ("time.sleep(1000)", "did not reach the call in which the others waited for it"),
     ],
     ids=["stopped", "hangs"],
 )
@@ -137,7 +137,7 @@ def test_logs_that_cannot_be_written(shop, tmp_path):
     words = finetune(shop, shop.dist, None, None, "--nproc_per_node", 1, iters=2)
     done = start(PLAIN, *words, "--log_dir", tmp_path / "logs", "--run_dir", tmp_path / "run", "--no_report")
     assert done.code == 0, done.err
-    assert done.err.count("rank-000.log: no space left on device; no more is logged there") == 1
+    assert done.err.count("rank-000.log: no space left on device; nothing more is written to this log") == 1
     assert done.err.count("metrics.jsonl: no space left on device; no more is logged there") == 1
 
 
@@ -206,7 +206,7 @@ def test_who_is_who(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     alone = places(Launching(nproc_per_node=4))
     assert (alone.world_size, alone.address, alone.port) == (4, "localhost", 0)
-    with pytest.raises(ConfigError, match="--nnodes 4 needs --node_rank, another one on every machine: 0 to 3"):
+    with pytest.raises(ConfigError, match="--nnodes 4 needs --node_rank, a different one on every machine: 0 to 3"):
         places(Launching(nproc_per_node=8, nnodes=4))
     with pytest.raises(ConfigError, match="needs --master_addr and --master_port"):
         places(Launching(nproc_per_node=8, nnodes=4, node_rank=0))

@@ -68,9 +68,9 @@ def test_all_hear_who_speaks_and_leave_with_one_code(port):
     until(lambda: all(link.news.trouble for link in links), links)
     links[1].found(Sureness.NOTHING)
     links[2].found(Sureness.SURE)
-    until(lambda: all(link.news.speaker == 2 for link in links), links)
+    until(lambda: all(link.news.reporter == 2 for link in links), links)
     for link, codes in zip(links, [(1,), (1,), (-9,)], strict=True):
-        link.ended(Report(codes, asked=True))
+        link.ended(Report(codes, stop_requested=True))
     until(lambda: all(link.news.code == 1 for link in links), links)
 
 
@@ -79,14 +79,14 @@ def test_a_launcher_that_goes(port):
     first, second, third = meeting(port)
     second.close()
     until(lambda: first.news.trouble and third.news.trouble, [first, third])
-    assert f"the launcher of node 1 ({socket.gethostname()}) is gone" in first.gone()
+    assert f"the launcher of node 1 ({socket.gethostname()}) does not respond" in first.gone()
     first.close()
     until(lambda: third.news.trouble and third.gone() is not None, [third])
     assert "the launcher of node 0 (localhost:" in third.gone()
     third.found(Sureness.NOTHING)
     third.ended(Report((1,), lost=True))
     until(lambda: third.news.code == 1, [third])
-    assert third.news.speaker == 2
+    assert third.news.reporter == 2
 
 
 def test_launchers_that_do_not_belong_together(port):
@@ -125,7 +125,10 @@ def test_told_to_stop_while_waiting_for_the_others(port):
 
 
 def test_the_port_of_the_meeting_is_taken():
-    with socket.create_server(("", 0)) as taken, pytest.raises(ConfigError, match="name a free one with --master_port"):
+    with (
+        socket.create_server(("", 0)) as taken,
+        pytest.raises(ConfigError, match="choose a free one with --master_port"),
+    ):
         come(0, taken.getsockname()[1])
 
 
@@ -186,7 +189,7 @@ def test_a_launcher_is_killed_while_a_rank_is_elsewhere(shop, tmp_path, port):
     codes, said = ends(started)
     errors = [line for line in said.splitlines() if ": error: " in line]
     assert codes == [1, -signal.SIGKILL]
-    assert len(errors) == 1 and f"the launcher of node 1 ({socket.gethostname()}) is gone" in errors[0], said
+    assert len(errors) == 1 and f"the launcher of node 1 ({socket.gethostname()}) does not respond" in errors[0], said
 
 
 def test_a_signal_to_one_machine_s_launcher(shop, tmp_path, port):
