@@ -1,4 +1,4 @@
-"""megatron-ft plan: what a layout costs before anyone has a GPU: memory stage by stage, idle time, checkpoint; and better layouts."""
+"""megatron-ft plan: estimate memory per stage, idle time, step time and checkpoint size of a layout without a GPU; propose better ones."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ if TYPE_CHECKING:
 
 @dataclass
 class Plan:
-    """What is planned"""
+    """Model, hardware and batch"""
 
     model: str = field(default="", metadata={"required": True})
-    """a model by name (llama2-70b, falcon-40b, ...), a Hugging Face config.json, or a checkpoint"""
+    """model: a name (llama2-70b, falcon-40b, ...), a Hugging Face config.json, or a checkpoint"""
     gpus: int | None = None
-    """processes in all; default: tensor x pipeline parallel size"""
+    """total number of GPUs, one process each; default: tensor x pipeline parallel size"""
     gpu: str = "a100-80gb"
-    """kind of GPU: its memory, speed and links"""
+    """type of GPU, which determines memory, speed and interconnect"""
     gpu_memory_gb: float | None = None
-    """memory of a GPU (1e9 bytes), where it is another than the kind's"""
+    """memory per GPU in GB (1e9 bytes); default: that of the type in --gpu"""
     gpus_per_node: int = 8
-    """GPUs with fast links between them"""
+    """number of GPUs per node, which are connected by fast links"""
     seq_length: int | None = None
-    """positions in a row; default: the model's, at most 4096"""
+    """tokens per row; default: the model's context length, at most 4096"""
     micro_batch_size: int = 1
-    """rows a process computes at once"""
+    """rows that one process computes at once"""
     global_batch_size: int = 64
-    """rows an optimizer step"""
+    """rows per optimizer step, over all processes"""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """recompute activations in the backward pass: of the attention (selective) or of whole layers (full)"""
+    """recompute activations in the backward pass to save memory: of the attention (selective) or of whole layers (full)"""
     fp32: bool = False
-    """compute in fp32 rather than bf16"""
+    """compute in fp32 instead of bf16"""
     hidden_dropout: float = 0.0
-    """dropout on the residual stream; above 0 its masks take memory where kernels are not fused"""
+    """dropout probability on the residual stream; above 0, its masks need memory if kernels are not fused"""
     train_iters: int | None = None
-    """optimizer steps, to say how long they take"""
+    """number of optimizer steps, to estimate the duration of the run; default: no estimate"""
     proposals: int = 5
-    """better layouts to show"""
+    """largest number of better layouts to show"""
     json: bool = False
-    """print everything as JSON"""
+    """print the plan as JSON"""
 
 
 COMMAND = Command(
@@ -65,7 +65,7 @@ COMMAND = Command(
 
 
 def run(plan: Plan, parallel: Parallelism) -> int:
-    """Print the plan; 0, also where it does not fit: that is an answer."""
+    """Print the plan. Return 0 also if the model does not fit."""
     from megatron_ft.planner import figures, known, memory, search
 
     arch, kind = known.architecture(plan.model), known.gpu(plan.gpu)
@@ -139,7 +139,7 @@ def _job(arch: Architecture, plan: Plan, parallel: Parallelism) -> Job:
 
 
 def _by_recompute(arch: Architecture, job: Job) -> dict[str, list[int]]:
-    """Bytes of activations of each stage, for each way to recompute."""
+    """Return the activation bytes of each stage, for each recompute granularity."""
     from megatron_ft.planner import memory
 
     return {

@@ -1,1 +1,1 @@
-"""Arithmetic about a run that has not begun: will it fit, how much of the time do stages wait, how large is a checkpoint. No torch."""
+"""Estimates for a planned run: memory, idle time of pipeline stages, time per step, checkpoint size. Without torch."""

@@ -1,4 +1,4 @@
-"""What else follows from a layout: idle time of the pipeline, time of a step, size of a checkpoint."""
+"""Estimates for a layout: idle time of the pipeline, time of a step, size of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from megatron_ft.planner.known import Gpu
 from megatron_ft.planner.memory import Job, parameters
 
 EFFICIENCY = 0.45
-"""Share of a GPU's peak that its matrix products reach, assumed."""
+"""Assumed share of a GPU's peak that its matrix products reach."""
 BETWEEN_NODES = 25.0
-"""GB/s each way that a GPU has to another node, assumed (200 Gbit/s a GPU)."""
-_OTHER_FILES = 5  # config.json, training.yaml, common.pt, metadata.json, .metadata; the tokenizer's own are not counted
+"""Assumed GB/s in each direction between a GPU and another node (200 Gbit/s per GPU)."""
+_OTHER_FILES = 5  # config.json, training.yaml, common.pt, metadata.json, .metadata; tokenizer files are not counted
 
 
 def bubble(job: Job) -> float:
-    """Share of a step in which a stage waits: (p-1)/(v m + p - 1). Narayanan et al. 2021; v chunks a stage, m microbatches."""
+    """Return the share of a step in which a stage waits: (p-1)/(v m + p - 1), v chunks, m microbatches (Narayanan et al. 2021)."""
     wait = job.pp - 1
     return wait / (job.split.virtual_size * job.microbatches + wait)
 
 
 def whole_model(arch: Architecture) -> int:
-    """Parameters without padding or copies: tp 1 pads to 128 rows, which are taken off again."""
+    """Return the number of parameters without padding or copies: the padding to 128 rows at TP 1 is subtracted."""
     count = parameters(arch, 1, arch.num_layers, True, True)
     padding = -arch.vocab_size % 128
     return count - padding * arch.hidden_size * (1 if arch.tied_embeddings else 2)
 
 
 def flops(arch: Architecture, job: Job) -> float:
-    """Floating-point operations of a step: 6 a parameter and token, attention's products, and what is computed twice."""
+    """Return the floating-point operations of a step: 6 per parameter and token, attention's products, and recomputation."""
     tokens = job.global_batch * job.seq_length
-    embedding = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size  # a look-up, no product
+    embedding = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size  # a lookup, no matrix product
     matrices = 6 * (whole_model(arch) - embedding) * tokens
     attention = (
         6 * arch.num_layers * arch.num_attention_heads * arch.head_dim * job.seq_length * tokens
@@ -42,7 +42,7 @@ def flops(arch: Architecture, job: Job) -> float:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a step, estimated."""
+    """Estimated seconds of a step."""
 
     compute: float
     waiting: float
@@ -54,21 +54,22 @@ class Time:
 
 
 def step_time(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -> Time:
-    """Compute at EFFICIENCY of the peak, the bubble, and communication that nothing hides. To compare layouts; not a measurement."""
+    """Estimate a step: compute at EFFICIENCY of the peak, bubble, communication without overlap. For comparing layouts only."""
     compute = flops(arch, job) / (job.gpus * gpu.tflops * 1e12 * EFFICIENCY * _shape_efficiency(arch, job))
     waiting = compute * bubble(job) / (1 - bubble(job))
     return Time(compute, waiting, _communication(arch, job, gpu, gpus_per_node))
 
 
 def _shape_efficiency(arch: Architecture, job: Job) -> float:
-    """Narrow matrices use a GPU less well: half speed where a rank's share of the hidden size and tokens is small."""
+    """Return the efficiency for narrow matrices: it falls if a rank's share of the MLP width, or its tokens per step, is small."""
     rows, columns = job.seq_length * job.micro_batch, arch.ffn_hidden_size / job.tp
     return rows / (rows + 512) * columns / (columns + 512)
 
 
 def _communication(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -> float:
-    """Tensor parallel: four sums of the residual a layer and microbatch (twice the bytes of a gather; as many with sequence
-    parallelism, as gathers and scatters), six where layers are recomputed. Data parallel: gradients once a step. Pipeline: the residual.
+    """Return the seconds of communication. Tensor parallel: four all-reduces of the residual per layer and microbatch, six with
+    recomputed layers; sequence parallelism sends as many bytes, as gathers and scatters. Data parallel: the gradients once per step.
+    Pipeline: the residual.
     """
     residual = job.seq_length * job.micro_batch * arch.hidden_size * job.width
     layers = -(-arch.num_layers // job.pp)
@@ -97,7 +98,7 @@ class Saved:
 
 
 def checkpoint(arch: Architecture, job: Job) -> Saved:
-    """torch_dist: the whole model once, padding included, whatever the layout; its Adam state; two files a rank that writes."""
+    """Return the size in torch_dist format: the padded model once, in any layout; its Adam state; two files per writing rank."""
     rows = -(-arch.vocab_size // (128 * job.tp)) * 128 * job.tp - arch.vocab_size
     count = whole_model(arch) + rows * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     return Saved(

@@ -1,4 +1,4 @@
-"""Models by name, as the config.json of their publishers has them, and what GPUs have. Data only."""
+"""Known models, with the values of their published config.json, and known GPUs. Data only."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory in GB as the maker counts (1e9 bytes), dense bf16 speed in TFLOP/s, link between GPUs of a node in GB/s each way."""
+    """memory in GB (1e9 bytes), dense bf16 speed in TFLOP/s, link between GPUs of a node in GB/s per direction."""
 
     memory: float
     tflops: float
@@ -70,13 +70,13 @@ GPUS: dict[str, Gpu] = {
     "l40s-48gb": Gpu(47.8, 362, 32), "a6000-48gb": Gpu(51.0, 155, 56), "rtx4090-24gb": Gpu(25.3, 165, 32),
     "rtx3090-24gb": Gpu(25.3, 71, 56),
 }  # fmt: skip
-"""Source: the makers' data sheets; memory as the driver reports it."""
+"""Source: the manufacturers' data sheets; memory as the driver reports it."""
 
 
 def architecture(model: str) -> Architecture:
-    """A known name, a config.json of Hugging Face or its folder, or a checkpoint of ours -> what the model is.
+    """Return the architecture of a known name, a Hugging Face config.json or its folder, or a checkpoint.
 
-    Raises ConfigError naming the known ones.
+    Raise ConfigError with the known names.
     """
     if model.lower() in MODELS:
         return understood(MODELS[model.lower()])[1]
@@ -90,12 +90,16 @@ def architecture(model: str) -> Architecture:
     if path.is_dir():
         return describe(find_checkpoint(path)).architecture
     hint = nearest(model.lower(), list(MODELS))
-    raise ConfigError(f"{model}: no such file, and no model known by that name{hint}; known: {', '.join(MODELS)}")
+    raise ConfigError(
+        f"{model}: no such file, and no known model of this name{hint}; known models: {', '.join(MODELS)}"
+    )
 
 
 def gpu(name: str) -> Gpu:
-    """Raises ConfigError naming the known ones."""
+    """Return a known GPU. Raise ConfigError with the known names."""
     if name.lower() not in GPUS:
         hint = nearest(name.lower(), list(GPUS))
-        raise ConfigError(f"--gpu {name} is not known{hint}; known: {', '.join(GPUS)}; or say --gpu_memory_gb")
+        raise ConfigError(
+            f"--gpu {name} is not known{hint}; choose one of {', '.join(GPUS)}, and set --gpu_memory_gb if needed"
+        )
     return GPUS[name.lower()]

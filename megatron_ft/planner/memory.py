@@ -1,8 +1,8 @@
-"""Bytes on each GPU, stage by stage: exact for parameters, arithmetic for what follows from them, a formula for activations.
+"""Memory of each GPU in bytes, per stage: exact for parameters, gradients and optimizer, a formula for activations.
 
 Activations: Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models), section 4, with these changes:
-no matrix of attention scores (flash attention keeps q, k, v, the output and a number a head), grouped key-value heads, gated MLPs,
-norms that keep their input in the compute type, no dropout masks where dropout is 0. Packed rows cost as much as full ones.
+no matrix of attention scores (flash attention keeps q, k, v, the output and one number per head), grouped key-value heads, gated MLPs,
+norms that keep their input in the compute type, no dropout masks if dropout is 0. Packed rows need as much memory as full ones.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megatron_ft.shares import deal
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 RESERVE = 3e9
-"""Bytes assumed for the driver's context, communication buffers and fragmentation."""
+"""Assumed bytes for the driver's context, communication buffers and fragmentation."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """How a model is trained. split: which layers each stage holds."""
+    """A training configuration. split: the layers of each stage."""
 
     split: PipelineSplit
     tp: int
@@ -48,18 +48,18 @@ class Job:
 
     @property
     def microbatches(self) -> int:
-        """That each GPU computes in a step."""
+        """Return the number of microbatches that each GPU computes per step."""
         return self.global_batch // (self.micro_batch * self.dp)
 
     @property
     def width(self) -> int:
-        """Bytes of a number in the compute type."""
+        """Return the bytes per number in the compute type."""
         return 2 if self.bf16 else 4
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Of one GPU of a pipeline stage; all but layers and parameters in bytes."""
+    """Memory of one GPU of a pipeline stage; all fields but layers and parameters in bytes."""
 
     layers: int
     parameters: int
@@ -68,7 +68,7 @@ class Stage:
     optimizer: int
     activations: int
     working: int
-    """The largest thing held for a moment: logits, gathered inputs, the one layer that is recomputed."""
+    """The largest temporary memory: logits, gathered inputs, or the layer that is recomputed."""
 
     @property
     def total(self) -> int:
@@ -76,7 +76,7 @@ class Stage:
 
 
 def parameter_sizes(arch: Architecture, tp: int, layers: int, first: bool, last: bool) -> list[int]:
-    """Numbers in each parameter of one rank: exact, padding rows and the last stage's copy of tied embeddings included."""
+    """Return the size of each parameter of one rank, with padding rows and the last stage's copy of tied embeddings."""
     rows = padded_vocab_size(arch.vocab_size, tp)
     sizes = []
     for rule in family_of(arch).rules(arch):
@@ -88,12 +88,12 @@ def parameter_sizes(arch: Architecture, tp: int, layers: int, first: bool, last:
 
 
 def parameters(arch: Architecture, tp: int, layers: int, first: bool, last: bool) -> int:
-    """Of one rank, in all."""
+    """Return the number of parameters of one rank."""
     return sum(parameter_sizes(arch, tp, layers, first, last))
 
 
 def stages(arch: Architecture, job: Job) -> list[Stage]:
-    """What a GPU of each pipeline stage holds."""
+    """Return the memory of one GPU of each pipeline stage."""
     return [_stage(arch, job, number) for number in range(job.pp)]
 
 
@@ -111,15 +111,15 @@ def _stage(arch: Architecture, job: Job, number: int) -> Stage:
 
 
 def optimizer_bytes(count: int, job: Job) -> int:
-    """Adam's two moments in fp32, and an fp32 copy of bf16 weights; divided over data-parallel ranks by ZeRO-1."""
+    """Return the bytes of Adam's two fp32 moments and of fp32 copies of bf16 weights, divided over ranks with ZeRO-1."""
     each = 12 if job.bf16 else 8
     return each * (-(-count // job.dp) if job.distributed_optimizer else count)
 
 
 def host_memory(arch: Architecture, job: Job, gpus_per_node: int) -> int:
-    """Bytes of host memory that the fullest node takes at a torch_dist save, for what its ranks are to write.
+    """Return the largest host memory of a node at a torch_dist save, in bytes, for the tensors that its ranks write.
 
-    Norms that tensor-parallel ranks have alike are counted on each, and the last stage's copy of tied embeddings too: an upper bound.
+    This is an upper bound: norms count on every tensor-parallel rank, and so does the last stage's copy of tied embeddings.
     """
     ranks = []  # in the order of the world: tensor parallel first, then data parallel, then stages
     for number in range(job.pp):
@@ -130,12 +130,10 @@ def host_memory(arch: Architecture, job: Job, gpus_per_node: int) -> int:
 
 
 def _held_at_a_save(sizes: list[int], job: Job) -> list[int]:
-    """Of each data-parallel rank. Distributed optimizer: its own parameters, and in fp32 the one that it is collecting."""
-    if not job.distributed_optimizer:  # the first has what all have
+    """Return the bytes of each data-parallel rank; with the distributed optimizer its own parameters and the one it collects in fp32."""
+    if not job.distributed_optimizer:  # the first rank writes everything
         return [sum(sizes) * (job.width + (12 if job.bf16 else 8))] + [0] * (job.dp - 1)
-    if (
-        job.dp == 1
-    ):  # the engine's way, which copies the state twice: as benchmarks/checkpoint_memory.py --ranks 1 --bf16 measured
+    if job.dp == 1:  # the engine copies the state twice: measured with benchmarks/checkpoint_memory.py --ranks 1 --bf16
         return [sum(sizes) * 36]
     owners, loads = deal(sizes, job.dp), [4 * max(sizes)] * job.dp
     for size, owner in zip(sizes, owners, strict=True):
@@ -144,7 +142,7 @@ def _held_at_a_save(sizes: list[int], job: Job) -> list[int]:
 
 
 def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None = None) -> int:
-    """Bytes that one layer keeps for one microbatch until its backward pass."""
+    """Return the bytes that one layer keeps for one microbatch until its backward pass."""
     recompute = recompute or job.recompute
     tokens, shared = job.seq_length * job.micro_batch, job.tp if job.sequence_parallel else 1
     residual = arch.hidden_size / shared
@@ -162,15 +160,15 @@ def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None 
     ffn = arch.ffn_hidden_size / job.tp
     # [gate; up], up with the engine's offset, act(gate), their product; else the activation's input and output.
     mlp = (5 if arch.gated else 2) * ffn
-    # Flash attention keeps one fp32 number a head and token, which is all that recomputing it (selective) can save.
+    # Flash attention keeps one fp32 number per head and token; recomputing it (selective) saves only that.
     scores = heads * 4 if recompute == "none" else 0
-    masks = (1 if arch.parallel_block else 2) * residual if job.dropout else 0  # a byte an entry
+    masks = (1 if arch.parallel_block else 2) * residual if job.dropout else 0  # one byte per entry
     statistics = inputs * 4 / shared * (2 if arch.norm == "layernorm" else 1)
     return round(tokens * ((around + attention + mlp) * job.width + scores + masks + statistics))
 
 
 def in_flight(job: Job, number: int) -> int:
-    """Layers whose activations a stage holds at once, counted once a microbatch: 1F1B, or interleaved (Narayanan et al. 2021)."""
+    """Return the largest number of (layer, microbatch) pairs whose activations a stage holds (1F1B, interleaved: Narayanan et al. 2021)."""
     virtual, layers = job.split.virtual_size, len(job.split.layers_of(number))
     if virtual == 1:
         return layers * min(job.pp - number, job.microbatches)
@@ -186,13 +184,13 @@ def _activations(arch: Architecture, job: Job, number: int) -> int:
 
 
 def _working(arch: Architecture, job: Job, last: bool) -> int:
-    """Not all at once: the largest of what passes through."""
+    """Return the largest temporary memory."""
     tokens = job.seq_length * job.micro_batch
     rows = padded_vocab_size(arch.vocab_size, job.tp) // job.tp
     logits = (
         tokens * rows * (job.width + 4 + 4) if last else 0
     )  # as computed; in fp32; their softmax, later the gradient
-    gathered = 2 * tokens * arch.hidden_size * job.width  # sequence parallelism puts inputs together before a matrix
+    gathered = 2 * tokens * arch.hidden_size * job.width  # sequence parallelism gathers inputs before a matrix product
     again = layer_activations(arch, job, "none") if job.recompute == "full" else 0
     widest = (2 if arch.gated else 1) * tokens * arch.ffn_hidden_size // job.tp * job.width  # a gradient inside the MLP
     return max(logits, gathered + again + 2 * widest)

@@ -1,4 +1,4 @@
-"""A plan as a person reads it: tables in a terminal, the same as plain text elsewhere."""
+"""A plan as text: tables in a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _GB = 1e9
 
 
 def show(plan: dict[str, Any], gpu: Gpu) -> None:
-    """plan: what commands/plan.py found, as its JSON has it."""
+    """Print a plan. plan: the JSON content from commands/plan.py."""
     from rich.console import Console
 
     out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     layout, limit = plan["layout"], plan["gpu"]["memory_bytes"]
-    chunks = f", {layout['chunks_a_stage']} chunks a stage" if layout["chunks_a_stage"] > 1 else ""
+    chunks = f", {layout['chunks_a_stage']} chunks per stage" if layout["chunks_a_stage"] > 1 else ""
     out.print(
         f"[bold]{plan['model']}[/]: {plan['parameters']:,} parameters on {plan['gpus']} x {plan['gpu']['kind']} "
         f"({limit / _GB:.0f} GB): TP {layout['tp']} x PP {layout['pp']} x DP {layout['dp']}{chunks}"
@@ -29,11 +29,13 @@ def show(plan: dict[str, Any], gpu: Gpu) -> None:
     for line in _figures(plan, gpu):
         out.print(line)
     if plan["proposals"]:
-        out.print(f"\nOther layouts of {plan['gpus']} GPUs that fit, fastest first by estimate:")
+        out.print(f"\nOther layouts of {plan['gpus']} GPUs that fit, the fastest first (estimated):")
         out.print(_proposals(plan))
-        out.print(f"the first one's flags: {plan['proposals'][0]['flags']}", soft_wrap=True)
+        out.print(f"flags of the first one: {plan['proposals'][0]['flags']}", soft_wrap=True)
     else:
-        out.print(f"\nNo layout of {plan['gpus']} GPUs of this size fits: more GPUs, larger ones, or shorter rows.")
+        out.print(
+            f"\nNo layout of {plan['gpus']} GPUs of this size fits: use more GPUs, larger GPUs, or a smaller --seq_length."
+        )
 
 
 def _stages(plan: dict[str, Any], limit: float) -> Table:
@@ -41,7 +43,8 @@ def _stages(plan: dict[str, Any], limit: float) -> Table:
     from rich.table import Table
 
     table = Table(
-        box=box.SIMPLE, caption="GB on each GPU of a stage; the total has 3 GB for driver, buffers and fragmentation"
+        box=box.SIMPLE,
+        caption="GB on each GPU of a stage; the total includes 3 GB for driver, buffers and fragmentation",
     )
     for name in (
         "stage",
@@ -76,7 +79,7 @@ def _verdict(plan: dict[str, Any], limit: float) -> str:
     most = max(stage["total"] for stage in plan["stages"])
     if most <= limit:
         return f"[green]fits[/]: {most / _GB:.1f} of {limit / _GB:.1f} GB on the fullest GPU"
-    return f"[red]does not fit[/]: {most / _GB:.1f} GB needed on the fullest GPU, which has {limit / _GB:.1f}"
+    return f"[red]does not fit[/]: the fullest GPU needs {most / _GB:.1f} GB and has {limit / _GB:.1f} GB"
 
 
 def _figures(plan: dict[str, Any], gpu: Gpu) -> list[str]:
@@ -90,13 +93,13 @@ def _figures(plan: dict[str, Any], gpu: Gpu) -> list[str]:
         time += f"; {plan['train_iters']:,} steps: {total * plan['train_iters'] / 3600:.0f} h"
     return [
         f"recompute    GB of activations on the first stage: {first}",
-        f"batch        {plan['global_batch_size']} rows x {plan['seq_length']} = {plan['tokens_per_step']:,} tokens a step, in "
+        f"batch        {plan['global_batch_size']} rows x {plan['seq_length']} = {plan['tokens_per_step']:,} tokens per step, in "
         f"{plan['microbatches']} microbatches of {plan['micro_batch_size']}",
-        f"bubble       {plan['bubble']:.1%} of a step a stage waits for others",
+        f"bubble       {plan['bubble']:.1%} of a step, in which a stage waits for others",
         time,
         f"checkpoint   {saved['bytes'] / _GB:,.0f} GB in about {saved['files']} files: weights {saved['weights'] / _GB:,.0f}, "
         f"optimizer {saved['optimizer'] / _GB:,.0f}",
-        f"host memory  {plan['host_memory_at_a_save'] / _GB:,.1f} GB a node at a save, at most twice that with --async_save",
+        f"host memory  {plan['host_memory_at_a_save'] / _GB:,.1f} GB per node at a save, at most twice as much with --async_save",
     ]
 
 
@@ -105,7 +108,7 @@ def _proposals(plan: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
-    for name in ("", "TP", "PP", "DP", "chunks", "micro batch", "recompute", "bubble", "GB", "s a step"):
+    for name in ("", "TP", "PP", "DP", "chunks", "micro batch", "recompute", "bubble", "GB", "s per step"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, one in enumerate(plan["proposals"], 1):
         table.add_row(

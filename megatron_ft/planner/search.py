@@ -1,4 +1,4 @@
-"""Layouts of a model on so many GPUs that fit into their memory, the fastest by estimate first."""
+"""Search for layouts of a model on a number of GPUs that fit into memory, sorted by estimated time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_ft.planner.memory import RECOMPUTE, Job, stages
 
 MICRO_BATCHES = (1, 2, 4, 8)
 CHUNKS = (1, 2, 4, 5)
-"""Chunks a stage that are tried (interleaving)."""
+"""Numbers of chunks per stage in the search (interleaving)."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout with what it costs. memory: of the fullest GPU, in bytes."""
+    """A layout with its cost. seconds: per step. memory: of the fullest GPU, in bytes."""
 
     job: Job
     seconds: float
@@ -28,9 +28,9 @@ class Proposal:
 
 
 def proposals(arch: Architecture, job: Job, gpu: Gpu, memory: float, gpus_per_node: int) -> list[Proposal]:
-    """Every layout of job.gpus GPUs that fits into `memory` bytes each, the batch and the rows kept; fastest first.
+    """Return the layouts of job.gpus GPUs that fit into `memory` bytes each, with unchanged batch and row length; fastest first.
 
-    Of layouts that differ in microbatch, recomputation and chunks alone the fastest is kept.
+    Of layouts that differ only in microbatch, recomputation and chunks, the fastest is returned.
     """
     best: dict[tuple[int, int, int], Proposal] = {}
     for candidate in candidates(arch, job, gpus_per_node):
@@ -45,7 +45,7 @@ def proposals(arch: Architecture, job: Job, gpu: Gpu, memory: float, gpus_per_no
 
 
 def candidates(arch: Architecture, job: Job, gpus_per_node: int) -> Iterator[Job]:
-    """Layouts that divide model and batch. Tensor parallelism stays within a node, where links are fast."""
+    """Yield layouts that divide model and batch. Tensor parallelism stays within a node, where links are fast."""
     for tp in _divisors(min(job.gpus, gpus_per_node)):
         if job.gpus % tp or not _divides(arch, tp) or (tp > 1 and job.seq_length % tp):
             continue
@@ -66,7 +66,7 @@ def candidates(arch: Architecture, job: Job, gpus_per_node: int) -> Iterator[Job
 
 
 def flags(job: Job) -> str:
-    """What finetune is told to get this layout."""
+    """Return finetune's flags for this layout."""
     words = [f"--tensor_model_parallel_size {job.tp}", f"--pipeline_model_parallel_size {job.pp}"]
     if job.split.virtual_size > 1:
         words.append(f"--virtual_pipeline_model_parallel_size {job.split.virtual_size}")

@@ -119,8 +119,8 @@ def test_the_command_without_torch(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "68,976,648,192 parameters on 32 x a100-80gb" in done.stdout and "2,172,977,152" in done.stdout
-    assert re.search(r"host memory  [\d,.]+ GB a node at a save", done.stdout)
-    assert "fits" in done.stdout and "262,144 tokens a step, in 32 microbatches of 2" in done.stdout
+    assert re.search(r"host memory  [\d,.]+ GB per node at a save", done.stdout)
+    assert "fits" in done.stdout and "262,144 tokens per step, in 32 microbatches of 2" in done.stdout
     done = plan("falcon-40b", "--json")
     assert json.loads(done.stdout)["stages"][0]["parameters"] == json.loads(done.stdout)["parameters"]
     assert "does not fit" in plan("falcon-40b").stdout
