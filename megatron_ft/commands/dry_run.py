@@ -1,4 +1,4 @@
-"""finetune --dry_run: everything is built and loaded; say what would be done, and stop before the first step."""
+"""finetune --dry_run: build and load everything, print what would be done, and stop before the first step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def show(
     model: list,
     rows: int,
 ) -> int:
-    """Print it on the main rank; returns the exit code, 0. rows: of a global batch. progress: where the run would begin."""
+    """Print it on the main rank and return exit code 0. rows: of a global batch. progress: where the run would begin."""
     import torch.distributed as dist
 
     from megatron_ft import device
@@ -59,7 +59,7 @@ def _lines(
         f"{epochs:.2f} epochs of {train_set.num_samples:,} samples"
     )
     if save is None:
-        yield "would save nothing: there is no --save"
+        yield "would save nothing: --save is not set"
         return
     interval = settings.checkpointing.save_interval
     every = f"every {interval} steps and at the end" if interval else "at the end"

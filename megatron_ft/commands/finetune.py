@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_ft.training.stopping import StopRequest
 
 LOG = "finetune.log"
-"""What all ranks log, libraries' warnings included; in the run's folder."""
+"""Log file of all ranks in the run's folder, warnings of libraries included."""
 
 COMMAND = Command(
     name="finetune",
@@ -38,7 +38,7 @@ COMMAND = Command(
 
 
 def run(settings: TrainingSettings) -> int:
-    """Check, build, load, train, save. Raise UserError for anything the user can put right."""
+    """Check, build, load, train, save; return the exit code. Raise UserError for everything the user can fix."""
     from megatron_ft.checkpoints import select
     from megatron_ft.checkpoints.lock import FolderLock
     from megatron_ft.commands import rehearse
@@ -58,17 +58,17 @@ def run(settings: TrainingSettings) -> int:
     join_srun(launching)
     if parallel.tensor_model_parallel_size > 1:
         order_streams()
-    if rehearse.wanted(launching):
+    if rehearse.requested(launching):
         return rehearse.rehearse(settings, run)
     starts = planned(launching)
     processes = starts.world_size if starts else world_size()
     check_settings(settings, processes)
     if parallel.context_parallel_size > 1:
         check_context_parallel(parallel, glance())
-    # All that needs no torch is checked before the processes wait for each other.
+    # Everything that needs no torch is checked before the processes wait for each other.
     for flag, place in places_to_write(settings).items():
         check_writable(flag, place)
-    asked = settings.checkpointing
+    requested = settings.checkpointing
     start = find_start(settings, processes)
     settings, described = start.settings, start.described
     train_set, valid_set = datasets.make_datasets(data, described)
@@ -85,7 +85,7 @@ def run(settings: TrainingSettings) -> int:
         checkpointing = settings.checkpointing
         if checkpointing.save and not launching.dry_run:
             held.enter_context(FolderLock(Path(checkpointing.save), layout))
-        select.agree(start.folders, start.index, asked, layout)
+        select.agree(start.folders, start.index, requested, layout)
         source, described = select.first_trusted(
             start.folders[start.index :], described, start.read, layout, checkpointing.verify_checkpoint
         )
@@ -96,7 +96,7 @@ def _train(
     layout: Layout, source: Path, described: CheckpointConfig, train_set: ChatDataset, valid_set: ChatDataset | None,
     settings: TrainingSettings, stop: StopRequest, held: contextlib.ExitStack,
 ) -> int:  # fmt: skip
-    """held: what the run holds until it ends."""
+    """Build, load and train on this rank; return the exit code. held: what stays open until the run ends."""
     from megatron_ft import device
     from megatron_ft.checkpoints import training_state
     from megatron_ft.checkpoints.folder import vocab_rows
@@ -140,11 +140,11 @@ def _train(
     else:
         progress = training_state.resume(source, described, setup.bare(model), adam, schedule, layout, data.seed)
         log_changes(source / SETTINGS, settings)
-        kept = sample_hash.check_resumed(progress.samples_hash, train_set, progress.consumed_samples)
-        progress = dataclasses.replace(progress, samples_hash=kept)
+        samples_hash = sample_hash.check_resumed(progress.samples_hash, train_set, progress.consumed_samples)
+        progress = dataclasses.replace(progress, samples_hash=samples_hash)
     if settings.launching.dry_run:
         return dry_run.show(layout, settings, described, progress, train_set, setup.bare(model), rows)
-    if folder := _run_folder(checkpointing, logging):  # not before: a run that cannot start leaves nothing behind
+    if folder := _run_folder(checkpointing, logging):  # only now: a run that cannot start leaves no files
         log_to_file(file=folder / LOG)
     log.info(f"{layout} on {device.describe()}; weights from {source}")
     if trainable.patterns:
@@ -157,7 +157,7 @@ def _train(
         log.info(f"resuming at iteration {progress.iteration}, {progress.consumed_samples} rows consumed")
     if progress.iteration >= batch.train_iters:
         log.warning(
-            f"nothing left to train: --train_iters {batch.train_iters} counts from the run's start; raise it to go on"
+            f"nothing left to train: --train_iters {batch.train_iters} counts from the run's first start; increase it to continue"
         )
     log.info(
         f"{train_set.num_samples} samples in {len(train_set.epoch_rows(0))} rows of {data.seq_length}, "
@@ -201,7 +201,7 @@ def _train(
     try:
         done = train(plan, progress, stop)
     except KeyboardInterrupt:
-        log.warning("steps since the last checkpoint are not saved (SIGTERM would have saved them: kill -TERM)")
+        log.warning("steps since the last checkpoint are not saved; to save before stopping, send SIGTERM (kill -TERM)")
         raise
     finally:
         if reports_to and logging.report:
@@ -209,7 +209,7 @@ def _train(
     if done.iteration < batch.train_iters:
         new = done.iteration > progress.iteration
         where = (
-            "nothing new to save" if not new else f"saved in {save_to}" if save_to else "not saved, there is no --save"
+            "nothing new to save" if not new else f"saved in {save_to}" if save_to else "not saved: --save is not set"
         )
         log.warning(f"{stop.reason} at iteration {done.iteration} of {batch.train_iters}, {where}")
         return stop.exit_code
@@ -217,13 +217,13 @@ def _train(
 
 
 def _run_folder(checkpointing: Checkpointing, logging: Logging) -> Path | None:
-    """Where the run's own files go: --run_dir, else --save, else nowhere."""
+    """Return the folder for the run's own files: --run_dir, else --save, else None."""
     folder = logging.run_dir or checkpointing.save
     return Path(folder) if folder else None
 
 
 def _hooks(layout: Layout, settings: TrainingSettings, resolved: str) -> list[Hook]:
-    """What watches the run, on the one rank that knows the loss."""
+    """Return the hooks of the run: progress, metrics and loggers on the one rank that knows the loss, [] on all others."""
     if not layout.is_reporter:
         return []
     from megatron_ft.files import atomic_file

@@ -1,8 +1,8 @@
-"""finetune --rehearse: look at what the command names, then run the same command small, with the same processes, on this machine.
+"""finetune --rehearse: check the paths of the command, then run it with a small model on CPU, with the same processes.
 
-The small run is `finetune` itself with shrunk settings, so that everything a launch script can get wrong (names, numbers of processes,
-who finds whom, places to write) is met before there are nodes. Nothing is written where the real run would write; on several machines
-the small run lives in a hidden folder beside that, since they share no other place.
+The small run is `finetune` itself with shrunk settings. It finds the mistakes of a launch script (names, numbers of processes,
+addresses, folders to write to) before GPUs are allocated. Nothing is written where the real run would write. On several machines the
+small run uses a hidden folder beside that, because they share no other folder.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from megatron_ft.rehearsal.meeting import AT_ONCE, BY_HAND, Meeting, shared_plac
 
 T = TypeVar("T")
 VARIABLE, MODEL_VARIABLE = "MEGATRON_FT_REHEARSE", "MEGATRON_FT_MAKE_BELIEVE"
-"""As --rehearse and --make_believe, for a launch script that is not to be touched."""
+"""Environment variables with the effect of --rehearse and --make_believe, for a launch script that should not be edited."""
 
 
-def wanted(launching: Launching) -> bool:
+def requested(launching: Launching) -> bool:
     return launching.rehearse or os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
 def rehearse(settings: TrainingSettings, run: Callable[[TrainingSettings], int]) -> int:
-    """settings: of the real command; run: finetune's own. Returns its exit code, 2 where something it names is missing."""
+    """Rehearse and return the exit code of the small run. settings: of the real command. run: finetune's. Raise UserError."""
     os.environ.update({"MEGATRON_FT_DEVICE": "cpu", "WANDB_MODE": "offline", "WANDB_SILENT": "true", VARIABLE: "0"})
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    started, was_rank = time.monotonic(), is_rank()
+    began, was_rank = time.monotonic(), is_rank()
     here = None if was_rank else _processes(settings)
     real = here.world_size if here else int(os.environ["WORLD_SIZE"])
     alone = here is not None and "SLURM_PROCID" not in os.environ
-    speaks = os.environ.get("RANK") == "0" if here is None else alone or here.node == 0
-    say = print if speaks else (lambda *_, **__: None)
+    prints = os.environ.get("RANK") == "0" if here is None else alone or here.node == 0
+    say = print if prints else (lambda *_, **__: None)
     say(
-        f"rehearsal on this machine's CPU, {real} processes asked for; nothing is written where the real run writes",
+        f"rehearsal on this machine's CPU, {real} processes in the real run; nothing is written where the real run writes",
         flush=True,
     )
 
@@ -55,17 +55,17 @@ def rehearse(settings: TrainingSettings, run: Callable[[TrainingSettings], int])
     folder = meeting.folder if meeting else Path(tempfile.mkdtemp(prefix="megatron_ft-rehearsal-"))
     scratch = Path(tempfile.mkdtemp(prefix="megatron_ft-rehearsal-")) if meeting else folder
     before = os.environ.get("TMPDIR"), tempfile.tempdir
-    # Where wandb and the launcher leave something: on this machine, since sockets are not for shared folders.
+    # Temporary files of wandb and the launcher: on this machine, because a shared folder cannot hold sockets.
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
     try:
         if meeting:
             _meet(meeting.begin)
-        found = _look(settings, real, say)
+        found = _check_paths(settings, real, say)
         dp = data_parallel_size(settings.parallel, real)
         dp = shrink.data_parallel(settings.parallel, real) if alone else dp
         count = real // data_parallel_size(settings.parallel, real) * dp
         small = _shrunk(settings, found, folder, dp, count if alone else None)
-        if speaks:
+        if prints:
             _prepare(folder, found, small)
             changed = shrink.changes(found.model.architecture, found.small, settings, small, (real, count))
             say(f"  shrunk         {', '.join(map(str, changed))}", flush=True)
@@ -76,13 +76,13 @@ def rehearse(settings: TrainingSettings, run: Callable[[TrainingSettings], int])
         code = run(small)
         if is_rank() and not was_rank:
             return code  # one of the processes; the launcher goes on below
-        say(_verdict(code, count, settings, time.monotonic() - started), flush=True)
+        say(_verdict(code, count, settings, time.monotonic() - began), flush=True)
         return code
     finally:
         if is_rank() == was_rank:
             shutil.rmtree(scratch, ignore_errors=True)
             _temporary(*before)
-            if speaks and meeting:
+            if prints and meeting:
                 meeting.end()
 
 
@@ -94,29 +94,29 @@ def _temporary(variable: str | None, folder: str | None) -> None:
         os.environ["TMPDIR"] = variable
 
 
-def _look(settings: TrainingSettings, real: int, say: Callable[..., None]) -> _Findings:
-    """Tell what there is. Raises ConfigError where something is missing."""
+def _check_paths(settings: TrainingSettings, real: int, say: Callable[..., None]) -> _Findings:
+    """Print what the command would use. Raise ConfigError if something is missing."""
     found = _Findings(settings, real, settings.launching.make_believe or os.environ.get(MODEL_VARIABLE))
     for line in found.lines:
         say(f"  {line}", flush=True)
     if found.missing:
         raise ConfigError(
-            f"{'; '.join(found.missing)}: correct the command, or let the rehearsal make up what is not there yet with --make_believe MODEL"
+            f"{'; '.join(found.missing)}: correct the command, or add --make_believe MODEL, which generates what does not exist yet"
         )
     return found
 
 
 def _processes(settings: TrainingSettings) -> Places:
-    """As the command says; where it does not, one for each part of the model."""
+    """Return the processes of the command; without --nproc_per_node one for each part of the model."""
     launching = settings.launching
     here = replace(launching, nproc_per_node=launching.nproc_per_node or settings.parallel.model_parallel_size)
-    if "SLURM_PROCID" not in os.environ:  # alone: the other machines are not there to be found
+    if "SLURM_PROCID" not in os.environ:  # the other machines do not take part
         here = replace(here, master_addr=here.master_addr or "localhost", master_port=here.master_port or 1)
     return places(here)
 
 
 class _Findings:
-    """What the real command would meet, as far as this machine can tell. lines: to print; missing: what stops a rehearsal."""
+    """Checks of what the real command would use, on this machine. lines: to print. missing: the reasons not to rehearse."""
 
     small: Architecture
     """Of the model to rehearse with, where a model was found."""
@@ -125,15 +125,15 @@ class _Findings:
         self.lines: list[str] = []
         self.missing: list[str] = []
         self.settings, self.processes = settings, processes
-        self.imagined = _imagined(make_believe) if make_believe else None
+        self.stand_in = _stand_in(make_believe) if make_believe else None
         self.source: Path | None = None
         self.described: CheckpointConfig | None = None
-        self.made_up_data: list[str] = []
-        for look in (self._settings, self._load, self._vocabulary, self._data, self._places):
-            if self.missing and look in (self._load, self._data):
-                continue  # what wrong settings mean for a model and for rows cannot be computed
+        self.generated_data: list[str] = []
+        for check in (self._settings, self._load, self._vocabulary, self._data, self._places):
+            if self.missing and check in (self._load, self._data):
+                continue  # the effect of wrong settings on a model and on rows cannot be computed
             try:
-                look()
+                check()
             except UserError as error:
                 self.missing.append(" ".join(str(error).split()))
         if self.described:
@@ -153,30 +153,30 @@ class _Findings:
         check_settings(s, self.processes)
         dp = data_parallel_size(s.parallel, self.processes)
         tp, pp = s.parallel.tensor_model_parallel_size, s.parallel.pipeline_model_parallel_size
-        self._note("settings", f"TP{tp} x PP{pp} x DP{dp}, fit each other")
+        self._note("settings", f"TP{tp} x PP{pp} x DP{dp}, consistent")
 
     def _load(self) -> None:
         from megatron_ft.training.fit import check_model, find_start
 
         s, flags = self.settings, self.settings.model
-        if flags.vocab_file and not Path(flags.vocab_file).exists():  # _vocabulary tells of it
+        if flags.vocab_file and not Path(flags.vocab_file).exists():  # _vocabulary reports it
             s = replace(s, model=replace(flags, vocab_file=None))
         load = Path(s.checkpointing.load)
-        if self.imagined is not None and not load.exists():
-            self.described = check_model(s, self.imagined, load, self.processes)
-            self._note("--load", f"{load}: NOT THERE, made up")
+        if self.stand_in is not None and not load.exists():
+            self.described = check_model(s, self.stand_in, load, self.processes)
+            self._note("--load", f"{load}: MISSING, generated")
             return
         start = find_start(s, self.processes)
         self.source, self.described = start.folder, start.described
         kind, iteration = start.described.ckpt_format, start.described.iteration
-        self._note("--load", f"{start.folder}: {kind}, iteration {iteration}, its files are there")
+        self._note("--load", f"{start.folder}: {kind}, iteration {iteration}, all files exist")
 
     def _vocabulary(self) -> None:
         file = self.settings.model.vocab_file
         if file and Path(file).exists():
             self._note("--vocab_file", f"{file}: read")
-        elif file and self.imagined is not None:
-            self._note("--vocab_file", f"{file}: NOT THERE, left out")
+        elif file and self.stand_in is not None:
+            self._note("--vocab_file", f"{file}: MISSING, not compared")
         elif file:
             raise ConfigError(f"--vocab_file {file}: no such file")
 
@@ -191,9 +191,9 @@ class _Findings:
             for prefix in data.data_path
             if not Path(f"{prefix}-text.idx").exists() and not Path(f"{prefix}.idx").exists()
         ]
-        if gone and self.imagined is not None:
-            self.made_up_data = gone
-            self._note("--data_path", f"{', '.join(gone)}: NOT THERE, made up")
+        if gone and self.stand_in is not None:
+            self.generated_data = gone
+            self._note("--data_path", f"{', '.join(gone)}: MISSING, generated")
             return
         train, valid = datasets.make_datasets(replace(data, verify_data=False), self.described)
         more = f", {valid.num_samples:,} to validate" if valid else ""
@@ -208,8 +208,8 @@ class _Findings:
             self._note(flag, f"{place}: {check_writable(flag, place)}")
 
 
-def _imagined(model: str) -> CheckpointConfig:
-    """A checkpoint of this model, as if it had been converted."""
+def _stand_in(model: str) -> CheckpointConfig:
+    """Return the description of a converted checkpoint of this model."""
     from megatron_ft.planner import known
 
     arch: Architecture = known.architecture(model)
@@ -217,7 +217,7 @@ def _imagined(model: str) -> CheckpointConfig:
 
 
 def _meeting(settings: TrainingSettings, here: Places | None) -> Meeting:
-    """Of several launchers, or (here is None) of ranks that something else has started: in a folder that all of them can name."""
+    """Return the meeting of several launchers, or (here is None) of ranks that another launcher started."""
     job = os.environ.get("SLURM_JOB_ID", os.environ.get("TORCHELASTIC_RUN_ID", "none"))
     port = here.port if here else os.environ["MASTER_PORT"]
     number, processes = (here.node, here.nodes) if here else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -232,7 +232,7 @@ def _meeting(settings: TrainingSettings, here: Places | None) -> Meeting:
 
 
 def _several_machines(here: Places | None) -> bool:
-    """As far as the environment tells; where it does not, yes."""
+    """Return if several machines take part, from the environment; True if it cannot be determined."""
     if here:
         return here.nodes > 1
     if "LOCAL_WORLD_SIZE" in os.environ:
@@ -243,7 +243,7 @@ def _several_machines(here: Places | None) -> bool:
 
 
 def _meet(step: Callable[[], T]) -> T:
-    """Of the ranks of one machine, the first alone says what went wrong."""
+    """Run a step; on an error only the first rank of a machine prints it."""
     try:
         return step()
     except UserError as error:
@@ -257,7 +257,7 @@ def _shrunk(
 ) -> TrainingSettings:
     parallel = shrink.parallelism(found.model.architecture, settings.parallel)
     data = replace(settings.data, seq_length=shrink.seq_length(settings.data, parallel), verify_data=False)
-    if found.made_up_data:
+    if found.generated_data:
         data = replace(data, data_path=[str(folder / "data" / "made_up-train")], valid_data_path=[], data_weights=[])
     return replace(
         settings,
@@ -270,10 +270,10 @@ def _shrunk(
 
 
 def _prepare(folder: Path, found: _Findings, small: TrainingSettings) -> None:
-    """The small checkpoint and, where asked for, shards."""
+    """Write the small checkpoint and, if the data is missing, shards."""
     described = found.model
     os.environ.setdefault("WANDB_DIR", str(folder))
-    if found.made_up_data:
+    if found.generated_data:
         for kind in ("train", "val"):
             make_up.shards(folder / "data" / f"made_up-{kind}", found.small.vocab_size, described.tokenizer)
     dtype = "bf16" if small.numerics.bf16 else "fp32"
@@ -289,4 +289,4 @@ def _verdict(code: int, processes: int, settings: TrainingSettings, seconds: flo
     if code:
         return f"rehearsal FAILED with exit code {code} after {spent}"
     saved = ", saved and" if settings.checkpointing.save else ","
-    return f"rehearsal passed in {spent}: {processes} processes found each other, loaded, trained{saved} ended; it is all removed again"
+    return f"rehearsal passed in {spent}: {processes} processes connected, loaded, trained{saved} ended; all its files are removed"

@@ -1,1 +1,1 @@
-"""A run made so small that any layout of it fits on one machine: what is shrunk, and what is made up where it is not there yet."""
+"""Rehearsals: a run made so small that any layout fits on one machine, with generated data and weights if they are missing."""

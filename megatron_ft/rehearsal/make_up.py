@@ -1,4 +1,4 @@
-"""A small checkpoint of random weights, and shards of random tokens: stand-ins for what the real command will find."""
+"""Generates a small checkpoint of random weights, and shards of random tokens, in place of the real ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ASSISTANT, _USER = 2, 1  # as in data/roles.py
 
 
 def shards(prefix: Path, vocab_size: int, tokenizer: dict[str, Any]) -> None:
-    """Chats of one question and one answer, their tokens drawn at random, the same ones every time."""
+    """Write chats of one question and one answer with random tokens, the same in every call."""
     draw = np.random.default_rng(_SEED)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with ShardWriter(prefix, vocab_size, tokenizer) as writer:
@@ -38,9 +38,9 @@ def shards(prefix: Path, vocab_size: int, tokenizer: dict[str, Any]) -> None:
 
 
 def model(root: Path, config: CheckpointConfig, tokenizer: Path | None) -> None:
-    """A converted checkpoint that any layout loads. Made in a process of its own: it needs process groups, which must not be shared.
+    """Write a converted checkpoint, in a separate process with its own process groups.
 
-    config: what it says of itself. tokenizer: the folder whose files it gets; None: none.
+    config: the checkpoint's description. tokenizer: folder whose files are copied; None: no tokenizer.
     """
     pid = os.fork()
     if pid == 0:
@@ -54,7 +54,7 @@ def model(root: Path, config: CheckpointConfig, tokenizer: Path | None) -> None:
             sys.stderr.flush()
             os._exit(code)
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-        raise UserError(f"{root}: the small model could not be made; see above")
+        raise UserError(f"{root}: the small model could not be written; the output above shows why")
 
 
 def _make(root: Path, config: CheckpointConfig, tokenizer: Path | None) -> None:

@@ -1,7 +1,7 @@
-"""A folder in which the processes of a rehearsal find what the first of them prepares, and how they make sure that they all see it.
+"""The shared folder in which the first process of a rehearsal prepares the small run, and the check that all processes see it.
 
-The first says that it is there, the others answer, and only then is anything prepared: machines that do not share the folder are
-told at once, not by a wait for what can never appear. No torch.
+The first process writes a file, the others answer with one, and only then anything is prepared. So machines that do not share the
+folder get an error early, instead of waiting for files that never appear. Without torch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from megatron_ft.errors import ConfigError
 from megatron_ft.files import write_json
 
 _HERE, _ANSWER, _READY = "here", "answer-", "ready.json"
-_LOOK = 0.2  # seconds between two looks
+_LOOK = 0.2  # seconds between two checks
 AT_ONCE, BY_HAND = 75.0, 300.0
-"""Seconds in which another machine's first file is seen: where srun starts all (NFS may remember for 60 s that there was none), and
-where somebody starts one after the other."""
-MORE = 15.0  # seconds that the first waits longer than the others, who know more
+"""Time limits in seconds for another machine's first file: if srun starts all at once (NFS may cache its absence for 60 s), and if the
+machines are started by hand one after another."""
+MORE = 15.0  # additional seconds for the first process: the errors of the others are more precise
 TO_PREPARE = 300.0  # seconds
-GONE = 10.0  # seconds after which a folder that has vanished was not only made anew
+GONE = 10.0  # seconds after which a missing folder counts as removed, not as replaced
 
 
 def shared_place(places: dict[str, str]) -> tuple[str, Path]:
-    """Where several machines meet: beside the first folder that they will write to, --save above all, as the run's flag and the nearest
-    parent that is there. places: flag -> folder. Raises ConfigError where nothing can be written there."""
+    """Return (flag, nearest existing parent) of the first folder that the run will write to, usually --save: there the machines meet.
+
+    places: flag -> folder. Raise ConfigError if it is not writable.
+    """
     if not places:
         return "--save", Path(tempfile.gettempdir())
     flag, place = next(iter(places.items()))
@@ -45,15 +47,15 @@ def shared_place(places: dict[str, str]) -> tuple[str, Path]:
 
 @dataclass
 class Meeting:
-    """One process's part in it. number: its own, 0 for the first; processes: how many there are."""
+    """One process's part in the meeting. number: its index, 0 for the first. processes: their number."""
 
     folder: Path
     number: int
     processes: int
     first: str
-    """Name of the first one's machine."""
+    """Host name of the first process."""
     flag: str
-    """What to set where the folder is not shared."""
+    """Flag to change if the folder is not shared."""
     patience: float
     answer: str = field(init=False)
 
@@ -61,35 +63,37 @@ class Meeting:
         self.answer = f"{_ANSWER}{self.number}-{socket.gethostname()}-{secrets.token_hex(4)}"
 
     def begin(self) -> None:
-        """Meet. Raises ConfigError where the others are not seen."""
+        """Check that all processes see the folder. Raise ConfigError if they do not."""
         if self.number:
-            self._until(lambda names: _HERE in names, self.patience, self._nobody)
+            self._until(lambda names: _HERE in names, self.patience, self._first_missing)
             self._touch(self.answer)
             return
-        shutil.rmtree(self.folder, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(self.folder, ignore_errors=True)  # left by a killed rehearsal
         try:
             self.folder.mkdir()
         except OSError as error:
             raise ConfigError(_refused(self.folder, (error.strerror or str(error)).lower(), self.flag)) from error
         self._touch(_HERE)
-        self._until(lambda names: len(_answered(names)) + 1 >= self.processes, self.patience + MORE, self._unanswered)
+        self._until(
+            lambda names: len(_answered(names)) + 1 >= self.processes, self.patience + MORE, self._others_missing
+        )
 
     def open(self) -> None:
-        """The first: what the others wait for is there."""
+        """In the first process: announce that everything is prepared."""
         write_json(self.folder / _READY, [name for name in _names(self.folder) if name.startswith(_ANSWER)])
 
     def wait(self) -> None:
-        """The others: until it is. Raises ConfigError where the first has ended."""
+        """In the others: wait for that. Raise ConfigError if the first process has ended."""
         seen = time.monotonic()
 
         def is_ready(names: list[str]) -> bool:
             nonlocal seen
             if _HERE in names:
                 seen = time.monotonic()
-                if self.answer not in names:  # of a folder that was made anew
+                if self.answer not in names:  # the folder was replaced
                     self._touch(self.answer)
             elif time.monotonic() - seen > GONE:
-                raise ConfigError(f"{self.first} has ended the rehearsal before it began; what it said is the cause")
+                raise ConfigError(f"{self.first} ended the rehearsal before it began; its output shows the cause")
             return _READY in names and self._is_for_us()
 
         def late() -> str:
@@ -98,11 +102,11 @@ class Meeting:
         self._until(is_ready, TO_PREPARE, late)
 
     def end(self) -> None:
-        """The first: remove it all."""
+        """In the first process: remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _is_for_us(self) -> bool:
-        """Not what an earlier rehearsal has left behind."""
+        """Return False for a file of an earlier rehearsal."""
         try:
             return self.answer in json.loads((self.folder / _READY).read_text())
         except (OSError, ValueError):
@@ -116,40 +120,38 @@ class Meeting:
             time.sleep(_LOOK)
 
     def _touch(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):  # it is removed at this moment
+        with contextlib.suppress(FileNotFoundError):  # it is being removed
             (self.folder / name).touch()
 
-    def _nobody(self) -> str:
+    def _first_missing(self) -> str:
         return (
-            f"{self.folder}: {socket.gethostname()} sees nothing there of what {self.first} writes, after {self.patience:.0f} s; "
+            f"{self.folder}: {socket.gethostname()} sees no file that {self.first} writes, after {self.patience:.0f} s; "
             + self._remedy()
         )
 
-    def _unanswered(self) -> str:
+    def _others_missing(self) -> str:
         answered = _answered(_names(self.folder))
         missing = [str(number) for number in range(1, self.processes) if number not in answered]
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         hosts = os.environ.get("SLURM_STEP_NODELIST", "the other machines")
         return (
-            f"{self.folder}: {socket.gethostname()} is not answered there, after {self.patience + MORE:.0f} s, by number "
+            f"{self.folder}: {socket.gethostname()} got no answer, after {self.patience + MORE:.0f} s, from number "
             f"{', '.join(missing[:8])}{more} of {self.processes} on {hosts}; {self._remedy()}"
         )
 
     def _remedy(self) -> str:
-        return (
-            f"they do not share that folder, or one was not started: set {self.flag} to a folder that all machines see"
-        )
+        return f"the machines do not share this folder, or one was not started: set {self.flag} to a folder that all machines see"
 
 
 def _refused(place: Path, reason: str, flag: str) -> str:
     return (
-        f"{place}: {reason}; what the processes of a rehearsal share goes beside {flag}: give {flag} a folder that is not there yet, "
-        f"in one that you can write to"
+        f"{place}: {reason}; the processes of a rehearsal share a folder beside {flag}: set {flag} to a folder that does not exist yet, "
+        f"in one that is writable"
     )
 
 
 def _names(folder: Path) -> list[str]:
-    """What lies there. The parent is read first: a network file system then asks anew for a folder that it took for missing."""
+    """Return the names in a folder. The parent is read first, so that a network file system updates a cached absence."""
     try:
         with os.scandir(folder.parent) as entries:
             next(entries, None)

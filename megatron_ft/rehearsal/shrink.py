@@ -1,4 +1,4 @@
-"""The same run, small: layers, widths, rows, batch and steps shrunk, the layout and every other choice kept. No torch."""
+"""Reduces a run: layers, widths, row length, batch and steps; layout and all other settings are unchanged. Without torch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from megatron_ft.models.pipeline import split_layers
 HEAD_DIM = 16
 STEPS = 3
 SAVE_AT = 2
-"""Where the run saves, or evaluates, now and then it does so after this step, and at the end."""
+"""Step after which a run with --save_interval or --eval_interval saves or evaluates, besides the end."""
 PROCESSES = 16
-"""More than this many are started for data parallelism only where tensor and pipeline parallelism need them."""
+"""Largest number of processes on one machine, unless tensor and pipeline parallelism need more."""
 _SHORT = 128
 
 
 @dataclass(frozen=True)
 class Change:
-    """Something that is smaller, or left out, than it will be."""
+    """A setting that the rehearsal reduces."""
 
     what: str
     real: Any
@@ -43,7 +43,7 @@ class Change:
 
 
 def architecture(arch: Architecture, parallel: Parallelism) -> Architecture:
-    """One layer a chunk, a query group or as few as TP allows, narrow heads. The vocabulary stays: the shards' ids are real."""
+    """Return one layer per chunk, as few query groups as TP allows, narrow heads; the vocabulary is kept for the real shards."""
     split = split_layers(arch.num_layers, parallel)
     tp = parallel.tensor_model_parallel_size
     groups = tp
@@ -59,7 +59,7 @@ def architecture(arch: Architecture, parallel: Parallelism) -> Architecture:
 
 
 def parallelism(arch: Architecture, parallel: Parallelism) -> Parallelism:
-    """As many stages and chunks, each of one layer."""
+    """Return the same number of stages and chunks, with one layer each."""
     virtual = split_layers(arch.num_layers, parallel).virtual_size
     return replace(
         parallel, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
@@ -74,7 +74,7 @@ def seq_length(data: Data, parallel: Parallelism) -> int:
 
 
 def batch(real: Batch, parallel: Parallelism, dp: int) -> Batch:
-    """As many microbatches as there are stages, so that the pipeline fills; at most two rows each."""
+    """Return as many microbatches as stages, so that the pipeline is filled, with at most two rows each."""
     micro = min(real.micro_batch_size, 2)
     rows = micro * dp * max(2, parallel.pipeline_model_parallel_size)
     return replace(real, micro_batch_size=micro, global_batch_size=rows, train_iters=min(STEPS, real.train_iters))
@@ -85,12 +85,12 @@ def optimizer(real: Optimizer) -> Optimizer:
 
 
 def numerics(real: Numerics) -> Numerics:
-    """Groups of layers that are recomputed together cannot be larger than a stage."""
+    """Return one layer per recomputed group, because groups cannot be larger than a stage."""
     return replace(real, recompute_num_layers=1) if real.recompute_num_layers else real
 
 
 def data_parallel(parallel: Parallelism, processes: int) -> int:
-    """Replicas that are started on one machine, of those that the run will have."""
+    """Return the number of data-parallel replicas to start on one machine."""
     model = parallel.model_parallel_size
     return max(1, min(processes // model, PROCESSES // model))
 
@@ -111,12 +111,12 @@ def logging(real: Logging, folder: Path) -> Logging:
 
 
 def model(real: Model) -> Model:
-    """What the flags say of the real model has been compared with it; the stretched positions are kept."""
+    """Return only the RoPE scaling; the other flags have been compared with the real model."""
     return Model(rope_scaling_type=real.rope_scaling_type, rope_scaling_factor=real.rope_scaling_factor)
 
 
 def launching(real: Launching, processes: int | None, folder: Path) -> Launching:
-    """processes: to start on this machine alone; None: as many machines as the real run has."""
+    """Return the launch settings. processes: to start on this machine only; None: as many machines as the real run."""
     machine = {"nnodes": 1, "node_rank": 0, "master_addr": None, "master_port": None}
     alone: dict[str, Any] = {"nproc_per_node": processes, **machine}
     logs = str(folder / "logs") if real.log_dir else None
@@ -128,7 +128,7 @@ def stopping(real: Stopping) -> Stopping:
 
 
 def changes(arch: Architecture, small: Architecture, real: Any, now: Any, processes: tuple[int, int]) -> list[Change]:
-    """What to tell: real and now are the settings before and after; processes, before and after."""
+    """Return the changes to print. real, now: settings before and after. processes: number before and after."""
     pairs = [
         ("layers", arch.num_layers, small.num_layers), ("hidden", arch.hidden_size, small.hidden_size),
         ("heads", arch.num_attention_heads, small.num_attention_heads), ("MLP", arch.ffn_hidden_size, small.ffn_hidden_size),

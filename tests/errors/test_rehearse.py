@@ -51,8 +51,8 @@ def test_alone(shop, tmp_path):
         **temporary(tmp_path),
     )
     assert done.code == 0, done.err
-    assert "rehearsal passed" in done.out and "4 processes found each other" in done.out
-    assert "its files are there" in done.out and "54 samples" in done.out and "steps 5000 -> 3" in done.out
+    assert "rehearsal passed" in done.out and "4 processes connected" in done.out
+    assert "all files exist" in done.out and "54 samples" in done.out and "steps 5000 -> 3" in done.out
     assert "iteration 3/ 3" in done.out and done.out.count("saved checkpoint") == 2
     assert_nothing_left(tmp_path)
 
@@ -86,7 +86,7 @@ def test_made_up_under_the_batch_script(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
         "rehearsal passed" in done.stdout
-        and "checkpoints/llama2-70b-tp8-pp4-oasst_pre10: NOT THERE, made up" in done.stdout
+        and "checkpoints/llama2-70b-tp8-pp4-oasst_pre10: MISSING, generated" in done.stdout
     )
     assert_nothing_left(tmp_path)
 
@@ -147,7 +147,7 @@ def test_several_machines(launcher, shop, tmp_path):
     (tmp_path / "runs").mkdir()
     for code, _, err in (said := ended(*(node(number, tmp_path, PLAIN, *words) for number in range(2)))):
         assert code == 0, err
-    assert "rehearsal passed" in said[0][1] and "2 processes found each other" in said[0][1]
+    assert "rehearsal passed" in said[0][1] and "2 processes connected" in said[0][1]
     assert not list((tmp_path / "runs").iterdir())
     assert not [path for path in (tmp_path / "tmp").rglob("*megatron_ft*")]
 
@@ -169,7 +169,7 @@ def test_machines_that_do_not_share_the_folder(shop, tmp_path):
             and "set --save to a folder that all machines see" in line
         )
         assert socket.gethostname() in line
-    assert "is not answered there" in first[2] and "sees nothing there of what localhost writes" in second[2]
+    assert "got no answer" in first[2] and "sees no file that localhost writes" in second[2]
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -191,7 +191,7 @@ def test_what_the_first_machine_lacks_ends_the_others(shop, tmp_path):
     program = "from megatron_ft.rehearsal import meeting; meeting.GONE = 1.0\n" + PLAIN
     first, second = ended(node(0, tmp_path, program, *lacking), node(1, tmp_path, program, *words))
     assert first[0] == 2 and "gone: no such folder" in errors(first[2])[0]
-    assert second[0] == 2 and "localhost has ended the rehearsal" in errors(second[2])[0]
+    assert second[0] == 2 and "localhost ended the rehearsal" in errors(second[2])[0]
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
 
 
@@ -200,10 +200,10 @@ def test_no_place_to_meet(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     assert shared_place({"--save": str(tmp_path / "run" / "a" / "b"), "--run_dir": "x"}) == ("--save", tmp_path / "run")
     assert shared_place({"--run_dir": str(tmp_path / "run")}) == ("--run_dir", tmp_path)
-    with pytest.raises(ConfigError, match=r"rehearsal-7: no such file or directory; .* goes beside --save"):
+    with pytest.raises(ConfigError, match=r"rehearsal-7: no such file or directory; .* share a folder beside --save"):
         Meeting(Path("/proc/.rehearsal-7"), 0, 2, "localhost", "--save", 1.0).begin()
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ConfigError, match=r"run: cannot be written to; .* goes beside --save"):
+    with pytest.raises(ConfigError, match=r"run: cannot be written to; .* share a folder beside --save"):
         shared_place({"--save": str(tmp_path / "run" / "a")})
 
 
