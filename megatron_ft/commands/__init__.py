@@ -1,1 +1,1 @@
-"""The commands: one recipe each, read top to bottom. Heavy imports happen inside run()."""
+"""The commands, one module each, in reading order. Slow imports are inside run()."""

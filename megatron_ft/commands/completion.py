@@ -1,6 +1,6 @@
-"""megatron-ft completion: a script that completes commands and flags in bash or zsh.
+"""megatron-ft completion: print a script that completes commands and flags in bash or zsh.
 
-The script holds all names, so that completing starts no Python.
+The script contains all names, so that completion does not start Python.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from megatron_ft.config.flags import spellings
 
 @dataclass
 class Completion:
-    """Which shell"""
+    """Shell"""
 
     shell: Literal["bash", "zsh"] = field(default="bash", metadata={"required": True})
-    """bash or zsh"""
+    """shell that the script is for"""
 
 
 COMMAND = Command(
     name="completion",
-    summary="a script that completes commands and flags in bash or zsh",
+    summary="print a script that completes commands and flags in bash or zsh",
     sections=(Completion,),
     examples=('eval "$(megatron-ft completion bash)"', "megatron-ft completion zsh >> ~/.zshrc"),
     positional=("shell",),

@@ -1,4 +1,4 @@
-"""megatron-ft demo: a tiny model learns to answer on this machine, split as on a cluster, and shows that it did."""
+"""megatron-ft demo: train a tiny model on this machine, split as on a cluster, and check that it has learnt to answer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_ft.config.cli import Command, run_script
 
 @dataclass
 class Demo:
-    """What to run"""
+    """Demo"""
 
     run_dir: str = "runs/demo"
-    """folder for everything it makes; an earlier demo in it is replaced"""
+    """folder for all files of the demo; an earlier demo in it is replaced"""
     seed: int = 1
-    """of the chats, the weights and the order of training"""
+    """seed of the generated chats, the initial weights and the order of training"""
 
 
 COMMAND = Command(
@@ -30,7 +30,7 @@ COMMAND = Command(
 
 
 def run(options: Demo, **sizes: Any) -> int:
-    """0 if everything needed was reached, else 1. Raises ConfigError for a run_dir that is no demo's.
+    """Run the demo; return 0 if every requirement is met, else 1. Raise ConfigError for a run_dir that no demo has written.
 
     sizes: fields of demo.recipe.Plan, for tests that want it smaller.
     """
@@ -38,7 +38,7 @@ def run(options: Demo, **sizes: Any) -> int:
     from megatron_ft.demo.recipe import Plan, run_demo
     from megatron_ft.demo.shell import CommandFailed
 
-    # As Ctrl-C: whatever was started is stopped on the way out.
+    # Exit as for Ctrl-C, so that the started processes are stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     plan = Plan(Path(options.run_dir), options.seed, **sizes)
     with fresh_run_folder(plan.folder):

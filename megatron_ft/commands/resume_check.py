@@ -1,4 +1,4 @@
-"""megatron-ft resume-check: some steps without a stop against half of them, a checkpoint, a new start and the other half."""
+"""megatron-ft resume-check: compare an uninterrupted run with one that is stopped in the middle and resumed."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from megatron_ft.launch.places import is_rank, join_srun
 
 @dataclass
 class ResumeCheck:
-    """What to try"""
+    """Comparison"""
 
     check_steps: int = 10
-    """steps to compare; the run is stopped and resumed after half of them"""
+    """number of steps to compare; the second run is stopped and resumed after half of them"""
     resume_tensor_model_parallel_size: int | None = None
-    """TP of the resumed half; default: the same"""
+    """tensor parallel size after resuming; default: unchanged"""
     resume_pipeline_model_parallel_size: int | None = None
-    """PP of the resumed half; default: the same"""
+    """pipeline parallel size after resuming; default: unchanged"""
     check_tolerance: float = 1e-4
-    """largest difference of a step's loss that passes where the layout changes; where it does not, everything has to be equal to the bit"""
+    """largest accepted difference of a step's loss if the layout changes; if it does not, the runs must be bit-identical"""
     check_processes: int | None = None
-    """processes to start on this machine where no launcher did; default: TP x PP"""
+    """number of processes to start on this machine's CPU if no launcher has started them; default: TP x PP"""
     work_dir: str | None = None
-    """where the runs save, room for three checkpoints; default: a temporary folder, removed at the end"""
+    """folder for the checkpoints of the runs, with space for three; default: a temporary folder, removed at the end"""
 
 
 COMMAND = Command(
     name="resume-check",
-    summary="prove on a checkpoint that stopping and resuming changes nothing",
+    summary="check that stopping and resuming does not change a run",
     sections=(ResumeCheck, TrainingSettings),
     examples=(
         "megatron-ft resume-check --config runs/tuned/training.yaml --load runs/tuned",
@@ -56,13 +56,15 @@ say = functools.partial(print, flush=True)  # forked ranks end without flushing
 
 
 class ResumeDiffers(UserError):
-    """The resumed run is not the one that never stopped."""
+    """The resumed run differs from the uninterrupted one."""
 
 
 def run(check: ResumeCheck, settings: TrainingSettings) -> int:
-    """Print the table. Raises ResumeDiffers where a row fails; ConfigError or CheckpointError where nothing can be tried."""
+    """Print the table. Raise ResumeDiffers if a row fails, ConfigError or CheckpointError if the runs cannot start."""
     if check.check_steps < 2:
-        raise ConfigError(f"--check_steps {check.check_steps}: at least 2, one before the stop and one after it")
+        raise ConfigError(
+            f"--check_steps {check.check_steps}: must be at least 2, one step before the stop and one after it"
+        )
     join_srun(settings.launching)
     if is_rank():  # a launcher started the processes
         from megatron_ft.engine.parallel import joined
@@ -101,12 +103,12 @@ def _on_this_rank(work: tuple[ResumeCheck, TrainingSettings]) -> int:
 
 
 def _three_runs(root: Path, check: ResumeCheck, settings: TrainingSettings) -> None:
-    """straight/ from the checkpoint to its end, resumed/ to the middle and from there on."""
+    """Train straight/ from the checkpoint to the end, and resumed/ to the middle and, in a new start, to the end."""
     first = _iteration(settings.checkpointing)
     middle, last = first + check.check_steps // 2, first + check.check_steps
-    _say(f"iterations {first + 1} to {last} without a stop ...")
+    _say(f"iterations {first + 1} to {last} without interruption ...")
     _finetune(settings, root / "straight", None, last, last)
-    _say(f"iterations {first + 1} to {middle}, then a new start to {last} ...")
+    _say(f"iterations {first + 1} to {middle}, then resumed to {last} ...")
     _finetune(settings, root / "resumed", None, middle, last)
     there = {
         "tensor_model_parallel_size": check.resume_tensor_model_parallel_size,
@@ -134,10 +136,10 @@ def _iteration(checkpointing: Checkpointing) -> int:
 def _finetune(
     settings: TrainingSettings, save: Path, load: Path | None, until: int, end: int, layout: dict | None = None
 ) -> None:
-    """A run of finetune in silence until one iteration, with the schedule of a run that goes on to `end` at least."""
+    """Run finetune without output until one iteration, with the schedule of a run that continues at least to `end`."""
     from megatron_ft.commands import finetune
 
-    # One rank alone writes metrics.jsonl, and on a cluster the table is made from it: it goes where the run saves.
+    # The table is made from metrics.jsonl, which one rank writes: on a cluster it must be in the shared --save folder.
     s, replace = settings, dataclasses.replace
     one = replace(
         s,
@@ -157,11 +159,13 @@ def _finetune(
     with contextlib.redirect_stdout(io.StringIO()):
         code = finetune.run(one)
     if code:
-        raise ConfigError(f"the run was stopped by a signal (exit code {code}): nothing was compared; run again")
+        raise ConfigError(
+            f"the run was stopped by a signal (exit code {code}): nothing was compared; run the command again"
+        )
 
 
 def _compared(root: Path, check: ResumeCheck, settings: TrainingSettings) -> str:
-    """Print the table; what is wrong, or nothing."""
+    """Print the table. Return the difference as a message, "" if there is none."""
     from megatron_ft.checkpoints.verify import tensor_hashes
 
     parallel = settings.parallel
@@ -169,7 +173,7 @@ def _compared(root: Path, check: ResumeCheck, settings: TrainingSettings) -> str
     there = (check.resume_tensor_model_parallel_size or sizes[0], check.resume_pipeline_model_parallel_size or sizes[1])
     straight, resumed = _steps(root / "straight"), _steps(root / "resumed")
     say(f"stopped in TP{sizes[0]} x PP{sizes[1]}, resumed in TP{there[0]} x PP{there[1]}")
-    say(f"{'iteration':>9} {'without a stop':>16} {'resumed':>16} {'difference':>11}  samples")
+    say(f"{'iteration':>9} {'uninterrupted':>16} {'resumed':>16} {'difference':>11}  samples")
     middle = min(straight) + check.check_steps // 2 - 1
     largest, same_samples = 0.0, True
     for iteration, one in straight.items():
@@ -179,32 +183,30 @@ def _compared(root: Path, check: ResumeCheck, settings: TrainingSettings) -> str
         largest, same_samples = max(largest, apart), same_samples and alike
         say(
             f"{iteration:9d} {one['train/loss']:16.9f} {other['train/loss']:16.9f} {apart:11.1e}  "
-            f"{'same' if alike else 'OTHERS'} {one['train/samples_hash'][:8]}{'   <- stopped here' if iteration == middle else ''}"
+            f"{'same' if alike else 'DIFFER'} {one['train/samples_hash'][:8]}{'   <- stopped here' if iteration == middle else ''}"
         )
     if not same_samples:
-        return "the resumed run saw other samples than the one that never stopped: see the table; report it with the command line"
+        return "the resumed run used other samples than the uninterrupted one: see the table; report it with the command line"
     if sizes != there:
         say(
-            f"another layout: losses within {check.check_tolerance:g} are wanted, the largest difference is {largest:.1e}"
+            f"the layout changes: losses may differ by {check.check_tolerance:g}, the largest difference is {largest:.1e}"
         )
-        far = (
-            f"losses differ by {largest:.1e}, more than --check_tolerance {check.check_tolerance:g}; raise it for bf16"
-        )
+        far = f"losses differ by {largest:.1e}, more than --check_tolerance {check.check_tolerance:g}; increase it for bf16"
         return far if largest > check.check_tolerance else ""
     newest = [next((root / name).glob(f"iter_{max(straight):07d}")) for name in ("straight", "resumed")]
     one, other = (tensor_hashes(folder) for folder in newest)
     wrong = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
     say(
-        f"tensors of the last checkpoint, optimizer and random streams included: {len(one)}, of which {len(wrong)} differ"
+        f"tensors of the last checkpoint, optimizer and random states included: {len(one)}, of which {len(wrong)} differ"
     )
     if wrong or largest:
-        return f"not the same to the bit: losses by up to {largest:.1e}, {len(wrong)} tensors, first {wrong[:1]}; report it"
-    say("the resumed run is the run that never stopped, to the bit")
+        return f"not bit-identical: losses differ by up to {largest:.1e}, {len(wrong)} tensors differ, first {wrong[:1]}; report it"
+    say("the resumed run and the uninterrupted run are bit-identical")
     return ""
 
 
 def _steps(folder: Path) -> dict[int, dict]:
-    """Iteration -> its line of metrics."""
+    """Return iteration -> its line of metrics."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {line["iteration"]: line for line in lines if "train/loss" in line}
 

@@ -1,4 +1,4 @@
-"""The table of commands: name -> where it lives and what it does. Names only; a command's module is imported when asked for."""
+"""The table of commands: name -> module and summary. A command's module is imported only when the command is used."""
 
 import importlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from megatron_ft.config.command import Command
 
 
 class Entry(NamedTuple):
-    """Where a command lives and what it does, in one line."""
+    """A command's module and its summary of one line."""
 
     module: str
     summary: str
@@ -16,39 +16,41 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, dict[str, Entry]] = {
     "Try it": {
-        "demo": Entry("megatron_ft.commands.demo", "all of it with a tiny model on this machine, in minutes"),
-        "doctor": Entry("megatron_ft.commands.doctor", "what is installed, what will be used; --check tries it"),
+        "demo": Entry("megatron_ft.commands.demo", "run every step with a tiny model, in minutes"),
+        "doctor": Entry("megatron_ft.commands.doctor", "list what is installed and used; --check runs small tests"),
     },
     "Prepare": {
-        "pretokenize": Entry("tools.pretokenizer.pretokenize", "chat files to shards of tokens and their roles"),
-        "merge": Entry("tools.pretokenizer.merge", "several shards into one, after checking them"),
-        "inspect": Entry("megatron_ft.commands.inspect", "samples of shards as training sees them"),
+        "pretokenize": Entry("tools.pretokenizer.pretokenize", "convert chat files to shards of tokens and roles"),
+        "merge": Entry("tools.pretokenizer.merge", "join several shards into one, after checking them"),
+        "inspect": Entry("megatron_ft.commands.inspect", "show samples of shards as training sees them"),
         "hf-to-megatron": Entry(
-            "checkpoints_conversion.hf_to_megatron", "a Hugging Face model to a checkpoint split over ranks"
+            "checkpoints_conversion.hf_to_megatron", "convert a Hugging Face model to a split checkpoint"
         ),
-        "reshard": Entry("checkpoints_conversion.reshard", "a checkpoint to another layout or format"),
-        "verify": Entry("checkpoints_conversion.verify", "prove that a checkpoint is the model it came from"),
+        "reshard": Entry("checkpoints_conversion.reshard", "convert a checkpoint to another layout or format"),
+        "verify": Entry("checkpoints_conversion.verify", "check that a checkpoint equals its Hugging Face model"),
     },
     "Train": {
-        "plan": Entry("megatron_ft.commands.plan", "will it fit: memory per stage, idle time, better layouts"),
-        "preflight": Entry("megatron_ft.commands.preflight", "check shards against a finetune command line"),
+        "plan": Entry("megatron_ft.commands.plan", "estimate memory and idle time, propose layouts"),
+        "preflight": Entry("megatron_ft.commands.preflight", "check shards and checkpoint for a finetune command"),
         "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),
-        "resume-check": Entry("megatron_ft.commands.resume_check", "prove that stopping and resuming changes nothing"),
-        "verify-invariance": Entry(
-            "megatron_ft.commands.verify_invariance", "prove that every layout computes the same gradients"
+        "resume-check": Entry(
+            "megatron_ft.commands.resume_check", "check that stopping and resuming does not change a run"
         ),
-        "report": Entry("megatron_ft.commands.report", "the page of a run: curves, where the loss is, layout"),
+        "verify-invariance": Entry(
+            "megatron_ft.commands.verify_invariance", "check that every layout computes the same gradients"
+        ),
+        "report": Entry("megatron_ft.commands.report", "write the HTML page of a run: curves, data, layout"),
     },
     "Use": {
-        "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint"),
-        "chat": Entry("megatron_ft.commands.chat", "talk with a checkpoint in the terminal"),
+        "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint or an exported model"),
+        "chat": Entry("megatron_ft.commands.chat", "chat with a checkpoint or an exported model"),
         "megatron-to-hf": Entry(
-            "checkpoints_conversion.megatron_to_hf", "a checkpoint to a Hugging Face model, chat template too"
+            "checkpoints_conversion.megatron_to_hf", "convert a checkpoint to a Hugging Face model"
         ),
     },
     "Help": {
-        "flags": Entry("megatron_ft.commands.flags", "every flag of every command, as Markdown"),
-        "completion": Entry("megatron_ft.commands.completion", "completes commands and flags in bash or zsh"),
+        "flags": Entry("megatron_ft.commands.flags", "print all flags of all commands, as Markdown"),
+        "completion": Entry("megatron_ft.commands.completion", "print a completion script for bash or zsh"),
     },
 }
 ALIASES = {"train": "finetune", "env": "doctor"}
@@ -56,6 +58,6 @@ ENTRIES = {name: entry for group in COMMANDS.values() for name, entry in group.i
 
 
 def load(name: str) -> tuple[Command, Callable[..., int | None]]:
-    """What a command says of itself, and its run()."""
+    """Return a command's description and its run()."""
     module = importlib.import_module(ENTRIES[name].module)
     return module.COMMAND, module.run

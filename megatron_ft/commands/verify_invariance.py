@@ -1,4 +1,4 @@
-"""megatron-ft verify-invariance: one step in every layout against one process, loss and every gradient, on this machine's CPU."""
+"""megatron-ft verify-invariance: compare loss and gradients of one step in every layout with one process, on CPU."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ if TYPE_CHECKING:
 
 @dataclass
 class Invariance:
-    """What to compare"""
+    """Model and layouts"""
 
     load: str = field(default="", metadata={"required": True})
-    """checkpoint, Hugging Face model or its config.json: the model whose kind is tried"""
+    """model to test: a checkpoint, a Hugging Face model folder or its config.json"""
     shrink: bool = True
-    """a small model of the same kind with made-up weights; --no_shrink: the model itself, with a checkpoint's own weights"""
+    """test a small model of the same architecture with random weights; --no_shrink: the model itself, with the checkpoint's weights"""
     seq_length: int = 64
-    """positions in a row"""
+    """tokens per row"""
     hidden_dropout: float = 0.0
-    """residual dropout, whose masks do not depend on the layout either"""
+    """dropout probability on the residual stream; its masks do not depend on the layout"""
     lima_dropout: bool = False
-    """let it rise from 0 at the first layer to hidden_dropout at the last"""
+    """increase the residual dropout linearly from 0 at the first layer to hidden_dropout at the last"""
     layouts: list[str] = field(default_factory=list)
-    """names of the layouts to try, as in the table; default: all that the model allows"""
+    """names of the layouts to test, as printed in the table; default: all that the model allows"""
     tolerance: float = 1e-4
-    """largest relative difference of the loss, the gradient norm or any gradient that passes"""
+    """largest accepted relative difference of the loss, the gradient norm or any gradient"""
     seed: int = 1234
-    """of rows, masks and dropout"""
+    """seed of the random rows, loss masks and dropout"""
 
 
 COMMAND = Command(
     name="verify-invariance",
-    summary="prove that every layout computes the same loss and gradients for a model",
+    summary="check that every layout computes the same loss and gradients for a model",
     sections=(Invariance,),
     examples=("megatron-ft verify-invariance --load runs/model", "megatron-ft verify-invariance --load hf/config.json"),
 )
 
 CAUGHT = "norms not summed (broken on purpose)"
 LAYERS, HIDDEN, VOCABULARY = 4, 64, 203
-"""Of the small model; the vocabulary is odd, so that its padding differs between layouts."""
+"""Sizes of the small model. The vocabulary is odd, so that its padding differs between layouts."""
 
 
 class LayoutsDiffer(UserError):
-    """A layout does not compute what one process computes, or the comparison does not notice a broken one."""
+    """A layout differs from one process, or the comparison does not detect the broken layout."""
 
 
 def run(options: Invariance) -> int:
-    """Print the table; raises LayoutsDiffer where a row fails, ConfigError or CheckpointError where nothing can be tried."""
+    """Print the table. Raise LayoutsDiffer if a row fails, ConfigError or CheckpointError if the model cannot be tested."""
     arch, checkpoint = _model(options)
-    # Many small processes on one CPU, whatever else the machine has. Before torch looks.
+    # Many small processes on one CPU, whatever else the machine has; set before torch is imported.
     os.environ.update(MEGATRON_FT_DEVICE="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     from megatron_ft.engine.forked import run_forked
     from megatron_ft.engine.start import prepare_engine
@@ -93,14 +93,14 @@ def run(options: Invariance) -> int:
             print(f"{case.name:38}  {numbers}  {found.where.removeprefix('model.')}: {words}", flush=True)
     if failed:
         raise LayoutsDiffer(
-            f"beyond --tolerance {options.tolerance:g}: {'; '.join(failed)}: train in another layout, and report this table"
+            f"differences above --tolerance {options.tolerance:g}: {'; '.join(failed)}: train in another layout, and report this table"
         )
-    print(f"every layout computes what one process computes (to {options.tolerance:g})")
+    print(f"every layout computes the same as one process (within {options.tolerance:g})")
     return 0
 
 
 def cases_for(arch: Architecture) -> list[Case]:
-    """All layouts that the model's sizes allow on four processes, and one that is broken on purpose."""
+    """Return all layouts that the model's sizes allow on four processes, and one that is broken on purpose."""
     from megatron_ft.training.invariance import Case
 
     def parallel(tp: int = 1, pp: int = 1, sp: bool = False, **more: Any) -> Parallelism:
@@ -149,32 +149,36 @@ def _chosen(arch: Architecture, names: list[str]) -> list[Case]:
     cases = cases_for(arch)
     known = {case.name for case in cases}
     if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"--layouts {unknown[0]!r} is not one of this model's: {'; '.join(sorted(known))}")
+        raise ConfigError(
+            f"--layouts {unknown[0]!r} is not a layout of this model; choose from: {'; '.join(sorted(known))}"
+        )
     return [case for case in cases if case.name in names] if names else cases
 
 
 def _model(options: Invariance) -> tuple[Architecture, str | None]:
-    """(the architecture to try, the folder of its weights or None)."""
+    """Return (the architecture to test, the folder of its weights or None)."""
     from megatron_ft.checkpoints.folder import CONFIG, describe, find_checkpoint
     from megatron_ft.models.families import understood
 
     path = Path(options.load)
     file = path / CONFIG if path.is_dir() else path
     if file.is_file():
-        said = read_json(file)
-        if isinstance(said, dict) and "model_type" in said:
+        hf_config = read_json(file)
+        if isinstance(hf_config, dict) and "model_type" in hf_config:
             if not options.shrink:
-                raise ConfigError(f"--no_shrink needs a checkpoint, {path} is a Hugging Face model: convert it first")
-            return shrunk(understood(said)[1]), None
+                raise ConfigError(
+                    f"--no_shrink needs a checkpoint, but {path} is a Hugging Face model: convert it with hf-to-megatron"
+                )
+            return shrunk(understood(hf_config)[1]), None
     folder = find_checkpoint(path)
     config = describe(folder)
     return (shrunk(config.architecture), None) if options.shrink else (config.architecture, str(folder))
 
 
 def shrunk(arch: Architecture) -> Architecture:
-    """A small model of the same kind: block, norms, activation, rope, biases and window stay, sizes and head counts fall.
+    """Return a small model of the same kind: block, norms, activation, RoPE, biases and window are unchanged, sizes are reduced.
 
-    Models whose heads share one key and value (or that share none) stay so.
+    A model whose heads share one key and value head, or share none, keeps that property.
     """
     heads, groups = arch.num_attention_heads, arch.num_query_groups
     new_heads = 8

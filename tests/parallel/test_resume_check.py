@@ -21,17 +21,17 @@ def run(four_ranks, checkpoint, shards, tmp_path_factory):
 def test_the_same_layout_is_the_same_to_the_bit(run, four_ranks, shards):
     said = four_ranks.run(check, str(run), shards, {})[0]
     assert said["error"] is None
-    assert said["out"].count("same ") == 4 and "OTHERS" not in said["out"]
+    assert said["out"].count("same ") == 4 and "DIFFER" not in said["out"]
     assert (
         "of which 0 differ" in said["out"]
-        and "the resumed run is the run that never stopped, to the bit" in said["out"]
+        and "the resumed run and the uninterrupted run are bit-identical" in said["out"]
     )
 
 
 def test_a_run_that_was_to_end_where_it_is(run, four_ranks, shards):
     """Its --train_iters are done: the schedule of all three runs then ends where the check does."""
     said = four_ranks.run(check, str(run), shards, {"train_iters": 2})[0]
-    assert said["error"] is None and "to the bit" in said["out"]
+    assert said["error"] is None and "bit-identical" in said["out"]
 
 
 def test_another_layout_is_close(run, four_ranks, shards):
@@ -45,7 +45,7 @@ def test_another_layout_is_close(run, four_ranks, shards):
 def test_what_is_forgotten_is_noticed(forget, run, four_ranks, shards):
     said = four_ranks.run(check, str(run), shards, {}, forget)
     assert all(one["error"] for one in said), said
-    assert ("not the same to the bit" if forget == "random streams" else "saw other samples") in said[0]["error"]
+    assert ("not bit-identical" if forget == "random streams" else "used other samples") in said[0]["error"]
 
 
 def two_steps(load, shards, save):
