@@ -53,7 +53,7 @@ class TestPretokenize:
         "line, message",
         [
             ('{"messages": [', r"bad\.jsonl, line 41: not valid JSON .*repair or remove"),
-            ('["a"]', r"bad\.jsonl, line 41: a JSON list where an object"),
+            ('["a"]', r"bad\.jsonl, line 41: a JSON list, an object was expected"),
             ('{"messages": [{"role": "cat", "content": "meow"}]}', r"bad\.jsonl, line 41: .*'cat'"),
             ('{"messages": [{"role": "user", "content": 3}]}', r"bad\.jsonl, line 41: .*not text"),
         ],
@@ -76,10 +76,10 @@ class TestPretokenize:
 
     def test_empty_file_and_unknown_shape(self, refused, shop, tmp_path):
         (tmp_path / "bad.jsonl").write_text("")
-        refused(r"bad\.jsonl: holds no chats", *pretokenize(shop, tmp_path, tmp_path / "bad.jsonl"))
+        refused(r"bad\.jsonl: contains no chats", *pretokenize(shop, tmp_path, tmp_path / "bad.jsonl"))
         (tmp_path / "bad.jsonl").write_text('{"weather": "fine"}\n')
         words = pretokenize(shop, tmp_path, tmp_path / "bad.jsonl")
-        refused(r"bad\.jsonl, line 1: no known shape has the keys weather", *words)
+        refused(r"bad\.jsonl, line 1: no known format has the keys weather", *words)
 
     def test_finished_shards_are_kept(self, refused, shop):
         prefix = shop.shards.removesuffix("-train")

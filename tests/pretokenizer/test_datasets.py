@@ -87,7 +87,7 @@ def test_messages_as_openai_writes_them():
     assert chat[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {}}}]
     assert (chat[0]["tools"], chat[1]["role"], chat[1]["content"]) == ([tool], "assistant", "")
     for wrong in ({"tools": "no JSON"}, {"tools": [{"type": "function"}]}, {"tools": 3}):
-        with pytest.raises(DataError, match="here: 'tools' is no list"):
+        with pytest.raises(DataError, match="here: 'tools' is not a list"):
             convert("messages", {"messages": messages, **wrong})
     for wrong in ({"weight": -1}, {"weight": True}, {"content": [{"type": "image_url"}]}, {"tool_calls": [{}]}):
         with pytest.raises(DataError, match="here: "):
@@ -161,7 +161,7 @@ def test_bombs_stay_small(tmp_path, monkeypatch):
     for _ in range(8):
         nested = gzip.compress(nested)
     (tmp_path / "nested.gz").write_bytes(nested)
-    with pytest.raises(DataError, match="times over"):
+    with pytest.raises(DataError, match="times in a row"):
         list(records(tmp_path / "nested.gz"))
     (tmp_path / "array.json").write_bytes(b'["' + b"x" * (4 << 20))
     with pytest.raises(DataError, match="longer than"):

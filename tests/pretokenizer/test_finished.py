@@ -6,7 +6,7 @@ import pytest
 
 from tests.pretokenizer.test_pretokenize import DEFAULTS, configure, place, pretokenize, shortcut  # noqa: F401 - a fixture
 
-DONE = "out/mine-train: made of the same input with the same settings, and whole; nothing to do\n"
+DONE = "out/mine-train: already made from the same input with the same settings; nothing to do\n"
 
 
 def contents(folder) -> dict:
@@ -36,7 +36,7 @@ def test_a_mix_of_sections(place, capsys):  # noqa: F811
     mix = {"datasets": parts, "output_dir": "mix", "filename_prefix": "x", "mix_by": "tokens", "mix_total": 60}
     flags = ("--configs", "mix", *configure(place, defaults=DEFAULTS, mix=mix))
     assert pretokenize(*flags) == 0 and pretokenize(*flags) == 0
-    assert capsys.readouterr().out.endswith("whole; nothing to do\n")
+    assert capsys.readouterr().out.endswith("settings; nothing to do\n")
     parts[0]["messages"]["fraction"] = 0.5
     assert pretokenize("--configs", "mix", *configure(place, defaults=DEFAULTS, mix=mix)) == 2
     assert "made with other settings: datasets" in capsys.readouterr().err
@@ -59,13 +59,13 @@ def other_version(place):  # noqa: F811
         (None, ("--max_count", 3), "made with other settings: max_count"),
         (None, ("--chat_format", "vicuna"), "made with other settings: chat_format"),
         (None, ("--write_json",), "made with other settings: write_json"),
-        (changed_input, (), "made before chats.jsonl was changed"),
+        (changed_input, (), "chats.jsonl has changed since"),
         (lambda at: damage(at / "tokenizer.model"), (), "made with another tokenizer"),
         (lambda at: damage(at / "out/mine-val-role.bin"), (), "not those that were written"),
-        (lambda at: (at / "out/mine-val_stats.json").unlink(), (), "mine-val_stats.json is not there any more"),
-        (lambda at: (at / "out/mine-val-manifest.json").unlink(), (), "mine-val-manifest.json is not there any more"),
-        (lambda at: (at / "out/mine-train_settings.json").unlink(), (), "with what settings is not known"),
-        (lambda at: (at / "out/mine-train_settings.json").write_text("[]"), (), "with what settings is not known"),
+        (lambda at: (at / "out/mine-val_stats.json").unlink(), (), "mine-val_stats.json no longer exists"),
+        (lambda at: (at / "out/mine-val-manifest.json").unlink(), (), "mine-val-manifest.json no longer exists"),
+        (lambda at: (at / "out/mine-train_settings.json").unlink(), (), "their settings are not known"),
+        (lambda at: (at / "out/mine-train_settings.json").write_text("[]"), (), "their settings are not known"),
         (other_version, (), "made by megatron_ft 0.0.1, this is "),
     ],
 )  # fmt: skip

@@ -43,7 +43,7 @@ def test_what_does_not_belong_together_is_refused(parts, capsys):
     for prefixes, message in (
         (("parts/a-train", "parts/other-train"), "id"),
         (("parts/a-train", "parts/a-train"), "samples would count twice"),
-        (("parts/a-train", "all/x"), "is one of the prefixes"),
+        (("parts/a-train", "all/x"), "is also in --prefixes"),
         (("parts/a-train", "nothing"), "no such file"),
     ):
         assert run("--prefixes", *prefixes, "--output", "all/x") == 2
@@ -66,9 +66,7 @@ def test_started_again_it_has_nothing_to_do(parts, capsys):
     before = contents(parts / "all")
     capsys.readouterr()
     assert run(*flags) == 0
-    assert (
-        capsys.readouterr().out == "all/x: made of the same shards with the same settings, and whole; nothing to do\n"
-    )
+    assert capsys.readouterr().out == "all/x: already made from the same shards with the same settings; nothing to do\n"
     assert contents(parts / "all") == before
     assert run(*flags, "--duplicates", "exact") == 2
     again = ("--input", "b.jsonl", "--tokenizer", "tokenizer.model", "--val_split", 0, "--max_count", 6, "--overwrite")

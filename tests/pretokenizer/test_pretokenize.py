@@ -294,17 +294,17 @@ def test_mistakes_are_one_line_and_write_nothing(place, capsys, flags, message):
         ),
         (
             {"trees": TREES_SECTION | {"datasets": [{"oasst_export": {}}]}},
-            "no input_file_path, and nothing of that name",
+            "input_file_path is not set, and no file or folder of this name",
         ),
         (
             {"trees": TREES_SECTION | {"datasets": [{"oasst_export": {"input_file_path": "trees.jsonl", "topk": 1}}]}},
             "dataset oasst_export: unknown key topk; did you mean top_k",
         ),
         ({"trees": TREES_SECTION | {"datasets": [{"a": {}, "b": {}}]}}, "is not a dataset"),
-        ({"trees": TREES_SECTION | {"datasets": []}}, "says no datasets"),
+        ({"trees": TREES_SECTION | {"datasets": []}}, "datasets is not set"),
         ({"trees": TREES_SECTION | {"min_asistant_tokens": 3}}, "unknown key min_asistant_tokens"),
         ({"trees": TREES_SECTION | {"use_system_prefix": True}}, "use_system_prefix"),
-        ({"trees": "text"}, "section trees holds no keys"),
+        ({"trees": "text"}, "section trees has no keys"),
     ],
 )
 def test_mistakes_in_sections(place, capsys, sections, message):

@@ -85,24 +85,24 @@ def test_a_chat_without_messages_is_counted():
 @pytest.mark.parametrize(
     ("name", "record", "message"),
     [
-        ("messages", {"text": "x"}, "no 'messages'"),
+        ("messages", {"text": "x"}, "the key 'messages' is missing"),
         ("messages", {"messages": "x"}, "str, not a list"),
         ("messages", {"messages": ["x"]}, "not an object"),
-        ("messages", {"messages": [{"content": "x"}]}, "no 'role'"),
+        ("messages", {"messages": [{"content": "x"}]}, "the key 'role' is missing"),
         ("messages", {"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),
         ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "'role' is list"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "NoneType, not text"),
-        ("sharegpt", {"conversations": [{"from": "bing", "value": "x"}]}, "unknown speaker 'bing'"),
+        ("sharegpt", {"conversations": [{"from": "bing", "value": "x"}]}, "unknown role 'bing'"),
         ("alpaca", {"instruction": "x", "output": 3}, "'output' is int"),
         ("oasst_export", {"message_tree_id": 1}, "lacks 'prompt'"),
         ("oasst_export", tree(1, {**ask("q"), "role": "moderator"}), "unknown role 'moderator'"),
         ("oasst_export", tree(1, ask("q", ask("again"))), "by the prompter, assistant was expected"),
-        ("oasst_export", tree(1, ask("q", answer("a", rank="0"))), "rank '0' is no number"),
+        ("oasst_export", tree(1, ask("q", answer("a", rank="0"))), "rank '0' is not a number"),
         ("oasst_export", tree(1, {**ask("q"), "replies": {"a": 1}}), "dict, not a list"),
         ("sharegpt", {"conversations": {"from": "human"}}, "dict, not a list"),
         ("oasst_export", tree(1, ask("q", {"role": "assistant", "rank": 0})), "lacks 'text'"),
         ("oasst_export", tree(1, ask("q", answer(3))), "'text' is int"),
-        ("oasst_export", tree(1, []), "prompt is list, no message"),
+        ("oasst_export", tree(1, []), "prompt is list, not a message"),
         ("messages", {"messages": [{"role": "user", "content": "q", "weight": 10**400}]}, "weight 1000"),
         ("messages", {"messages": [{"role": ["user"], "content": "q"}]}, "'role' is list"),
     ],
@@ -174,10 +174,10 @@ def test_a_giant_line_is_skipped_by_choice(tmp_path, monkeypatch, length):
 def test_what_is_not_recognised(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_bytes(b'{"question": "x", "answer": "y"}\n')
-    with pytest.raises(DataError, match="no known shape has the keys question, answer"):
+    with pytest.raises(DataError, match="no known format has the keys question, answer"):
         recognise(path)
     path.write_bytes(b"")
-    with pytest.raises(DataError, match="holds no chats"):
+    with pytest.raises(DataError, match="contains no chats"):
         recognise(path)
     with pytest.raises(DataError, match="cannot be read"):
         recognise(tmp_path / "nothing.jsonl")

@@ -207,7 +207,7 @@ def test_a_mix_comes_out_as_asked(place, capsys):  # noqa: F811
     assert len(shards) == sum(row["samples"] for row in stats["mix"])
     by_source = [shards.lengths[slice(*source["documents"])].sum() for source in shards.manifest.sources]
     assert [round(n / sum(by_source), 2) for n in by_source] == [0.5, 0.3, 0.2]
-    assert "of the mix, 30.0% asked" in capsys.readouterr().out
+    assert "of the mix, 30.0% requested" in capsys.readouterr().out
     assert not [path for path in (place / "mix").iterdir() if path.name.startswith(".")]
     assert pretokenize("--configs", "mix", *flags, "--mix_total", 10**6, "--overwrite") == 2
     assert "mix_max_epochs is 3" in capsys.readouterr().err
@@ -215,20 +215,20 @@ def test_a_mix_comes_out_as_asked(place, capsys):  # noqa: F811
     assert pretokenize("--configs", "mix", *flags, "--mix_by", "words", "--overwrite") == 2
     del section["datasets"][0]["messages"]["share"]
     assert pretokenize("--configs", "mix", *configure(place, mix=section), "--overwrite") == 2
-    assert "no share" in capsys.readouterr().err
+    assert "share is not set" in capsys.readouterr().err
 
 
 def test_mixing_arithmetic():
     units = [np.full(100, 10), np.arange(1, 11)]
     rngs = [np.random.default_rng(i) for i in (1, 2)]
-    a, b = mixing.choose(["a", "b"], units, [1, 3], 120, 2.0, rngs)
+    a, b = mixing.select(["a", "b"], units, [1, 3], 120, 2.0, rngs)
     assert (a.units, len(a.picks), b.units) == (30, 3, 90)
     assert sorted(Counter(b.picks.tolist()).values())[-1] == 2
     assert b.epochs == pytest.approx(90 / 55)
-    whole = mixing.choose(["a", "b"], units, [1, 3], None, 1.0, rngs)
+    whole = mixing.select(["a", "b"], units, [1, 3], None, 1.0, rngs)
     assert whole[1].picks.tolist() == list(range(10))
-    with pytest.raises(DataError, match="nothing of it is left"):
-        mixing.choose(["a", "b"], [units[0], units[1][:0]], [1, 1], None, 1.0, rngs)
+    with pytest.raises(DataError, match="no samples are left"):
+        mixing.select(["a", "b"], [units[0], units[1][:0]], [1, 1], None, 1.0, rngs)
     assert re.search(r"\| b +\| 75.0% +\| 75.0%", mixing.report([a, b], "tokens"))
 
 
@@ -288,7 +288,7 @@ def test_a_file_that_changes_meanwhile(place, capsys, monkeypatch):  # noqa: F81
     write_chats(place, 40)
     monkeypatch.setattr(command, "count", count)
     assert shortcut() == 2
-    assert "has changed while it was read" in capsys.readouterr().err
+    assert "the file changed while it was read" in capsys.readouterr().err
     assert not list((place / "out").iterdir())
 
 
@@ -298,7 +298,7 @@ def test_half_a_character_is_named(place, capsys):  # noqa: F811
     )
     (place / "chats.json").write_text(record)
     assert shortcut("--val_split", 0, source="chats.json") == 2
-    assert "entry 1: half a character" in capsys.readouterr().err
+    assert "entry 1: the text contains a lone surrogate" in capsys.readouterr().err
     assert shortcut("--val_split", 0, "--on_bad_record", "skip", source="chats.json") == 0
     assert len(open_shards("out/mine-train")) == 1
 

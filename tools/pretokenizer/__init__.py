@@ -1,1 +1,1 @@
-"""The pretokenizer: chat files in, role-labelled shards out."""
+"""The pretokenizer: converts chat files to role-labelled shards."""

@@ -1,7 +1,7 @@
-"""What is wrapped around chat data: gzip, zstd, tar. Opens a file and hands out the plain streams in it.
+"""Compressed and packed files: gzip, zstd, tar. Opens a file and yields the plain streams in it.
 
-What a file is, is told by its first bytes, never by its name: archives called .tar.gz are sometimes gzipped text.
-Nothing is unpacked to the disk, and nothing is read further than it is asked for. Knows nothing of chats.
+The type of a file is determined by its first bytes, never by its name: some files called .tar.gz are gzipped text. Nothing is unpacked
+to disk, and streams are read only as far as needed.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from typing import IO, Any
 from megatron_ft.errors import DataError
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-MEMBERS = (".jsonl", ".json", ".ndjson", ".txt")  # of an archive; anything else in it is left alone
-DEEPEST = 4  # wrappers in wrappers; a file that has more was made to do harm
+MEMBERS = (".jsonl", ".json", ".ndjson", ".txt")  # members of an archive that are read; all others are ignored
+DEEPEST = 4  # largest depth of nested compression, a limit against malicious files
 
-Stream = tuple[str, io.BufferedReader]  # what to call it in messages; positioned at its start, for its peek()
+Stream = tuple[str, io.BufferedReader]  # its name in messages; a stream at its start, for its peek()
 
 
 def optional(name: str, purpose: str) -> Any:
-    """A library that is not always installed. Raises DataError saying how to install it."""
+    """Import an optional library. Raise DataError with the install command if it is missing."""
     import importlib
 
     try:
@@ -37,7 +37,7 @@ def optional(name: str, purpose: str) -> Any:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a file's streams are read into a DataError that names the file."""
+    """Convert errors while reading a file's streams to a DataError with the file's name."""
     zstd_error = _zstd_error()
     try:
         yield
@@ -48,21 +48,21 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def streams(path: Path) -> Iterator[Stream]:
-    """The plain streams in a file, one after another; to be used inside readable(path). Raises DataError for archive
-    members that point elsewhere."""
+    """Yield the plain streams of a file, one after another; use it inside readable(path). Raise DataError for archive members that
+    are links or have a path outside the archive."""
     with path.open("rb") as file:
         yield from _unwrap(file, str(path), 0)
 
 
 def start_of(stream: io.BufferedReader, count: int) -> bytes:
-    """The first bytes of a stream that has not been read from, which stays where it is."""
+    """Return the first bytes of an unread stream without advancing it."""
     return stream.peek(count)[:count]
 
 
 def _unwrap(file: io.BufferedReader, name: str, depth: int) -> Iterator[Stream]:
     start = start_of(file, 512)
     if depth > DEEPEST:
-        raise DataError(f"{name}: compressed {depth} times over; unpack it and give the data itself")
+        raise DataError(f"{name}: compressed {depth} times in a row; unpack it and give the data file")
     if start[:2] == GZIP:
         yield from _unwrap(io.BufferedReader(gzip.GzipFile(fileobj=file, mode="rb")), name, depth + 1)
     elif start[:4] == ZSTD:
@@ -83,9 +83,9 @@ def _archive(file: IO[bytes], name: str, depth: int) -> Iterator[Stream]:
             if member.isdir():
                 continue
             if not member.isreg() or member.name.startswith("/") or ".." in Path(member.name).parts:
-                raise DataError(f"{where}: a link, a device or a path out of the archive; pack the plain data file")
+                raise DataError(f"{where}: a link, a device or a path outside the archive; pack the plain data file")
             if Path(member.name).name.startswith("."):
-                continue  # what macOS adds
+                continue  # added by macOS
             if member.name.removesuffix(".gz").removesuffix(".zst").endswith(MEMBERS):
                 content = archive.extractfile(member)
                 assert content is not None

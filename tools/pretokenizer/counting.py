@@ -1,6 +1,6 @@
-"""The first reading of all data: how many samples there are, which of them are duplicates, and hence which go where.
+"""The first pass over all data: counts samples, finds duplicates, and assigns the rest to training and validation.
 
-Every fault in the data is found here, before anything is written.
+All errors in the data are found in this pass, before anything is written.
 """
 
 from collections import Counter
@@ -19,14 +19,14 @@ from tools.pretokenizer.settings import Settings
 from tools.pretokenizer.sources import Source
 from tools.pretokenizer.work import Counted, Job
 
-SHOWN = 5  # faulty records that are named
+SHOWN = 5  # number of faulty records listed
 log = logger("pretokenize")
 
 
 def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progress) -> list[float]:
-    """Fill every source's plan. Returns the table of the messages' weights that occur.
+    """Fill every source's plan. Return the table of the message weights that occur.
 
-    Raises DataError for the first faulty record, unless those are to be skipped.
+    Raise DataError for the first faulty record, unless faulty records are skipped.
     """
     weights: set[float] = set()
     hashes: list[np.ndarray] = []
@@ -74,7 +74,7 @@ def _tasks(source: Source) -> Iterator[tuple[Job, Chunk]]:
 
 
 def _plan(source: Source, sizes: np.ndarray, keep: np.ndarray, seed: int) -> None:
-    """Split and sample what is kept; the rest is out."""
+    """Split and sample the samples to keep; mark all others as OUT."""
     if keep.all():
         source.plan = plan(sizes, source.split, source.random(seed))
         return

@@ -1,7 +1,7 @@
-"""Samples that say the same: exactly, by a 64-bit hash of roles and texts; or nearly, by MinHash over runs of words.
+"""Duplicate samples: exact ones, by a 64-bit hash of roles and texts; near ones, by MinHash over word n-grams.
 
-The first of several is kept, in the order of the datasets. Hashes take 8 bytes a sample; looking for near duplicates
-takes about 2 KB of memory for every sample that is kept.
+The first of several duplicates is kept, in the order of the datasets. Hashes need 8 bytes per sample. The search for near duplicates
+needs about 2 KB of memory per kept sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,23 +13,26 @@ from megatron_ft.data.tool_text import as_text, has_tools
 from megatron_ft.errors import ConfigError
 from tools.pretokenizer.fields import Conversation
 
-PERMUTATIONS, BANDS = 128, 16  # samples that share a band of 8 values are compared; from about 0.7 alike on, most do
-WORDS = 3  # in a run
+PERMUTATIONS, BANDS = (
+    128,
+    16,
+)  # samples that share a band of 8 values are compared; most do from a similarity of about 0.7
+WORDS = 3  # per n-gram
 
 
 def fingerprints(chats: Sequence[Conversation]) -> np.ndarray:
-    """A hash of each conversation's roles and texts: uint64 [chats]."""
+    """Return a hash of each conversation's roles and texts: uint64 [chats]."""
     import xxhash
 
     hashes = np.empty(len(chats), np.uint64)
     for i, chat in enumerate(chats):
-        said = "\0".join(part for message in _written(chat) for part in (message["role"], message["content"]))
-        hashes[i] = xxhash.xxh3_64_intdigest(said.encode("utf-8", "surrogatepass"))
+        text = "\0".join(part for message in _written(chat) for part in (message["role"], message["content"]))
+        hashes[i] = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
     return hashes
 
 
 def signatures(chats: Sequence[Conversation]) -> np.ndarray:
-    """MinHash of each conversation's texts: uint32 [chats, PERMUTATIONS]. Raises ConfigError without `rensa`."""
+    """Return the MinHash of each conversation's texts: uint32 [chats, PERMUTATIONS]. Raise ConfigError without `rensa`."""
     rensa = minhash_library()
     sets = [_runs(" ".join(message["content"] for message in _written(chat))) for chat in chats]
     if not sets:
@@ -38,7 +41,7 @@ def signatures(chats: Sequence[Conversation]) -> np.ndarray:
 
 
 def _written(chat: Conversation) -> Sequence[Mapping[str, Any]]:
-    """The chat with its tools as text: two that differ in a call are not the same."""
+    """Return the chat with its tools as text, so that chats with different calls are different."""
     return as_text(chat, None, False) if has_tools(chat) else chat
 
 
@@ -47,7 +50,7 @@ def minhash_library() -> Any:
         import rensa
     except ImportError as error:
         raise ConfigError(
-            "duplicates: near needs rensa, which is not installed; pip install 'megatron_ft[data]', or say exact"
+            "duplicates: near needs rensa, which is not installed; pip install 'megatron_ft[data]', or use duplicates: exact"
         ) from error
     return rensa
 
@@ -58,14 +61,14 @@ def _runs(text: str) -> list[str]:
 
 
 def first_of_each(hashes: np.ndarray) -> np.ndarray:
-    """Which samples are the first with their hash: bool [samples]."""
+    """Return True for each sample that is the first with its hash: bool [samples]."""
     first = np.zeros(len(hashes), bool)
     first[np.unique(hashes, return_index=True)[1]] = True
     return first
 
 
 class NearIndex:
-    """Signatures of the samples kept so far."""
+    """Index of the signatures of all samples kept so far."""
 
     def __init__(self, threshold: float):
         self.threshold = threshold
@@ -74,15 +77,17 @@ class NearIndex:
         self._bands: list[dict[bytes, int]] = [{} for _ in range(BANDS)]
 
     def keep(self, signature: np.ndarray) -> bool:
-        """Whether nothing kept so far is as alike as the threshold; then it is kept. signature: uint32 [PERMUTATIONS]."""
-        keys = [band.tobytes() for band in signature.reshape(BANDS, -1)]
-        alike = {found for band, key in zip(self._bands, keys, strict=True) if (found := band.get(key)) is not None}
+        """Add a sample and return True, unless a kept one is similar by the threshold or more. signature: uint32 [PERMUTATIONS]."""
+        band_keys = [band.tobytes() for band in signature.reshape(BANDS, -1)]
+        alike = {
+            found for band, key in zip(self._bands, band_keys, strict=True) if (found := band.get(key)) is not None
+        }
         if any(np.mean(self._kept[i] == signature) >= self.threshold for i in alike):
             return False
         if self._count == len(self._kept):
             self._kept = np.concatenate([self._kept, np.empty_like(self._kept)])
         self._kept[self._count] = signature
-        for band, key in zip(self._bands, keys, strict=True):
+        for band, key in zip(self._bands, band_keys, strict=True):
             band.setdefault(key, self._count)
         self._count += 1
         return True

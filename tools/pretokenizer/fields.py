@@ -1,16 +1,16 @@
-"""Taking a record apart: fields with their kind checked, and conversations made of them."""
+"""Access to the fields of a record with checked types, and conversations made from them."""
 
 from collections import Counter
 from typing import Any
 
 from megatron_ft.errors import DataError
 
-Conversation = list[dict[str, Any]]  # {"role", "content"}, and "weight" where the file gives one
+Conversation = list[dict[str, Any]]  # {"role", "content"}, and "weight" if the file has one
 
 
 def get(record: Any, key: str, where: str) -> Any:
     if not isinstance(record, dict) or key not in record:
-        raise DataError(f"{where}: no '{key}' in it; see docs/pretokenizer.md for the shapes of chat files")
+        raise DataError(f"{where}: the key '{key}' is missing; see docs/pretokenizer.md for the formats of chat files")
     return record[key]
 
 
@@ -29,12 +29,12 @@ def get_text(record: Any, key: str, where: str) -> str:
 
 
 def weight_of(message: dict[str, Any], where: str) -> dict[str, float]:
-    """{"weight": w} where a message gives one, else {}."""
+    """Return {"weight": w} if a message has one, else {}."""
     weight = message.get("weight")
     if weight is None:
         return {}
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1e30:
-        raise DataError(f"{where}: weight {weight!r} of a message; give a number from 0 on")
+        raise DataError(f"{where}: a message has the weight {weight!r}; give a number that is not negative")
     return {"weight": round(float(weight), 4)}
 
 

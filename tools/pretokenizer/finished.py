@@ -1,7 +1,7 @@
-"""Whether shards that are there already are what this run would write: then a requeued task has nothing to do.
+"""Compares existing shards with what this run would write, so that a requeued task that has finished does nothing.
 
-Strictly: the same settings and version, input with the same content under the same names, and every file of the earlier run whole.
-What the manifest records is compared with; the settings, which it does not hold, lie beside it.
+They are the same only with the same settings and version, input files with the same names and content, and undamaged files of the
+earlier run. The manifest records most of this; the settings are in a file beside it.
 """
 
 import dataclasses
@@ -22,48 +22,48 @@ from tools.pretokenizer.sources import Source
 
 ENDING = "_settings.json"
 FORMAT_VERSION = 1
-_NO_MATTER = {"output_dir", "output_dir_suffix", "filename_prefix", "workers"}
-"""Settings that the bytes do not depend on."""
+_WITHOUT_EFFECT = {"output_dir", "output_dir_suffix", "filename_prefix", "workers"}
+"""Settings that do not change the written files."""
 
 
 def settings_file(prefix: Path) -> Path:
-    """Where a run's settings lie. prefix: without the split's name; there is always a training split."""
+    """Return the path of a run's settings. prefix: without the name of the split; a training split always exists."""
     return Path(f"{prefix}-train{ENDING}")
 
 
 def record(settings: Settings, text: str | None, splits: list[str]) -> None:
-    """Write what the run was asked, before the training split's manifest makes it a finished one. splits: that were written."""
-    content = {"format_version": FORMAT_VERSION, **_asked(settings, text), "files": _names(settings, text, splits)}
+    """Write the run's settings, before the manifest of the training split marks it as finished. splits: those written."""
+    content = {"format_version": FORMAT_VERSION, **_as_json(settings, text), "files": _names(settings, text, splits)}
     files.write_json(settings_file(settings.prefix), content)
 
 
 def difference(
     settings: Settings, text: str | None, tokenizer: Tokenizer, chat_format: Any, sources: list[Source]
 ) -> str | None:
-    """Why the finished shards under this name are not this run's, in a few words; None where they are, whole. Reads the input and the
-    shards, where nothing cheaper tells."""
+    """Return how the finished shards of this name differ from this run's, in a few words; None if they are the same. The input and the
+    shards are read only if the cheaper comparisons find no difference."""
     try:
         earlier = files.read_json(settings_file(settings.prefix))
         manifest = read_manifest(f"{settings.prefix}-train")
         return (
-            _other_settings(earlier, _asked(settings, text))
+            _other_settings(earlier, _as_json(settings, text))
             or _other_tokenizer(manifest, settings, tokenizer, chat_format)
-            or _not_there(settings.prefix.parent, earlier["files"])
+            or _missing_file(settings.prefix.parent, earlier["files"])
             or _other_input(manifest, sources)
             or _damaged(settings, earlier["files"])
         )
     except (UserError, OSError, KeyError, TypeError, AttributeError):
-        return "with what settings is not known"
+        return "their settings are not known"
 
 
-def _asked(settings: Settings, text: str | None) -> dict[str, Any]:
-    """As plain JSON. text: ending of the file with the chats' text."""
-    keys = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _NO_MATTER}
-    return json.loads(json.dumps({"megatron_ft": __version__, "text": text, "settings": keys}, default=str))
+def _as_json(settings: Settings, text: str | None) -> dict[str, Any]:
+    """Return the settings as plain JSON. text: ending of the file with the chats' text."""
+    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _WITHOUT_EFFECT}
+    return json.loads(json.dumps({"megatron_ft": __version__, "text": text, "settings": chosen}, default=str))
 
 
 def _names(settings: Settings, text: str | None, splits: list[str]) -> list[str]:
-    """Every file of a finished run."""
+    """Return the name of every file of a finished run."""
     endings = ("-manifest.json", *ENDINGS, "_stats.json", "_stats.txt", "_stats.html", *([text] if text else []))
     return [
         "special_tokens.json",
@@ -71,10 +71,10 @@ def _names(settings: Settings, text: str | None, splits: list[str]) -> list[str]
     ]
 
 
-def _other_settings(earlier: dict[str, Any], asked: dict[str, Any]) -> str | None:
-    if earlier["format_version"] != FORMAT_VERSION or earlier["megatron_ft"] != asked["megatron_ft"]:
-        return f"made by megatron_ft {earlier['megatron_ft']}, this is {asked['megatron_ft']}"
-    before, now = ({"write_json": content["text"], **content["settings"]} for content in (earlier, asked))
+def _other_settings(earlier: dict[str, Any], current: dict[str, Any]) -> str | None:
+    if earlier["format_version"] != FORMAT_VERSION or earlier["megatron_ft"] != current["megatron_ft"]:
+        return f"made by megatron_ft {earlier['megatron_ft']}, this is {current['megatron_ft']}"
+    before, now = ({"write_json": content["text"], **content["settings"]} for content in (earlier, current))
     other = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return f"made with other settings: {', '.join(other)}" if other else None
 
@@ -85,17 +85,17 @@ def _other_tokenizer(manifest: Manifest, settings: Settings, tokenizer: Tokenize
     return None if manifest.chat_format == describe(chat_format) else "made with another chat format"
 
 
-def _not_there(folder: Path, names: list[str]) -> str | None:
+def _missing_file(folder: Path, names: list[str]) -> str | None:
     gone = next((name for name in names if not (folder / name).is_file()), None)
-    return f"{gone} is not there any more" if gone else None
+    return f"{gone} no longer exists" if gone else None
 
 
 def _other_input(manifest: Manifest, sources: list[Source]) -> str | None:
     before = [(source["name"], source["file"], source["digest"]) for source in manifest.sources]
     if [entry[:2] for entry in before] != [(source.name, str(source.path)) for source in sources]:
-        return "made of other files"
+        return "made from other files"
     changed = next((s for s, entry in zip(sources, before, strict=True) if s.digest() != entry[2]), None)
-    return f"made before {changed.path} was changed" if changed else None
+    return f"{changed.path} has changed since" if changed else None
 
 
 def _damaged(settings: Settings, names: list[str]) -> str | None:

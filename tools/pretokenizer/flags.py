@@ -1,4 +1,4 @@
-"""The command line of the pretokenizer. A flag that is None says nothing, and the configuration stands."""
+"""The command line of the pretokenizer. A flag that is None leaves the value of the configuration unchanged."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,46 +7,46 @@ from typing import Literal
 
 @dataclass
 class Pretokenize:
-    """What to tokenize
+    """Input, output and selection
 
     Every other key of the YAML sections is a flag too.
     """
 
     configs: list[str] = field(default_factory=list)
-    """Sections of the YAML files to apply, in order, after `defaults`."""
+    """Sections of the YAML configuration files to apply after the section `defaults`, in this order."""
     config_dir: Path | None = None
-    """Folder whose YAML files hold the sections; without it, the packaged tools/pretokenizer/configs."""
+    """Folder of the YAML configuration files; default: the packaged tools/pretokenizer/configs."""
     input: list[str] = field(default_factory=list)
-    """Chat files, without any YAML: their shape is recognised."""
+    """Chat files to tokenize without a YAML configuration; their format is recognised."""
     tokenizer: str | None = None
-    """A tokenizer.model, a tokenizer.json, or a folder with one of them (vocab_file in YAML)."""
+    """Tokenizer: a tokenizer.model, a tokenizer.json, or a folder with one of them (vocab_file in YAML)."""
     chat_format: str | None = None
-    """How a chat becomes text; chatml unless YAML says otherwise."""
+    """Chat format that converts chats to text; default: the YAML configuration's, else chatml."""
     output_prefix: str | None = None
-    """With --input: shards become OUTPUT_PREFIX-train-text.bin and so on."""
+    """With --input: prefix of the shards, which are named OUTPUT_PREFIX-train-text.bin and so on."""
     output_dir: str | None = None
-    """Folder of the shards, over what YAML says; output_dir_suffix is added to it."""
+    """Folder of the shards, to which output_dir_suffix is added; default: the YAML configuration's."""
     val_split: float | None = None
-    """Share of each dataset that validates, over what YAML says; 0 for none (with --input: 0.1)."""
+    """Share of each dataset for validation, 0: none; default: the YAML configuration's, with --input 0.1."""
     min_assistant_tokens: int | None = None
-    """Skip chats whose assistant turns have fewer tokens together."""
+    """Skip chats whose assistant turns have fewer tokens in total; default: no limit."""
     min_tokens: int | None = None
-    """Skip samples with fewer tokens."""
+    """Skip samples with fewer tokens; default: no limit."""
     max_tokens: int | None = None
-    """Skip samples with more tokens."""
+    """Skip samples with more tokens; default: no limit."""
     role_order: Literal["keep", "repair", "reject"] | None = None
-    """What to do where roles do not follow system, user, assistant, user, ...: keep the chat as it is unless said."""
+    """Chats whose roles are not in the order system, user, assistant, user, ... are kept (default), repaired or rejected."""
     duplicates: Literal["keep", "exact", "near"] | None = None
-    """Keep the first of samples that say the same, or nearly the same; all are kept unless said."""
+    """Of samples with the same text (exact) or nearly the same text (near), keep only the first; default: keep all."""
     on_bad_record: Literal["fail", "skip"] | None = None
-    """What to do about a line that cannot be read: stop (unless said), or skip and count it."""
+    """A record that cannot be read stops the run (fail, the default) or is skipped and counted (skip)."""
     workers: int | None = None
-    """Processes that tokenize; as many as there are cores unless said. The result does not depend on it."""
+    """Number of tokenizing processes; default: one per CPU core for large inputs, else one. The result does not depend on it."""
     max_count: int | None = None
-    """At most this many samples in train and in val, for a trial run."""
+    """Largest number of samples in each of the train and val splits, for a trial run; default: all."""
     write_json: bool = False
-    """Write PREFIX-SPLIT.jsonl too, the chats as the model sees them."""
+    """Also write PREFIX-SPLIT.jsonl with the chats as text in the chat format."""
     compress: bool = False
-    """Compress that file (.jsonl.gz)."""
+    """Write the text of --write_json compressed, as PREFIX-SPLIT.jsonl.gz."""
     overwrite: bool = False
-    """Replace finished shards that are there already."""
+    """Replace finished shards of the same name."""

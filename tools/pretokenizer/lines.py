@@ -1,8 +1,7 @@
 """Records of a data file in constant memory: JSON lines, JSON arrays, Parquet and Arrow tables, plain text.
 
-A file is read as chunks, small enough to be sent to another process and big enough to be worth it; a chunk becomes
-records where it is worked on. The same file always gives the same chunks. A fault in the data names the file and the
-line. How files are compressed and packed is containers.py's business, what is in a record readers.py's.
+A file is read in chunks, which are sent to other processes and parsed there. The same file always gives the same chunks. Errors in the
+data have the file's name and the line. containers.py opens compressed files, readers.py interprets the records.
 """
 
 import codecs
@@ -15,25 +14,25 @@ from typing import IO, Any, NamedTuple
 from megatron_ft.errors import DataError
 from tools.pretokenizer.containers import optional, readable, start_of, streams
 
-CHUNK = 1 << 20  # bytes of lines, about
-ROWS = 500  # records, where they come parsed
-MAX_LINE = 256 << 20  # bytes; a longer line is no conversation but a broken file
+CHUNK = 1 << 20  # approximate bytes of lines
+ROWS = 500  # parsed records per chunk
+MAX_LINE = 256 << 20  # bytes; a longer line is not a conversation but a damaged file
 
-Record = tuple[str, dict[str, Any]]  # where it stands, for messages; its content
+Record = tuple[str, dict[str, Any]]  # its location, for messages; its content
 
 
 class Chunk(NamedTuple):
-    """lines: JSON lines, parsed later. rows: objects already parsed, or whatever stood in an object's place."""
+    """A part of a file. lines: JSON lines, parsed later. rows: parsed objects, or other values in place of an object."""
 
     name: str
-    unit: str  # what the numbers count: line, entry, row, document
+    unit: str  # unit of the numbers: line, entry, row, document
     first: int
     lines: bytes | None
     rows: list[Any] | None
 
 
 def chunks(path: Path) -> Iterator[Chunk]:
-    """A file, piece by piece. Raises DataError for what cannot be read."""
+    """Yield the chunks of a file. Raise DataError if it cannot be read."""
     with readable(path):
         for name, stream in streams(path):
             yield from _chunks(path, name, stream)
@@ -55,14 +54,14 @@ def _chunks(path: Path, name: str, stream: io.BufferedReader) -> Iterator[Chunk]
 
 
 def records(path: Path) -> Iterator[Record]:
-    """The JSON objects in a file. Raises DataError: unreadable file or archive, bad UTF-8, bad JSON, anything but
-    objects."""
+    """Yield the JSON objects of a file. Raise DataError for an unreadable file or archive, invalid UTF-8, invalid JSON, and values
+    that are not objects."""
     for chunk in chunks(path):
         yield from parse(chunk)
 
 
 def parse(chunk: Chunk, bad: list[str] | None = None) -> Iterator[Record]:
-    """The records of a chunk. Raises DataError for a faulty one, or adds its message to `bad` and goes on."""
+    """Yield the records of a chunk. For a faulty one raise DataError, or append its message to `bad` and continue."""
     numbered = enumerate(chunk.rows or [] if chunk.lines is None else chunk.lines.split(b"\n"), chunk.first)
     for number, entry in numbered:
         if chunk.lines is not None and len(entry) < MAX_LINE and not entry.strip():
@@ -72,7 +71,7 @@ def parse(chunk: Chunk, bad: list[str] | None = None) -> Iterator[Record]:
             content = entry if chunk.lines is None else _loads(entry, where)
             if not isinstance(content, dict):
                 kind = type(content).__name__
-                raise DataError(f"{where}: a JSON {kind} where an object was expected; write one chat a line")
+                raise DataError(f"{where}: a JSON {kind}, an object was expected; write one chat per line")
         except DataError as error:
             if bad is None:
                 raise
@@ -85,7 +84,7 @@ def _loads(line: bytes, where: str) -> Any:
     import orjson
 
     if len(line) >= MAX_LINE:
-        raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB; write one JSON object a line")
+        raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB; write one JSON object per line")
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -105,9 +104,7 @@ def _lines(stream: IO[bytes], name: str) -> Iterator[Chunk]:
             data, whole = data + rest, len(rest) < MAX_LINE or rest.endswith(b"\n")
         if first == 1:
             data = data.removeprefix(b"\xef\xbb\xbf")
-        yield Chunk(
-            name, "line", first, data, None
-        )  # a line that is too long is refused, or skipped, where it is parsed
+        yield Chunk(name, "line", first, data, None)  # a line that is too long is refused or skipped when it is parsed
         first += data.count(b"\n")
         while not whole:
             rest = stream.readline(CHUNK)
@@ -127,7 +124,7 @@ def _array(stream: IO[bytes], name: str) -> Iterator[Chunk]:
 
 
 def _elements(stream: IO[bytes], name: str) -> Iterator[Any]:
-    """The elements of a JSON array that may be longer than memory."""
+    """Yield the elements of a JSON array that may be larger than memory."""
     text, at, line, step = "", 0, 1, CHUNK
     decoder, decode = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
     ended, wanted, read = False, "[", 0
@@ -146,14 +143,14 @@ def _elements(stream: IO[bytes], name: str) -> Iterator[Any]:
                 return  # an empty array
             try:
                 entry, end = decode(text, at)
-                if end < len(text) or ended:  # a number at the very end may go on
+                if end < len(text) or ended:  # a number at the end may continue
                     yield entry
                     at, wanted, step = end, ",]", CHUNK
                     continue
             except RecursionError as error:
-                raise DataError(f"{name}: nested too deeply; this is no chat data") from error
+                raise DataError(f"{name}: nested too deeply; this is not chat data") from error
             except json.JSONDecodeError as error:
-                # Where more may follow, an error is believed only when it lies well before the end of what was read.
+                # If more data may follow, only an error well before the end of the text is final.
                 if ended or (error.pos < len(text) - 4096 and not error.msg.startswith("Unterminated")):
                     raise _broken(name, line + text.count("\n", 0, error.pos), error.msg) from error
             if len(text) - at > MAX_LINE:
@@ -194,7 +191,7 @@ def _parquet(path: Path, name: str) -> Iterator[Chunk]:
 
 def _arrow(path: Path, name: str) -> Iterator[Chunk]:
     if name != str(path):
-        raise DataError(f"{name}: an Arrow file inside another; unpack it and give the Arrow file itself")
+        raise DataError(f"{name}: an Arrow file inside another file; unpack it and give the Arrow file")
     ipc = optional("pyarrow.ipc", f"{name}: reading Arrow")
 
     def batches() -> Iterator[Any]:

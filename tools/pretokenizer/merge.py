@@ -1,8 +1,8 @@
-"""megatron-ft merge: several shards into one, for instance those of the tasks of a SLURM array.
+"""megatron-ft merge: join several shards into one, for instance those of the tasks of a SLURM array.
 
-Samples keep their order: all of the first shards, then all of the second. What does not belong together (another
-tokenizer, another chat format, the same file twice) is refused before anything is written. Samples with the same tokens and roles
-may be dropped over all parts, since the tasks could not know of each other's.
+Samples keep their order: all of the first shards, then all of the second. Shards that do not match (other tokenizers or chat formats,
+the same file twice) are refused before anything is written. Duplicates over all parts, by tokens and roles, can be removed: each task
+could only find those in its own part.
 """
 
 import sys
@@ -26,27 +26,27 @@ from tools.pretokenizer.finished import ENDING as SETTINGS_ENDING
 
 @dataclass
 class Merge:
-    """What to merge"""
+    """Input and output"""
 
     prefixes: list[str] = field(default_factory=list, metadata={"required": True})
-    """prefixes of the shards, in the order of their samples"""
+    """prefixes of the shards to join, in the order of their samples"""
     output: str = field(default="", metadata={"required": True})
     """prefix of the merged shards"""
     overwrite: bool = False
-    """replace finished shards that are there already"""
+    """replace finished shards of the same name"""
     allow_repeats: bool = False
-    """merge although a source file occurs in several of the shards"""
+    """allow the same source file in several of the shards, for parts of one file"""
     duplicates: Literal["keep", "exact"] = "keep"
-    """exact: of samples with the same tokens and roles keep the first"""
+    """samples with the same tokens and roles: keep all (keep), or only the first (exact)"""
     without: list[str] = field(default_factory=list)
-    """prefixes of shards whose samples are left out, by tokens and roles: the validation set, that it stays unseen"""
+    """prefixes of shards, such as the validation set, whose samples (by tokens and roles) are left out; default: none"""
     verify_data: bool = True
-    """compare all parts with their hashes first; --no_verify_data skips this"""
+    """compare all shards with their hashes first; --no_verify_data skips this"""
 
 
 COMMAND = Command(
     name="merge",
-    summary="several shards into one, after checking that they belong together",
+    summary="join several shards into one, after checking that they match",
     sections=(Merge,),
     examples=("megatron-ft merge --prefixes parts/0-train parts/1-train parts/2-train --output data/all-train",),
 )
@@ -54,15 +54,15 @@ log = logger("merge")
 
 
 def run(options: Merge) -> int:
-    """Raises UserError for shards that do not belong together, or are damaged."""
+    """Write the merged shards. Raise UserError for shards that do not match or are damaged."""
     if options.output in options.prefixes:
-        raise ConfigError(f"--output {options.output} is one of the prefixes; give another")
+        raise ConfigError(f"--output {options.output} is also in --prefixes; choose another one")
     if manifest_path(options.output).exists() and not options.overwrite:
         if not _same_as_before(options):
             raise DataError(
                 f"{manifest_path(options.output)}: exists already; add --overwrite, or choose another --output"
             )
-        print(f"{options.output}: made of the same shards with the same settings, and whole; nothing to do")
+        print(f"{options.output}: already made from the same shards with the same settings; nothing to do")
         return 0
     parts = [open_shards(prefix) for prefix in options.prefixes]
     for other in parts[1:]:
@@ -74,17 +74,17 @@ def run(options: Merge) -> int:
         check_alike(parts[0], other)
     if options.verify_data:
         verify_shards([*parts, *others], "--no_verify_data")
-    kept, dropped = chosen(parts, others, options.duplicates == "exact")
-    first, asked = parts[0].manifest, _asked(options)
-    _settings_file(options).unlink(missing_ok=True)  # an earlier run's: it says nothing of what is written now
+    selected, dropped = select(parts, others, options.duplicates == "exact")
+    first, settings = parts[0].manifest, _settings(options)
+    _settings_file(options).unlink(missing_ok=True)  # an earlier run's settings, which are no longer valid
     weights = weight_table(sorted({weight for part in parts for weight in part.manifest.weights}))
     with ShardWriter(options.output, parts[0].vocab_size, first.tokenizer, first.chat_format, weights) as writer:
-        for part, keep in zip(parts, kept, strict=True):
+        for part, keep in zip(parts, selected, strict=True):
             for source in part.manifest.sources or [{"name": "unknown", "file": part.prefix, "digest": ""}]:
                 writer.source(source["name"], source["file"], source["digest"])
                 start, end = source.get("documents", (0, len(part)))
                 _copy(writer, part, start, end, keep)
-        files.write_json(_settings_file(options), asked)  # before the manifest, which makes the shards finished ones
+        files.write_json(_settings_file(options), settings)  # before the manifest, which marks the shards as finished
     counts = writer.manifest.counts
     print(f"{len(parts)} shards, {counts['samples']:,} samples, {counts['tokens']:,} tokens -> {options.output}")
     if options.without or options.duplicates != "keep":
@@ -96,17 +96,21 @@ def _settings_file(options: Merge) -> Path:
     return Path(f"{options.output}{SETTINGS_ENDING}")
 
 
-def _asked(options: Merge) -> dict[str, Any]:
-    """What the result depends on: settings, and the parts by their manifests, which hold the hashes of all their files."""
-    keys = ("prefixes", "without", "duplicates", "allow_repeats")
+def _settings(options: Merge) -> dict[str, Any]:
+    """Return what the result depends on: settings, and hashes of the manifests, which contain the hashes of all files."""
+    names = ("prefixes", "without", "duplicates", "allow_repeats")
     parts = [files.digest(manifest_path(prefix)) for prefix in (*options.prefixes, *options.without)]
-    return {"megatron_ft": __version__, "settings": {key: getattr(options, key) for key in keys}, "manifests": parts}
+    return {
+        "megatron_ft": __version__,
+        "settings": {name: getattr(options, name) for name in names},
+        "manifests": parts,
+    }
 
 
 def _same_as_before(options: Merge) -> bool:
-    """Whether the finished shards there are what this run would write: a job that is started again has nothing to do."""
+    """Return True if the finished shards are what this run would write; a restarted job then does nothing."""
     try:
-        same = files.read_json(_settings_file(options)) == _asked(options)
+        same = files.read_json(_settings_file(options)) == _settings(options)
     except (UserError, OSError):
         return False
     if same:
@@ -117,7 +121,7 @@ def _same_as_before(options: Merge) -> bool:
 
 
 def check_alike(one: Shards, other: Shards) -> None:
-    """Raise DataError unless a token and a turn mean the same in both."""
+    """Raise DataError unless both have the same tokenizer and chat format."""
     check_tokenizer(one.manifest, other.manifest.tokenizer, other.vocab_size, where=one.prefix)
     check_tokenizer(other.manifest, one.manifest.tokenizer, one.vocab_size, where=other.prefix)
     if one.manifest.chat_format != other.manifest.chat_format:
@@ -128,23 +132,23 @@ def check_alike(one: Shards, other: Shards) -> None:
 
 
 def check_repeats(parts: list[Shards]) -> None:
-    """Raise DataError where the same input, by its hash, is in two of the shards under the same name."""
+    """Raise DataError if the same input file, by name and hash, is in two of the shards."""
     seen: dict[tuple[str, str], str] = {}
     for part in parts:
         for key in {(source["file"], source["digest"]) for source in part.manifest.sources}:
             if key in seen and key[1]:
                 raise DataError(
-                    f"{part.prefix}: {key[0]} is in {seen[key]} too, its samples would count twice; leave one out, "
-                    "or add --allow_repeats (parts of one file are meant)"
+                    f"{part.prefix}: {key[0]} is also in {seen[key]}, so its samples would count twice; leave one out, "
+                    "or add --allow_repeats if they are different parts of one file"
                 )
             seen[key] = part.prefix
 
 
-def chosen(parts: list[Shards], others: list[Shards], once: bool) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Which samples of each part are kept, bool [samples] each, and how many are not, by reason. Takes 8 bytes a sample, and reads every
-    sample where there is something to compare."""
-    whole = sum(map(len, parts))
-    keep, dropped = np.ones(whole, bool), {"duplicates": 0, "in --without": 0}
+def select(parts: list[Shards], others: list[Shards], once: bool) -> tuple[list[np.ndarray], dict[str, int]]:
+    """Return which samples of each part are kept, bool [samples] each, and the number of dropped ones by reason. Reads every sample
+    and needs 8 bytes per sample if there is something to compare."""
+    count = sum(map(len, parts))
+    keep, dropped = np.ones(count, bool), {"duplicates": 0, "in --without": 0}
     if once or others:
         hashes = np.concatenate([_hashes(part) for part in parts])
         if others:
@@ -157,7 +161,7 @@ def chosen(parts: list[Shards], others: list[Shards], once: bool) -> tuple[list[
 
 
 def _hashes(shards: Shards) -> np.ndarray:
-    """A hash of each sample's tokens and roles, marks and weights aside: uint64 [samples]."""
+    """Return a hash of each sample's tokens and roles, without marks and weights: uint64 [samples]."""
     import xxhash
 
     result = np.empty(len(shards), np.uint64)

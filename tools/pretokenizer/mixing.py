@@ -1,7 +1,7 @@
-"""Shares of a mix: how often each sample of each dataset is taken, so that the shares come out as asked.
+"""Mixing of datasets: how often each sample is taken, so that each dataset has its requested share.
 
-Shares may be of samples, of tokens or of the assistant's tokens. A dataset that is too small for its share is repeated,
-whole epochs first and then a random part; without repeats allowed, the scarcest dataset decides how much is taken.
+Shares are of samples, of tokens or of the assistant's tokens. A dataset that is too small for its share is repeated: whole epochs
+first, then a random part. If repeats are not allowed, the smallest dataset relative to its share limits the size of the mix.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ UNITS = ("samples", "tokens", "assistant_tokens")
 
 @dataclass(frozen=True)
 class Portion:
-    """What one dataset gives. picks: its samples, in order, repeated ones again for each epoch; units: theirs together."""
+    """One dataset's part of the mix. picks: its samples in order, repeated for each epoch. units: their total."""
 
     name: str
     requested: float
@@ -27,7 +27,7 @@ class Portion:
 
 
 def check(mix_by: str | None, total: int | None, max_epochs: float) -> None:
-    """Raise ConfigError for settings that make no mix."""
+    """Raise ConfigError for invalid settings of a mix."""
     if mix_by is not None and mix_by not in UNITS:
         raise ConfigError(f"mix_by is {mix_by}; choose one of {', '.join(UNITS)}")
     if total is not None and (mix_by is None or total < 1):
@@ -36,7 +36,7 @@ def check(mix_by: str | None, total: int | None, max_epochs: float) -> None:
         raise ConfigError(f"mix_max_epochs is {max_epochs}; give a number above 0")
 
 
-def choose(
+def select(
     names: Sequence[str],
     units: Sequence[np.ndarray],
     shares: Sequence[float],
@@ -44,36 +44,36 @@ def choose(
     max_epochs: float,
     generators: Sequence[np.random.Generator],
 ) -> list[Portion]:
-    """units: of each sample of each dataset [samples]. total: units of the whole mix; None: as much as max_epochs of the
-    scarcest dataset allow.
+    """Return each dataset's portion. units: of each sample of each dataset [samples]. total: units of the whole mix; None: the largest
+    mix in which no dataset exceeds max_epochs.
 
-    Raises DataError: a dataset without any, or too small for the total within max_epochs.
+    Raise DataError for a dataset without samples, or one too small for the total within max_epochs.
     """
-    asked = np.array(shares, float) / sum(shares)
+    requested = np.array(shares, float) / sum(shares)
     available = np.array([int(one.sum()) for one in units])
     for name, have in zip(names, available, strict=True):
         if not have:
-            raise DataError(f"dataset {name}: nothing of it is left to mix; take it out, or loosen the selection")
+            raise DataError(f"dataset {name}: no samples are left to mix; remove it, or relax the selection")
     if total is None:
-        total = int((available * max_epochs / asked).min())
-    epochs = asked * total / available
+        total = int((available * max_epochs / requested).min())
+    epochs = requested * total / available
     for name, times in zip(names, epochs, strict=True):
         if times > max_epochs * (1 + 1e-9):
             raise DataError(
-                f"dataset {name}: its share of {total} would take {times:.2f} epochs, mix_max_epochs is {max_epochs:g}; "
-                "raise that, lower mix_total or the share, or give it more data"
+                f"dataset {name}: its share of {total} needs {times:.2f} epochs, but mix_max_epochs is {max_epochs:g}; "
+                "increase mix_max_epochs, decrease mix_total or the share, or add data"
             )
     picks = [_pick(one, float(times), rng) for one, times, rng in zip(units, epochs, generators, strict=True)]
     got = [int(one[chosen].sum()) for one, chosen in zip(units, picks, strict=True)]
     whole = max(1, sum(got))
     return [
         Portion(name, float(share), mine / whole, mine / int(have), chosen, mine)
-        for name, share, mine, have, chosen in zip(names, asked, got, available, picks, strict=True)
+        for name, share, mine, have, chosen in zip(names, requested, got, available, picks, strict=True)
     ]
 
 
 def _pick(units: np.ndarray, epochs: float, rng: np.random.Generator) -> np.ndarray:
-    """Every sample so many times: whole epochs, then a random part that comes closest."""
+    """Return each sample as often as needed: whole epochs, then the random part that comes closest."""
     full = int(epochs + 1e-9)
     rest = (epochs - full) * float(units.sum())
     order = rng.permutation(len(units))
@@ -83,8 +83,8 @@ def _pick(units: np.ndarray, epochs: float, rng: np.random.Generator) -> np.ndar
 
 
 def report(portions: Sequence[Portion], mix_by: str) -> str:
-    """A table in Markdown."""
-    head = ("dataset", "asked", "got", "epochs", "samples", mix_by.replace("_", " "))
+    """Return a table in Markdown."""
+    head = ("dataset", "requested", "actual", "epochs", "samples", mix_by.replace("_", " "))
     rows = [
         (p.name, f"{p.requested:.1%}", f"{p.realised:.1%}", f"{p.epochs:.3f}", str(len(p.picks)), str(p.units))
         for p in portions

@@ -1,6 +1,6 @@
-"""The published datasets that Open-Assistant's configurations name, one function each: from a record to conversations.
+"""Readers of the published datasets in Open-Assistant's configurations: one function each, from a record to conversations.
 
-Each also says what it is called where it is published, so that a local copy is found by that name.
+readers.READERS has their published names, by which local copies are found.
 """
 
 import re
@@ -11,16 +11,16 @@ from typing import Any
 from megatron_ft.errors import DataError
 from tools.pretokenizer.fields import Conversation, get_list, get_text, keep, pair
 
-# Marks that stand for footnotes where the text came from: [12], [a], [citation needed].
+# Citation marks of the original text: [12], [a], [citation needed].
 CITATIONS = re.compile(r"\[(?:\d{1,3}|[a-z]|citation needed)\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class DollyOptions:
-    """Which languages of the multilingual copy to take."""
+    """Languages of the multilingual copy to take."""
 
     lang: str | list[str] = "en,de,es,fr"
-    """Splits (files named en-..., de-...) of a folder; records that say another language are left out."""
+    """Splits (files named en-..., de-...) of a folder; records with another language are left out."""
 
     @property
     def languages(self) -> list[str]:
@@ -29,17 +29,17 @@ class DollyOptions:
 
 
 def megacode2(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
-    """{"USER", "ASSISTANT"}"""
+    """Read {"USER", "ASSISTANT"}."""
     return pair(get_text(record, "USER", where), get_text(record, "ASSISTANT", where), left_out)
 
 
 def oa_leet10k(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
-    """{"INSTRUCTION", "RESPONSE"}"""
+    """Read {"INSTRUCTION", "RESPONSE"}."""
     return pair(get_text(record, "INSTRUCTION", where), get_text(record, "RESPONSE", where), left_out)
 
 
 def orca_chat(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
-    """{"instruction": the system message, "conversation": [{"input", "output"}]}"""
+    """Read {"instruction": the system message, "conversation": [{"input", "output"}]}."""
     turns = _system(record, where)
     for number, turn in enumerate(get_list(record, "conversation", where), 1):
         if not isinstance(turn, dict):
@@ -50,7 +50,7 @@ def orca_chat(record: dict[str, Any], where: str, options: Any, left_out: Counte
 
 
 def dolly15k(record: dict[str, Any], where: str, options: DollyOptions, left_out: Counter[str]) -> list[Conversation]:
-    """{"instruction", "context" (may be empty), "response"}; marks of citations are removed from the context."""
+    """Read {"instruction", "context" (may be empty), "response"}; citation marks are removed from the context."""
     language = record.get("lang") or record.get("language")
     if language and language not in options.languages:
         left_out["other language"] += 1
@@ -63,7 +63,7 @@ def dolly15k(record: dict[str, Any], where: str, options: DollyOptions, left_out
 
 
 def dolphin(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
-    """{"instruction": the system message, "input", "output"}"""
+    """Read {"instruction": the system message, "input", "output"}."""
     turns = _system(record, where)
     turns.append({"role": "user", "content": get_text(record, "input", where)})
     turns.append({"role": "assistant", "content": get_text(record, "output", where)})

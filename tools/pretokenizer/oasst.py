@@ -1,8 +1,8 @@
-"""Open-Assistant message trees ("oasst export"): from a tree of alternative answers to the conversations in it.
+"""Reader of Open-Assistant message trees ("oasst export"): from a tree of alternative answers to conversations.
 
-A tree is {message_tree_id, tree_state, prompt}; a message {text, role, replies, rank, lang, deleted, synthetic, ...}.
-A sample is a thread from the root to a leaf. A thread that ends with a prompter loses that message, and counts only
-where it is its parent's first reply, so that several unanswered questions below one answer do not repeat the answer.
+A tree is {message_tree_id, tree_state, prompt}; a message is {text, role, replies, rank, lang, deleted, synthetic, ...}.
+A sample is a thread from the root to a leaf. If a thread ends with a message of the prompter, that message is removed, and the thread
+is used only if the message is its parent's first reply, so that several unanswered questions after one answer do not repeat the answer.
 """
 
 from collections import Counter
@@ -19,12 +19,12 @@ Thread = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class OasstOptions:
-    """What to take from the trees."""
+    """Selection of threads from the trees."""
 
     lang: str | list[str] = "en"
     """Languages of the first message, separated by commas."""
     top_k: int | None = None
-    """Keep answers with a rank below this; an answer without a rank only where it is the only one."""
+    """Keep answers with a rank below this; an answer without a rank only if it is the only one."""
     include_synthetic: bool = False
     """Keep threads with messages written by a model."""
 
@@ -35,14 +35,14 @@ class OasstOptions:
 
 
 def conversations(tree: dict[str, Any], where: str, options: OasstOptions, left_out: Counter[str]) -> list[list[dict]]:
-    """The samples of a tree, each a list of {"role", "content"}; none for a tree that is not wanted.
+    """Return the samples of a tree, each a list of {"role", "content"}; [] for a tree that is left out.
 
-    left_out: counts what is not taken, by reason. Raises DataError for a tree or a message that lacks something.
+    left_out: counts what is left out, by reason. Raise DataError for a tree or a message without a required key.
     """
     prompt = _field(tree, "prompt", where)
     if not isinstance(prompt, dict):
         raise DataError(
-            f"{where}: the prompt is {type(prompt).__name__}, no message; is this an Open-Assistant export?"
+            f"{where}: the prompt is {type(prompt).__name__}, not a message; check that this is an Open-Assistant export"
         )
     reason = _unwanted_tree(tree, prompt, options)
     if reason:
@@ -54,8 +54,8 @@ def conversations(tree: dict[str, Any], where: str, options: OasstOptions, left_
         if reason:
             left_out[reason] += 1
             continue
-        kept = thread[:-1] if thread[-1]["role"] == "prompter" else thread
-        samples.append([{"role": message["role"], "content": _text(message, where)} for message in kept])
+        messages = thread[:-1] if thread[-1]["role"] == "prompter" else thread
+        samples.append([{"role": message["role"], "content": _text(message, where)} for message in messages])
     return samples
 
 
@@ -68,8 +68,8 @@ def _unwanted_tree(tree: dict[str, Any], prompt: Message, options: OasstOptions)
 
 
 def _threads(root: Message, where: str) -> Iterator[Thread]:
-    """Threads from the root to every leaf, in the order of the file. A loop, since trees may be deeper than Python's
-    stack."""
+    """Yield the threads from the root to every leaf, in the order of the file. It is a loop because trees may be deeper than
+    Python's stack."""
     stack: list[Thread] = [(root,)]
     while stack:
         thread = stack.pop()
@@ -77,7 +77,7 @@ def _threads(root: Message, where: str) -> Iterator[Thread]:
         replies = thread[-1].get("replies") or []
         if not isinstance(replies, list):
             raise DataError(
-                f"{where}: replies are {type(replies).__name__}, not a list; is this an Open-Assistant export?"
+                f"{where}: replies are {type(replies).__name__}, not a list; check that this is an Open-Assistant export"
             )
         if not replies:
             yield thread
@@ -108,15 +108,19 @@ def _ranked(thread: Thread, index: int, top_k: int) -> bool:
 
 
 def _check_message(thread: Thread, where: str) -> None:
-    """Roles alternate, from a prompter on; and what is compared is a number."""
+    """Raise DataError unless roles alternate, starting with the prompter, and ranks are numbers."""
     role, expected = _field(thread[-1], "role", where), ("prompter", "assistant")[(len(thread) - 1) % 2]
     if not isinstance(thread[-1].get("rank"), int | None):
-        raise DataError(f"{where}: rank {thread[-1]['rank']!r} is no number; is this an Open-Assistant export?")
+        raise DataError(
+            f"{where}: rank {thread[-1]['rank']!r} is not a number; check that this is an Open-Assistant export"
+        )
     if role not in ("prompter", "assistant"):
-        raise DataError(f"{where}: unknown role {role!r}; trees know prompter and assistant")
+        raise DataError(f"{where}: unknown role {role!r}; the roles of a tree are prompter and assistant")
     if role != expected:
         name = thread[-1].get("message_id", "?")
-        raise DataError(f"{where}: message {name} is by the {role}, {expected} was expected; roles alternate in a tree")
+        raise DataError(
+            f"{where}: message {name} is by the {role}, {expected} was expected; roles must alternate in a tree"
+        )
 
 
 def _text(message: Message, where: str) -> str:
@@ -126,5 +130,5 @@ def _text(message: Message, where: str) -> str:
 
 def _field(message: Any, name: str, where: str) -> Any:
     if not isinstance(message, dict) or name not in message:
-        raise DataError(f"{where}: a message lacks '{name}'; is this an Open-Assistant export?")
+        raise DataError(f"{where}: a message lacks '{name}'; check that this is an Open-Assistant export")
     return message[name]

@@ -1,5 +1,5 @@
-"""Open-Assistant trees from tables of messages, one message a row with its parent's id, as the published tables have
-them. Rows of one tree lie together."""
+"""Reader of the published tables of Open-Assistant messages: one message per row, with its parent's id. The rows of a tree are
+adjacent."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ft.errors import DataError
 from tools.pretokenizer.lines import Chunk, parse
 
-TREES = 50  # in a chunk
+TREES = 50  # per chunk
 
 
 def is_flat(record: dict[str, Any]) -> bool:
@@ -15,8 +15,8 @@ def is_flat(record: dict[str, Any]) -> bool:
 
 
 def trees(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """Chunks of rows -> chunks of trees, as the export has them. Raises DataError: rows of a tree that do not lie
-    together, or whose parent is missing."""
+    """Convert chunks of rows to chunks of trees in the format of the export. Raise DataError if the rows of a tree are not adjacent,
+    or a parent is missing."""
     rows: list[dict[str, Any]] = []
     done: set[Any] = set()
     found: list[dict[str, Any]] = []
@@ -58,5 +58,5 @@ def _tree(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     if len(roots) != 1:
         raise DataError(f"{name}: tree {rows[0].get('message_tree_id')} has {len(roots)} first messages, expected one")
     root = roots[0]
-    state = root.get("tree_state", "ready_for_export")  # published tables hold finished trees alone
+    state = root.get("tree_state", "ready_for_export")  # published tables contain only finished trees
     return {"message_tree_id": root["message_id"], "tree_state": state, "prompt": root}

@@ -1,6 +1,6 @@
-"""Where a dataset's files are: one file, a folder of them as a dataset repository lays it out, or the cache folder.
+"""Finds a dataset's files: one file, a folder with the layout of a dataset repository, or the cache folder.
 
-Nothing is ever fetched. Knows the names of files, not what is in them.
+Nothing is downloaded. Only names are used, no file is opened.
 """
 
 import re
@@ -15,10 +15,10 @@ NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 
 
 def find(given: str | None, name: str, cache_dir: str | None, repositories: Sequence[str] = ()) -> Path:
-    """The file or folder of a dataset: as given, else looked for by its names in the cache folder.
+    """Return the file or folder of a dataset: the given path, else the one found by its names in the cache folder.
 
-    repositories: what the dataset is called where it is published, "owner/name".
-    Raises DataError that says where was looked.
+    repositories: published names of the dataset, "owner/name".
+    Raise DataError with the places that were searched.
     """
     cache = Path(cache_dir or ".").expanduser()
     if given is not None:
@@ -28,33 +28,33 @@ def find(given: str | None, name: str, cache_dir: str | None, repositories: Sequ
         places = [cache / folder for folder in folders]
         places += [cache / f"{name}{end}{wrap}" for end in ENDINGS for wrap in WRAPPERS]
         places += [cache / f"{name}{wrap}" for wrap in WRAPPERS[3:]]
-        for repository in repositories:  # as the Hugging Face hub's client caches them, there and here
+        for repository in repositories:  # the cache of the Hugging Face hub's client
             snapshots = cache / f"datasets--{repository.replace('/', '--')}" / "snapshots"
             places += sorted(snapshots.glob("*"))
     for place in places:
         if place.exists():
             return place
     if given is not None:
-        looked = f"looked for {places[0].absolute()} and in {cache}"
+        looked = f"searched {places[0].absolute()} and {cache}"
         raise DataError(f"{given}: no such file ({looked}); check the path")
     known = f", a copy of {' or '.join(repositories)}," if repositories else ""
     raise DataError(
-        f"dataset {name}: no input_file_path, and nothing of that name in {cache.absolute()}; "
-        f"put its file or folder{known} there, or say where it lies"
+        f"dataset {name}: input_file_path is not set, and no file or folder of this name is in {cache.absolute()}; "
+        f"put its file or folder{known} there, or set input_file_path"
     )
 
 
 def files_of(place: Path, splits: Sequence[str] = ("train",)) -> list[Path]:
-    """The data files of a file or folder, in the order of their names.
+    """Return the data files of a file or folder, sorted by name.
 
-    splits: of files named after a split (train.jsonl, en-00000-of-00001.parquet, test/data.arrow), those to take; where
-    none is named after one of them, all are taken.
+    splits: take only files named after one of these splits (train.jsonl, en-00000-of-00001.parquet, test/data.arrow); if there are
+    none, take all.
     """
     if not place.is_dir():
         return [place]
     found = [path for path in sorted(place.rglob("*")) if path.is_file() and _is_data(path.relative_to(place))]
     if not found:
-        raise DataError(f"{place}: no data files in this folder (*{', *'.join(ENDINGS)}, or those compressed)")
+        raise DataError(f"{place}: no data files in this folder (*{', *'.join(ENDINGS)}, also compressed)")
     pattern = re.compile(rf"(?:^|[/_.-])(?:{'|'.join(map(re.escape, splits))})(?:[/_.-]|$)", re.IGNORECASE)
     return [path for path in found if pattern.search(path.relative_to(place).as_posix())] or found
 

@@ -1,7 +1,6 @@
-"""Worker processes that take tasks and give results in the order of the tasks, a few ahead and no more.
+"""A pool of worker processes that returns results in the order of the tasks and works only a few tasks ahead.
 
-One worker means none: the work is done here. Processes are started afresh rather than forked, so that nothing this
-process holds (threads, open files) is inherited. Knows nothing of what the work is.
+With one worker the work is done in this process. Processes are spawned, not forked, so that they inherit no threads or open files.
 """
 
 import contextlib
@@ -15,11 +14,11 @@ from typing import Any
 
 from megatron_ft.errors import DataError
 
-AHEAD = 3  # tasks per worker that are waiting or done before their turn
+AHEAD = 3  # tasks per worker that are queued or finished before their results are needed
 
 
 class Pool:
-    """make: called once in each worker (a picklable function), gives the object whose methods do the work."""
+    """make: a picklable function, called once in each worker, that returns the object whose methods do the work."""
 
     def __init__(self, workers: int, make: Any, *arguments: Any, here: Any = None):
         self.workers, self._here, self._executor = workers, here, None
@@ -27,14 +26,14 @@ class Pool:
             from concurrent.futures import ProcessPoolExecutor
             from multiprocessing import get_context
 
-            # Rust's own threads would only compete with the other workers.
+            # Threads of the Rust tokenizer would compete with the other workers.
             with _environment(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"):
                 self._executor = ProcessPoolExecutor(workers, get_context("spawn"), _start, (make, arguments))
                 for future in [self._executor.submit(_ready) for _ in range(workers)]:
                     self._result(future)
 
     def map(self, method: str, tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Call the worker's method with each task. Raises what it raises; DataError where a worker was killed."""
+        """Yield the results of the worker's method for each task. Raise its exceptions, and DataError if a worker was killed."""
         if self._executor is None:
             yield from (getattr(self._here, method)(*task) for task in tasks)
             return
@@ -60,7 +59,7 @@ class Pool:
             return future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a worker process was killed, which happens where memory runs out; start again with fewer --workers"
+                "a worker process was killed, probably because memory was full; start again with fewer --workers"
             ) from error
 
 
@@ -69,7 +68,7 @@ _WORKER: Any = None
 
 def _start(make: Any, arguments: tuple[Any, ...]) -> None:
     global _WORKER
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _WORKER = make(*arguments)
 
@@ -82,7 +81,7 @@ def _end_with_parent() -> None:
 
 
 def _ready() -> None:
-    """Something to wait for."""
+    """Do nothing; its result shows that the worker has started."""
 
 
 def _work(method: str, task: tuple[Any, ...]) -> Any:
@@ -91,7 +90,7 @@ def _work(method: str, task: tuple[Any, ...]) -> Any:
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Variables that child processes see; those that are set already stay."""
+    """Set environment variables for child processes, without changing those already set."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -102,5 +101,5 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def cores() -> int:
-    """The cores this process may use."""
+    """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""megatron-ft pretokenize: chat files to role-labelled shards.
+"""megatron-ft pretokenize: convert chat files to role-labelled shards.
 
-Every file is read twice, once to count and check it, once to tokenize it: memory stays small whatever its size, and a
-fault in the data is found before anything is written.
+Every file is read twice, first to count and check it, then to tokenize it. So memory use is small for files of any size, and errors in
+the data are found before anything is written.
 """
 
 import sys
@@ -28,14 +28,14 @@ from tools.pretokenizer.screen import show_result, show_sample
 from tools.pretokenizer.settings import Settings, resolve
 from tools.pretokenizer.sources import Source, make_sources
 from tools.pretokenizer.statistics_files import write_stats
-from tools.pretokenizer.work import Orders, Worker
+from tools.pretokenizer.work import Worker, WorkerSettings
 from tools.pretokenizer.writing import Written, clean, write
 
 WORTH_WORKERS = 16 << 20  # bytes of data
 
 COMMAND = Command(
     name="pretokenize",
-    summary="chat files to shards of tokens and their roles",
+    summary="convert chat files to shards of tokens and their roles",
     sections=(Pretokenize,),
     examples=(
         "megatron-ft pretokenize --input chats.jsonl --tokenizer llama2/tokenizer.model --output_prefix data/mine",
@@ -46,7 +46,7 @@ COMMAND = Command(
 
 
 def run(flags: Pretokenize, others: dict[str, Any]) -> None:
-    """others: configuration keys given as flags."""
+    """Write the shards and print a summary. others: configuration keys given as flags. Raise UserError."""
     settings = resolve(flags, others)
     extra = _extra_tokens(settings)
     tokenizer = load_tokenizer(str(settings.vocab_file), extra)
@@ -55,23 +55,25 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
     text = (".jsonl.gz" if flags.compress else ".jsonl") if flags.write_json or flags.compress else None
     if text and settings.mix_by:
         raise ConfigError(
-            "--write_json and mix_by: the text is written before samples are mixed; leave one of them out"
+            "--write_json and mix_by cannot be combined, because the text is written before mixing; remove one of them"
         )
-    finished = manifest_path(f"{settings.prefix}-train")  # written last: without it a run was interrupted
+    finished = manifest_path(f"{settings.prefix}-train")  # written last: without it a run has not finished
     if finished.exists() and not flags.overwrite:
         if why := difference(settings, text, tokenizer, chat_format, sources):
             raise DataError(
                 f"{finished}: these shards exist already; add --overwrite to replace them, or choose another output ({why})"
             )
-        print(f"{settings.prefix}-train: made of the same input with the same settings, and whole; nothing to do")
+        print(f"{settings.prefix}-train: already made from the same input with the same settings; nothing to do")
         return
     clean(settings.prefix)
-    orders = Orders(
+    worker_settings = WorkerSettings(
         [source.job for source in sources], str(settings.vocab_file), extra, settings.chat_format,
         settings.on_bad_record == "skip", settings.duplicates, text is not None,
     )  # fmt: skip
     with (
-        Pool(_workers(settings, sources), Worker, orders, None, 1, here=Worker(orders, tokenizer)) as pool,
+        Pool(
+            _workers(settings, sources), Worker, worker_settings, None, 1, here=Worker(worker_settings, tokenizer)
+        ) as pool,
         Progress() as progress,
     ):
         weights = count(sources, settings, pool, progress)
@@ -84,7 +86,7 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
                 if split in written:
                     write_stats(prefix, written[split], sources, settings.mix_by)
                 else:
-                    _remove_split(prefix)  # an earlier run's: it would not belong to what is there now
+                    _remove_split(prefix)  # of an earlier run, which does not match the new shards
             record(settings, text, list(written))
 
         written = write(settings, tokenizer, chat_format, sources, weights, pool, progress, text, beside)
@@ -100,7 +102,7 @@ def _extra_tokens(settings: Settings) -> list[str]:
 
 
 def _workers(settings: Settings, sources: list[Source]) -> int:
-    """As asked, else one for each core, where there is enough to do for starting them to be worth it."""
+    """Return the number of workers: as set, else one per core if the input is large enough, else one."""
     if settings.workers is not None:
         return settings.workers
     return cores() if sum(source.bytes for source in sources) >= WORTH_WORKERS else 1

@@ -1,4 +1,4 @@
-"""How far the pretokenizer is: a bar on a terminal, a line now and then elsewhere. Says it on standard error."""
+"""Progress of the pretokenizer on standard error: a bar on a terminal, else a line from time to time."""
 
 import sys
 import time
@@ -6,18 +6,18 @@ from typing import Any
 
 from megatron_ft.log import logger
 
-EVERY = 15  # seconds between lines where there is no terminal
+EVERY = 15  # seconds between lines without a terminal
 log = logger("pretokenize")
 
 
 class Progress:
-    """A context manager. total: samples to tokenize, once that is known."""
+    """Shows progress; a context manager. total: number of samples to tokenize, as soon as it is known."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
         self._records = self._samples = self._tokens = self.total = 0
-        self._started = self._spoken = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():
@@ -35,18 +35,18 @@ class Progress:
             self._bar.stop()
 
     def read(self, records: int) -> None:
-        """So many records more have been counted."""
+        """Add a number of counted records."""
         self._records += records
         self._show("reading", f"{self._records:,} records", self._records)
 
     def begin(self, total: int) -> None:
-        """From here on samples are tokenized."""
+        """Begin the tokenization of `total` samples."""
         self.total, self._started = total, time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, description="tokenizing", total=total, completed=0)
 
     def done(self, samples: int, tokens: int) -> None:
-        """So many samples more have been tokenized."""
+        """Add a number of tokenized samples and tokens."""
         self._samples, self._tokens = self._samples + samples, self._tokens + tokens
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = f"{_short(self._samples / seconds)} samples/s, {_short(self._tokens / seconds)} tokens/s"
@@ -55,8 +55,8 @@ class Progress:
     def _show(self, what: str, rate: str, completed: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, rate=rate)
-        elif time.monotonic() - self._spoken > EVERY:
-            self._spoken = time.monotonic()
+        elif time.monotonic() - self._printed > EVERY:
+            self._printed = time.monotonic()
             log.info("%s: %s", what, rate)
 
 

@@ -1,6 +1,6 @@
-"""The shapes of chat data, one Reader each: from a record of a file to the conversations in it.
+"""The formats of chat data, one Reader each: from a record of a file to conversations.
 
-A new shape is a function and a row in READERS. Where a file lies and how it is packed is lines.py's business.
+A new format is a function and a row in READERS. lines.py reads the files.
 """
 
 from collections import Counter
@@ -20,16 +20,16 @@ from tools.pretokenizer.places import files_of
 
 @dataclass(frozen=True)
 class NoOptions:
-    """A reader without keys of its own."""
+    """The options of a reader without keys of its own."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """convert: (record, where, options, left_out) -> conversations that stay on one side of the train/val split.
+    """One format. convert: (record, where, options, left_out) -> conversations, which stay on one side of the train/val split.
 
-    keys: a record is of this shape if it has all of these; none for a shape that only its name tells. options: a
-    dataclass of the reader's own configuration keys. repositories: what a published dataset is called. marked: share of
-    the samples whose text is marked for language-modelling loss where the configuration says nothing.
+    keys: a record with all these keys has this format; empty for a format that must be named. options: a dataclass of the reader's
+    own configuration keys. repositories: names of published datasets. marked: default share of the samples whose text is marked for
+    language-modelling loss.
     """
 
     name: str
@@ -41,35 +41,35 @@ class Reader:
 
 
 def recognise(path: Path) -> Reader:
-    """The reader for a file or a folder, from its first record. Raises DataError naming the shapes there are."""
+    """Return the reader for a file or a folder, from its first record. Raise DataError with the known formats."""
     first = files_of(path)[0]
     where, record = next(iter(records(first)), (str(first), None))
     if record is None:
-        raise DataError(f"{first}: holds no chats; write one JSON object a line")
+        raise DataError(f"{first}: contains no chats; write one JSON object per line")
     for reader in READERS.values():
         if reader.keys and all(key in record for key in reader.keys):
             return reader
-    shapes = "; ".join(f"{reader.name}: {', '.join(reader.keys)}" for reader in READERS.values() if reader.keys)
-    raise DataError(f"{where}: no known shape has the keys {', '.join(record) or '(none)'} (known: {shapes})")
+    formats = "; ".join(f"{reader.name}: {', '.join(reader.keys)}" for reader in READERS.values() if reader.keys)
+    raise DataError(f"{where}: no known format has the keys {', '.join(record) or '(none)'} (known: {formats})")
 
 
 def get_reader(name: str) -> Reader:
-    """A reader by the name used in configurations."""
+    """Return a reader by its name in configurations. Raise ConfigError for an unknown name."""
     if name not in READERS:
         raise ConfigError(f"unknown dataset '{name}': choose one of {', '.join(READERS)}")
     return READERS[name]
 
 
 def _messages(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """{"messages": [{"role", "content"}], "tools"}, as OpenAI's chats; a message's "context" becomes a turn of its own before it,
-    its "weight" and its "tool_calls" are carried."""
+    """Read {"messages": [{"role", "content"}], "tools"}, OpenAI's format. A message's "context" becomes a separate turn before it; its
+    "weight" and "tool_calls" are kept."""
     messages = get_list(record, "messages", where)
     turns = [turn for message in messages for turn in _message_turns(message, where)]
     return keep(toolcalls.with_tools(turns, record, where), left_out)
 
 
 def _message_turns(message: Any, where: str) -> Conversation:
-    if isinstance(message, dict) and len(message) == 2:  # as nearly all are, and there are many
+    if isinstance(message, dict) and len(message) == 2:  # the common case, which must be fast
         role, content = message.get("role"), message.get("content")
         if isinstance(role, str) and role in ROLES and isinstance(content, str):
             return [message]
@@ -77,8 +77,8 @@ def _message_turns(message: Any, where: str) -> Conversation:
         raise DataError(f"{where}: a message is {type(message).__name__}, not an object with role and content")
     role = _OTHER_NAMES.get(name := get_text(message, "role", where), name)
     if role not in ROLES:
-        raise DataError(f"{where}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
-    calls = toolcalls.carried(message, where)
+        raise DataError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLES)}")
+    calls = toolcalls.tool_keys(message, where)
     content = _content(message, where, bool(calls))
     turn = {"role": role, "content": content, **weight_of(message, where), **calls}
     if not message.get("context"):
@@ -86,11 +86,11 @@ def _message_turns(message: Any, where: str) -> Conversation:
     return [{"role": "context", "content": get_text(message, "context", where)}, turn]
 
 
-_OTHER_NAMES = {"developer": "system", "function": "tool"}  # of OpenAI's interfaces, later and earlier
+_OTHER_NAMES = {"developer": "system", "function": "tool"}  # other names in OpenAI's APIs
 
 
 def _content(message: dict[str, Any], where: str, may_be_empty: bool) -> str:
-    """A message's text: a string, OpenAI's list of parts, or nothing beside the calls of tools."""
+    """Return a message's text: from a string or OpenAI's list of parts; it may be missing beside tool calls."""
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
@@ -116,21 +116,20 @@ _SHAREGPT_ROLES = {
 
 
 def _sharegpt(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """{"conversations": [{"from": "human"|"gpt"|"system"|"tool"|"function_call", "value"}], "tools"}"""
+    """Read {"conversations": [{"from": "human"|"gpt"|"system"|"tool"|"function_call", "value"}], "tools"}."""
     turns = []
     for message in get_list(record, "conversations", where):
-        speaker = get_text(message, "from", where)
-        if speaker not in _SHAREGPT_ROLES:
-            raise DataError(f"{where}: unknown speaker {speaker!r}; the speakers are {', '.join(_SHAREGPT_ROLES)}")
+        name = get_text(message, "from", where)
+        if name not in _SHAREGPT_ROLES:
+            raise DataError(f"{where}: unknown role {name!r} in 'from'; use one of {', '.join(_SHAREGPT_ROLES)}")
         content = get_text(message, "value", where)
-        turn = {"role": _SHAREGPT_ROLES[speaker], "content": content, **weight_of(message, where)}
-        turns.append(toolcalls.said_as_json(turn, where) if speaker == "function_call" else turn)
+        turn = {"role": _SHAREGPT_ROLES[name], "content": content, **weight_of(message, where)}
+        turns.append(toolcalls.from_json_text(turn, where) if name == "function_call" else turn)
     return keep(toolcalls.with_tools(turns, record, where), left_out)
 
 
 def _alpaca(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """{"instruction", "input" (may be missing or empty), "output"}; instruction and input with an empty line
-    between."""
+    """Read {"instruction", "input" (may be missing or empty), "output"}. Instruction and input are joined with an empty line."""
     question = [get_text(record, "instruction", where)]
     if record.get("input"):
         question.append(get_text(record, "input", where))
@@ -140,12 +139,12 @@ def _alpaca(record: dict[str, Any], where: str, options: NoOptions, left_out: Co
 def _prompt_completion(
     record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]
 ) -> list[Conversation]:
-    """{"prompt", "completion"}"""
+    """Read {"prompt", "completion"}."""
     return pair(get_text(record, "prompt", where), get_text(record, "completion", where), left_out)
 
 
 def _text(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """{"text"}, or a whole .txt file: one document, in no chat format."""
+    """Read {"text"}, or a whole .txt file: one document without a chat format."""
     text = get_text(record, "text", where)
     return keep([{"role": "text", "content": text}] if text else [], left_out)
 
@@ -154,7 +153,7 @@ def _table(readers: Iterable[Reader]) -> dict[str, Reader]:
     return {reader.name: reader for reader in readers}
 
 
-# In the order in which they are tried on a file that nobody named.
+# In the order of recognition, for files whose format is not given.
 READERS = _table(
     [
         Reader("oasst_export", ("message_tree_id", "prompt"), conversations, OasstOptions),
@@ -178,7 +177,7 @@ READERS = _table(
             *("oa_leet10k", ("INSTRUCTION", "RESPONSE"), named.oa_leet10k),
             repositories=("ehartford/oa_leet10k",),
         ),
-        Reader("dolphin", (), named.dolphin, repositories=("ehartford/dolphin",)),  # alpaca's keys, otherwise meant
+        Reader("dolphin", (), named.dolphin, repositories=("ehartford/dolphin",)),  # alpaca's keys with another meaning
         Reader("text", ("text",), _text, marked=1.0),
     ]
 )

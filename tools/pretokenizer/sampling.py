@@ -1,7 +1,7 @@
-"""Which samples train, which validate, which are left out: decided from counts alone, before a single one is tokenized.
+"""Assigns samples to training or validation, or leaves them out, from counts alone and before tokenization.
 
-Samples come in groups (a message tree, or one chat), and a group is never on both sides. All choices are random but
-seeded: the same counts, settings and seed give the same choice.
+Samples come in groups (a message tree, or one chat), and a group is never in both splits. All choices are random but seeded: the same
+counts, settings and seed give the same choice.
 """
 
 from dataclasses import dataclass
@@ -11,33 +11,31 @@ import numpy as np
 from megatron_ft.errors import ConfigError
 
 OUT, TRAIN, VAL = 0, 1, 2
-MARK = 4  # added to a sample's split: its text is marked for language-modelling loss
+MARK = 4  # bit in a sample's split: its text is marked for language-modelling loss
 SPLITS = {"train": TRAIN, "val": VAL}
 
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """Keys every dataset has."""
+    """Configuration keys of every dataset."""
 
     val_split: float = 0.2
-    """Share of the groups that validates; 0 for none."""
+    """Share of the groups for validation; 0: none."""
     max_val_set: int | None = None
-    """At most this many validation samples."""
+    """Largest number of validation samples."""
     fraction: float | None = None
     """Share of the training samples to take."""
     size: int | None = None
     """Number of training samples to take."""
     marked_prompts: float | None = None
-    """Share of the samples whose prompts are marked for language-modelling loss; none, but all of plain text."""
+    """Share of the samples whose prompts are marked for language-modelling loss; default: 0, for plain text 1."""
     share: float | None = None
-    """Share of the mix, where the section says mix_by."""
+    """Share of the mix, if the section has mix_by."""
 
     def check(self, name: str) -> None:
         """Raise ConfigError for a value out of range."""
         if not 0 <= self.val_split < 1:
-            raise ConfigError(
-                f"dataset {name}: val_split is {self.val_split}; give a share from 0 up to, not including, 1"
-            )
+            raise ConfigError(f"dataset {name}: val_split is {self.val_split}; give a share of at least 0 and below 1")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ConfigError(f"dataset {name}: fraction is {self.fraction}; give a share above 0 and up to 1")
         if self.fraction is not None and self.size is not None:
@@ -53,16 +51,16 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """split: OUT, TRAIN or VAL of every sample, uint8 [samples]. available: samples of each split before sampling."""
+    """The assignment. split: OUT, TRAIN or VAL of every sample, uint8 [samples]. available: samples of each split before sampling."""
 
     split: np.ndarray
     available: dict[str, int]
 
 
 def plan(group_sizes: np.ndarray, options: SplitOptions, rng: np.random.Generator) -> Plan:
-    """Split groups, then sample. group_sizes: samples in each group [groups]; groups without samples do not count.
+    """Split the groups, then sample. group_sizes: samples in each group [groups]; groups without samples are ignored.
 
-    With a val_split above 0 at least one group validates, and at least one trains.
+    With a val_split above 0, both splits have at least one group, if there are two or more.
     """
     groups = np.flatnonzero(group_sizes)
     count = int(len(groups) * options.val_split)

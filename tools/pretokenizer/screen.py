@@ -1,6 +1,6 @@
-"""What the pretokenizer says when it is done: a line a split, and one chat with what is trained on marked.
+"""The output of the pretokenizer at its end: one line per split, and one chat in which the trained text is marked.
 
-The chat is read back from the shards, so that it shows what training will see.
+The chat is decoded from the shards, so it shows what training will see.
 """
 
 from pathlib import Path
@@ -20,14 +20,14 @@ log = logger("pretokenize")
 
 
 def show_result(prefix: Path, split: str, written: Written | None, sources: list[Source]) -> None:
-    """One line about a split, more where something was left out. written: None for a split without samples."""
+    """Print one line about a split, and more if samples were left out. written: None for a split without samples."""
     if written is None:
         print(f"{split + ':':6} no samples, nothing written")
         return
-    whole = total(written.tallies)
+    all_datasets = total(written.tallies)
     counts = open_shards(prefix).manifest.counts
     trained = 100 * counts["tokens_by_role"]["assistant"] / counts["tokens"]
-    skipped = whole.skipped.total()
+    skipped = all_datasets.skipped.total()
     share = f"{trained:.0f}% trained on, {skipped:,} skipped"
     print(
         f"{split + ':':6} {counts['samples']:,} chats, {counts['tokens']:,} tokens, {share}"
@@ -36,24 +36,24 @@ def show_result(prefix: Path, split: str, written: Written | None, sources: list
     if marked := counts.get("marked_tokens", 0):
         print(f"       marked for language-modelling loss: {marked:,} tokens")
     for portion in written.mix:
-        share = f"{portion.realised:.1%} of the mix, {portion.requested:.1%} asked"
+        share = f"{portion.realised:.1%} of the mix, {portion.requested:.1%} requested"
         print(f"       {portion.name}: {share}, {portion.epochs:.2f} epochs, {len(portion.picks):,} samples")
-    for reason, count in sorted(whole.skipped.items()):
+    for reason, count in sorted(all_datasets.skipped.items()):
         print(f"       skipped: {reason}: {count:,}")
-    if whole.untrained:
+    if all_datasets.untrained:
         log.warning(
-            "%s: in %d chats nothing is trained on: they have no assistant turn (--min_assistant_tokens 1 drops them)",
+            "%s: %d chats have no assistant turn and no token that is trained on (--min_assistant_tokens 1 drops them)",
             split,
-            whole.untrained,
+            all_datasets.untrained,
         )
     if split == "train":
         for source in sources:
             for reason, count in sorted(source.left_out.items()):
-                print(f"       not taken from {source.name}: {reason}: {count:,}")
+                print(f"       left out of {source.name}: {reason}: {count:,}")
 
 
 def show_sample(prefix: Path, tokenizer: Tokenizer) -> None:
-    """The first training chat, shortened, with «» around what is trained on by default: the assistant's turns."""
+    """Print the first training chat, shortened, with «» around the assistant's turns, which are trained on by default."""
     shards = open_shards(f"{prefix}-train")
     ids, roles = shards.tokens(0), shards.roles(0)
     starts = [0, *(np.flatnonzero(np.diff(roles)) + 1).tolist()]

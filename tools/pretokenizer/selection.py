@@ -1,7 +1,7 @@
-"""Which conversations are good enough: by the roles' order, the language, refusals, and, once tokenized, by length.
+"""Selection of conversations: by the order of roles, language, refusals and, after tokenization, by length.
 
-Pure functions of one conversation; each no has a reason that is counted. Duplicates, which need all of them, are
-duplicates.py's.
+Pure functions of one conversation. Each rejection has a reason, which is counted. Duplicates, which need all conversations, are in
+duplicates.py.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron_ft.data.roles import ASSISTANT, ROLE_BITS
 from megatron_ft.errors import ConfigError
 from tools.pretokenizer.fields import Conversation
 
-# What assistants say when they decline, and what gives away whose answers were copied. Compared in lower case.
+# Phrases of refusals, and phrases that name another assistant. Compared in lower case.
 REFUSALS = (
     "as an ai language model",
     "as a language model",
@@ -37,20 +37,20 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class Selection:
-    """Keys of a section, for all its datasets, or of one dataset."""
+    """Configuration keys of a section, for all its datasets, or of one dataset."""
 
     min_tokens: int | None = None
     """Skip samples with fewer tokens."""
     max_tokens: int | None = None
     """Skip samples with more tokens."""
     min_assistant_tokens: int | None = None
-    """Skip samples whose assistant turns have fewer tokens together, headers included."""
+    """Skip samples whose assistant turns have fewer tokens in total, headers included."""
     role_order: Literal["keep", "repair", "reject"] = "keep"
-    """What to do where roles do not follow system, user, assistant, user, ...: nothing, mend it, or leave the chat out."""
+    """Chats whose roles are not in the order system, user, assistant, user, ... are kept, repaired or rejected."""
     refusal_phrases: bool | list[str] | str = False
-    """Leave out chats in which the assistant uses one of these phrases; true: a list of our own."""
+    """Leave out chats in which the assistant uses one of these phrases; true: the built-in list."""
     languages: list[str] | str | None = None
-    """Take only records whose lang or language is one of these."""
+    """Take only records with one of these values in lang or language."""
 
     def check(self, where: str) -> None:
         """Raise ConfigError for values that contradict each other."""
@@ -74,7 +74,7 @@ class Selection:
 
 
 def language_fault(record: dict[str, Any], languages: frozenset[str]) -> str | None:
-    """Why a record is left out for its language, or None."""
+    """Return the reason why a record is left out for its language, or None."""
     if not languages:
         return None
     language = record.get("lang") or record.get("language")
@@ -83,24 +83,24 @@ def language_fault(record: dict[str, Any], languages: frozenset[str]) -> str | N
 
 
 def in_order(chat: Conversation, role_order: str) -> tuple[Conversation, str | None]:
-    """The chat as wanted, and why it is left out, or None."""
+    """Return the chat, repaired if requested, and the reason why it is left out, or None."""
     if role_order == "keep" or chat[0]["role"] == "text" or _is_ordered(chat):
         return chat, None
     if role_order == "reject":
         return chat, "roles out of order"
-    mended = _mend(chat)
-    return (mended, None) if mended and _is_ordered(mended) else (chat, "roles out of order, beyond repair")
+    repaired = _repair(chat)
+    return (repaired, None) if repaired and _is_ordered(repaired) else (chat, "roles out of order, beyond repair")
 
 
 def _is_ordered(chat: Conversation) -> bool:
-    """A system turn at most at the start, user and assistant in turns, the last word the assistant's. What tools and
-    contexts say stands between."""
+    """Return True if a system turn is only at the start, user and assistant alternate and the assistant is last. Turns of tools and
+    contexts may be between them."""
     roles = [_SIDES.get(message["role"], "") for message in chat]
-    spoken = [role for role in (roles[1:] if roles[0] == "system" else roles) if role]
-    if "system" in spoken or len(spoken) < 2 or roles[-1] != "assistant":
+    sides = [role for role in (roles[1:] if roles[0] == "system" else roles) if role]
+    if "system" in sides or len(sides) < 2 or roles[-1] != "assistant":
         return False
     expected, previous = "user", ""
-    for side, message in zip(spoken, [m for m in chat if _SIDES.get(m["role"]) in ("user", "assistant")], strict=True):
+    for side, message in zip(sides, [m for m in chat if _SIDES.get(m["role"]) in ("user", "assistant")], strict=True):
         if side != expected and not (side == "assistant" and _answers_a_tool(chat, message)):
             return False
         previous, expected = side, "assistant" if side == "user" else "user"
@@ -108,7 +108,7 @@ def _is_ordered(chat: Conversation) -> bool:
 
 
 def _answers_a_tool(chat: Conversation, message: dict[str, Any]) -> bool:
-    """Whether the turn just before is a tool's: then the assistant speaks again without a user in between."""
+    """Return True if the turn before is a tool's, after which the assistant continues without a user turn."""
     place = next(i for i, other in enumerate(chat) if other is message)
     return place > 0 and chat[place - 1]["role"] == "tool"
 
@@ -116,8 +116,8 @@ def _answers_a_tool(chat: Conversation, message: dict[str, Any]) -> bool:
 _SIDES = {"system": "system", "user": "user", "prompter": "user", "assistant": "assistant"}
 
 
-def _mend(chat: Conversation) -> Conversation:
-    """Turns of one speaker in a row made one, answers before any question and questions after the last answer cut off."""
+def _repair(chat: Conversation) -> Conversation:
+    """Join successive turns of one role; remove answers before the first question and questions after the last answer."""
     result: Conversation = []
     for message in chat:
         side = _SIDES.get(message["role"])
@@ -133,23 +133,23 @@ def _mend(chat: Conversation) -> Conversation:
 
 
 def refuses(chat: Conversation, phrases: tuple[str, ...]) -> bool:
-    """Whether the assistant uses one of the phrases (given in lower case) anywhere."""
+    """Return True if an assistant turn contains one of the phrases, which are in lower case."""
     for message in chat:
         if message["role"] == "assistant":
-            said = message["content"].lower().replace("’", "'")
-            if any(phrase in said for phrase in phrases):
+            text = message["content"].lower().replace("’", "'")
+            if any(phrase in text for phrase in phrases):
                 return True
     return False
 
 
 def token_faults(codes: np.ndarray, lengths: np.ndarray, selection: Selection) -> tuple[np.ndarray, list[str]]:
-    """Why samples are skipped for their lengths: a number for each, 0 for none, else an index into the reasons."""
+    """Return why samples are skipped for their lengths: for each 0 if it is not, else an index into the returned reasons."""
     reasons, faults = ["", "no tokens"], (lengths == 0).astype(np.int64)
     limits: list[tuple[str, np.ndarray | None]] = []
     if selection.min_assistant_tokens is not None:
-        spoken = np.concatenate([[0], np.cumsum(codes & ROLE_BITS == ASSISTANT)])
+        assistant = np.concatenate([[0], np.cumsum(codes & ROLE_BITS == ASSISTANT)])
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        few = np.diff(spoken[bounds]) < selection.min_assistant_tokens
+        few = np.diff(assistant[bounds]) < selection.min_assistant_tokens
         limits.append((f"fewer than {selection.min_assistant_tokens} assistant tokens", few))
     if selection.min_tokens is not None:
         limits.append((f"fewer than {selection.min_tokens} tokens", lengths < selection.min_tokens))

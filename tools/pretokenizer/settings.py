@@ -1,8 +1,7 @@
-"""What a run is asked to do: flags and YAML sections made into one Settings.
+"""The settings of a run: flags and YAML sections combined into one Settings object.
 
-All YAML files of the configs folder are read as one. A run starts from the section `defaults`, each named section
-overrides what came before, and flags override all. The shortcut (--input) needs no YAML: it stands for a
-configuration with one dataset a file.
+All YAML files of the configs folder are read as one. A run starts with the section `defaults`; each named section overrides earlier
+ones, and flags override all. --input needs no YAML: it stands for a configuration with one dataset per file.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ PACKAGED_CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass
 class Settings:
-    """The keys of a configuration. datasets: [(name, its keys)]."""
+    """The keys of a configuration. datasets: [(name, keys of the dataset)]."""
 
     datasets: list[Any] = field(default_factory=list)
     datasets_extra: list[Any] = field(default_factory=list)
@@ -56,18 +55,18 @@ class Settings:
 
     @property
     def prefix(self) -> Path:
-        """Where shards go, but for the split's name."""
+        """Return the prefix of the shards, without the name of the split."""
         return Path(f"{self.output_dir}{self.output_dir_suffix or ''}") / str(self.filename_prefix)
 
 
 def resolve(flags: Pretokenize, others: dict[str, Any]) -> Settings:
-    """One run's settings. others: flags that are configuration keys (None unsets one).
+    """Return the settings of a run. others: flags that are configuration keys (None unsets one).
 
-    Raises ConfigError: unknown section or key, a key of the wrong type, something needed that nobody said.
+    Raise ConfigError for an unknown section or key, a value of the wrong type, a required key that is missing.
     """
     keys = {**_from_sections(flags), **(_from_input(flags, others) if flags.input else {})}
-    said = {"vocab_file": flags.tokenizer} | {name: getattr(flags, name) for name in _ALSO_KEYS}
-    keys |= {name: value for name, value in said.items() if value is not None} | others
+    given = {"vocab_file": flags.tokenizer} | {name: getattr(flags, name) for name in _ALSO_KEYS}
+    keys |= {name: value for name, value in given.items() if value is not None} | others
     defaults = {name: value for name, value in keys.items() if value is not None or name in _OPTIONAL}
     settings = build(Settings, defaults, "the configuration")
     settings.datasets = [_dataset(entry, flags.val_split) for entry in settings.datasets + settings.datasets_extra]
@@ -76,7 +75,7 @@ def resolve(flags: Pretokenize, others: dict[str, Any]) -> Settings:
 
 
 def build(kind: type, values: dict[str, Any], where: str) -> Any:
-    """A dataclass from plain values, with types checked. Raises ConfigError naming the key."""
+    """Return a dataclass from plain values with checked types. Raise ConfigError with the key."""
     from pydantic import TypeAdapter, ValidationError
 
     fields = {f.name for f in dataclasses.fields(kind)}
@@ -117,29 +116,31 @@ def _from_sections(flags: Pretokenize) -> dict[str, Any]:
 
 
 def read_sections(folder: Path) -> dict[str, dict[str, Any]]:
-    """All sections of a folder's YAML files. Raises ConfigError: no files, a section in two files, one that is no
-    mapping."""
+    """Return all sections of a folder's YAML files. Raise ConfigError if there are no files, for a section in two files, and for one
+    that is not a mapping."""
     sections: dict[str, dict[str, Any]] = {}
     origin: dict[str, Path] = {}
     paths = sorted(path for path in folder.glob("*") if path.suffix in (".yaml", ".yml"))
     if not paths:
-        raise ConfigError(f"{folder}: no YAML files in this folder; give another with --config_dir")
+        raise ConfigError(f"{folder}: no YAML files in this folder; choose another one with --config_dir")
     for path in paths:
         for name, keys in read_settings(str(path), {}, open_keys=True)[1].items():
             if name in sections:
-                raise ConfigError(f"{path}: section {name} is in {origin[name]} too; rename one")
+                raise ConfigError(f"{path}: section {name} is also in {origin[name]}; rename one of them")
             if not isinstance(keys, dict):
-                raise ConfigError(f"{path}: section {name} holds no keys; indent its settings below it")
+                raise ConfigError(f"{path}: section {name} has no keys; indent its settings below it")
             sections[name], origin[name] = {key.replace("-", "_"): value for key, value in keys.items()}, path
     return sections
 
 
 def _from_input(flags: Pretokenize, others: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that the shortcut stands for. Flags that the file's reader knows are taken out of others."""
+    """Return the configuration for --input. Flags that are keys of the file's reader are removed from others."""
     from tools.pretokenizer.readers import recognise
 
     if flags.configs:
-        raise ConfigError("--input and --configs: give one of them; in YAML a dataset's file is its input_file_path")
+        raise ConfigError(
+            "--input and --configs: give only one of them; in YAML a dataset's file is its input_file_path"
+        )
     for name in ("tokenizer", "output_prefix"):
         if getattr(flags, name) is None:
             raise ConfigError(f"--input needs --{name}; see --help")
@@ -156,7 +157,7 @@ def _from_input(flags: Pretokenize, others: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dataset(entry: Any, val_split: float | None) -> tuple[str, dict[str, Any]]:
-    """A dataset's name and keys from `- name` or `- name: {key: value}`."""
+    """Return a dataset's name and keys from `- name` or `- name: {key: value}`."""
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, dict) or len(entry) != 1:
@@ -171,9 +172,9 @@ def _dataset(entry: Any, val_split: float | None) -> tuple[str, dict[str, Any]]:
 def _check(settings: Settings) -> None:
     for name in ("datasets", "output_dir", "filename_prefix", "vocab_file"):
         if not getattr(settings, name):
-            raise ConfigError(f"the configuration says no {name}; add a section that does, or --{name}")
+            raise ConfigError(f"{name} is not set; add a section with {name}, or --{name}")
     if settings.dataset_impl != "mmap":
-        raise ConfigError(f"dataset_impl {settings.dataset_impl}: shards are written for mmap only; remove the key")
+        raise ConfigError(f"dataset_impl {settings.dataset_impl}: only mmap is supported; remove the key")
     if settings.use_system_prefix:
         raise ConfigError("use_system_prefix: not supported; put the system message into the chats")
     mixing.check(settings.mix_by, settings.mix_total, settings.mix_max_epochs)

@@ -1,4 +1,4 @@
-"""The datasets of a run: where each lies, how it is read, and which of its samples go where."""
+"""The datasets of a run: their files, their readers, and the assignment of their samples."""
 
 import dataclasses
 import itertools
@@ -25,9 +25,9 @@ from tools.pretokenizer.work import Job
 
 @dataclass
 class Source:
-    """One dataset. number: which of its name it is, from 0. left_out: what is not among its samples, by reason.
+    """One dataset. number: index among datasets of the same name, from 0. left_out: number of records left out, by reason.
 
-    plan and per_chunk (samples of each chunk) are filled when it has been counted.
+    plan and per_chunk (samples of each chunk) are set by the first pass.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Source:
         return sum(path.stat().st_size for path in self.files)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Its files piece by piece, the same each time."""
+        """Yield the chunks of its files, the same in every pass."""
         for path in self.files:
             found = chunks(path)
             if self.reader.name == "oasst_export" and (first := next(found, None)) is not None:
@@ -57,8 +57,8 @@ class Source:
             yield from found
 
     def random(self, seed: int, purpose: str = "") -> np.random.Generator:
-        """A dataset's choices depend on the seed, its name and how many of that name came before, so that adding
-        another dataset changes nothing for it."""
+        """Return a generator seeded with the seed, the dataset's name and its number, so that other datasets do not change its random
+        choices."""
         own = int(fingerprint([self.name, self.number]).removeprefix("xxh3:"), 16)
         return np.random.default_rng([seed, own, *purpose.encode()])
 
@@ -72,7 +72,7 @@ class Source:
             self.plan.split[self.random(seed, "mark").random(len(self.plan.split)) < share] |= MARK
 
     def digest(self) -> str:
-        """A hash of its file, or of its files' names and hashes."""
+        """Return a hash of its file, or of the names and hashes of its files."""
         if self.files == [self.path]:
             return files.digest(self.path)
         names = [path.relative_to(self.path).as_posix() for path in self.files]
@@ -80,7 +80,7 @@ class Source:
 
 
 def make_sources(settings: Settings) -> list[Source]:
-    """The datasets as configured. Raises ConfigError for keys no one knows, DataError for a file that is missing."""
+    """Return the configured datasets. Raise ConfigError for unknown keys, DataError for a missing file."""
     seen: Counter[str] = Counter()
     sources = []
     for name, keys in settings.datasets:
@@ -94,7 +94,7 @@ def _source(name: str, number: int, keys: dict[str, Any], settings: Settings) ->
     given, splits = keys.pop("input_file_path", None), keys.pop("split", "train")
     where = f"dataset {name}"
     theirs = {f.name for f in dataclasses.fields(reader.options)}
-    if "lang" in keys and "lang" not in theirs:  # what a reader does not know itself is asked of the record
+    if "lang" in keys and "lang" not in theirs:  # not a key of this reader: compared with the record's language
         keys["languages"] = keys.pop("lang")
     ours = {f.name for f in dataclasses.fields(SplitOptions)}
     select = {f.name for f in dataclasses.fields(Selection)}
@@ -105,7 +105,7 @@ def _source(name: str, number: int, keys: dict[str, Any], settings: Settings) ->
     split = build(SplitOptions, {"max_val_set": settings.eval_size} | _only(keys, ours), where)
     split.check(name)
     if settings.mix_by and split.share is None:
-        raise ConfigError(f"{where}: no share, though mix_by is {settings.mix_by}; give each dataset its share")
+        raise ConfigError(f"{where}: share is not set, but mix_by is {settings.mix_by}; set the share of each dataset")
     options = build(reader.options, _only(keys, theirs), where)
     common = {key: getattr(settings, key) for key in select if getattr(settings, key, None) is not None}
     selection = build(Selection, common | _only(keys, select), where)

@@ -1,4 +1,4 @@
-"""PREFIX_stats.{txt,json,html}: the same numbers for a person in a terminal, for a program, and for a browser."""
+"""Writes PREFIX_stats.{txt,json,html}: the same statistics for a terminal, for programs, and for a browser."""
 
 import html
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.data import packing
-from megatron_ft.data.roles import ROLE_NAMES
+from megatron_ft.data.roles import ROLE_NAMES, display_name
 from megatron_ft.files import atomic_file, write_json
 from tools.pretokenizer import mixing
 from tools.pretokenizer.sources import Source
@@ -15,11 +15,11 @@ from tools.pretokenizer.stats import BOUNDS, HEADINGS, Tally, report, total
 from tools.pretokenizer.writing import Written
 
 SEQ_LENGTHS = (2048, 4096, 8192, 16384)
-ENOUGH = 20_000  # samples that tell how well the others pack
+ENOUGH = 20_000  # number of samples from which the packing is estimated
 
 
 def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: str | None) -> None:
-    """Three files beside the shards of a split. With a mix, of the datasets as they are and of what was taken from them."""
+    """Write three files beside the shards of a split. With a mix, they describe the datasets before and after mixing."""
     rows = [tally.as_json() for tally in written.tallies]
     for row, source in zip(rows, sources, strict=True):
         row["left_out_by_reader"] = dict(sorted(source.left_out.items()))
@@ -43,14 +43,14 @@ def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: s
         content["mixed_total"] = total(written.mixed).as_json()
     write_json(Path(f"{prefix}_stats.json"), content)
     with atomic_file(Path(f"{prefix}_stats.txt"), "w") as file:
-        file.write(text + "\npacking, samples whole, one row's positions filled:\n" + _lines(packed))
+        file.write(text + "\npacking of whole samples, share of positions filled, by row length:\n" + _lines(packed))
     with atomic_file(Path(f"{prefix}_stats.html"), "w") as file:
         file.write(page(prefix.name, written, packed, mixed))
 
 
 def packing_table(lengths: np.ndarray) -> list[dict[str, Any]]:
-    """How samples of these lengths fill rows, for each of SEQ_LENGTHS: packed, and padded one sample a row. Worked out on
-    a part where there are many."""
+    """Return how samples of these lengths fill rows of each of SEQ_LENGTHS: packed, and padded with one sample per row. Estimated from
+    ENOUGH samples if there are more."""
     some = np.asarray(lengths)
     if len(some) > ENOUGH:
         some = some[np.random.default_rng(0).permutation(len(some))[:ENOUGH]]
@@ -88,7 +88,7 @@ COLOURS = ("#8a6d3b", "#2b6cb0", "#2f855a", "#718096")
 
 
 def page(name: str, written: Written, packed: list[dict[str, Any]], mixed: str) -> str:
-    """One HTML page without anything from elsewhere. Roles and lengths are those of the shards."""
+    """Return one HTML page without external resources. Roles and lengths are those of the shards."""
     tallies = written.mixed or written.tallies
     whole = total(written.tallies)
     parts = [
@@ -96,13 +96,13 @@ def page(name: str, written: Written, packed: list[dict[str, Any]], mixed: str) 
         *(["<h2>Before mixing</h2>"] if mixed else []),
         _overview(written.tallies),
         *([f"<h2>Mix</h2><pre>{html.escape(mixed)}</pre><h2>In the shards</h2>", _overview(tallies)] if mixed else []),
-        "<h2>Who speaks</h2><p>Share of the tokens; the assistant's are trained on unless training says otherwise.</p>",
+        "<h2>Roles</h2><p>Share of the tokens. By default, training uses only the assistant's tokens.</p>",
         *(_roles(tally) for tally in tallies if tally.tokens),
         "<h2>Lengths of samples, in tokens</h2>",
         *(f"<div>{html.escape(tally.name)}</div>{_histogram(tally.histogram)}" for tally in tallies if tally.accepted),
         "<h2>Packing</h2>",
         _table(
-            ("row", "filled when packed", "filled one a row", "rows", "samples cut"),
+            ("row", "filled when packed", "filled with one per row", "rows", "samples cut"),
             [
                 [
                     f"{r['seq_length']}",
@@ -138,13 +138,13 @@ def _roles(tally: Tally) -> str:
     for name, count, colour in zip(ROLE_NAMES, tally.tokens_by_role.tolist(), COLOURS, strict=True):
         if count:
             share = 100 * count / tally.tokens
-            spans += f'<span style="width:{share:.2f}%;background:{colour}">{name} {share:.1f}%</span>'
+            spans += f'<span style="width:{share:.2f}%;background:{colour}">{display_name(name)} {share:.1f}%</span>'
     marked = f", {100 * tally.marked_tokens / tally.tokens:.1f}% marked" if tally.marked_tokens else ""
     return f'<div>{html.escape(tally.name)}{marked}</div><div class="bar">{spans}</div>'
 
 
 def _histogram(counts: np.ndarray) -> str:
-    """Bars over a logarithmic axis of lengths."""
+    """Return bars over a logarithmic axis of lengths."""
     used = np.flatnonzero(counts)
     first, last = int(used[0]), int(used[-1])
     width, height = 900, 90

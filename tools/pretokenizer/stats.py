@@ -1,6 +1,6 @@
-"""What became of the samples: counted while they are written, reported as a table and as JSON.
+"""Statistics of accepted and skipped samples: counted while they are written, reported as a table and as JSON.
 
-Skipped samples are counted by reason and in tokens. A dataset of which nothing is left is a row like any other.
+Skipped samples are counted by reason and in tokens. A dataset without accepted samples has a row too.
 """
 
 from collections import Counter
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ft.data.roles import ASSISTANT, MARKED, ROLE_BITS, ROLE_NAMES
+from megatron_ft.data.roles import ASSISTANT, MARKED, ROLE_BITS, ROLE_NAMES, display_name
 
 HEADINGS = ("dataset", "samples (fraction)", "accepted", "accepted tokens", "skipped", "min", "max", "avg")
-BOUNDS = np.unique(np.round(2.0 ** (np.arange(61) / 2)).astype(np.int64))  # two bars each time the length doubles
+BOUNDS = np.unique(np.round(2.0 ** (np.arange(61) / 2)).astype(np.int64))  # two bars per doubling of the length
 
 
 @dataclass
 class Tally:
-    """One dataset's samples in one split; lengths in tokens. available: samples there were before sampling."""
+    """One dataset's samples in one split; lengths in tokens. available: number of samples before sampling."""
 
     name: str
     available: int
@@ -30,21 +30,21 @@ class Tally:
     tokens_by_role: np.ndarray = field(default_factory=lambda: np.zeros(len(ROLE_NAMES), np.int64))
     marked_tokens: int = 0
     untrained: int = 0
-    """Accepted samples without a single assistant token, and nothing marked."""
+    """Accepted samples without assistant tokens and without marked tokens."""
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(BOUNDS), np.int64))
-    """Accepted samples by length: from BOUNDS[i] tokens on, below BOUNDS[i + 1]."""
+    """Accepted samples by length: at least BOUNDS[i] and below BOUNDS[i + 1] tokens."""
 
     @property
     def samples(self) -> int:
         return self.accepted + self.skipped.total()
 
     def accept(self, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Count samples laid end to end by their role bytes; lengths above 0. Returns the assistant's tokens of each."""
+        """Count concatenated samples by their role bytes; lengths are above 0. Return the number of assistant tokens of each."""
         if not len(lengths):
             return np.empty(0, np.int64)
         roles, marked = codes & ROLE_BITS, codes & MARKED > 0
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        spoken = np.diff(np.concatenate([[0], np.cumsum(roles == ASSISTANT)])[bounds])
+        assistant = np.diff(np.concatenate([[0], np.cumsum(roles == ASSISTANT)])[bounds])
         trained = np.diff(np.concatenate([[0], np.cumsum((roles == ASSISTANT) | marked)])[bounds])
         self.accepted += len(lengths)
         self.tokens += len(codes)
@@ -54,14 +54,14 @@ class Tally:
         self.marked_tokens += int(marked.sum())
         self.untrained += int((trained == 0).sum())
         self.histogram += np.bincount(np.searchsorted(BOUNDS, lengths, side="right") - 1, minlength=len(BOUNDS))
-        return spoken
+        return assistant
 
     def skip(self, reasons: Counter[str], tokens: int) -> None:
         self.skipped.update(reasons)
         self.skipped_tokens += tokens
 
     def row(self) -> list[str]:
-        """The cells of the table, in the order of HEADINGS."""
+        """Return the cells of the table, in the order of HEADINGS."""
         name = self.name + (" (subset)" if self.samples < self.available else "")
         skipped = self.skipped.total()
         return [
@@ -96,7 +96,7 @@ class Tally:
 
 
 def total(tallies: list[Tally]) -> Tally:
-    """All datasets as one. Those without samples do not touch min and max."""
+    """Return the sum over all datasets. Those without samples do not change min and max."""
     result = Tally("total", sum(t.available for t in tallies))
     for tally in tallies:
         result.accepted += tally.accepted
@@ -114,7 +114,7 @@ def total(tallies: list[Tally]) -> Tally:
 
 
 def report(tallies: list[Tally]) -> str:
-    """The table, then the roles and the reasons for skipping. Markdown, aligned to be read as it is."""
+    """Return the table, the roles and the reasons for skipping, as aligned Markdown."""
     whole = total(tallies)
     rows = [list(HEADINGS), *(tally.row() for tally in tallies), [whole.name, *whole.row()[1:]]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
@@ -124,9 +124,9 @@ def report(tallies: list[Tally]) -> str:
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     lines += ["", "tokens by role:"]
     for name, count in zip(ROLE_NAMES, whole.tokens_by_role.tolist(), strict=True):
-        lines.append(f"  {name}: {count} ({_percent(count, whole.tokens)})")
+        lines.append(f"  {display_name(name)}: {count} ({_percent(count, whole.tokens)})")
     if whole.marked_tokens:
-        lines.append(f"  marked: {whole.marked_tokens} ({_percent(whole.marked_tokens, whole.tokens)}), whoever speaks")
+        lines.append(f"  marked: {whole.marked_tokens} ({_percent(whole.marked_tokens, whole.tokens)}), in any role")
     if whole.skipped:
         lines += ["", "skipped:", *(f"  {reason}: {count}" for reason, count in sorted(whole.skipped.items()))]
         lines.append(f"  tokens in skipped samples: {whole.skipped_tokens}")

@@ -1,7 +1,7 @@
-"""Tools in chat files: definitions and calls as OpenAI's interface has them, checked and brought into one form.
+"""Tools in chat files: definitions and calls in the format of OpenAI's API, checked and normalised.
 
-Definitions go to the chat's first message ("tools"), calls stay with their message ("tool_calls"); how they become text is the chat
-format's business. Arguments given as a string of JSON, as that interface does, become the object they stand for.
+Definitions go to the chat's first message ("tools"), calls stay with their message ("tool_calls"). The chat format converts both to
+text. Arguments that are a string of JSON, as in that API, are parsed.
 """
 
 import contextlib
@@ -11,18 +11,18 @@ from typing import Any
 from megatron_ft.errors import DataError
 from tools.pretokenizer.fields import Conversation
 
-REMEDY = "see docs/pretokenizer.md for how tools are given"
+REMEDY = "see docs/pretokenizer.md for the format of tools"
 
 
 def with_tools(turns: Conversation, record: dict[str, Any], where: str) -> Conversation:
-    """The turns, the first with the record's "tools" (or "functions") where it has any."""
+    """Return the turns with the record's "tools" (or "functions"), if there are any, in the first turn."""
     found = record.get("tools") or record.get("functions")
     if isinstance(found, str):
-        found = (_loads(found) or "no JSON") if found.strip() not in ("", "[]") else None
+        found = (_loads(found) or "invalid") if found.strip() not in ("", "[]") else None
     if not found or not turns:
         return turns
     if not isinstance(found, list) or not all(_has_name(tool) for tool in found):
-        raise DataError(f"{where}: 'tools' is no list of functions with names; {REMEDY}")
+        raise DataError(f"{where}: 'tools' is not a list of functions with names; {REMEDY}")
     _check_text(found, where)
     whole = [
         tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool} for tool in found
@@ -30,11 +30,11 @@ def with_tools(turns: Conversation, record: dict[str, Any], where: str) -> Conve
     return [{**turns[0], "tools": whole}, *turns[1:]]
 
 
-def carried(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """What of a message about tools goes with it: {"tool_calls", "tool_call_id", "name"}, those that it has."""
+def tool_keys(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a message's keys about tools: "tool_calls", "tool_call_id" and "name", if it has them."""
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
     if not isinstance(calls, list) or not all(_has_name(call) for call in calls):
-        raise DataError(f"{where}: a tool call without a function's name; {REMEDY}")
+        raise DataError(f"{where}: a tool call has no function name; {REMEDY}")
     result = {"tool_calls": [_call(call) for call in calls]} if calls else {}
     result |= {key: message[key] for key in ("tool_call_id", "name") if isinstance(message.get(key), str)}
     if calls:
@@ -42,8 +42,8 @@ def carried(message: dict[str, Any], where: str) -> dict[str, Any]:
     return result
 
 
-def said_as_json(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """A turn whose text is one call, {"name", "arguments"}, or a list of them; as it is where it is neither."""
+def from_json_text(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a turn whose text is a call, {"name", "arguments"}, or a list of calls, with "tool_calls"; others unchanged."""
     found = _loads(turn["content"])
     found = found if isinstance(found, list) else [found]
     if not found or not all(_has_name(call) for call in found):
@@ -57,7 +57,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         read = _loads(arguments)
-        arguments = read if isinstance(read, dict) else arguments  # a model's own mistake is what it said
+        arguments = read if isinstance(read, dict) else arguments  # invalid arguments of a model are kept as text
     known = {key: call[key] for key in ("id", "type") if isinstance(call.get(key), str)}
     return {"type": "function", **known, "function": {"name": function["name"], "arguments": arguments}}
 
@@ -79,5 +79,5 @@ def _check_text(value: Any, where: str) -> None:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise DataError(
-            f"{where}: tools with half a character, a number that is none, or too deep; {REMEDY}"
+            f"{where}: tools contain a lone surrogate, NaN or infinity, or are nested too deeply; {REMEDY}"
         ) from error

@@ -1,7 +1,7 @@
-"""What a worker does with a chunk of a file: read and select its samples, count them, or tokenize those that are wanted.
+"""The work on one chunk of a file: read and select its samples, then count or tokenize them.
 
-A worker is told everything at its start (Orders) and keeps nothing between chunks, so that any number of them gives
-the same samples in the same order. It writes nothing.
+A worker gets all settings at its start (WorkerSettings) and keeps no state between chunks, so any number of workers gives the same
+samples in the same order. It writes nothing.
 """
 
 import json
@@ -26,7 +26,7 @@ from tools.pretokenizer.selection import Selection, in_order, language_fault, re
 
 @dataclass(frozen=True)
 class Job:
-    """How one dataset's records are read."""
+    """The reading of one dataset's records."""
 
     name: str
     reader: str
@@ -35,8 +35,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Orders:
-    """All that a worker needs to know. text: render every sample too. duplicates: keep, exact or near."""
+class WorkerSettings:
+    """The settings of a worker. text: also return every sample as text. duplicates: keep, exact or near."""
 
     jobs: Sequence[Job]
     tokenizer: str
@@ -49,7 +49,7 @@ class Orders:
 
 @dataclass
 class Counted:
-    """A chunk's samples. sizes: of each record. left_out, bad: what is not among them."""
+    """The counted samples of a chunk. sizes: samples per record. left_out, bad: records that were left out."""
 
     sizes: np.ndarray
     hashes: np.ndarray | None
@@ -61,7 +61,7 @@ class Counted:
 
 @dataclass
 class Tokenized:
-    """A chunk's samples of one split, laid end to end."""
+    """A chunk's samples of one split, concatenated."""
 
     ids: np.ndarray
     codes: np.ndarray
@@ -72,21 +72,21 @@ class Tokenized:
 
 
 class Worker:
-    """threads: for the tokenizer; 1 where other workers have the other cores."""
+    """Works on chunks. threads: of the tokenizer; 1 if there are several workers."""
 
-    def __init__(self, orders: Orders, tokenizer: Tokenizer | None = None, threads: int | None = None):
-        self.orders = orders
-        self.tokenizer = tokenizer or load_tokenizer(orders.tokenizer, orders.extra_tokens)
+    def __init__(self, settings: WorkerSettings, tokenizer: Tokenizer | None = None, threads: int | None = None):
+        self.settings = settings
+        self.tokenizer = tokenizer or load_tokenizer(settings.tokenizer, settings.extra_tokens)
         if threads is not None:
             self.tokenizer.backend.threads = threads
-        self.chat_format = get_format(orders.chat_format, self.tokenizer)
+        self.chat_format = get_format(settings.chat_format, self.tokenizer)
         self.dtype = np.uint16 if self.tokenizer.vocab_size <= 65535 else np.int32
 
     def count(self, job: Job, chunk: Chunk) -> Counted:
         left_out, bad = Counter[str](), list[str]()
         groups = [samples for _, samples in self._read(job, chunk, left_out, bad)]
         chats = [chat for group in groups for chat in group]
-        kind = self.orders.duplicates
+        kind = self.settings.duplicates
         return Counted(
             sizes=np.array([len(group) for group in groups], np.int32),
             hashes=None if kind == "keep" else duplicates.fingerprints(chats),
@@ -97,10 +97,10 @@ class Worker:
         )
 
     def tokenize(self, job: Job, chunk: Chunk, wanted: np.ndarray, weights: Sequence[float]) -> dict[int, Tokenized]:
-        """wanted: what becomes of each of the chunk's samples, uint8 [samples], see sampling.py. weights: the table."""
+        """Return the chunk's samples by split. wanted: assignment of each sample, uint8 [samples], see sampling.py. weights: the table."""
         samples = [(where, chat) for where, group in self._read(job, chunk, Counter(), []) for chat in group]
         if len(samples) != len(wanted):
-            raise DataError(f"{chunk.name}: has changed while it was read; start again when it is finished")
+            raise DataError(f"{chunk.name}: the file changed while it was read; start again when it is complete")
         result = {}
         for number in SPLITS.values():
             chosen = np.flatnonzero(wanted & 3 == number)
@@ -114,8 +114,8 @@ class Worker:
     def _read(
         self, job: Job, chunk: Chunk, left_out: Counter[str], bad: list[str]
     ) -> list[tuple[str, list[Conversation]]]:
-        """Every record's samples, with where they stand."""
-        reader, skip = get_reader(job.reader), bad if self.orders.skip_bad else None
+        """Return every record's samples with its location."""
+        reader, skip = get_reader(job.reader), bad if self.settings.skip_bad else None
         languages, phrases = job.selection.wanted_languages, job.selection.phrases
         plain = job.selection.role_order == "keep" and not phrases
         result = []
@@ -148,7 +148,7 @@ class Worker:
         return kept
 
     def _flagged(self, chat: Conversation, marked: bool, weights: Sequence[float]) -> Conversation:
-        """The chat with its marks and weights as bits of the role byte."""
+        """Return the chat with its marks and weights as bits of the role byte."""
         if not marked and len(weights) == 1:
             return chat
         result = []
@@ -159,11 +159,11 @@ class Worker:
         return result
 
     def _tokenize(self, job: Job, samples: list[tuple[str, Conversation]]) -> Tokenized:
-        samples, bad = self._sound(samples)
+        samples, bad = self._without_surrogates(samples)
         try:
             ids, codes, lengths = self._encode([chat for _, chat in samples])
         except DataError:
-            samples, bad = self._sayable(samples, bad)
+            samples, bad = self._encodable(samples, bad)
             ids, codes, lengths = self._encode([chat for _, chat in samples])
         faults, reasons = token_faults(codes, lengths, job.selection)
         kept = faults == 0
@@ -174,14 +174,16 @@ class Worker:
             by_token = np.repeat(kept, lengths)
             result.ids, result.codes, result.lengths = ids[by_token], codes[by_token], lengths[kept]
         result.ids = result.ids.astype(self.dtype)
-        if self.orders.text:
+        if self.settings.text:
             chats = (chat for (_, chat), keep in zip(samples, kept, strict=True) if keep)
             texts = (json.dumps({"text": self._text(chat)}, ensure_ascii=False) for chat in chats)
             result.text = "".join(text + "\n" for text in texts).encode()
         return result
 
-    def _sound(self, samples: list[tuple[str, Conversation]]) -> tuple[list[tuple[str, Conversation]], Counter[str]]:
-        """Without samples that cannot be encoded, where those are to be skipped; else the first of them is an error."""
+    def _without_surrogates(
+        self, samples: list[tuple[str, Conversation]]
+    ) -> tuple[list[tuple[str, Conversation]], Counter[str]]:
+        """Return the samples without those that contain a lone surrogate; raise DataError for the first, unless they are skipped."""
         try:
             for _, chat in samples:
                 for message in chat:
@@ -196,21 +198,23 @@ class Worker:
                 "".join(message["content"] for message in chat).encode()
                 kept.append((where, chat))
             except UnicodeEncodeError:
-                if not self.orders.skip_bad:
-                    raise DataError(f"{where}: half a character (a lone surrogate); repair or remove it") from None
+                if not self.settings.skip_bad:
+                    raise DataError(
+                        f"{where}: the text contains a lone surrogate (half a character); repair or remove it"
+                    ) from None
         return kept, Counter({"half a character": len(samples) - len(kept)})
 
-    def _sayable(
+    def _encodable(
         self, samples: list[tuple[str, Conversation]], bad: Counter[str]
     ) -> tuple[list[tuple[str, Conversation]], Counter[str]]:
-        """Without samples that the chat format cannot say, where those are to be skipped; else an error that names the first."""
+        """Return the samples without those that the chat format cannot encode; raise DataError for the first, unless they are skipped."""
         kept = []
         for where, chat in samples:
             try:
                 self._encode([chat])
                 kept.append((where, chat))
             except DataError as error:
-                if not self.orders.skip_bad:
+                if not self.settings.skip_bad:
                     raise DataError(f"{where}: {error}; --on_bad_record skip leaves such chats out") from error
         return kept, bad + Counter({"not sayable in the chat format": len(samples) - len(kept)})
 
@@ -226,4 +230,4 @@ class Worker:
         return chat[0]["content"] if chat[0]["role"] == "text" else self.chat_format.text(chat)
 
 
-__all__ = ["Counted", "Job", "Orders", "Tokenized", "TokenizerError", "Worker"]
+__all__ = ["Counted", "Job", "Tokenized", "TokenizerError", "Worker", "WorkerSettings"]

@@ -1,7 +1,7 @@
-"""Tokenizes what was planned and writes the shards of both splits in one pass.
+"""Tokenizes the selected samples and writes the shards of both splits in one pass.
 
-Nothing appears under a final name before all samples of both splits are written. The last of all files is the training split's
-manifest: a run is finished where it exists, and was interrupted where it does not.
+No file gets its final name before all samples of both splits are written. The last file is the manifest of the training split: if it
+exists, the run has finished, else it was interrupted.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ log = logger("pretokenize")
 
 @dataclass
 class Written:
-    """A split that was written. tallies: one a source, before mixing; mixed: of what was taken, where there is a mix. lengths: of the
-    samples in the shards, in tokens."""
+    """A written split. tallies: one per source, before mixing. mixed: the same after mixing, if there is a mix. lengths: of the samples
+    in the shards, in tokens."""
 
     tallies: list[Tally]
     lengths: np.ndarray
@@ -56,12 +56,11 @@ def write(
     text: str | None,
     beside: Callable[[dict[str, Written]], None],
 ) -> dict[str, Written]:
-    """Write shards; what became of every split that was written.
+    """Write the shards; return a summary of every written split.
 
-    beside: writes what belongs beside the shards, before those get their names.
-    weights: the table of the messages' weights. text: ending of a file with the chats' text beside each split's shards,
-    None for no such file. A split of which nothing is left is not written. Raises DataError where that is the training
-    split.
+    beside: writes the files beside the shards, before the shards get their final names. weights: the table of message weights.
+    text: ending of the file with the chats' text beside each split's shards, None for no file. A split without samples is not
+    written. Raise DataError if that is the training split.
     """
 
     def writer(prefix: Path | str) -> ShardWriter:
@@ -72,7 +71,7 @@ def write(
     spool = settings.prefix.parent / f".{settings.prefix.name}-spool.tmp-{os.getpid()}" if settings.mix_by else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_writable(settings.prefix))
-        # What is entered first is renamed last: the training split.
+        # The first one entered is renamed last: the training split.
         mixed = None
         if spool is not None:
             mixed = stack.enter_context(writer(train_prefix))
@@ -109,26 +108,26 @@ def write(
             for name, number in SPLITS.items()
             if splits[number].accepted
         }
-        manifest_path(train_prefix).unlink(missing_ok=True)  # an older run's ends here, its other files are replaced
+        manifest_path(train_prefix).unlink(missing_ok=True)  # of an older run, whose other files are replaced
         beside(written)
     return written
 
 
 @contextlib.contextmanager
 def _writable(prefix: Path) -> Iterator[None]:
-    """What goes wrong with the disk, as an error that names the place. The data was read through before."""
+    """Convert disk errors to a DataError with the path. Input errors are found before, in the first pass."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{prefix}: cannot be written ({error.strerror or error}), and nothing was; make room, or choose another place"
+            f"{prefix}: cannot be written ({error.strerror or error}), no shards were written; free disk space, or choose another output"
         ) from error
 
 
 def clean(prefix: Path) -> None:
-    """Remove what a killed run left behind, and say so: temporary files, and shards whose training split was not finished."""
+    """Remove and log the files of a killed run: temporary files, and shards whose training split was not finished."""
     ours = rf"{re.escape(prefix.name)}-(?:train|val|spool).*|special_tokens\.json"
-    pattern = re.compile(rf"\.+(?:{ours})\.tmp-(\d+)")  # two dots: of a temporary file of a spool
+    pattern = re.compile(rf"\.+(?:{ours})\.tmp-(\d+)")  # two dots: a temporary file of a spool
     left = [
         path
         for path in (prefix.parent.glob(".*.tmp-*") if prefix.parent.is_dir() else ())
@@ -140,7 +139,10 @@ def clean(prefix: Path) -> None:
     for path in left:
         path.unlink(missing_ok=True)
     if left:
-        log.info("an earlier run was interrupted: its %d unfinished files are removed, this run starts anew", len(left))
+        log.info(
+            "an earlier run was interrupted: removed its %d unfinished files, this run starts from the beginning",
+            len(left),
+        )
 
 
 def _is_alive(process: int) -> bool:
@@ -154,24 +156,24 @@ def _is_alive(process: int) -> bool:
 
 
 def _tasks(source: Source, weights: list[float]) -> Iterator[tuple[Any, ...]]:
-    """Every chunk that has something wanted in it, with what becomes of its samples."""
+    """Yield every chunk with selected samples, and the assignment of its samples."""
     assert source.plan is not None
     start, counts = 0, iter(source.per_chunk)
     for chunk in source.chunks():
         if (count := next(counts, None)) is None:
-            raise DataError(f"{chunk.name}: has grown while it was read; start again when it is finished")
+            raise DataError(f"{chunk.name}: the file grew while it was read; start again when it is complete")
         wanted = source.plan.split[start : start + count]
         start += count
         if (wanted & 3).any():
             yield source.job, chunk, wanted, weights
     if next(counts, None) is not None:
-        raise DataError(f"{source.path}: has become shorter while it was read; start again when it is finished")
+        raise DataError(f"{source.path}: the file became shorter while it was read; start again when it is complete")
 
 
 class _Split:
-    """One of train and val while it is written; a context manager that writes nothing where nothing was accepted.
+    """The train or val split while it is written; a context manager that writes nothing if no sample was accepted.
 
-    keep: remember the sizes of samples, for mixing.
+    keep: record the sizes of samples, for mixing.
     """
 
     def __init__(self, writer: ShardWriter, prefix: Path, text: str | None, keep: bool):
@@ -186,24 +188,24 @@ class _Split:
         return total(self.tallies).accepted
 
     def begin(self, source: Source, digest: str, available: int) -> None:
-        """What is added from here on comes from this source."""
+        """Begin the samples of a source."""
         self.writer.source(source.name, str(source.path), digest)
         self.tallies.append(Tally(source.name, available))
         self.sizes.append([])
         self.digests.append(digest)
 
     def add(self, samples: Tokenized) -> None:
-        """Write samples, and count them and those that were skipped."""
+        """Write samples; count them and the skipped ones."""
         self.tallies[-1].skip(samples.skipped, samples.skipped_tokens)
-        spoken = self.tallies[-1].accept(samples.codes, samples.lengths)
+        assistant = self.tallies[-1].accept(samples.codes, samples.lengths)
         if self._keep:
-            self.sizes[-1].append((samples.lengths.astype(np.int32), spoken.astype(np.int32)))
+            self.sizes[-1].append((samples.lengths.astype(np.int32), assistant.astype(np.int32)))
         self.writer.add_many(samples.ids, samples.codes, samples.lengths)
         if self._text is not None:
             self._text.write(samples.text)
 
     def close(self) -> None:
-        """Finish before the block ends."""
+        """Finish the files before the block ends."""
         self.__exit__(None, None, None)
 
     def __enter__(self) -> "_Split":
@@ -215,12 +217,12 @@ class _Split:
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None and not self.accepted:
-            error = (_Nothing, _Nothing(), None)  # what is open drops its temporary files, as after a failure
+            error = (_Nothing, _Nothing(), None)  # open files remove their temporary files, as after a failure
         self._stack.__exit__(*error)
 
 
 class _Nothing(Exception):
-    """Tells open files that they are not wanted; never leaves this file."""
+    """Makes open files remove their temporary files; does not leave this module."""
 
 
 def _mix(
@@ -234,7 +236,7 @@ def _mix(
             [np.empty(0, np.int32), *(part[settings.mix_by == "assistant_tokens"] for part in parts)]
         )
         units.append(np.ones_like(lengths) if settings.mix_by == "samples" else lengths)
-    portions = mixing.choose(
+    portions = mixing.select(
         [source.name for source in sources],
         units,
         [source.split.share or 0 for source in sources],
@@ -264,6 +266,8 @@ def _text_file(path: Path) -> Iterator[IO[bytes]]:
 
 def _nothing_left(sources: list[Source], tallies: list[Tally]) -> str:
     reasons = sum((source.left_out for source in sources), total(tallies).skipped)
-    told = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items())) or "the files hold no chats"
+    listed = (
+        ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items())) or "the files contain no chats"
+    )
     paths = ", ".join(str(source.path) for source in sources)
-    return f"{paths}: no training sample is left ({told}); check the settings"
+    return f"{paths}: no training sample is left ({listed}); check the settings"
