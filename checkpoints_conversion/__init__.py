@@ -1,7 +1,7 @@
-"""Checkpoints between Hugging Face's layout and Megatron's: readers, writers, and the two commands that join them.
+"""Conversion of checkpoints between Hugging Face's and Megatron's formats: readers, writers, and the commands that use them.
 
-A reader answers `full(placed)`: one whole megatron-core tensor, true vocabulary, no padding. A writer asks for what it
-needs, in the order in which it writes, and keeps no more than the file being written. Any reader goes with any writer:
+A reader has `full(placed)`, which returns one whole megatron-core tensor with the true vocabulary and no padding. A writer calls it in
+the order in which it writes and holds only the file being written. Any reader can be combined with any writer:
 
     models.hf_source Hugging Face safetensors or .bin     -> full tensors (in megatron_ft: generate reads exports too)
     classic          mp_rank_TT_PPP/model_optim_rng.pt   <-> full tensors

@@ -1,4 +1,4 @@
-"""The same prompts to transformers and to our model in the checkpoint's own layout; their logits, position by position, in fp32."""
+"""Compares fp32 logits of transformers and of this project's model in the checkpoint's layout, on the same prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from checkpoints_conversion.layout_logits import Request, ask_in_layout
+from checkpoints_conversion.layout_logits import Request, differences_in_layout
 from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.report import count
 from megatron_ft.errors import CheckpointError
@@ -20,8 +20,8 @@ from megatron_ft.models.architecture import check_layout
 from megatron_ft.models.dtypes import torch_dtype
 from megatron_ft.models.hf_source import HfSource
 
-_RANKS_A_CORE = 16  # forward passes of short prompts, one after another: slow, but no slower than one process by much
-_PROCESS = 250 * 10**6  # bytes a forked rank needs beside its weights
+_RANKS_PER_CORE = 16  # limit; forward passes of short prompts take turns, hardly slower than in one process
+_PROCESS = 250 * 10**6  # bytes that a forked rank needs besides its weights
 
 _CHATS = (
     [{"role": "user", "content": "What colour is a plum?"}],
@@ -36,8 +36,8 @@ _CHATS = (
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How to ask."""
+class LogitOptions:
+    """The options of verify about logits."""
 
     prompts: str | None = None
     longest: int = 4096
@@ -46,31 +46,33 @@ class Asked:
     pipeline_model_parallel_size: int | None = None
 
 
-def compare_answers(hf: Path, opened: Opened, asked: Asked) -> dict[str, Any]:
-    """What the certificate says of the logits. Raises CheckpointError where one differs by more than the tolerance."""
+def compare_answers(hf: Path, opened: Opened, options: LogitOptions) -> dict[str, Any]:
+    """Return the certificate's entry about logits. Raise CheckpointError if a difference is above the tolerance."""
     config = opened.config
-    tp = asked.tensor_model_parallel_size or config.tensor_model_parallel_size
-    pp = asked.pipeline_model_parallel_size or config.pipeline_model_parallel_size
+    tp = options.tensor_model_parallel_size or config.tensor_model_parallel_size
+    pp = options.pipeline_model_parallel_size or config.pipeline_model_parallel_size
     check_layout(config.architecture, tp, pp)
-    reason = why_not(tp * pp, count(config.architecture, opened.rules)[0])
+    reason = layout_problem(tp * pp, count(config.architecture, opened.rules)[0])
     used = (1, 1) if reason else (tp, pp)
-    ask, original = _questions(hf, opened, asked)
+    prompts, original = _test_prompts(hf, opened, options)
     with tempfile.TemporaryDirectory() as folder:
-        _transformers_answer(hf, config.dtype, ask, min(_rows(hf), config.architecture.vocab_size), Path(folder))
-        request = Request(str(opened.folder.resolve()), *used, ask, folder, config.architecture.vocab_size)
-        worst = ask_in_layout(request, Path(folder))
-    if not max(worst) <= asked.tolerance:
+        _write_transformers_logits(
+            hf, config.dtype, prompts, min(_rows(hf), config.architecture.vocab_size), Path(folder)
+        )
+        request = Request(str(opened.folder.resolve()), *used, prompts, folder, config.architecture.vocab_size)
+        worst = differences_in_layout(request, Path(folder))
+    if not max(worst) <= options.tolerance:
         raise CheckpointError(
-            f"the logits of {hf} and {opened.folder} differ by {max(worst):.2e}, more than --tolerance {asked.tolerance}"
+            f"the logits of {hf} and {opened.folder} differ by {max(worst):.2e}, above --tolerance {options.tolerance}; please report it"
         )
     return {
-        "prompts": len(ask),
-        "tokens": [len(ids) for ids in ask],
-        "beyond_original_context": len(ask[-1]) > original,
+        "prompts": len(prompts),
+        "tokens": [len(ids) for ids in prompts],
+        "beyond_original_context": len(prompts[-1]) > original,
         "original_context": original,
         "largest_difference": max(worst),
         "largest_difference_short": max(worst[:-1]),
-        "tolerance": asked.tolerance,
+        "tolerance": options.tolerance,
         "type": "fp32",
         "tensor_model_parallel_size": used[0],
         "pipeline_model_parallel_size": used[1],
@@ -78,16 +80,16 @@ def compare_answers(hf: Path, opened: Opened, asked: Asked) -> dict[str, Any]:
     }
 
 
-def why_not(processes: int, parameters: int) -> str | None:
-    """Why so many processes are not sensible here; None where they are. Raises CheckpointError where not even one is."""
+def layout_problem(processes: int, parameters: int) -> str | None:
+    """Return why this machine cannot run so many processes, else None. Raise CheckpointError if it cannot run one."""
     free = available_memory()
     if free < 4 * parameters + _PROCESS:
         raise CheckpointError(
             f"{4 * parameters / 1e9:.1f} GB of weights in fp32 do not fit into {free / 1e9:.1f} GB of free memory: "
-            "compare the weights alone with --no_logits, or verify on a larger machine"
+            "compare only the weights with --no_logits, or use a machine with more memory"
         )
     cores = os.cpu_count() or 1
-    if processes > _RANKS_A_CORE * cores:
+    if processes > _RANKS_PER_CORE * cores:
         return f"{processes} processes are too many for {cores} cores"
     if free < 4 * parameters + processes * _PROCESS:
         return f"{processes} processes do not fit into {free / 1e9:.1f} GB of free memory"
@@ -95,7 +97,7 @@ def why_not(processes: int, parameters: int) -> str | None:
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping."""
+    """Return the bytes that can be used without swapping."""
     import psutil
 
     return psutil.virtual_memory().available
@@ -105,20 +107,20 @@ def _rows(hf: Path) -> int:
     return HfSource(hf).arch.vocab_size
 
 
-def _questions(hf: Path, opened: Opened, asked: Asked) -> tuple[list[list[int]], int]:
-    """(ids of every prompt, the long one last; the original context's length)."""
+def _test_prompts(hf: Path, opened: Opened, options: LogitOptions) -> tuple[list[list[int]], int]:
+    """Return (ids of every prompt, the long one last; the length of the original context)."""
     arch = opened.config.architecture
     rows = min(_rows(hf), arch.vocab_size)
-    # Tokens that were added for training are strange to the other model.
-    texts = [[index for index in ids if index < rows] for ids in _prompts(opened, asked.prompts)]
+    # The Hugging Face model does not have the added tokens.
+    texts = [[index for index in ids if index < rows] for ids in _prompts(opened, options.prompts)]
     short = [ids[: arch.max_position_embeddings] for ids in texts]
     scaling = arch.rope_scaling or {}
     original = scaling.get("original_max_position_embeddings") or arch.max_position_embeddings
-    return [*short, _stretched(texts, min(asked.longest, original + original // 4))], original
+    return [*short, _stretched(texts, min(options.longest, original + original // 4))], original
 
 
 def _prompts(opened: Opened, path: str | None) -> list[list[int]]:
-    """Ids of each chat, in the checkpoint's format; without a tokenizer, fixed random ids of the same lengths."""
+    """Return the ids of each chat in the checkpoint's format; without a tokenizer, fixed random ids of three lengths."""
     from megatron_ft.data.chat_format import get_format
 
     tokenizer, size = opened.tokenizer, opened.config.architecture.vocab_size
@@ -141,13 +143,13 @@ def _prompts(opened: Opened, path: str | None) -> list[list[int]]:
 
 
 def _stretched(texts: list[list[int]], length: int) -> list[int]:
-    """The prompts one after another, again and again, until so long."""
+    """Return the prompts repeated up to a length in tokens."""
     one = [index for ids in texts for index in ids]
     return (one * (length // len(one) + 1))[:length]
 
 
-def _transformers_answer(hf: Path, dtype: str, prompts: list[list[int]], rows: int, folder: Path) -> None:
-    """folder/N.npy: logits [tokens, rows] of prompt N in fp32, the weights rounded to the checkpoint's type first."""
+def _write_transformers_logits(hf: Path, dtype: str, prompts: list[list[int]], rows: int, folder: Path) -> None:
+    """Write folder/N.npy: fp32 logits [tokens, rows] of prompt N, with weights rounded to the checkpoint's type."""
     import numpy as np
     from transformers import AutoModelForCausalLM
 

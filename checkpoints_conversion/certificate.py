@@ -1,4 +1,4 @@
-"""certificate.json: what was compared, how, and of which files, so that a later export can tell whether it still holds."""
+"""certificate.json: the result of a comparison and the hashes of the compared files, so that an export can check it."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ NAME = CERTIFICATE
 
 @dataclass(frozen=True)
 class Weights:
-    """What compare_weights found equal."""
+    """The result of compare_weights."""
 
     tensors: int
     parameters: int
     added_rows: int
-    """Rows of added tokens, which the Hugging Face model has not."""
+    """Rows of added tokens, which the Hugging Face model does not have."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Where it lies and what it says."""
+    """A certificate: its path and content."""
 
     path: Path
     content: dict[str, Any]
 
     def __str__(self) -> str:
         weights, answers = self.content["weights"], self.content["logits"]
-        said = "logits not compared"
+        logits = "logits not compared"
         if answers:
             sizes = f"TP{answers['tensor_model_parallel_size']} x PP{answers['pipeline_model_parallel_size']}"
             reason = answers["in_one_process_because"]
             where = f"one process, because {reason}" if reason else sizes
-            said = f"logits of {answers['prompts']} prompts in {where}, differ by {answers['largest_difference']:.1e} at most"
-        return f"{weights['tensors']} tensors equal bit for bit, {said} -> {self.path}"
+            logits = f"logits of {answers['prompts']} prompts in {where} differ by at most {answers['largest_difference']:.1e}"
+        return f"{weights['tensors']} tensors are bit-identical, {logits} -> {self.path}"
 
 
 def compare_weights(hf: Path, opened: Opened) -> Weights:
-    """Every tensor of the checkpoint against the model's, in the checkpoint's type. Raises CheckpointError naming the first unlike."""
+    """Compare every tensor with the Hugging Face model's, in the checkpoint's type. Raise CheckpointError for the first difference."""
     source = HfSource(hf)
     theirs, ours = source.arch, opened.config.architecture
     sizes = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -91,7 +91,7 @@ def compare_weights(hf: Path, opened: Opened) -> Weights:
 
 
 def _compare_rope(theirs: Architecture, ours: Architecture, hf: Path, opened: Opened) -> None:
-    """The same turns within the context and beyond, however they are said."""
+    """Raise CheckpointError unless the rotation angles are the same, within the context and beyond."""
     for length in (1, 4 * ours.max_position_embeddings):
         turns = []
         for arch in (theirs, ours):
@@ -99,11 +99,11 @@ def _compare_rope(theirs: Architecture, ours: Architecture, hf: Path, opened: Op
             angles = inverse_frequencies(arch.head_dim, arch.rope_theta, scaling, positions, length)
             turns.append(angles * attention_factor(scaling, positions))
         if not torch.allclose(turns[0], turns[1], rtol=1e-5, atol=0):
-            raise CheckpointError(f"the rope of {hf} and of {opened.folder} differ: base or scaling is not the same")
+            raise CheckpointError(f"RoPE differs between {hf} and {opened.folder}: base or scaling is not the same")
 
 
 def make_certificate(hf: Path, opened: Opened, weights: Weights, answers: dict[str, Any] | None) -> Certificate:
-    """Write it beside the checkpoint's config.json."""
+    """Write the certificate beside the checkpoint's config.json and return it."""
     config = opened.config
     content = {
         "checkpoint": hashes(opened.folder),
@@ -117,7 +117,7 @@ def make_certificate(hf: Path, opened: Opened, weights: Weights, answers: dict[s
         "logits": answers,
         "versions": {name: version(name) for name in ("megatron_ft", "torch", "transformers", "megatron-core")},
     }
-    content["digest"] = _own(content)
+    content["digest"] = _content_digest(content)
     path = opened.folder / NAME
     write_json(path, content)
     return Certificate(path, content)
@@ -126,14 +126,14 @@ def make_certificate(hf: Path, opened: Opened, weights: Weights, answers: dict[s
 def hashes(
     folder: Path, patterns: tuple[str, ...] = ("config.json", "**/*.pt", "*.distcp", ".metadata")
 ) -> dict[str, str]:
-    """Name -> hash of a checkpoint's files."""
+    """Return name -> hash of a checkpoint's files."""
     found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     with ThreadPoolExecutor(WORKERS) as pool:
         return dict(zip((str(path.relative_to(folder)) for path in found), pool.map(digest, found), strict=True))
 
 
-def _own(content: dict[str, Any]) -> str:
-    """A hash of all but itself: a certificate in which a bit flipped says nothing."""
+def _content_digest(content: dict[str, Any]) -> str:
+    """Return a hash of all entries but "digest", by which a damaged certificate is detected."""
     import xxhash
 
     rest = {key: value for key, value in content.items() if key != "digest"}
@@ -141,20 +141,20 @@ def _own(content: dict[str, Any]) -> str:
 
 
 def problem_with(folder: Path, trained: bool = False) -> str | None:
-    """Why a checkpoint cannot be called certified; None if it is and its files are those that were compared.
+    """Return why a checkpoint is not certified; None if it has a certificate of its current files.
 
-    trained: it is no longer the model that was converted, and can be compared with an export of itself alone.
+    trained: it has been trained since the conversion, so it can only be compared with its own export.
     """
     path = folder / NAME
     if not path.is_file():
         model = "EXPORT" if trained else "MODEL"
         return f"{folder} has no {NAME}; make one: megatron-ft verify --hf {model} --megatron {folder}"
     try:
-        said = read_json(path)
+        content = read_json(path)
     except UserError as error:
         return str(error)
-    if not isinstance(said, dict) or said.get("digest") != _own(said):
-        return f"{path} is damaged, or of an older version; verify again"
-    if said.get("checkpoint") != hashes(folder):
-        return f"{path} is of other files than those that lie there now; verify again"
+    if not isinstance(content, dict) or content.get("digest") != _content_digest(content):
+        return f"{path} is damaged, or from an older version; run megatron-ft verify again"
+    if content.get("checkpoint") != hashes(folder):
+        return f"{path} belongs to other files than those in the folder now; run megatron-ft verify again"
     return None

@@ -1,7 +1,7 @@
 """Megatron's classic format: one model_optim_rng.pt for every tensor- and pipeline-parallel rank.
 
-Written and read without processes: a rank is a number here. One tensor at a time in both directions. Only plain types and
-tensors are stored, and only those are accepted.
+It is written and read without processes: a rank is only an index. Both directions handle one tensor at a time. Only plain types and
+tensors are written and accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VERSION = 3.0
 def plan_classic(
     folder: Path, config: CheckpointConfig, rules: Sequence[Rule], dtype: Callable[[Placed], torch.dtype]
 ) -> list[Unit]:
-    """One unit a pipeline stage: its tensor-parallel ranks' files, each tensor read once and cut for all of them."""
+    """Return one unit per pipeline stage: the files of its tensor-parallel ranks. Each tensor is read once and split for all of them."""
     return [_plan_stage(folder, config, rules, dtype, stage) for stage in range(config.pipeline_model_parallel_size)]
 
 
@@ -63,7 +63,7 @@ def _plan_stage(folder: Path, config: CheckpointConfig, rules: Sequence[Rule], d
 
 
 def part_shape(placed: Placed, config: CheckpointConfig) -> tuple[int, ...]:
-    """Of one rank's part."""
+    """Return the shape of one rank's part."""
     return placed.rule.part_shape(config.architecture, config.tensor_model_parallel_size, config.padded_vocab_size)
 
 
@@ -75,7 +75,7 @@ def _own_part(placed: Placed, full: Tensor, config: CheckpointConfig, tp_rank: i
 
 
 class ClassicSource:
-    """Opened rank files. Raises CheckpointError, naming the file, for a missing, truncated or ill-fitting one."""
+    """Opened rank files. Raises CheckpointError with the file's name if one is missing, truncated or does not match."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, rules: Sequence[Rule]) -> None:
         self.config = config
@@ -93,7 +93,7 @@ class ClassicSource:
                     self._models[one.key], self._local_keys[one.key] = models, one.local_key
 
     def full(self, placed: Placed) -> Tensor:
-        """The whole tensor, padding rows dropped."""
+        """Return the whole tensor without padding rows."""
         local_key = self._local_keys[placed.key]
         parts = [model[local_key].read() for model in self._models[placed.key]]
         return placed.rule.join(self.config.architecture, parts)
@@ -115,7 +115,7 @@ def _check(path: Path, model: dict[str, Any], placed: Sequence[Placed], config: 
     wanted = {one.local_key: one for one in placed}
     if missing := sorted(set(wanted) - found):
         raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors, first {missing[0]}: config.json says another layout"
+            f"{path} lacks {len(missing)} tensors, first {missing[0]}: config.json has another layout"
         )
     family = config.architecture.family
     if left_over := sorted(found - set(wanted)):
@@ -123,4 +123,4 @@ def _check(path: Path, model: dict[str, Any], placed: Sequence[Placed], config: 
     for key, one in wanted.items():
         shape = part_shape(one, config)
         if tuple(model[key].shape) != shape:
-            raise CheckpointError(f"{path}: {key} is {list(model[key].shape)}, config.json says {list(shape)}")
+            raise CheckpointError(f"{path}: {key} is {list(model[key].shape)}, config.json has {list(shape)}")

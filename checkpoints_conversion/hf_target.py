@@ -1,4 +1,4 @@
-"""Writes Hugging Face weights: safetensors, with an index when there is more than one file."""
+"""Writes Hugging Face weights: safetensors files, with an index if there is more than one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_size(text: str) -> int:
-    """Bytes in "5GB", "200MB", "2GiB". Raises ConfigError."""
+    """Return the bytes of "5GB", "200MB" or "2GiB". Raise ConfigError for another form."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(f"--max_shard_size {text}: give a size such as 5GB or 200MB")
@@ -37,7 +37,7 @@ def plan_safetensors(
     dtype: Callable[[Placed], torch.dtype],
     max_bytes: int,
 ) -> list[Unit]:
-    """Tensors in the order of the model, a unit a file, none over max_bytes unless one tensor alone is."""
+    """Return one unit per file, with tensors in the order of the model. Only a file with a single tensor may exceed max_bytes."""
     groups = _groups(list(placed), arch, dtype, max_bytes)
     single = len(groups) == 1
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
@@ -46,7 +46,7 @@ def plan_safetensors(
 
 
 def write_index(folder: Path, units: Sequence[Unit]) -> None:
-    """Which tensor lies in which file, where there are several."""
+    """Write the index of tensors and files, if there are several files."""
     if len(units) > 1:
         weight_map = {key: next(iter(unit.files)).name for unit in units for key, _, _ in unit.tensors}
         total = sum(size for unit in units for _, _, size in unit.tensors)

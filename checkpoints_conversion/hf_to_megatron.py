@@ -1,4 +1,4 @@
-"""A Hugging Face model to a Megatron checkpoint, cut for tensor and pipeline parallelism."""
+"""megatron-ft hf-to-megatron: convert a Hugging Face model to a Megatron checkpoint, split for tensor and pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HfToMegatron(Written, CheckpointFormat, ModelParallel, Folders):
-    """What to convert, and into what"""
+    """Source, result and vocabulary"""
 
     input_dir: str = field(metadata={"required": True})
-    """Hugging Face model folder: config.json, safetensors, tokenizer files."""
+    """Hugging Face model folder to convert, with config.json, safetensors and tokenizer files."""
     output_dir: str = field(metadata={"required": True})
-    """Checkpoint to make; finetune takes it as --load."""
+    """Folder of the new checkpoint, for finetune's --load."""
     tokenizer_type: str | None = None
-    """As in pretokenize: SentencePieceTokenizer puts Megatron's own five tokens before the extra ones, so that ids equal
-    those of shards made with it."""
+    """Tokenizer type, which must be the same as for pretokenize; SentencePieceTokenizer adds Megatron's own five tokens before the extra
+    ones. Default: none are added."""
     vocab_extra_ids_list: str | None = None
-    """Tokens to add, comma-separated, such as "<|im_start|>,<|im_end|>"."""
+    """Tokens to add to the vocabulary, separated by commas, such as "<|im_start|>,<|im_end|>"."""
     new_rows: Literal["mean", "noise"] = "mean"
-    """Rows of added tokens: the mean of the old ones, or that and seeded noise, which tells them apart from the start."""
+    """Initial embeddings of added tokens: the mean of the existing rows (mean), or the mean plus seeded noise (noise)."""
     new_rows_std: float | None = None
-    """Standard deviation of the noise; default: initializer_range of the model's config.json, else 0.02."""
+    """With --new_rows noise: its standard deviation; default: initializer_range of the model's config.json, else 0.02."""
     new_rows_seed: int = 1234
-    """Seed of the noise: the same rows in every layout and format."""
+    """With --new_rows noise: its seed, which gives the same rows in every layout and format."""
     chat_format: str | None = None
-    """Chat format to record (chatml), for generate, chat and the exported template; its tokens are added."""
+    """Chat format, such as chatml, to record for generate, chat and the exported template; its tokens are added. Default: none."""
     rope_scaling_type: RopeScaling = "linear"
-    """How --rope_scaling_factor stretches the context."""
+    """RoPE scaling method with which --rope_scaling_factor extends the context."""
     rope_scaling_factor: float = 1.0
-    """Stretch the context this many times: recorded in the checkpoint, for training, generation and export. 1: not."""
+    """Extend the model's context by this factor, recorded in the checkpoint for training, generation and export; 1: no extension."""
     tokenizer: str | None = None
-    """tokenizer.model, tokenizer.json or a folder; default: the model folder's."""
+    """Tokenizer: a tokenizer.model, a tokenizer.json or a folder; default: that of the model folder."""
     verify_checkpoint: bool = True
-    """Compare the source's files with its digests, where it has them (our exports do); --no_verify_checkpoint skips this."""
+    """Compare the source's files with their recorded digests, which exports of megatron-ft have; --no_verify_checkpoint skips this."""
     plan: bool = False
-    """Only list the files and tensors that would be written, exact to the byte; needs config.json, no weights."""
+    """Only list the files and tensors that would be written, with exact sizes; needs only config.json, not the weights."""
 
 
 COMMAND = Command(
     name="hf-to-megatron",
-    summary="a Hugging Face model to a checkpoint split for tensor and pipeline parallelism",
+    summary="convert a Hugging Face model to a checkpoint split for tensor and pipeline parallelism",
     sections=(HfToMegatron,),
     examples=(
         "megatron-ft hf-to-megatron llama2-70b checkpoints/llama2-70b-tp8-pp4 "
@@ -78,7 +78,7 @@ def run(options: HfToMegatron) -> None:
 
 
 def planned(options: HfToMegatron) -> str:
-    """What convert would write; every token asked for is taken to be new."""
+    """Return what convert would write, as if every requested token were new."""
     from checkpoints_conversion.plan import describe, plan_units
 
     target = Path(options.output_dir)
@@ -90,10 +90,10 @@ def planned(options: HfToMegatron) -> str:
 
 
 def convert(options: HfToMegatron) -> Report:
-    """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
+    """Convert and return a report. output_dir appears only when everything is written. Raise UserError."""
     started, target = time.monotonic(), Path(options.output_dir)
     check_folders(options, options.overwrite, {TRACKER, "release"}, TRACKER)
-    # Here and not above: neither --help nor such a mistake should wait for torch.
+    # Imported here, so that --help and the checks above do not wait for torch.
     from checkpoints_conversion.megatron_target import write_checkpoint
     from checkpoints_conversion.report import Report, count
     from checkpoints_conversion.stream import identity
@@ -126,7 +126,7 @@ def convert(options: HfToMegatron) -> Report:
 
 
 def _tokens(options: HfToMegatron) -> tuple[str, ...]:
-    """Every token asked for, once, in the order of their ids."""
+    """Return every requested token once, in the order of ids."""
     from checkpoints_conversion.vocabulary import parse_token_list, union
     from megatron_ft.data.chat_format import get_format
     from megatron_ft.data.tokenizer import extra_tokens
@@ -136,7 +136,7 @@ def _tokens(options: HfToMegatron) -> tuple[str, ...]:
 
 
 def _noise(options: HfToMegatron, source: HfSource) -> Noise | None:
-    """The noise asked for, or None. Raises ConfigError for a deviation that is none."""
+    """Return the requested noise, or None. Raise ConfigError for an invalid deviation."""
     from checkpoints_conversion.vocabulary import Noise
     from megatron_ft.log import logger
 
@@ -145,7 +145,7 @@ def _noise(options: HfToMegatron, source: HfSource) -> Noise | None:
         raise ConfigError(f"--new_rows_std {std}: must be above 0")
     if options.new_rows == "mean":
         if std is not None:
-            logger("conversion").warning("--new_rows_std is ignored: it belongs to --new_rows noise")
+            logger("conversion").warning("--new_rows_std has no effect without --new_rows noise")
         return None
     return Noise(float(std or source.arch.hf.get("initializer_range") or 0.02), options.new_rows_seed)
 

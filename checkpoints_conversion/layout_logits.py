@@ -1,8 +1,8 @@
-"""Our logits in a layout of several ranks, beside transformers' that lie in files: the process that verify starts for it.
+"""The process that verify starts to compute logits in a layout of several ranks and to compare them with transformers'.
 
     echo FOLDER | python -m checkpoints_conversion.layout_logits
 
-FOLDER/request.json says what to load and ask; FOLDER/N.npy holds transformers' logits for prompt N; FOLDER/answer.json is written.
+FOLDER/request.json has the checkpoint and the prompts, FOLDER/N.npy transformers' logits for prompt N. It writes FOLDER/answer.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What every rank is told."""
+    """The input of every rank."""
 
     checkpoint: str
     """The release or iter_ folder."""
@@ -35,11 +35,11 @@ class Request:
     theirs: str
     """Folder of transformers' logits: N.npy, [tokens, rows]."""
     true_vocab_size: int
-    """For Megatron-LLM's files; ours say it themselves."""
+    """Needed for Megatron-LLM's files; other checkpoints record it."""
 
 
 def differences(request: Request) -> list[float]:
-    """Largest difference of a logit for each prompt, on the rank that holds the answers; elsewhere []. All ranks call it."""
+    """Return the largest logit difference for each prompt on the reporting rank, [] on others. All ranks call it."""
     import numpy as np
     import torch
 
@@ -58,7 +58,7 @@ def differences(request: Request) -> list[float]:
 
 
 def _load(request: Request, layout: Layout) -> Any:
-    """The model as training or generate would load it; where the files are of another layout, put together by our readers."""
+    """Return the model as training or generate would load it; for files of another layout, loaded with the converters' readers."""
     from checkpoints_conversion.megatron_llm import is_dialect
     from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.options import CheckpointSource
@@ -74,7 +74,7 @@ def _load(request: Request, layout: Layout) -> Any:
     own = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (layout.tp_size, layout.pp_size)
     if not is_dialect(folder) and (own or config.ckpt_format == "torch_dist"):
         model = build_model(config.architecture, layout, BuildOptions(padded_vocab_size=vocab_rows(config))).eval()
-        verify(folder, config, layout, digests=False)  # the command has compared them, or was told not to
+        verify(folder, config, layout, digests=False)  # verify has compared them, unless --no_verify_checkpoint was set
         load_weights(folder, config, model, layout, verified=True)
     else:
         model = build_model(config.architecture, layout).eval()
@@ -83,7 +83,7 @@ def _load(request: Request, layout: Layout) -> Any:
 
 
 def _logits(model: Any, layout: Layout, ids: Tensor) -> Any:
-    """[1, s, rows] on the reporter; None on stages without an output layer."""
+    """Return the logits [1, s, rows] on the last stage, None on others."""
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -102,8 +102,8 @@ def _logits(model: Any, layout: Layout, ids: Tensor) -> Any:
     return gather_from_tensor_model_parallel_region(output[0]) if layout.is_last_stage else None
 
 
-def ask_in_layout(request: Request, folder: Path) -> list[float]:
-    """`differences` on as many ranks as the request's layout has, in processes of their own. Raises CheckpointError."""
+def differences_in_layout(request: Request, folder: Path) -> list[float]:
+    """Run `differences` on the ranks of the request's layout, in separate processes. Raise CheckpointError for a user's error."""
     (folder / "request.json").write_text(json.dumps(asdict(request)))
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -115,8 +115,8 @@ def ask_in_layout(request: Request, folder: Path) -> list[float]:
     if ended.returncode or not path.is_file():
         raise RuntimeError(f"the ranks ended with {ended.returncode}:\n{ended.stderr[-4000:]}")
     answer: Any = json.loads(path.read_text())
-    if "mistake" in answer:
-        raise CheckpointError(answer["mistake"])
+    if "user_error" in answer:
+        raise CheckpointError(answer["user_error"])
     return answer["differences"]
 
 
@@ -129,7 +129,7 @@ def main(folder: Path) -> None:
     try:
         answer = {"differences": next(filter(None, run_forked(size, differences, request)))}
     except UserError as error:
-        answer = {"mistake": str(error)}
+        answer = {"user_error": str(error)}
     (folder / "answer.json").write_text(json.dumps(answer))
 
 

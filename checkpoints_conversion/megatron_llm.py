@@ -1,8 +1,8 @@
-"""Reads Megatron-LLM's dialect of the classic format: release files of its converters and files saved while training.
+"""Reads Megatron-LLM's variant of the classic format: release files of its converters and checkpoints saved in training.
 
-Against megatron-core: names under model.language_model; query and key rows interleaved for its rotary embedding (row 2j belongs to
-j, row 2j+1 to j + D/2); [up; gate] instead of [gate; up] on each rank; word embeddings as a dict of their own or flat. The
-architecture stands in the pickled `args`, of which only plain values are read.
+Differences from megatron-core: names are under model.language_model; query and key rows are interleaved for its rotary embedding (row
+2j belongs to j, row 2j+1 to j + D/2); each rank has [up; gate] instead of [gate; up]; word embeddings are in a separate dict or flat.
+The architecture is in the pickled `args`, of which only plain values are read.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _RENAMED = {
     "mlp_layernorm": "pre_mlp_layernorm",
     "input_layernorm": "input_layernorm",
 }
-_DEEPEST = 4  # of dictionaries in each other
+_DEEPEST = 4  # largest depth of nested dictionaries
 _ROOTS = ("embedding", "encoder", "transformer", "lm_head")
 _NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size")
 
 
 class MegatronLlmSource:
-    """Opened rank files of release/ or iter_ folders. Raises CheckpointError, naming the file, for what does not fit.
+    """Opened rank files of release/ or iter_ folders. Raises CheckpointError with the file's name if one does not match.
 
-    vocab_size: the true one, without padding, where it is known.
+    vocab_size: the true size, without padding, if it is known.
     """
 
     def __init__(self, folder: Path, iteration: int | str, vocab_size: int | None = None):
@@ -88,11 +88,11 @@ class MegatronLlmSource:
             for ref in self._parts[placed.key]:
                 if ref.shape != wanted:
                     raise CheckpointError(
-                        f"{ref.file.path}: {placed.local_key} is {list(ref.shape)}, its args say {list(wanted)}"
+                        f"{ref.file.path}: {placed.local_key} is {list(ref.shape)}, its args have {list(wanted)}"
                     )
 
     def full(self, placed: Placed) -> Tensor:
-        """The whole megatron-core tensor, padding rows dropped."""
+        """Return the whole megatron-core tensor without padding rows."""
         arch = self.config.architecture
         parts = [_translated(arch, placed, ref.read()) for ref in self._parts[placed.key]]
         return placed.rule.join(arch, parts)
@@ -102,12 +102,12 @@ class MegatronLlmSource:
 
 
 def is_dialect(folder: Path) -> bool:
-    """Rank folders without our config.json."""
+    """Return True for a folder with rank folders and without this project's config.json."""
     return not (folder / "config.json").exists() and any(Path(folder).glob("mp_rank_*"))
 
 
 def _layout(folder: Path) -> tuple[int, int]:
-    """(TP, PP) from the names of the folders: mp_rank_TT, or mp_rank_TT_PPP with several stages."""
+    """Return (TP, PP) from the names of the folders: mp_rank_TT, or mp_rank_TT_PPP with several stages."""
     names = [path.name.split("_")[2:] for path in folder.glob("mp_rank_*") if path.is_dir()]
     try:
         ranks = {tuple(int(part) for part in (*name, "0")[:2]) for name in names}
@@ -115,12 +115,14 @@ def _layout(folder: Path) -> tuple[int, int]:
     except ValueError as error:
         raise CheckpointError(f"{folder} holds no mp_rank_TT or mp_rank_TT_PPP folders; give a checkpoint") from error
     if len(ranks) != tp_size * pp_size:
-        raise CheckpointError(f"{folder}: {len(ranks)} rank folders for TP{tp_size} x PP{pp_size}; restore the missing")
+        raise CheckpointError(
+            f"{folder}: {len(ranks)} rank folders for TP{tp_size} x PP{pp_size}; restore the missing ones"
+        )
     return tp_size, pp_size
 
 
 def _harmless(module: str, name: str) -> bool:
-    """Types that training leaves in a checkpoint: its settings and random states. They become empty stand-ins."""
+    """Return True for the types of settings and random states, which are read as empty stand-ins."""
     if name == "Namespace":
         return True
     random = ("_reconstruct", "ndarray", "dtype", "scalar")
@@ -135,7 +137,7 @@ def _args(file: TorchFile) -> dict[str, Any]:
     values = dict(vars(args)) if isinstance(args, Inert) else dict(args) if isinstance(args, dict) else {}
     missing = [key for key in _NEEDED if type(values.get(key)) is not int]
     if missing:
-        raise CheckpointError(f"{file.path}: args lacks {', '.join(missing)}; it is no checkpoint of Megatron-LLM's")
+        raise CheckpointError(f"{file.path}: args lacks {', '.join(missing)}; it is not a Megatron-LLM checkpoint")
     return values
 
 
@@ -173,18 +175,18 @@ def _architecture(args: Mapping[str, Any], vocab_size: int | None, path: Path) -
 
 
 def _tensors(file: TorchFile) -> Iterator[tuple[str, TensorRef]]:
-    """(megatron-core's name, local layer number, tensor) of everything in a rank's model."""
+    """Yield (megatron-core's name with local layer number, tensor) for everything in a rank's model."""
     state = file.value
     model = state.get("model") if isinstance(state, dict) else None
     language = model.get("language_model") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(language, dict):
-        raise CheckpointError(f"{file.path} has no model.language_model; it is no checkpoint of Megatron-LLM's")
+        raise CheckpointError(f"{file.path} has no model.language_model; it is not a Megatron-LLM checkpoint")
     for root, value in language.items():
         if root not in _ROOTS:
-            raise CheckpointError(f"{file.path} holds language_model.{root}, which is not known")
+            raise CheckpointError(f"{file.path} holds language_model.{root}, which is unknown")
         for key, ref in _flat(value):
             yield _core_name(root, key), ref
-    # With tied embeddings the last of several stages holds them again, under a name that differs between versions.
+    # With tied embeddings, the last of several stages has a copy of them, whose name differs between versions.
     for key, ref in _flat({key: value for key, value in model.items() if key != "language_model"}):
         yield f"copy.{key}", ref
 
@@ -192,7 +194,7 @@ def _tensors(file: TorchFile) -> Iterator[tuple[str, TensorRef]]:
 def _flat(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, TensorRef]]:
     if isinstance(value, TensorRef):
         yield name, value
-    elif isinstance(value, dict) and depth < _DEEPEST:  # a planted dict may hold itself
+    elif isinstance(value, dict) and depth < _DEEPEST:  # a malicious dict may contain itself
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key), depth + 1)
 
@@ -210,17 +212,17 @@ def _core_name(root: str, key: str) -> str:
 
 
 def _translated(arch: Architecture, placed: Placed, part: Tensor) -> Tensor:
-    """One rank's tensor in megatron-core's order."""
+    """Return one rank's tensor in megatron-core's order."""
     if placed.key.endswith("linear_qkv.weight"):
-        return unlace(part, arch)
+        return deinterleave(part, arch)
     if placed.rule.cut == "gated_column_parallel":
         up, gate = part.chunk(2)
         return torch.cat([gate, up])
     return part
 
 
-def unlace(part: Tensor, arch: Architecture) -> Tensor:
-    """Query and key rows back to two halves a head; value rows stay. [rows, h]"""
+def deinterleave(part: Tensor, arch: Architecture) -> Tensor:
+    """Return the tensor [rows, h] with query and key rows as two halves per head; value rows are unchanged."""
     queries, dim = arch.num_attention_heads // arch.num_query_groups, arch.head_dim
     grouped = part.reshape(-1, queries + 2, dim, *part.shape[1:])
     turned = grouped[:, : queries + 1]

@@ -1,4 +1,4 @@
-"""Opens a Megatron checkpoint, whoever wrote it: ours in either format, or Megatron-LLM's dialect."""
+"""Opens a Megatron checkpoint: this project's in either format, or Megatron-LLM's variant."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint to read: whole tensors by rule, and what it says of itself."""
+    """An opened checkpoint: whole tensors by rule, and its description."""
 
     folder: Path
     config: CheckpointConfig
@@ -33,14 +33,14 @@ class Opened:
     tokenizer: Tokenizer | None
 
     def files(self) -> list[Path]:
-        """All that it consists of."""
+        """Return all its files."""
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
 
 def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
-    """The checkpoint at root, or the one that root's tracker or `wanted` names.
+    """Open the checkpoint at root, or the one that root's tracker or `wanted` names.
 
-    Raises CheckpointError for what cannot be read, ConfigError for an iteration that is none.
+    Raise CheckpointError if it cannot be read, ConfigError for an invalid iteration.
     """
     from checkpoints_conversion.megatron_llm import is_dialect
 
@@ -54,7 +54,7 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
     config = read_config(folder)
     if wanted.verify_checkpoint and config.digested and not has_digests(folder):
         raise DamagedError(
-            f"{folder / MANIFEST} is missing: the checkpoint is incomplete; restore it (or read it as it is: --no_verify_checkpoint)"
+            f"{folder / MANIFEST} is missing: the checkpoint is incomplete; restore it (or add --no_verify_checkpoint to skip this check)"
         )
     source = open_source(folder, config)
     rules = family_of(config.architecture).rules(config.architecture)
@@ -62,7 +62,7 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
 
 
 def open_source(folder: Path, config: CheckpointConfig) -> Any:
-    """The reader for the format of one of our checkpoints."""
+    """Return the reader for a checkpoint of this project, by its format."""
     from checkpoints_conversion.classic import ClassicSource
     from checkpoints_conversion.torch_dist import TorchDistSource
 
@@ -80,8 +80,8 @@ def _open_dialect(folder: Path, tokenizer: str | None, true_vocab_size: int | No
     size = true_vocab_size or (loaded.vocab_size if loaded else None)
     if size is None:
         raise ConfigError(
-            f"{folder} is Megatron-LLM's, which does not record its vocabulary without padding: "
-            "give --tokenizer or --true_vocab_size"
+            f"{folder} is a Megatron-LLM checkpoint, which does not record the vocabulary size without padding: "
+            "set --tokenizer or --true_vocab_size"
         )
     number = folder.name.removeprefix("iter_")
     source = MegatronLlmSource(folder, int(number) if number.isdigit() else "release", size)
@@ -92,9 +92,9 @@ def _open_dialect(folder: Path, tokenizer: str | None, true_vocab_size: int | No
 
 
 def _parse_iteration(text: str | None) -> int | str | None:
-    """--iteration. Raises ConfigError."""
+    """Return the value of --iteration. Raise ConfigError if it is invalid."""
     if text is None or text == "release":
         return text
     if not text.isdigit():
-        raise ConfigError(f"--iteration {text}: give a number, or release")
+        raise ConfigError(f"--iteration {text}: must be a number or release")
     return int(text)

@@ -1,4 +1,4 @@
-"""Writes a Megatron checkpoint in either format from whatever can give whole tensors; also what it would write."""
+"""Writes a Megatron checkpoint in either format from any reader of whole tensors, or plans its files."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def write_checkpoint(
     overwrite: bool = False,
     source: Path | None = None,
 ) -> int:
-    """Write ROOT with one checkpoint and its tracker; nothing under its name before all of it is there.
+    """Write a root folder with one checkpoint and its tracker; it appears only when it is complete. Return the number of weight files.
 
-    full, dtype: a whole tensor, and its type beforehand. key: see resumable_folder. source: a checkpoint; what it says of the data it
-    was trained on is kept. Returns the number of weight files.
+    full, dtype: return a whole tensor, and its type in advance. key: see resumable_folder. source: a checkpoint whose record of its
+    training data is copied.
     """
     config = replace(config, digested=True)
     with resumable_folder(target, {**key, "format": config.ckpt_format}, overwrite) as root:
@@ -53,7 +53,7 @@ def write_checkpoint(
         files = write_units(units, full, f"writing {target.name}:")
         finish()
         if tokenizer is not None:
-            _copy_afresh(tokenizer, folder)
+            _replace_tokenizer(tokenizer, folder)
         if source is not None and (source / TRAINED_ON).is_file():
             shutil.copyfile(source / TRAINED_ON, folder / TRAINED_ON)
         write_config(folder, config)
@@ -65,7 +65,7 @@ def write_checkpoint(
 def plan(
     folder: Path, config: CheckpointConfig, rules: Sequence[Rule], dtype: Callable[[Placed], torch.dtype]
 ) -> tuple[list[Unit], Callable[[], None]]:
-    """(the files, what to do when they are written)."""
+    """Return (the files, the function to call when they are written)."""
     if config.ckpt_format == "torch":
         return plan_classic(folder, config, rules, dtype), lambda: None
     placed = placed_rules(config.architecture, rules)
@@ -74,8 +74,8 @@ def plan(
     return units, lambda: finish_torch_dist(folder, metadata, iteration)
 
 
-def _copy_afresh(tokenizer: Tokenizer, folder: Path) -> None:
+def _replace_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     import shutil
 
-    shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)  # half a copy of a run that was stopped
+    shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)  # possibly an incomplete copy of an interrupted run
     copy_tokenizer(tokenizer, folder)

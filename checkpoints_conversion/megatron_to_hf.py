@@ -1,4 +1,4 @@
-"""A Megatron checkpoint to a Hugging Face model: weights, config, tokenizer, chat template, stop token, model card."""
+"""megatron-ft megatron-to-hf: convert a checkpoint to a Hugging Face model with config, tokenizer, chat template and model card."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MegatronToHf(CheckpointSource, Written, Folders):
-    """What to convert, and into what"""
+    """Source and result"""
 
     input_dir: str = field(metadata={"required": True})
-    """Checkpoint: its root, or one release or iter_ folder; ours or Megatron-LLM's."""
+    """Checkpoint to convert, of megatron-ft or Megatron-LLM: its root, or one release or iter_ folder."""
     output_dir: str = field(metadata={"required": True})
-    """Hugging Face model folder to make."""
+    """Folder of the new Hugging Face model."""
     max_shard_size: str = "5GB"
-    """Most a safetensors file may hold."""
+    """Largest size of a safetensors file, such as 5GB or 200MB."""
     require_certificate: bool = False
-    """Refuse a checkpoint without a certificate.json of its files (see verify), instead of warning."""
+    """Stop if the checkpoint has no valid certificate.json (made by verify); default: only a warning."""
 
 
 COMMAND = Command(
     name="megatron-to-hf",
-    summary="a checkpoint to a Hugging Face model with tokenizer and chat template",
+    summary="convert a checkpoint to a Hugging Face model with tokenizer and chat template",
     sections=(MegatronToHf,),
     examples=(
         "megatron-ft megatron-to-hf checkpoints/llama2-70b-oasst exports/llama2-70b-oasst --params_dtype bf16",
@@ -49,10 +49,10 @@ def run(options: MegatronToHf) -> None:
 
 
 def convert(options: MegatronToHf) -> Report:
-    """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
+    """Convert and return a report. output_dir appears only when everything is written. Raise UserError."""
     started, target = time.monotonic(), Path(options.output_dir)
     check_folders(options, options.overwrite, set(), "config.json")
-    # Here and not above: neither --help nor such a mistake should wait for torch.
+    # Imported here, so that --help and the checks above do not wait for torch.
     from checkpoints_conversion.hf_target import parse_size, plan_safetensors, write_index
     from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.model_card import MODEL_CARD, model_card
@@ -87,14 +87,14 @@ def convert(options: MegatronToHf) -> Report:
         card = model_card(target.name, config, dtype, folder, certified=problem is None)
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, weights, but=[MODEL_CARD])
-    if problem and not trained:  # what was trained has nothing to be compared with before this export is there
+    if problem and not trained:  # a trained checkpoint can only be compared with this export, after it is written
         logger("conversion").warning("not certified: %s", problem)
     parameters, tensors = count(arch, rules)
     return Report(target, parameters, tensors, len(units), time.monotonic() - started)
 
 
 def _certificate_problem(folder: Path, trained: bool, required: bool) -> str | None:
-    """Why the weights are not certified, or None. Raises CheckpointError with that where a certificate is required."""
+    """Return why the weights are not certified, or None. Raise CheckpointError with the reason if a certificate is required."""
     from checkpoints_conversion.certificate import problem_with
     from megatron_ft.errors import CheckpointError
 
@@ -105,7 +105,7 @@ def _certificate_problem(folder: Path, trained: bool, required: bool) -> str | N
 
 
 def _configs(hf_config: dict, config: CheckpointConfig, tokenizer: Tokenizer | None) -> tuple[dict, dict]:
-    """config.json and generation_config.json. Generation ends at the format's stop token, and still at the old ends."""
+    """Return config.json and generation_config.json. Generation ends at the format's stop token and at the model's own."""
     from megatron_ft.data.chat_format import get_format
 
     generation = dict(hf_config.pop("generation_config", {}))

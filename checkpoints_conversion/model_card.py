@@ -1,4 +1,4 @@
-"""README.md of an export: what it was made from and how to ask it something."""
+"""README.md of an export: its origin and an example of its use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_ft.files import read_json
 from megatron_ft.models.dtypes import HF_NAMES
 
 MODEL_CARD = "README.md"
-"""An owner writes in it: no digest guards it."""
+"""It has no digest, because owners of the model may edit it."""
 _CHAT = """\
 messages = [{{"role": "user", "content": "What colour is a plum?"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
@@ -56,14 +56,14 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 
 def model_card(name: str, config: CheckpointConfig, dtype: str, folder: Path, certified: bool) -> str:
-    """The text. name: the export's folder; dtype: ours, of the exported weights; folder: the checkpoint's; certified: its
-    certificate is of the files that lie there."""
+    """Return the text. name: the export's folder. dtype: of the exported weights. folder: the checkpoint's. certified: the checkpoint has
+    a valid certificate."""
     arch = config.architecture
     base = str(arch.hf.get("_name_or_path") or "")
     return _CARD.format(
         name=name,
         base=base or "not recorded",
-        base_entry=f"\nbase_model: {base}" if "/" in base else "",  # the hub wants an owner/name there, or nothing
+        base_entry=f"\nbase_model: {base}" if "/" in base else "",  # the hub accepts only owner/name
         iteration=config.iteration,
         family=arch.family,
         layers=arch.num_layers,
@@ -85,7 +85,7 @@ def model_card(name: str, config: CheckpointConfig, dtype: str, folder: Path, ce
 
 
 def _data(folder: Path) -> str:
-    """The shards that training names beside the weights, with their hashes."""
+    """Return the shards of the training, with their hashes, from the record beside the weights."""
     if not (folder / TRAINED_ON).is_file():
         return "not recorded"
     try:
@@ -101,12 +101,12 @@ def _shards(entry: dict[str, Any]) -> str:
 
 
 def _parity(folder: Path) -> str:
-    """What the certificate says."""
-    said = read_json(folder / NAME)
-    weights, logits = said["weights"]["tensors"], said["logits"]
+    """Return the result in the certificate."""
+    certificate = read_json(folder / NAME)
+    weights, logits = certificate["weights"]["tensors"], certificate["logits"]
     if not logits:
-        return f"{weights} tensors equal bit for bit; logits not compared"
+        return f"{weights} tensors are bit-identical; logits not compared"
     return (
-        f"{weights} tensors equal bit for bit; logits of {logits['prompts']} prompts, up to {max(logits['tokens'])} tokens, "
-        f"differ by {logits['largest_difference']:.1e} at most in fp32"
+        f"{weights} tensors are bit-identical; logits of {logits['prompts']} prompts, up to {max(logits['tokens'])} tokens, "
+        f"differ by at most {logits['largest_difference']:.1e} in fp32"
     )

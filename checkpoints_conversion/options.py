@@ -1,4 +1,4 @@
-"""The settings that recur in the converters, and what can be said of them before torch is imported."""
+"""The settings that the converters share, and their checks that need no torch."""
 
 from __future__ import annotations
 
@@ -13,75 +13,75 @@ from megatron_ft.files import refuse_existing
 
 @dataclass(frozen=True)
 class Folders:
-    """From where to where"""
+    """Source and result"""
 
     input_dir: str = field(metadata={"required": True})
-    """What to convert."""
+    """Folder to convert."""
     output_dir: str = field(metadata={"required": True})
-    """What to make."""
+    """Folder of the result."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """How the result is written"""
+    """Writing of the result"""
 
     params_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type of the weights; default: as in the source."""
+    """Data type of the written weights; default: that of the source."""
     overwrite: bool = False
-    """Replace an earlier conversion in output_dir."""
+    """Replace an earlier conversion in output_dir; other folders are never replaced."""
 
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """The format of a checkpoint to make"""
+    """Format of the new checkpoint"""
 
     ckpt_format: CkptFormat = "torch_dist"
-    """torch_dist: megatron-core's own, loads into any layout. torch: one mp_rank file a rank, for this layout only."""
+    """Checkpoint format; torch_dist: megatron-core's, loads into any layout; torch: one mp_rank file per rank, only for this layout."""
     make_vocab_size_divisible_by: int = 128
-    """The embedding gets rows of zeros up to a multiple of this times the tensor parallel size."""
+    """Pad the embedding with rows of zeros to a multiple of this number times the tensor parallel size."""
 
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """Which checkpoint to read"""
+    """Checkpoint to read"""
 
     iteration: str | None = None
-    """Iteration to take, or release; default: the one latest_checkpointed_iteration.txt names."""
+    """Iteration to read, a number or release; default: the one in latest_checkpointed_iteration.txt."""
     tokenizer: str | None = None
-    """For Megatron-LLM's files, which hold none: tokenizer.model, tokenizer.json or a folder."""
+    """Tokenizer of a Megatron-LLM checkpoint, which contains none: a tokenizer.model, a tokenizer.json or a folder."""
     true_vocab_size: int | None = None
-    """For Megatron-LLM's files without a tokenizer: rows of the embedding that stand for a token."""
+    """Vocabulary size without padding, for a Megatron-LLM checkpoint without --tokenizer."""
     verify_checkpoint: bool = True
-    """Compare the files that are read with their digests, where the folder has them; --no_verify_checkpoint skips this."""
+    """Compare the files that are read with their recorded digests, if there are any; --no_verify_checkpoint skips this."""
 
 
 def check_source(folder: str | Path, check: bool) -> None:
-    """Compare a folder with its digests.json, where it has one. Raises DamagedError naming the first file that is unlike."""
+    """Compare a folder with its digests.json, if it has one. Raise DamagedError with the first file that differs."""
     from megatron_ft.digests import check_digests, has_digests
 
     if check and has_digests(Path(folder)):
         try:
             check_digests(Path(folder))
         except DamagedError as error:
-            raise DamagedError(f"{error} (changed on purpose? --no_verify_checkpoint)") from error
+            raise DamagedError(f"{error} (if it was changed on purpose, add --no_verify_checkpoint)") from error
 
 
 def note_sizes(options: CheckpointFormat, tp_size: int, pp_size: int) -> None:
-    """Log that sizes cut nothing in a checkpoint that any layout loads."""
+    """Log that the sizes do not split a checkpoint in torch_dist format."""
     from megatron_ft.log import logger
 
     if options.ckpt_format == "torch_dist" and (tp_size, pp_size) != (1, 1):
         logger("conversion").info(
-            f"TP {tp_size} x PP {pp_size} is recorded only: a torch_dist checkpoint loads into any layout; for one mp_rank file a rank "
+            f"TP {tp_size} x PP {pp_size} is only recorded: a torch_dist checkpoint loads into any layout; for one mp_rank file per rank "
             f"add --ckpt_format torch"
         )
 
 
 def check_folders(options: Folders, overwrite: bool, ours: set[str], marker: str) -> None:
-    """Refuse a source that is not there, and to write where something would be lost.
+    """Check that the source exists and that writing destroys nothing. Raise UserError.
 
-    An existing folder is replaced only with --overwrite, and then only one that an earlier conversion made: it holds
-    `marker`, and nothing beyond the names in `ours` (empty: any). Raises UserError.
+    An existing folder is replaced only with --overwrite, and only if an earlier conversion made it: it contains `marker`, and nothing
+    but the names in `ours` (empty: any names).
     """
     input_dir, output_dir = Path(options.input_dir), Path(options.output_dir)
     if not input_dir.is_dir():
@@ -89,7 +89,7 @@ def check_folders(options: Folders, overwrite: bool, ours: set[str], marker: str
     source, target = input_dir.resolve(), output_dir.resolve()
     if target == source or source.is_relative_to(target) or target.is_relative_to(source):
         raise CheckpointError(
-            f"--output_dir {output_dir} and --input_dir {input_dir} lie in each other: choose another"
+            f"--output_dir {output_dir} and --input_dir {input_dir} are the same folder or inside each other: choose another --output_dir"
         )
     if not overwrite:
         refuse_existing(output_dir)
@@ -98,5 +98,5 @@ def check_folders(options: Folders, overwrite: bool, ours: set[str], marker: str
         if strange or not (output_dir / marker).exists():
             what = f"holds {strange[0]}" if strange else f"has no {marker}"
             raise CheckpointError(
-                f"{output_dir} {what}, so no earlier conversion made it and --overwrite leaves it alone: choose another"
+                f"{output_dir} {what}, so it is not an earlier conversion and --overwrite does not replace it: choose another folder"
             )

@@ -1,4 +1,4 @@
-"""What hf-to-megatron would write, exact to the byte, from a config.json alone: the model's weights need not be there."""
+"""Plans the files that hf-to-megatron would write, with exact sizes, from a config.json without the weights."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def plan_units(
     input_dir: Path, output_dir: Path, tp_size: int, pp_size: int, ckpt_format: str, dtype: str | None,
     multiple: int = 128, added_tokens: int = 0,
 ) -> list[Unit]:  # fmt: skip
-    """The weight files. dtype: None: as config.json says. added_tokens: rows beyond the source's.
+    """Return the weight files. dtype: None: that of config.json. added_tokens: rows beyond the source's.
 
-    Raises CheckpointError where an index beside config.json describes another model.
+    Raise CheckpointError if an index beside config.json describes another model.
     """
     hf_config = read_json(input_dir / "config.json")
     family, arch = understood(hf_config)
     check_layout(arch, tp_size, pp_size)
     rules = family.rules(arch)
-    said = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    check_index(input_dir, arch, rules, getattr(torch, said) if said in HF_NAMES.values() else torch.float32)
-    kind = dtype or next((name for name, hf_name in HF_NAMES.items() if hf_name == said), "fp32")
+    hf_dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    check_index(input_dir, arch, rules, getattr(torch, hf_dtype) if hf_dtype in HF_NAMES.values() else torch.float32)
+    kind = dtype or next((name for name, hf_name in HF_NAMES.items() if hf_name == hf_dtype), "fp32")
     arch = replace(arch, vocab_size=arch.vocab_size + added_tokens)
     rows = padded_vocab_size(arch.vocab_size, tp_size, multiple)
     config = CheckpointConfig(arch, ckpt_format, tp_size, pp_size, rows, "release", kind)
@@ -43,7 +43,7 @@ def plan_units(
 
 
 def check_index(folder: Path, arch: Architecture, rules: Sequence[Rule], dtype: torch.dtype) -> None:
-    """An index lists every tensor and the sum of their bytes: both must be what the architecture has."""
+    """Raise CheckpointError unless an index has the architecture's tensors and their total size."""
     path = folder / hf_target.INDEX
     if not path.is_file():
         return
@@ -56,13 +56,13 @@ def check_index(folder: Path, arch: Architecture, rules: Sequence[Rule], dtype: 
         odd = sorted(found ^ set(wanted))
         raise CheckpointError(f"{path}: {odd[0]} ({len(odd)} such) is in only one of the index and config.json's model")
     total = sum(prod(shape) for shape in wanted.values()) * dtype.itemsize
-    said = index.get("metadata", {}).get("total_size")
-    if said is not None and said != total and found == set(index["weight_map"]):
-        raise CheckpointError(f"{path}: total_size {said}, the model of config.json has {total} bytes")
+    recorded = index.get("metadata", {}).get("total_size")
+    if recorded is not None and recorded != total and found == set(index["weight_map"]):
+        raise CheckpointError(f"{path}: total_size {recorded}, the model of config.json has {total} bytes")
 
 
 def describe(units: Sequence[Unit], root: Path) -> str:
-    """Every file with its size, and once for files alike the tensors in them."""
+    """Return every file with its size, and for each unit the tensors in its files."""
     lines = []
     for unit in units:
         lines += [f"{path.relative_to(root)}  {size:,} bytes" for path, size in unit.files.items()]

@@ -1,4 +1,4 @@
-"""What a conversion says when it is done."""
+"""The report of a finished conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_ft.models.weights import Rule, placed_rules
 
 @dataclass(frozen=True)
 class Report:
-    """parameters: numbers in the model, padding and copies not counted; tensors: as Hugging Face counts them."""
+    """A report. parameters: of the model, without padding and copies. tensors: number in Hugging Face's format."""
 
     folder: Path
     parameters: int
@@ -31,7 +31,7 @@ class Report:
 
 
 def human(count: int) -> str:
-    """3400000 -> "3.4 M"."""
+    """Return 3400000 as "3.4 M"."""
     for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
         if count >= unit:
             return f"{count / unit:.1f}{name}"
@@ -39,6 +39,6 @@ def human(count: int) -> str:
 
 
 def count(arch: Architecture, rules: Iterable[Rule]) -> tuple[int, int]:
-    """(parameters, Hugging Face tensors) of the whole model."""
+    """Return (parameters, Hugging Face tensors) of the whole model."""
     placed = list(placed_rules(arch, list(rules)))
     return sum(prod(one.rule.full_shape(arch)) for one in placed), sum(len(one.hf_keys) for one in placed)

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint to another layout or format; Megatron-LLM's files too."""
+"""megatron-ft reshard: convert a checkpoint, also Megatron-LLM's, to another layout or format."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reshard(CheckpointSource, Written, CheckpointFormat, ModelParallel, Folders):
-    """What to convert, and into what"""
+    """Source and result"""
 
     input_dir: str = field(metadata={"required": True})
-    """Checkpoint: its root, or one release or iter_ folder; ours or Megatron-LLM's."""
+    """Checkpoint to convert, of megatron-ft or Megatron-LLM: its root, or one release or iter_ folder."""
     output_dir: str = field(metadata={"required": True})
-    """Checkpoint to make."""
+    """Folder of the new checkpoint."""
     ckpt_format: CkptFormat = "torch_dist"
-    """torch_dist: loads into any layout; from torch_dist, with the training state. torch: one mp_rank file a rank, for this layout only."""
+    """Checkpoint format; torch_dist: loads into any layout, keeps the training state of a torch_dist source; torch: one mp_rank file per
+    rank, only for this layout."""
 
 
 COMMAND = Command(
     name="reshard",
-    summary="a checkpoint to another tensor and pipeline parallel layout or format, without GPUs or processes",
+    summary="convert a checkpoint to another tensor and pipeline parallel layout or format, without GPUs",
     sections=(Reshard,),
     examples=(
         "megatron-ft reshard checkpoints/llama2-70b-tp8-pp4 checkpoints/llama2-70b-tp4-pp8 "
@@ -57,10 +58,10 @@ def run(options: Reshard) -> None:
 
 
 def convert(options: Reshard) -> Report:
-    """Convert; nothing appears under output_dir unless all of it was written. Raises UserError."""
+    """Convert and return a report. output_dir appears only when everything is written. Raise UserError."""
     started, source_root, target = time.monotonic(), Path(options.input_dir), Path(options.output_dir)
     check_folders(options, options.overwrite, {TRACKER, "release"}, TRACKER)
-    # Here and not above: neither --help nor such a mistake should wait for torch.
+    # Imported here, so that --help and the checks above do not wait for torch.
     from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.megatron_target import write_checkpoint
     from checkpoints_conversion.report import Report, count
@@ -95,7 +96,7 @@ def convert(options: Reshard) -> Report:
 
 
 def _copy(opened: Opened, config: CheckpointConfig, target: Path, key: dict, overwrite: bool) -> int:
-    """torch_dist loads into any layout as it is: every file copied, optimizer and random states with it."""
+    """Copy a torch_dist checkpoint, optimizer and random states included, because it loads into any layout."""
     import shutil
 
     from checkpoints_conversion.certificate import NAME
@@ -106,9 +107,9 @@ def _copy(opened: Opened, config: CheckpointConfig, target: Path, key: dict, ove
     with resumable_folder(target, key, overwrite) as root:
         folder = iteration_folder(root, config.iteration)
         shutil.copytree(opened.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(NAME, MANIFEST))
-        # The padding is the file's own: a loading rank adds or drops rows itself.
+        # The padding remains that of the files: a loading rank adds or drops rows itself.
         write_config(folder, replace(config, padded_vocab_size=opened.config.padded_vocab_size, digested=True))
-        # The source's own digests, where it has them: a copy that went wrong is then not believed either.
+        # The source's digests, if it has them, so that an incorrect copy is detected.
         known = read_digests(opened.folder) if has_digests(opened.folder) else {}
         seal(folder, {folder / name: entry for name, entry in known.items() if name != CONFIG})
         write_tracker(root, config.iteration)

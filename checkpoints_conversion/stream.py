@@ -1,6 +1,6 @@
-"""Writing what is larger than memory: files whose sizes are known beforehand, filled tensor by tensor from several threads.
+"""Writes models larger than memory: files of known size, which several threads fill tensor by tensor, in any format.
 
-A file bears its name only when it is whole and on the disk, so what an interrupted run finished is not done again. Knows no format.
+A file gets its name only when it is complete and on disk, so files that an interrupted run has finished are not written again.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Unit:
     """Files that are written together, such as those of one pipeline stage."""
 
     files: dict[Path, int]
-    """Name -> bytes."""
+    """Path -> bytes."""
     tasks: list[tuple[Placed, Callable[[list[int], Tensor], None]]]
-    """What to do with each whole tensor, given the open files in order."""
+    """Functions that write each whole tensor to the open files, which are in order."""
     finish: Callable[[list[int]], None] = lambda handles: None
     tensors: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
-    """Of each of its files: (name, shape, bytes), for plans."""
+    """The tensors of each of its files: (name, shape, bytes), for plans."""
 
     @property
     def nbytes(self) -> int:
@@ -53,9 +53,9 @@ class Unit:
 def write_units(
     units: Sequence[Unit], full: Callable[[Placed], Tensor], what: str = "converting", workers: int = WORKERS
 ) -> dict[Path, Entry]:
-    """Write all that is not there yet. Returns size and digest of every file. Memory: a few tensors for each worker.
+    """Write all files that do not exist yet. Return size and digest of every file. Each worker holds a few tensors in memory.
 
-    A file is digested while it still lies in the system's memory. Raises CheckpointError when the disk has or gets too little room.
+    A file's digest is computed while it is in the page cache. Raise CheckpointError if the disk is or becomes full.
     """
     waiting = [unit for unit in units if not unit.is_done()]
     if waiting:
@@ -75,9 +75,9 @@ def _entry(path: Path) -> Entry:
 
 
 def seal(folder: Path, known: Mapping[Path, Entry], but: Sequence[str] = ()) -> None:
-    """Write digests.json of a finished folder; the entries of `known` are believed, the other files are read.
+    """Write digests.json of a finished folder. known: entries that are used as they are; all other files are read.
 
-    but: files that are left out, because their owner may write in them.
+    but: files that are left out, because their owner may edit them.
     """
     entries = {path.relative_to(folder).as_posix(): entry for path, entry in known.items()}
     others = [name for name in files_below(folder) if name not in entries and name not in (_PLAN, *but)]
@@ -123,7 +123,7 @@ def _check_disk(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB free: make room or choose another disk"
+            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free: free disk space or choose another disk"
         )
 
 
@@ -134,17 +134,17 @@ def _disk_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise CheckpointError(f"the disk is full ({error.strerror}): make room or choose another disk") from error
+        raise CheckpointError(f"the disk is full ({error.strerror}): free disk space or choose another disk") from error
 
 
 class Progress:
-    """A line on the terminal, several times a second; elsewhere one every half minute."""
+    """Prints progress: on a terminal a line updated several times per second, else a line every half minute."""
 
     def __init__(self, what: str, total: float):
         self.what, self.total, self.done = what, total, 0.0
         self._lock, self._tty = threading.Lock(), sys.stderr.isatty()
         self._started = time.monotonic()
-        self._said = self._started
+        self._printed = self._started
         self._open = False
 
     def __enter__(self) -> Progress:
@@ -158,14 +158,14 @@ class Progress:
         with self._lock:
             self.done += count
             now = time.monotonic()
-            if now - self._said < (0.2 if self._tty else 30):
+            if now - self._printed < (0.2 if self._tty else 30):
                 return
-            self._said = now
+            self._printed = now
             self._open = self._tty
             print(f"\r{self.line()}" if self._tty else self.line(), end="" if self._tty else "\n", file=sys.stderr)
 
     def line(self) -> str:
-        """ "converting 3.2 of 13.5 GB, 0.85 GB/s, 0:12 left"."""
+        """Return "converting 3.2 of 13.5 GB, 0.85 GB/s, 0:12 left"."""
         speed = self.done / max(1e-9, time.monotonic() - self._started)
         left = round((self.total - self.done) / speed) if speed else 0
         share = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
@@ -174,10 +174,10 @@ class Progress:
 
 @contextlib.contextmanager
 def resumable_folder(target: Path, key: dict, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder beside `target` that takes its place if the block ends without an error.
+    """Yield a folder beside `target` that replaces it if the block ends without an error.
 
-    What a killed or stopped run left there is yielded again if its `key` (what is made, and from what) was the same. A user's
-    mistake leaves nothing. Raises CheckpointError while another process writes there.
+    The files of an interrupted run are reused if its `key` (options and source) was the same. After a UserError the folder is removed.
+    Raise CheckpointError while another process writes there.
     """
     target = Path(target)
     if not overwrite:
@@ -189,7 +189,9 @@ def resumable_folder(target: Path, key: dict, overwrite: bool) -> Iterator[Path]
         try:
             fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise CheckpointError(f"another conversion is writing {target}: wait for it, or choose another") from error
+            raise CheckpointError(
+                f"another conversion is writing {target}: wait until it ends, or choose another folder"
+            ) from error
         text = json.dumps(key, sort_keys=True, default=str)
         plan.seek(0)
         if plan.read() != text:
@@ -213,5 +215,5 @@ def _empty(folder: Path) -> None:
 
 
 def identity(paths: Iterable[Path]) -> list:
-    """Return name, size and time of change of files, in the order of their names: another source is another conversion."""
+    """Return path, size and modification time of files, sorted by path, which identify the source of a conversion."""
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(set(paths))]

@@ -1,4 +1,4 @@
-"""The tokenizer's copy inside a checkpoint, so that whoever has the checkpoint needs no other file."""
+"""The copy of the tokenizer in a checkpoint, so that a checkpoint needs no other files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _TEMPLATE = "chat_template.jinja"
 def load_before_and_after(
     path: Path | None, model_folder: Path, extra_tokens: Sequence[str]
 ) -> tuple[Tokenizer | None, Tokenizer | None]:
-    """The tokenizer as it is, and with the extra tokens. path: default the model folder's; (None, None) without one.
+    """Return the tokenizer without and with the extra tokens. path: default the model folder's; (None, None) without one.
 
-    Raises TokenizerError when a tokenizer is needed (extra tokens) or asked for, and not there.
+    Raise TokenizerError if a tokenizer is requested, or needed for extra tokens, and does not exist.
     """
     present = any((model_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if path is None and not present and not extra_tokens:
@@ -30,11 +30,11 @@ def load_before_and_after(
 
 
 def copy_tokenizer(tokenizer: Tokenizer, checkpoint: Path) -> None:
-    """Copy its files to checkpoint/tokenizer/ and name there the tokens that were added."""
+    """Copy its files to checkpoint/tokenizer/ and record the added tokens there."""
     folder = checkpoint / TOKENIZER_FOLDER
     folder.mkdir()
     for file in tokenizer.source_files:
-        # A SentencePiece model may have any name of its own; in a folder it is found as tokenizer.model.
+        # A SentencePiece model may have any name; in a folder it must be tokenizer.model.
         shutil.copyfile(file, folder / ("tokenizer.model" if file.suffix == ".model" else file.name))
     if template := template_source(tokenizer.source_files[0].parent):
         (folder / _TEMPLATE).write_text(template, encoding="utf-8")
@@ -44,16 +44,16 @@ def copy_tokenizer(tokenizer: Tokenizer, checkpoint: Path) -> None:
 
 
 def load_copy(checkpoint: Path, config: CheckpointConfig) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None if made without. Raises CheckpointError if it is not what config.json names."""
+    """Return the checkpoint's tokenizer, None if it has none. Raise CheckpointError if it is not the one in config.json."""
     if not config.tokenizer:
         return None
     folder = checkpoint / TOKENIZER_FOLDER
     tokenizer = load_tokenizer(folder, list(config.tokenizer.get("added_tokens", {})))
     if tokenizer.fingerprint != config.tokenizer.get("fingerprint"):
-        raise CheckpointError(f"{folder} is not the tokenizer that config.json names; restore the folder")
+        raise CheckpointError(f"{folder} is not the tokenizer recorded in config.json; restore the folder")
     return tokenizer
 
 
 def original_template(checkpoint: Path) -> str | None:
-    """The chat template that came with the source model, if any."""
+    """Return the chat template of the source model, None if it had none."""
     return template_source(checkpoint / TOKENIZER_FOLDER)

@@ -1,9 +1,9 @@
 """megatron-core's torch_dist format, written and read without a process group and without megatron-core.
 
-It is torch.distributed.checkpoint's format (.metadata says which bytes of which .distcp file hold which box of which
-tensor) plus megatron-core's metadata.json and common.pt. Keys are those of GPTModel.sharded_state_dict(prefix="model.")
-with per-layer ("non-homogeneous") names and global layer numbers. A tensor is stored whole, the vocabulary without
-padding rows: megatron-core fills the rows that a layout adds with zeros, so one checkpoint serves every TP and PP size.
+It is torch.distributed.checkpoint's format (.metadata records which bytes of which .distcp file hold which slice of which tensor) plus
+megatron-core's metadata.json and common.pt. Keys are those of GPTModel.sharded_state_dict(prefix="model.") with per-layer
+("non-homogeneous") names and global layer numbers. A tensor is stored whole, the vocabulary without padding rows: megatron-core fills
+the rows that a layout adds with zeros, so one checkpoint loads with every TP and PP size.
 
 Source of the layout: torch/distributed/checkpoint/{metadata,filesystem}.py and megatron/core/dist_checkpointing.
 """
@@ -39,7 +39,7 @@ from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
 MAX_FILE_BYTES = 5 * 10**9
-_ENVELOPE = 1 << 20  # bytes of torch.save's own around a tensor, generously
+_ENVELOPE = 1 << 20  # upper bound of the bytes that torch.save adds to a tensor
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -55,7 +55,7 @@ def plan_torch_dist(
     dtype: Callable[[Placed], torch.dtype],
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> tuple[list[Unit], Metadata]:
-    """A unit a .distcp file, and what .metadata has to say once they are written (see finish_torch_dist)."""
+    """Return one unit per .distcp file, and the content of .metadata (see finish_torch_dist)."""
     entries: dict[str, STORAGE_TYPES] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     waiting = list(reversed(list(placed)))
@@ -73,7 +73,7 @@ def plan_torch_dist(
             tensors.append((key, tuple(shape), archive.slots[0].nbytes))
             at += archive.size
             if one.rule.stage == "layer" and one.rule.cut != "replicated" and key.endswith(".weight"):
-                # Transformer Engine keeps its fp8 scales there; without them a plain load of megatron-core's stops.
+                # The place of Transformer Engine's fp8 scales; a plain load of megatron-core fails without it.
                 extra = MetadataIndex(key.removesuffix("weight") + "_extra_state/shard_0_1")
                 entries[extra.fqn], places[extra] = BytesStorageMetadata(), _StorageInfo(name, at, len(_NOTHING))
                 fixed.append(at)
@@ -83,7 +83,7 @@ def plan_torch_dist(
 
 
 def finish_torch_dist(folder: Path, metadata: Metadata, iteration: int = 0) -> None:
-    """The small files; .metadata last, as torch does it: where it is, the rest is there."""
+    """Write the small files; .metadata is the last, as in torch: if it exists, the checkpoint is complete."""
     torch.save({"checkpoint_version": 3.0, "iteration": iteration}, folder / "common.pt")
     write_json(folder / "metadata.json", _BACKENDS)
     with open(folder / ".metadata", "wb") as file:
@@ -128,7 +128,7 @@ def _has_places(entry: STORAGE_TYPES) -> TypeGuard[TensorStorageMetadata]:
 
 
 class TorchDistSource:
-    """An opened torch_dist checkpoint: ours, or one saved while training (optimizer state is ignored)."""
+    """An opened torch_dist checkpoint, of a converter or of a training run (optimizer state is ignored)."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, rules: Sequence[Rule]) -> None:
         self.folder, self.config = Path(folder), config
@@ -159,17 +159,17 @@ class TorchDistSource:
             stored, shape = tuple(self._tensors[key].size), one.rule.full_shape(self.config.architecture)
             padded = one.rule.cut == "vocab_parallel" and stored[1:] == shape[1:] and stored[0] >= shape[0]
             if stored != shape and not padded:
-                raise CheckpointError(f"{where}: {key} is {list(stored)}, config.json says {list(shape)}")
+                raise CheckpointError(f"{where}: {key} is {list(stored)}, config.json has {list(shape)}")
 
     def _check_places(self) -> None:
-        """Every part of the model's tensors lies in a file that reaches so far, in about as many bytes as its numbers take."""
+        """Raise CheckpointError unless every part of a tensor has a place in a file that is long enough, with a plausible size."""
         sizes: dict[str, int] = {}
         for key, entry in self._tensors.items():
             for chunk in entry.chunks:
                 info = self._places.get((key, tuple(chunk.offsets)))
                 if info is None:
                     raise CheckpointError(
-                        f"{self.folder / '.metadata'} does not say where {key} lies; convert or save again"
+                        f"{self.folder / '.metadata'} has no location for {key}; convert or save again"
                     )
                 path = self.folder / info.relative_path
                 if info.relative_path not in sizes:
@@ -181,7 +181,7 @@ class TorchDistSource:
                 needed = chunk.sizes.numel() * entry.properties.dtype.itemsize
                 if not needed <= info.length <= needed + _ENVELOPE:
                     raise CheckpointError(
-                        f"{self.folder / '.metadata'}: {key} has {needed} bytes of numbers in {info.length}; restore it"
+                        f"{self.folder / '.metadata'}: {key} needs {needed} bytes, but {info.length} are recorded; restore it"
                     )
                 if info.offset + info.length > sizes[info.relative_path]:
                     raise CheckpointError(
@@ -189,7 +189,7 @@ class TorchDistSource:
                     )
 
     def full(self, placed: Placed) -> Tensor:
-        """The whole tensor put together from its boxes, padding rows dropped."""
+        """Return the whole tensor, joined from its slices, without padding rows."""
         key = self._prefix + placed.dist_key
         entry = self._tensors[key]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -215,6 +215,6 @@ class TorchDistSource:
             ) from error
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{path}: what lies at byte {info.offset} is not what .metadata says; restore the file"
+                f"{path}: the content at byte {info.offset} does not match .metadata; restore the file"
             )
         return tensor

@@ -1,8 +1,8 @@
-"""torch.save's zip format with every byte's place known before any number is there.
+"""torch.save's zip format, in which every byte's position is known before any tensor is available.
 
-The size of a file follows from the shapes, so a plan can state it exactly; tensors can be written in any order, from several
-threads, and none has to be in memory beside another. What is written opens with torch.load(weights_only=True), mapped or not; CRCs are
-those of the data. Source of the layout: torch/serialization.py, and the ZIP specification with its 64-bit extension.
+The size of a file follows from the shapes, so a plan has exact sizes. Tensors can be written in any order from several threads, one at a
+time in memory. The files open with torch.load(weights_only=True), memory-mapped or not; CRCs are those of the data.
+Source of the layout: torch/serialization.py, and the ZIP specification with its 64-bit extension.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 ALIGNMENT = 64
-_FULL = 0xFFFFFFFF  # the real number stands in the 64-bit extension
+_FULL = 0xFFFFFFFF  # the real number is in the 64-bit extension
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor to come."""
+    """A tensor that will be written later."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class _Record:
 
 
 class TorchZip:
-    """The plan of one file: `value` holds plain types and Slots. `base`: where it begins in a larger file."""
+    """The plan of one file. value: plain types and Slots. base: start of the archive in a larger file."""
 
     def __init__(self, value: Any, base: int = 0):
         pickled = io.BytesIO()
@@ -76,7 +76,7 @@ class TorchZip:
         self._at = data + size
 
     def write(self, file: int, number: int, tensor: torch.Tensor) -> None:
-        """Put the number-th slot's tensor into an open file. Threads may write different slots at once."""
+        """Write the number-th slot's tensor to an open file. Threads may write different slots at once."""
         slot = self.slots[number]
         assert tensor.dtype == slot.dtype and tuple(tensor.shape) == slot.shape, (number, tensor.shape, slot)
         data = as_bytes(tensor)
@@ -85,7 +85,7 @@ class TorchZip:
         write_at(file, data, self._base + record.data_offset)
 
     def finish(self, file: int) -> None:
-        """The headers and the directory, once every slot is written."""
+        """Write the headers and the directory, after every slot has been written."""
         for name, data in self._small.items():
             record = next(r for r in self._records if r.name == b"archive/" + name.encode())
             record.crc = zlib.crc32(data)
@@ -123,7 +123,7 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """As torch.save pickles a tensor, from its shape alone."""
+    """Pickles a tensor as torch.save does, from its shape only."""
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file, protocol=2)
@@ -151,7 +151,7 @@ _STORAGES = {
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's numbers, row by row, without a copy where it is contiguous."""
+    """Return a tensor's bytes in row-major order, without a copy if it is contiguous."""
     flat = tensor.contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 

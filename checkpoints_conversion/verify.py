@@ -1,6 +1,6 @@
-"""Proof that a Hugging Face model and a Megatron checkpoint are the same model: every bit, then what both answer.
+"""megatron-ft verify: check that a Hugging Face model and a checkpoint are the same model, by their weights and their logits.
 
-Our answers are computed in the checkpoint's own layout, by that many processes on this machine's CPU.
+The checkpoint's logits are computed in its own layout, with one CPU process per rank.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _Pair:
     hf: str = field(metadata={"required": True})
-    """Hugging Face model folder."""
+    """Hugging Face model folder to compare."""
     megatron: str = field(metadata={"required": True})
-    """Checkpoint: its root, or one release or iter_ folder."""
+    """Checkpoint to compare: its root, or one release or iter_ folder."""
 
 
 @dataclass(frozen=True)
 class Verify(CheckpointSource, _Pair):
-    """What to compare"""
+    """Models and comparison"""
 
     logits: bool = True
-    """Compare what both models answer, too. --no_logits: only the weights, for a model larger than this machine."""
+    """Also compare the logits of both models; --no_logits: only the weights, for models that do not fit into memory."""
     tensor_model_parallel_size: int | None = None
-    """TP of the processes that compute our logits, on CPU; default: the checkpoint's."""
+    """Tensor parallel size of the CPU processes that compute the checkpoint's logits; default: the checkpoint's."""
     pipeline_model_parallel_size: int | None = None
-    """PP of those processes; default: the checkpoint's."""
+    """Pipeline parallel size of the CPU processes that compute the checkpoint's logits; default: the checkpoint's."""
     tolerance: float = 1e-4
-    """Largest difference of a logit, in fp32."""
+    """Largest accepted difference of a logit, in fp32."""
     prompts: str | None = None
-    """Chats to ask, one JSON line each with a list "messages" (or a "text"); default: three of ours."""
+    """File of prompts, one JSON object per line with "messages" (a list) or "text"; default: three built-in chats."""
     longest: int = 4096
-    """At most so many tokens in the prompt that reaches beyond the original context."""
+    """Largest number of tokens of the long prompt, which exceeds the original context."""
 
 
 COMMAND = Command(
     name="verify",
-    summary="prove that a Hugging Face model and a checkpoint are the same model, and certify it",
+    summary="check that a Hugging Face model and a checkpoint are the same model, and write a certificate",
     sections=(Verify,),
     examples=(
         "megatron-ft verify --hf llama2-7b --megatron checkpoints/llama2-7b-tp2-pp2",
@@ -59,8 +59,8 @@ def run(options: Verify) -> None:
 
 
 def verify(options: Verify) -> Certificate:
-    """Compare, and write certificate.json into the checkpoint's folder. Raises CheckpointError at the first difference."""
-    # Here and not above: --help should not wait for torch.
+    """Compare, and write certificate.json to the checkpoint's folder. Raise CheckpointError for the first difference."""
+    # Imported here, so that --help does not wait for torch.
     from checkpoints_conversion.certificate import compare_weights, make_certificate
     from checkpoints_conversion.megatron_source import open_megatron
 
@@ -69,10 +69,10 @@ def verify(options: Verify) -> Certificate:
     weights = compare_weights(Path(options.hf), opened)
     answers = None
     if options.logits:
-        from checkpoints_conversion.answers import Asked, compare_answers
+        from checkpoints_conversion.answers import LogitOptions, compare_answers
 
-        asked = Asked(**{each.name: getattr(options, each.name) for each in fields(Asked)})
-        answers = compare_answers(Path(options.hf), opened, asked)
+        logit_options = LogitOptions(**{each.name: getattr(options, each.name) for each in fields(LogitOptions)})
+        answers = compare_answers(Path(options.hf), opened, logit_options)
     return make_certificate(Path(options.hf), opened, weights, answers)
 
 

@@ -1,4 +1,4 @@
-"""Room for added tokens: which ids are new, and the rows they get in the embedding and the output layer."""
+"""Added tokens: their ids, and their initial rows in the embedding and the output layer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Noise:
-    """What new rows get beside the mean: normal, with this deviation, from this seed."""
+    """Normal noise that is added to the mean in new rows."""
 
     std: float
     seed: int
 
     def like(self, rows: int, width: int, name: str) -> Tensor:
-        """[rows, width], fp32; embedding and output layer (by name) get their own."""
+        """Return noise [rows, width] in fp32, different for embedding and output layer (by name)."""
         import torch
 
         seed = int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7], "little")
@@ -33,20 +33,20 @@ class Noise:
 
 @dataclass(frozen=True)
 class Growth:
-    """From the source's rows to rows for every token."""
+    """The change from the source's rows to rows for every token."""
 
     vocab_size: int
-    """Rows after growing."""
+    """Number of rows after the change."""
     used_rows: int
-    """Rows of the source that stand for a token; their mean is a new row's start."""
+    """Number of the source's rows that are used by tokens; new rows start with their mean."""
     new_ids: tuple[int, ...]
-    """Tokens without a trained row: beyond the source's rows, or in rows that the source kept empty."""
+    """Tokens without a trained row: beyond the source's rows, or in unused rows of the source."""
     noise: Noise | None = None
 
     def apply(self, tensor: Tensor, name: str) -> Tensor:
-        """[v, h] -> [vocab_size, h]; old rows unchanged, new ones the mean of the used ones (taken in fp32), plus noise.
+        """Return [vocab_size, h] from [v, h]: old rows unchanged, new ones the mean of the used ones (in fp32), plus noise.
 
-        The mean as Hewitt (2021, "Initializing New Word Embeddings for Pretrained Language Models"): rows around zero would take
+        The mean follows Hewitt (2021, "Initializing New Word Embeddings for Pretrained Language Models"): rows near zero would take
         probability from every old token.
         """
         if not self.new_ids:
@@ -63,23 +63,23 @@ class Growth:
 def plan_growth(
     arch: Architecture, before: Tokenizer | None, after: Tokenizer | None, noise: Noise | None = None
 ) -> Growth:
-    """before: the source's tokenizer; after: the same with the added tokens. Without one, nothing grows."""
+    """Return the growth. before: the source's tokenizer. after: the same with added tokens. Without one, nothing changes."""
     rows = arch.vocab_size
     if before is None or after is None:
         return Growth(rows, rows, ())
     added = range(before.vocab_size, after.vocab_size)
-    beyond = range(rows, after.vocab_size)  # a tokenizer may know tokens that the source never gave rows
+    beyond = range(rows, after.vocab_size)  # a tokenizer may have tokens without rows in the source
     return Growth(max(rows, after.vocab_size), min(rows, before.vocab_size), tuple(sorted({*added, *beyond})), noise)
 
 
 def parse_token_list(text: str | None) -> tuple[str, ...]:
-    """A comma-separated list of tokens; one more pair of quotes inside, as some recipes print it, is dropped."""
+    """Return the tokens of a comma-separated list, without an additional pair of quotes that some recipes have."""
     names = [name.strip() for name in (text or "").strip().strip("\"'").split(",")]
     if len(names) != len(set(names)):
-        raise TokenizerError(f"--vocab_extra_ids_list {text}: a token is named twice")
+        raise TokenizerError(f"--vocab_extra_ids_list {text}: a token occurs twice")
     return tuple(name for name in names if name)
 
 
 def union(*lists: Sequence[str]) -> tuple[str, ...]:
-    """Every token once, in the order of first mention."""
+    """Return every token once, in the order of its first occurrence."""
     return tuple(dict.fromkeys(name for names in lists for name in names))

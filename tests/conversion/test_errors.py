@@ -194,7 +194,7 @@ def test_rank_file_with_other_tensors(place):
 
 def test_rank_file_of_another_shape(place):
     change_rank_file(place, lambda model: model.update({"decoder.layers.0.mlp.linear_fc1.weight": torch.ones(3, 4)}))
-    refused(place, "torch", r"linear_fc1.weight is \[3, 4\], config.json says \[48, 32\]")
+    refused(place, "torch", r"linear_fc1.weight is \[3, 4\], config.json has \[48, 32\]")
 
 
 class Payload:
@@ -255,13 +255,13 @@ def test_existing_folders_are_kept(place):
     hf_to_megatron.convert(HfToMegatron(source, str(target), overwrite=True, ckpt_format="torch"))
     assert (target / "release" / "mp_rank_00" / "model_optim_rng.pt").is_file()
     (target / "iter_0000500").mkdir()
-    with pytest.raises(UserError, match=r"holds iter_0000500, .* leaves it alone"):
+    with pytest.raises(UserError, match=r"holds iter_0000500, .* does not replace it"):
         hf_to_megatron.convert(HfToMegatron(source, str(target), overwrite=True, ckpt_format="torch"))
     (place / "notes").mkdir()
     (place / "notes" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"has no config.json"):
         megatron_to_hf.convert(MegatronToHf(str(place / "torch_dist"), str(place / "notes"), overwrite=True))
-    with pytest.raises(UserError, match="lie in each other"):
+    with pytest.raises(UserError, match="inside each other"):
         megatron_to_hf.convert(MegatronToHf(str(place / "torch_dist"), str(place / "torch_dist" / "hf")))
 
 

@@ -32,7 +32,7 @@ def pair(tmp_path):
 def pool(monkeypatch, four_ranks):
     """verify asks four waiting ranks, in any layout they allow, instead of starting processes each time."""
     monkeypatch.setattr(
-        answers, "ask_in_layout", lambda request, _: next(filter(None, four_ranks.run(differences, request)))
+        answers, "differences_in_layout", lambda request, _: next(filter(None, four_ranks.run(differences, request)))
     )
 
 
@@ -107,10 +107,10 @@ def test_more_processes_than_sensible(pair, monkeypatch, capsys):
 
 def test_memory_for_some_processes_or_none(monkeypatch):
     monkeypatch.setattr(answers, "available_memory", lambda: 5 * 10**9)
-    assert answers.why_not(8, 10**9) == "8 processes do not fit into 5.0 GB of free memory"
-    assert answers.why_not(4, 10**9) is None
+    assert answers.layout_problem(8, 10**9) == "8 processes do not fit into 5.0 GB of free memory"
+    assert answers.layout_problem(4, 10**9) is None
     with pytest.raises(UserError, match=r"28.0 GB of weights in fp32 do not fit into 5.0 GB .*--no_logits"):
-        answers.why_not(1, 7 * 10**9)
+        answers.layout_problem(1, 7 * 10**9)
 
 
 def test_a_rank_that_cannot_read_its_file(pair):
@@ -118,10 +118,10 @@ def test_a_rank_that_cannot_read_its_file(pair):
     path = pair / "made" / "release" / "mp_rank_01_001" / "model_optim_rng.pt"
     request = answers.Request(str(pair / "made" / "release"), 2, 2, [[1, 2, 3]], str(pair), 205)
     with pytest.raises(RuntimeError, match=r"(?s)rank 2 of 4 raised.*0.npy"):
-        answers.ask_in_layout(request, pair)
+        answers.differences_in_layout(request, pair)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"mp_rank_01_001/model_optim_rng.pt is cut short"):
-        answers.ask_in_layout(request, pair)
+        answers.differences_in_layout(request, pair)
 
 
 def test_a_stretched_export_is_the_stretched_checkpoint(tmp_path, pool):
@@ -131,7 +131,7 @@ def test_a_stretched_export_is_the_stretched_checkpoint(tmp_path, pool):
     export(MegatronToHf(str(tmp_path / "made"), str(tmp_path / "hf")))
     logits = check(tmp_path).content["logits"]
     assert logits["original_context"] == 128 and logits["beyond_original_context"]
-    with pytest.raises(UserError, match=r"the rope of .*source and of .* differ"):
+    with pytest.raises(UserError, match=r"RoPE differs between .*source and "):
         verify(Verify(str(tmp_path / "source"), str(tmp_path / "made"), logits=False))
 
 
@@ -152,7 +152,7 @@ def test_another_model(pair):
 
 
 def test_logits_beyond_the_tolerance(pair, pool):
-    with pytest.raises(UserError, match=r"more than --tolerance 1e-12"):
+    with pytest.raises(UserError, match=r"above --tolerance 1e-12"):
         check(pair, tolerance=1e-12)
     assert not (pair / "made" / "release" / "certificate.json").exists()
 
@@ -169,17 +169,17 @@ def test_export_asks_for_a_certificate(pair):
     check(pair, logits=False)
     back("certified", require_certificate=True)
     card = (pair / "certified" / "README.md").read_text()
-    assert "| parity with transformers | 39 tensors equal bit for bit; logits not compared |" in card
+    assert "| parity with transformers | 39 tensors are bit-identical; logits not compared |" in card
     assert "| trained on | not recorded |" in card
     certificate = pair / "made" / "release" / "certificate.json"
     whole = certificate.read_text()
     certificate.write_text(whole.replace('"tensors": 39', '"tensors": 38'))
-    with pytest.raises(UserError, match=r"certificate.json is damaged, or of an older version; verify again"):
+    with pytest.raises(UserError, match=r"certificate.json is damaged, or from an older version; run megatron-ft"):
         back("forged", require_certificate=True)
     certificate.write_text(whole)
     config = pair / "made" / "release" / "config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(UserError, match="is of other files"):
+    with pytest.raises(UserError, match="belongs to other files"):
         back("changed", require_certificate=True)
     back("warned")
 
@@ -187,4 +187,4 @@ def test_export_asks_for_a_certificate(pair):
 def test_command(pair, capsys):
     arguments = ["--hf", str(pair / "hf"), "--megatron", str(pair / "made"), "--no_logits"]
     assert run_script(command.COMMAND, command.run, arguments) == 0
-    assert capsys.readouterr().out.startswith("39 tensors equal bit for bit, logits not compared -> ")
+    assert capsys.readouterr().out.startswith("39 tensors are bit-identical, logits not compared -> ")

@@ -102,7 +102,7 @@ def test_noise_is_as_wide_as_the_config_says(tmp_path, caplog):
     new = grown(tmp_path, "made", new_rows="noise")[0][203:]
     assert 0.3 < (new - original.model.embed_tokens.weight.mean(dim=0)).std() < 0.7
     grown(tmp_path, "mean", new_rows_std=0.1)
-    assert "--new_rows_std is ignored" in caplog.text
+    assert "--new_rows_std has no effect" in caplog.text
     with pytest.raises(UserError, match="--new_rows_std -1: must be above 0"):
         grown(tmp_path, "wrong", new_rows="noise", new_rows_std=-1)
 
