@@ -35,7 +35,7 @@ def too_large_a_layout(shop, tmp_path) -> list:
     return [*finetune(shop, shop.dist), "--tensor_model_parallel_size", 2]
 
 
-def no_known_shape(shop, tmp_path) -> list:
+def no_known_format(shop, tmp_path) -> list:
     (tmp_path / "x.jsonl").write_text('{"weather": "fine"}\n')
     return pretokenize(shop, tmp_path, tmp_path / "x.jsonl")
 
@@ -74,7 +74,7 @@ MISTAKES = {
     "is not a multiple": lambda shop, _: [*finetune(shop), "--micro_batch_size", 3],
     "is beyond the model": lambda shop, _: [*finetune(shop), "--seq_length", 256],
     "earlier run": an_earlier_run,
-    "no known shape": no_known_shape,
+    "no known format": no_known_format,
     "not valid JSON": broken_line,
     "exist already": finished_shards,
     "for a vocabulary of": lambda shop, _: finetune(shop, shop.bare),
