@@ -31,14 +31,14 @@ def compare_masks(rate: float) -> tuple[float, int, int]:
 
     here, number = device.current_device(), 5
     keys = torch.from_numpy(token_keys(1, np.arange(4), 512)).transpose(1, 2).contiguous()
-    right = kept(keys, 2048, number, rate)
-    x = torch.ones(right.shape, dtype=torch.bfloat16, device=here, requires_grad=True)
+    expected = kept(keys, 2048, number, rate)
+    x = torch.ones(expected.shape, dtype=torch.bfloat16, device=here, requires_grad=True)
     place = place_of(number, rate, here)
     joined = FusedDroppedAdd.apply(x, torch.zeros_like(x), keys.to(here), channel_bits(2048, here), *place)
     joined.sum().backward()
     assert x.grad is not None
     stays, passes = joined.detach().cpu() != 0, x.grad.cpu() != 0
-    return float(stays.float().mean()), int((stays != right).sum()), int((passes != right).sum())
+    return float(stays.float().mean()), int((stays != expected).sum()), int((passes != expected).sum())
 
 
 def lima_steps(folder: Path) -> Found:

@@ -136,16 +136,16 @@ class Worker:
     def _select(
         self, samples: list[Conversation], selection: Selection, phrases: tuple[str, ...], left_out: Counter[str]
     ) -> list[Conversation]:
-        kept = []
+        selected = []
         for chat in samples:
             chat, fault = in_order(chat, selection.role_order)
             if fault is None and phrases and refuses(chat, phrases):
                 fault = "refusal phrase"
             if fault is None:
-                kept.append(chat)
+                selected.append(chat)
             else:
                 left_out[fault] += 1
-        return kept
+        return selected
 
     def _flagged(self, chat: Conversation, marked: bool, weights: Sequence[float]) -> Conversation:
         """Return the chat with its marks and weights as bits of the role byte."""
@@ -166,16 +166,16 @@ class Worker:
             samples, bad = self._encodable(samples, bad)
             ids, codes, lengths = self._encode([chat for _, chat in samples])
         faults, reasons = token_faults(codes, lengths, job.selection)
-        kept = faults == 0
+        accepted = faults == 0
         skipped = Counter({reasons[i]: int(n) for i, n in enumerate(np.bincount(faults)) if i and n})
         skipped.update(bad)
-        result = Tokenized(ids, codes, lengths, skipped, int(lengths[~kept].sum()))
-        if not kept.all():
-            by_token = np.repeat(kept, lengths)
-            result.ids, result.codes, result.lengths = ids[by_token], codes[by_token], lengths[kept]
+        result = Tokenized(ids, codes, lengths, skipped, int(lengths[~accepted].sum()))
+        if not accepted.all():
+            by_token = np.repeat(accepted, lengths)
+            result.ids, result.codes, result.lengths = ids[by_token], codes[by_token], lengths[accepted]
         result.ids = result.ids.astype(self.dtype)
         if self.settings.text:
-            chats = (chat for (_, chat), keep in zip(samples, kept, strict=True) if keep)
+            chats = (chat for (_, chat), keep in zip(samples, accepted, strict=True) if keep)
             texts = (json.dumps({"text": self._text(chat)}, ensure_ascii=False) for chat in chats)
             result.text = "".join(text + "\n" for text in texts).encode()
         return result
@@ -192,31 +192,31 @@ class Worker:
             return samples, Counter()
         except UnicodeEncodeError:
             pass
-        kept = []
+        valid = []
         for where, chat in samples:
             try:
                 "".join(message["content"] for message in chat).encode()
-                kept.append((where, chat))
+                valid.append((where, chat))
             except UnicodeEncodeError:
                 if not self.settings.skip_bad:
                     raise DataError(
                         f"{where}: the text contains a lone surrogate (half a character); repair or remove it"
                     ) from None
-        return kept, Counter({"half a character": len(samples) - len(kept)})
+        return valid, Counter({"half a character": len(samples) - len(valid)})
 
     def _encodable(
         self, samples: list[tuple[str, Conversation]], bad: Counter[str]
     ) -> tuple[list[tuple[str, Conversation]], Counter[str]]:
         """Return the samples without those that the chat format cannot encode; raise DataError for the first, unless they are skipped."""
-        kept = []
+        valid = []
         for where, chat in samples:
             try:
                 self._encode([chat])
-                kept.append((where, chat))
+                valid.append((where, chat))
             except DataError as error:
                 if not self.settings.skip_bad:
                     raise DataError(f"{where}: {error}; --on_bad_record skip leaves such chats out") from error
-        return kept, bad + Counter({"not sayable in the chat format": len(samples) - len(kept)})
+        return valid, bad + Counter({"not sayable in the chat format": len(samples) - len(valid)})
 
     def _encode(self, chats: list[Conversation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if chats and chats[0][0]["role"] == "text":
