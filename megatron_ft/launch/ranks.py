@@ -133,10 +133,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Keep signals waiting while a process is started.
+    """Block signals while a process is started.
 
-    A new process has the launcher's handlers at first. A signal that it gets then would be noted in its copy of the launcher's notes, which
-    nobody reads: the rank would go on.
+    A new process first has the launcher's handlers. A signal at that moment would only be recorded in its copy of the launcher's state,
+    and the rank would continue.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -146,7 +146,7 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _begin_as_child() -> None:
-    """Take the launcher's handlers down in a new process, then let signals come that waited: they end it, as nothing is new yet."""
+    """In a new process: remove the launcher's handlers, then unblock signals. Pending ones end it; there is nothing to save yet."""
     for number in _SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
