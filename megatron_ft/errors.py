@@ -16,6 +16,10 @@ class ConfigError(UserError):
     """A flag, a configuration file, or two settings that do not fit together."""
 
 
+class EngineError(UserError):
+    """A megatron-core that this package was not tried with, or that lacks a part which this package changes."""
+
+
 class DataError(UserError):
     """Chat files or shards: missing, cut short, or made for another model."""
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from megatron_ft.config.sections import Checkpointing
 from megatron_ft.digests import digest_files, files_below
 from megatron_ft.engine.collective_errors import raise_together
 from megatron_ft.engine.parallel import Layout, seed_everything
+from megatron_ft.engine.versions import check_parts
 from megatron_ft.errors import CheckpointError
 from megatron_ft.log import logger
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 log = logger("checkpoint")
+
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies.torch"
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,16 @@ def make_saver(contents: Contents, section: Checkpointing) -> contextlib.Abstrac
 class _Planner(TorchDistSaveShardedStrategy):
     """The engine's plan of who writes what, without its way of writing."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> tuple[Any, Any]:
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str = "") -> tuple[Any, Any]:
+        """async_strategy: given by megatron-core 0.19, which plans the same whatever it is."""
         return writer, planned[1]
+
+    def plan(self, tensors: Any, folder: Path) -> tuple[Any, Any]:
+        """Return the engine's writer for this rank, and the metadata. All ranks call it."""
+        check_parts("_Planner", f"{_STRATEGIES}:TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks")
+        asks = "async_strategy" in signature(self.async_save).parameters
+        # The default of 0.19 is the writer of a package that nothing here needs.
+        return self.async_save(tensors, folder, **({"async_strategy": "mcore"} if asks else {}))
 
 
 def plan_save(contents: Contents, ckpt_format: str, folder: Path, progress: Progress) -> Plan:
@@ -122,7 +134,7 @@ def plan_sharded(
     tensor that nobody writes the main rank finds in either case, in the plan of who writes what.
     """
     tensors, common = save_preprocess(state, validate_access_integrity=not has_one_writer_each)
-    writer, metadata = _Planner("torch_dist", 1).async_save(tensors, folder)
+    writer, metadata = _Planner("torch_dist", 1).plan(tensors, folder)
     if is_main:
         put = put | {"common.pt": partial(save_tensors, classic.own(common))}
     buckets = writer.preload_tensors(writer.write_buckets) if writer.write_buckets else []

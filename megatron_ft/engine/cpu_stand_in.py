@@ -13,12 +13,50 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
+from megatron_ft.engine.versions import patch
 
+_NEEDS_TRITON = ("megatron.core.transformer.moe.ops.paged_stash",)
+"""Modules of the engine that are imported with it, import triton without asking whether it is there, and are for experts on a GPU."""
+
+
+def do_without_triton() -> None:
+    """Leave out what needs triton where it is not installed. Call before megatron-core is imported.
+
+    torch's build for CPUs does not bring triton. The schedules of megatron-core 0.19 import kernels of it, those of 0.16 do not.
+    """
+    if importlib.util.find_spec("triton") is None:
+        for name in _NEEDS_TRITON:
+            sys.modules.setdefault(name, _left_out(name))
+
+
+def _left_out(name: str) -> types.ModuleType:
+    """A module that has every name, but nothing in it can be called."""
+
+    def absent(*args: Any, **options: Any) -> None:
+        raise NotImplementedError(f"{name} needs triton")
+
+    def named(attribute: str) -> Callable[..., None]:
+        if attribute.startswith("__"):  # what Python asks of modules
+            raise AttributeError(attribute)
+        return absent
+
+    module = types.ModuleType(name)
+    module.__dict__["__getattr__"] = named
+    return module
+
+
+@patch(
+    "0.16 to 0.19",
+    "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+    "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+    *("torch:Tensor.to", "torch:Tensor.type", "torch:Tensor.cuda", "torch:nn.Module.cuda"),
+)
 def answer_for_cpu() -> None:
     """Answer the engine's questions about its GPU for the CPU, in every module of it that is loaded."""
     import torch

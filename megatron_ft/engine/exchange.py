@@ -13,6 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_ft.engine.versions import check_parts
+
 Shape = tuple[int, int, int]
 
 
@@ -37,7 +39,7 @@ class KnownShapes(P2PCommunicator):
 
 def known_shapes(config: Any, shapes: Sequence[Shape]) -> dict:
     """Return the arguments that have the engine's schedule use KnownShapes: it takes them together with all groups, or not at all."""
-    assert hasattr(P2PCommunicator, "_communicate_shapes"), "megatron-core exchanges shapes in another way"
+    check_parts("KnownShapes", "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes")
     groups = ProcessGroupCollection()
     groups.tp = parallel_state.get_tensor_model_parallel_group()
     groups.pp = parallel_state.get_pipeline_model_parallel_group()

@@ -18,6 +18,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from torch.optim.adamw import adamw
 
 from megatron_ft.config.sections import Batch, Numerics, Optimizer
+from megatron_ft.engine.versions import patch
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -28,9 +29,10 @@ class FusedAdam(torch.optim.Optimizer):
 
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, adam_w_mode: bool = True, bias_correction: bool = True,
+        weight_decay: float = 0.0, adam_w_mode: bool = True, bias_correction: bool = True, capturable: bool = False,
     ):  # fmt: skip
-        if not (adam_w_mode and bias_correction):
+        """capturable: whether a step can be part of a CUDA graph. megatron-core 0.19 says that it need not."""
+        if not (adam_w_mode and bias_correction) or capturable:
             raise ValueError("FusedAdam decouples weight decay and corrects the bias; nothing else is implemented")
         super().__init__(
             params,
@@ -81,6 +83,17 @@ def copy_all(this: list[torch.Tensor], that: list[torch.Tensor], overflow_buf: A
     scale_all(0, overflow_buf, [this, that], 1.0)
 
 
+@patch(
+    "0.16 to 0.19",
+    "megatron.core.optimizer:Adam",
+    "megatron.core.optimizer:USING_PYTORCH_OPTIMIZER",
+    "megatron.core.optimizer.distrib_optimizer:Adam",
+    "megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE",
+    "megatron.core.optimizer.clip_grads:l2_norm_impl",
+    "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
+    "megatron.core.optimizer.optimizer:multi_tensor_scale_impl",
+    "megatron.core.optimizer.optimizer:_multi_tensor_copy_this_to_that",
+)
 def offer_to_engine() -> None:
     """Give the engine what it takes from Transformer Engine or apex, where there is neither. Idempotent.
 

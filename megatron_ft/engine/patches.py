@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 from typing import Any
 
+from megatron_ft.engine.versions import patch
+
 
 def apply() -> None:
     """Make all changes below. megatron-core has been imported."""
@@ -13,6 +15,7 @@ def apply() -> None:
     read_objects_without_running_them()
 
 
+@patch("0.16 to 0.19", "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue")
 def keep_write_results_here() -> None:
     """Checkpoints are saved synchronously, so what was written need not be told to another process.
 
@@ -24,6 +27,7 @@ def keep_write_results_here() -> None:
     filesystem_async._results_queue = queue.SimpleQueue()
 
 
+@patch("0.16 to 0.19", "megatron.core.dist_checkpointing.strategies.torch:MCoreLoadPlanner.load_bytes")
 def read_objects_without_running_them() -> None:
     """The few objects that lie among a checkpoint's tensors are read as tensors are: what names anything else is refused.
 
@@ -43,6 +47,11 @@ def read_objects_without_running_them() -> None:
     MCoreLoadPlanner.load_bytes = load_bytes
 
 
+@patch(
+    "0.16 to 0.19",
+    "megatron.core.tensor_parallel:CheckpointWithoutOutput",
+    "megatron.core.tensor_parallel.random:CheckpointWithoutOutput",
+)
 def recompute_norms_without_fp8() -> None:
     """Recomputed norms ask Transformer Engine for its fp8 state even where it is not installed, and then fail."""
     from megatron.core import tensor_parallel

@@ -8,24 +8,25 @@ import warnings
 
 from megatron_ft.device import has_gpu
 from megatron_ft.engine import patches
-from megatron_ft.engine.cpu_stand_in import answer_for_cpu
-from megatron_ft.errors import ConfigError
-
-SUPPORTED = "0.16."
-"""megatron-core releases on whose internals this package was checked."""
+from megatron_ft.engine.cpu_stand_in import answer_for_cpu, do_without_triton
+from megatron_ft.engine.versions import check_version
 
 
 @functools.cache
 def prepare_engine() -> None:
     """Import megatron-core once, on the CPU through the stand-in. Call before any other import of megatron.core.
 
-    Raise ConfigError when the installed megatron-core is of a release this package was not checked against.
+    Raise EngineError when the installed megatron-core is of a release this package was not tried with, or lacks what it changes.
     """
     # torch's C++ warns of every connection that another process's end closes, with its own stack. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not has_gpu():
+        do_without_triton()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import megatron.core
+        import megatron.core.dist_checkpointing.strategies.async_utils
+        import megatron.core.dist_checkpointing.strategies.state_dict_saver  # 0.19 imports both at a save, too late for the stand-in
         import megatron.core.dist_checkpointing.strategies.torch
         import megatron.core.inference.contexts.static_context
         import megatron.core.models.gpt
@@ -33,12 +34,7 @@ def prepare_engine() -> None:
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel.schedules
 
-    version = megatron.core.__version__
-    if not version.startswith(SUPPORTED):
-        raise ConfigError(
-            f"megatron-core {version} is installed, but megatron_ft was checked against {SUPPORTED}x: "
-            f"pip install 'megatron-core>=0.16,<0.17'"
-        )
+    check_version(megatron.core.__version__)
     patches.apply()
     if not has_gpu():
         answer_for_cpu()

@@ -18,6 +18,7 @@ from megatron.core.transformer import attention
 from torch import Tensor
 
 from megatron_ft import device
+from megatron_ft.engine.versions import patch
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.parts import Rope
 from megatron_ft.models.rope import LENGTH_METHODS, inverse_frequencies, method_of
@@ -116,10 +117,10 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_turned, dynamic=True)
 
 
+@patch("0.16 to 0.19", "megatron.core.transformer.attention:apply_rotary_pos_emb")
 def turn_by_table() -> None:
     """Have the engine's attention turn queries and keys by `turn`. Idempotent.
 
     Its own function takes angles, and computes their cosine and sine in every layer; there is no setting for another.
     """
-    assert hasattr(attention, "apply_rotary_pos_emb"), "megatron-core's attention no longer has apply_rotary_pos_emb"
     attention.apply_rotary_pos_emb = turn
