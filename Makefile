@@ -3,12 +3,16 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+# The newest megatron-core that is supported. It needs another Python than .venv may have, so it gets an environment of its own.
+ENGINE := 0.19.2
+ENGINE_BIN := .venv-engine/bin
+ENGINE_STAMP := .venv-engine/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-slurm rehearse lint docs clean
+.PHONY: help venv demo test test-all test-engine test-slurm rehearse lint docs clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 venv: $(STAMP)  ## make .venv and install megatron_ft into it
 
@@ -32,6 +36,17 @@ test: $(STAMP)  ## the tests, under a quarter of an hour on 2 cores
 test-all: $(STAMP)  ## those too that show again, at more length, what others show
 	$(PYTEST) -m "not slurm"
 
+test-engine: $(ENGINE_STAMP)  ## tests/parallel with the newest megatron-core, in .venv-engine; PYTHON=python3.12 or later
+	$(ENGINE_BIN)/pytest -n 2 --dist loadfile -m "not thorough and not slurm" tests/engine tests/parallel
+
+$(ENGINE_STAMP): setup.py constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
+	  || { echo "megatron-core $(ENGINE) needs Python 3.12 or later, $(PYTHON) is older: make test-engine PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(ENGINE_BIN)/pip || $(PYTHON) -m venv .venv-engine
+	@grep -v '^megatron-core==' constraints.txt > .venv-engine/constraints.txt
+	$(ENGINE_BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' megatron-core==$(ENGINE) -c .venv-engine/constraints.txt
+	@touch $@
+
 test-slurm: $(STAMP)  ## jobs of a real SLURM on this machine; needs its programs (CONTRIBUTING.md) and root; 10 minutes
 	$(BIN)/pytest tests/slurm
 
@@ -48,6 +63,6 @@ lint: $(STAMP)  ## style, types, and mistakes that can be seen without running
 docs: $(STAMP)  ## docs/flags.md, from the commands themselves
 	$(BIN)/megatron-ft flags > docs/flags.tmp && mv docs/flags.tmp docs/flags.md
 
-clean:  ## remove .venv and what builds and tests leave; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## remove .venv, .venv-engine and what builds and tests leave; runs/ stays
+	rm -rf .venv .venv-engine build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

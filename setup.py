@@ -37,7 +37,7 @@ setup(
     install_requires=[
         # Tests run with 2.13.0. The attention signatures of 2.10 to 2.12 are traced; older ones have no attention over packed rows.
         "torch>=2.10",
-        "megatron-core>=0.16,<0.17",  # its internals are relied upon in models/build.py and training/
+        "megatron-core>=0.16,<0.20,!=0.17.*,!=0.18.*",  # releases of engine/versions.py; from 0.17 on for Python 3.12 and later
         "psutil",  # megatron-core imports it without asking for it
         "numpy>=1.26",
         "sentencepiece>=0.2",

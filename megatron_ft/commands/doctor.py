@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Kernels, Numerics
+from megatron_ft.engine import versions
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import check_writable
 
@@ -41,7 +42,7 @@ NEEDED = ("torch", "megatron-core", "numpy", "sentencepiece", "tokenizers", "saf
 """Distributions that every command needs."""
 TRIED = {
     "torch": "tested with 2.13, on one H200 with 2.11; for 2.10 to 2.12 the signatures of attention are tested",
-    "megatron-core": "tested with 0.16.1; versions other than 0.16 are refused",
+    "megatron-core": f"tested with {' and '.join(versions.TRIED)}; other releases are refused",
 }
 """Distribution -> its tested versions."""
 OPTIONAL = {
