@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 
 class GlobalWeight:
     """Adds up the weights of one step, microbatch by microbatch, and scales the gradients by their global sum.
 
-    megatron-core counts tokens in integers; loss weights may be fractions (--scalar_loss_mask 0.1), so the sum is kept here and handed over
-    when the engine finalises the gradients.
+    megatron-core counts tokens in integers, and since 0.19 divides by 1 where it counted less. Loss weights may be fractions
+    (--scalar_loss_mask 0.1), so they are summed here, and gradients divided here once the engine has reduced them.
     """
 
     def __init__(self) -> None:
@@ -29,4 +31,14 @@ class GlobalWeight:
         self, model: list, num_tokens: Any = None, pg_collection: Any = None, force_all_reduce: bool = False
     ) -> None:
         """The engine's finalize_model_grads_func: reduces gradients over the ranks, then divides by the global weight."""
-        finalize_model_grads(model, self.total, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        self._sum_over_ranks()
+        if self.total > 0:
+            for chunk in model:
+                chunk.scale_gradients(1.0 / self.total)
+
+    def _sum_over_ranks(self) -> None:
+        """The last stage's sums of all replicas; what every stage counts is the same, but it is the last that has the loss."""
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(self.total, parallel_state.get_pipeline_model_parallel_last_rank(), stages)
+        dist.all_reduce(self.total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -148,6 +148,17 @@ def test_a_batch_without_a_label_updates_nothing(layout, four_ranks, checkpoint,
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_weights_below_one_in_all_divide_the_same(four_ranks, checkpoint, shards, tmp_path):
+    """What is divided by is their sum, however small. megatron-core 0.19 by itself would divide by 1 at least."""
+    for name in ("1", "1e-4"):
+        settings = {"role_loss_weights": [f"assistant={name}"], "train_iters": 3}
+        four_ranks.run(train, (2, 2), checkpoint, shards, str(tmp_path / name), settings)
+    for metric in ("train/loss", "train/grad_norm"):
+        one, small = (read_metrics(tmp_path / name, metric) for name in ("1", "1e-4"))
+        assert len(one) == 3 and all(one)
+        np.testing.assert_allclose(small, one, rtol=1e-4)
+
+
 @pytest.mark.parametrize("layout", [(2, 1), (1, 1)], ids=["TP2xDP2", "DP4"])
 def test_a_replica_one_bit_off_is_flagged_within_k_steps(layout, checkpoint, shards, tmp_path):
     """A bit of rank 3's weights flips in step 2; replicas are compared every third step."""
