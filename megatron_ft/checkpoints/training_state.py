@@ -186,11 +186,13 @@ def resume(
     flags = {name: optimizer.param_groups[0][name] for name in ("max_lr", "min_lr", "betas", "eps")}
     if config.ckpt_format == "torch":
         state = classic.read(folder, layout)
+        _take_rates(state["optimizer"], flags)
         fill_chunks(model, state["model"], folder)
         classic.load_optimizer(folder, state, optimizer, layout)
     else:
         state, put_back = _read_sharded(folder, model, optimizer, layout)
         fill_chunks(model, state["model"], folder)
+        _take_rates(state["optimizer"], flags)
         put_back(state["optimizer"])
     for group in optimizer.param_groups:
         group.update(flags)
@@ -204,6 +206,19 @@ def resume(
         before = "on another kind of device" if same_layout else f"with TP, PP, DP = {state['sizes']}"
         log.info(f"the checkpoint was saved {before}: random streams start anew")
     return progress
+
+
+def _take_rates(saved: Any, flags: dict[str, Any]) -> None:
+    """Give the groups of parameters in an optimizer's state this run's learning rates, wherever in it they lie.
+
+    megatron-core 0.19 knows a group again by them, among others: one that was saved with other rates would not be found.
+    """
+    if not isinstance(saved, dict):
+        return
+    for group in saved.get("param_groups", ()):
+        group.update(max_lr=flags["max_lr"], min_lr=flags["min_lr"])
+    for part in saved.values():
+        _take_rates(part, flags)
 
 
 def _read_sharded(folder: Path, model: Any, optimizer: Any, layout: Layout) -> tuple[dict[str, Any], Callable]:

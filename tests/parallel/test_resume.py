@@ -134,11 +134,13 @@ def test_finetune_flag_starts_anew(one_rank, checkpoint, shards, tmp_path):
     assert read_metrics(tmp_path / "again")[0] < read_metrics(tmp_path / "run")[0]
 
 
-def test_flags_of_the_resumed_run_hold(one_rank, checkpoint, shards, tmp_path):
+@pytest.mark.parametrize("ckpt_format", ["torch_dist", pytest.param("torch", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("distributed_optimizer", [True, False], ids=["distributed-optimizer", "plain"])
+def test_flags_of_the_resumed_run_hold(distributed_optimizer, ckpt_format, one_rank, checkpoint, shards, tmp_path):
     """Another --lr after a stop is the one that is used, the saved one is not."""
-    run = tmp_path / "run"
-    one_rank.run(steps, (1, 1), checkpoint, shards, str(run), 5, 0.0)
-    one_rank.run(steps, (1, 1), str(run), shards, str(run), 6, 0.0, False, False, 1e-5)
+    run, settings = tmp_path / "run", {"use_distributed_optimizer": distributed_optimizer, "ckpt_format": ckpt_format}
+    one_rank.run(train, (1, 1), checkpoint, shards, str(run), 5, settings)
+    one_rank.run(train, (1, 1), str(run), shards, str(run), 6, settings | {"lr": 1e-5})
     rates = read_metrics(run, "train/lr")
     assert rates[5] < 1e-5 < rates[4]
 
@@ -163,11 +165,11 @@ def steps_with_a_stream_more(*settings):
         device.rng_state = state
 
 
-def steps(layout, load, shards, save, until, dropout, bf16=False, fresh=False, lr=1e-3):
+def steps(layout, load, shards, save, until, dropout, bf16=False, fresh=False):
     """Train until iteration `until` of a ten-step schedule, saving at the end."""
     finetune(
         layout, load=load, data_path=[shards], save=save, train_iters=until, lr_decay_iters=10, finetune=fresh,
-        use_distributed_optimizer=True, hidden_dropout=dropout, attention_dropout=dropout, bf16=bf16, lr=lr,
+        use_distributed_optimizer=True, hidden_dropout=dropout, attention_dropout=dropout, bf16=bf16,
     )  # fmt: skip
 
 
