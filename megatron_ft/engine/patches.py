@@ -11,6 +11,7 @@ from megatron_ft.engine.versions import patch
 def apply() -> None:
     """Make all changes below. megatron-core has been imported."""
     keep_write_results_here()
+    say_nothing_of_other_writers()
     recompute_norms_without_fp8()
     read_objects_without_running_them()
 
@@ -25,6 +26,17 @@ def keep_write_results_here() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = queue.SimpleQueue()
+
+
+@patch("0.19 to 0.19", "megatron.core.dist_checkpointing.strategies.torch:_logged_mcore_async_deprecation")
+def say_nothing_of_other_writers() -> None:
+    """At the first save every rank would warn that the engine's own writer is to be replaced by another package's.
+
+    Here the engine plans a save and writes buckets of tensors; which writer it prefers is nothing that a user can choose.
+    """
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+    strategies._logged_mcore_async_deprecation = True
 
 
 @patch("0.16 to 0.19", "megatron.core.dist_checkpointing.strategies.torch:MCoreLoadPlanner.load_bytes")

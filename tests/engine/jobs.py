@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 
+from megatron_ft.engine.versions import installed, patch, release
 from megatron_ft.errors import EngineError
 
 
@@ -12,7 +13,8 @@ def changes() -> dict[str, tuple[Callable, tuple[str, ...]]]:
     from megatron_ft.models import rotary
 
     functions = [
-        *(patches.keep_write_results_here, patches.recompute_norms_without_fp8, patches.read_objects_without_running_them),
+        *(patches.keep_write_results_here, patches.say_nothing_of_other_writers),
+        *(patches.recompute_norms_without_fp8, patches.read_objects_without_running_them),
         *(cpu_stand_in.answer_for_cpu, optimizer.offer_to_engine, rotary.turn_by_table),
     ]  # fmt: skip
     found = {function.__name__: (function, function.needs) for function in functions}
@@ -34,10 +36,14 @@ def _planner() -> tuple[Callable, tuple[str, ...]]:
 
 
 def errors_without_each_part() -> dict[str, list[tuple[str, str | None]]]:
-    """Take each part away in turn, and make the change: name of the change -> (part, the error's words or None)."""
+    """Take each part away in turn, and make the change: name of the change -> (part, the error's words or None).
+
+    Of the changes for this engine, and of its parts: torch's are left alone.
+    """
     return {
         name: [(part, _error_without(part, change)) for part in parts if part.startswith("megatron")]
         for name, (change, parts) in changes().items()
+        if name in ("KnownShapes", "_Planner") or change.versions[0] <= release(installed()) <= change.versions[1]
     }
 
 
@@ -85,8 +91,6 @@ def changed_parts() -> dict[str, str]:
 
 def run_for(versions: str) -> list[str]:
     """Make a change that is for these releases: ["made"], or [] where it was left alone."""
-    from megatron_ft.engine.versions import patch
-
     made: list[str] = []
     patch(versions)(lambda: made.append("made"))()
     return made
@@ -94,6 +98,4 @@ def run_for(versions: str) -> list[str]:
 
 def version() -> str:
     """Of the engine that is installed, by its own word."""
-    from megatron_ft.engine.versions import installed
-
     return installed()
