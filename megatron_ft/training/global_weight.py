@@ -38,7 +38,7 @@ class GlobalWeight:
                 chunk.scale_gradients(1.0 / self.total)
 
     def _sum_over_ranks(self) -> None:
-        """The last stage's sums of all replicas; what every stage counts is the same, but it is the last that has the loss."""
+        """Make it the last stage's sum, which has the loss, over all replicas."""
         stages = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(self.total, parallel_state.get_pipeline_model_parallel_last_rank(), stages)
         dist.all_reduce(self.total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
