@@ -32,21 +32,21 @@ STAGE_2 = "--save_interval 346 --train_iters 519 --hidden_dropout 0.25 --lima_dr
 
 
 def test_stage_1_is_understood():
-    checkpointing, data, batch, parallel, optimizer, numerics, logging, model, kernels, *_ = parse(
-        COMMAND, shlex.split(STAGE_1)
-    )
-    assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (8, 4)
-    assert model.vocab_extra_ids_list == "<|im_start|>,<|im_end|>" and model.vocab_file.endswith("tokenizer.model")
-    assert (optimizer.adam_eps, optimizer.weight_decay, optimizer.min_lr) == (1e-12, 1e-6, 1e-6)
-    assert numerics.bf16 and numerics.recompute_granularity == "selective" and kernels.use_flash_attn
-    assert (batch.global_batch_size, checkpointing.save_interval, logging.eval_interval) == (64, 500, 50)
-    assert logging.wandb_logger and logging.log_timers_to_tensorboard and data.seq_length == 4096
+    (found,) = parse(COMMAND, shlex.split(STAGE_1))
+    assert (found.parallel.tensor_model_parallel_size, found.parallel.pipeline_model_parallel_size) == (8, 4)
+    assert found.model.vocab_extra_ids_list == "<|im_start|>,<|im_end|>"
+    assert found.model.vocab_file.endswith("tokenizer.model")
+    assert (found.optimizer.adam_eps, found.optimizer.weight_decay, found.optimizer.min_lr) == (1e-12, 1e-6, 1e-6)
+    assert found.numerics.bf16 and found.numerics.recompute_granularity == "selective" and found.kernels.use_flash_attn
+    assert (found.batch.global_batch_size, found.checkpointing.save_interval) == (64, 500)
+    assert found.logging.eval_interval == 50 and found.data.seq_length == 4096
+    assert found.logging.wandb_logger and found.logging.log_timers_to_tensorboard
 
 
 def test_stage_2_is_understood():
-    checkpointing, _, batch, _, _, numerics, *_ = parse(COMMAND, shlex.split(STAGE_1 + STAGE_2))
-    assert checkpointing.finetune and numerics.lima_dropout and numerics.hidden_dropout == 0.25
-    assert (batch.train_iters, checkpointing.save_interval) == (519, 346)
+    (found,) = parse(COMMAND, shlex.split(STAGE_1 + STAGE_2))
+    assert found.checkpointing.finetune and found.numerics.lima_dropout and found.numerics.hidden_dropout == 0.25
+    assert (found.batch.train_iters, found.checkpointing.save_interval) == (519, 346)
 
 
 @pytest.mark.parametrize("stage", [STAGE_1, STAGE_1 + STAGE_2], ids=["stage-1", "stage-2"])
