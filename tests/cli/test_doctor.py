@@ -9,7 +9,7 @@ def test_the_report(capsys, monkeypatch):
     assert doctor.run(doctor.Doctor()) == 0
     said = capsys.readouterr().out
     engine = (
-        f"megatron-core        {real('megatron-core')}  (tests run with 0.16.1 and 0.19.2; other releases are refused)"
+        f"megatron-core        {real('megatron-core')}  (tested with 0.16.1 and 0.19.2; other releases are refused)"
     )
     assert engine in said and "not installed  (for --wandb_logger)" in said
     assert "device" in said and "optimizer" in said
