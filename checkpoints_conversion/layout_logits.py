@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ft import device
 from megatron_ft.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def differences_in_layout(request: Request, folder: Path) -> list[float]:
     (folder / "request.json").write_text(json.dumps(asdict(request)))
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {"PYTHONPATH": os.pathsep.join(paths), **device.CPU}
     environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "WORLD_SIZE", "RANK")}
     command = [sys.executable, "-m", "checkpoints_conversion.layout_logits"]
     ended = subprocess.run(command, input=str(folder), env={**environment, **settings}, capture_output=True, text=True)

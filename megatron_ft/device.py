@@ -18,8 +18,17 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 
+CPU = {"MEGATRON_FT_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+"""Environment of a process that computes on the CPU, whatever its machine has. One thread: several processes share the cores."""
+
+
+def choose_cpu() -> None:
+    """Compute on the CPU, in this process and in those that it starts. Call before torch is imported."""
+    os.environ.update(CPU)
+
+
 def has_gpu() -> bool:
-    """Whether this process computes on a GPU. MEGATRON_FT_DEVICE=cpu says no even where there is one."""
+    """Return whether this process computes on a GPU. MEGATRON_FT_DEVICE=cpu says no even where there is one."""
     import torch
 
     return os.environ.get("MEGATRON_FT_DEVICE", "") != "cpu" and torch.cuda.is_available()
@@ -87,6 +96,11 @@ def check_usable() -> None:
 def hidden() -> bool:
     """Return whether GPUs are hidden on purpose, by MEGATRON_FT_DEVICE or CUDA_VISIBLE_DEVICES."""
     return os.environ.get("MEGATRON_FT_DEVICE") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+
+
+def may_use_driver() -> bool:
+    """Return whether a process of this machine may use a GPU's driver: it cannot be forked then. Without torch."""
+    return not hidden() and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd")))  # NVIDIA's, AMD's
 
 
 _DRIVER = "/proc/driver/nvidia/version"

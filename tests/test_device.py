@@ -134,3 +134,14 @@ def order_of_ending():
     finally:
         dist.destroy_process_group = destroy
     return made, ended
+
+
+@pytest.mark.parametrize("hidden", [{"MEGATRON_FT_DEVICE": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}, device.CPU])
+def test_processes_are_forked_where_no_driver_may_be_used(hidden, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(device.os.path, "exists", lambda path: path == "/dev/nvidiactl")
+    assert device.may_use_driver()
+    for name, value in hidden.items():
+        monkeypatch.setenv(name, value)
+    assert not device.may_use_driver() and device.hidden()

@@ -187,11 +187,13 @@ DEVICE = ("megatron_ft/device.py", "megatron_ft/engine/cpu_stand_in.py", "megatr
     [
         (r"\bcuda\b", DEVICE),  # a whole word: megatron-core has it in names of functions
         (r"\b(gloo|nccl)\b", DEVICE),
+        # Not within a longer text, which may advise to set it.
+        (r"^\W?(MEGATRON_FT_DEVICE|CUDA_VISIBLE_DEVICES|/dev/(nvidia|kfd).*)\W?$", DEVICE),
         (r"\bargparse\b", "megatron_ft/config/"),
         (r"\bsys\.argv\b|\bargv\b", ("megatron_ft/config/", "megatron_ft/__main__.py")),
         (r"\bGPTModel\b", "megatron_ft/models/build.py"),
     ],
-    ids=["cuda", "gloo and nccl", "argparse", "argv", "GPTModel"],
+    ids=["cuda", "gloo and nccl", "how the CPU is chosen", "argparse", "argv", "GPTModel"],
 )
 def test_named_in_one_place_only(pattern, allowed):
     wrong = []

@@ -20,6 +20,7 @@ from megatron_ft.checkpoints.folder import TOKENIZER_FOLDER, CheckpointConfig
 from megatron_ft.config.checks import check_settings, data_parallel_size, places_to_write
 from megatron_ft.config.sections import Launching
 from megatron_ft.config.settings import TrainingSettings
+from megatron_ft.device import choose_cpu
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import check_writable
 from megatron_ft.launch.places import Places, is_rank, places
@@ -38,8 +39,8 @@ def requested(launching: Launching) -> bool:
 
 def rehearse(settings: TrainingSettings, run: Callable[[TrainingSettings], int]) -> int:
     """Rehearse and return the exit code of the small run. settings: of the real command. run: finetune's. Raise UserError."""
-    os.environ.update({"MEGATRON_FT_DEVICE": "cpu", "WANDB_MODE": "offline", "WANDB_SILENT": "true", VARIABLE: "0"})
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    choose_cpu()
+    os.environ.update({"WANDB_MODE": "offline", "WANDB_SILENT": "true", VARIABLE: "0"})
     began, was_rank = time.monotonic(), is_rank()
     here = None if was_rank else _processes(settings)
     real = here.world_size if here else int(os.environ["WORLD_SIZE"])

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Checkpointing, Launching
 from megatron_ft.config.settings import TrainingSettings
+from megatron_ft.device import choose_cpu
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.launch.places import is_rank, join_srun
 
@@ -72,7 +72,7 @@ def run(check: ResumeCheck, settings: TrainingSettings) -> int:
         with joined():
             return _on_this_rank((check, settings))
     processes = check.check_processes or settings.parallel.model_parallel_size
-    os.environ.update(MEGATRON_FT_DEVICE="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # before torch looks
+    choose_cpu()
     from megatron_ft.engine.forked import run_forked
 
     return run_forked(processes, _on_this_rank, (check, settings))[0]

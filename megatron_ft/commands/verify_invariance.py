@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Numerics, Parallelism
+from megatron_ft.device import choose_cpu
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import read_json
 
@@ -61,7 +61,7 @@ def run(options: Invariance) -> int:
     """Print the table. Raise LayoutsDiffer if a row fails, ConfigError or CheckpointError if the model cannot be tested."""
     arch, checkpoint = _model(options)
     # Many small processes on one CPU, whatever else the machine has; set before torch is imported.
-    os.environ.update(MEGATRON_FT_DEVICE="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    choose_cpu()
     from megatron_ft.engine.forked import run_forked
     from megatron_ft.engine.start import prepare_engine
 

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_ft.device import CPU
+
 _AS_TYPED = {
     "megatron-ft": ("-m", "megatron_ft"),
     "python": (),
 }
 # Threads do not speed up tiny matrices, and the threads of four processes would compete for few cores. The demo is the same on
 # every machine, so it does not use a GPU.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MEGATRON_FT_DEVICE": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {**CPU, "TOKENIZERS_PARALLELISM": "false"}
 _POLL = 0.2  # seconds
 _SHOWN = 12  # last lines of a failed command's output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_ft import device
 from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.doctor.ranks import run_module
 from megatron_ft.doctor.small_model import LLAMA, SEQ_LENGTH
@@ -22,7 +23,7 @@ def settings(folder: Path, iters: int, rows: int = 4) -> list[str]:
     if not model.is_dir():
         # In a separate process on the CPU: it forks, which is not possible after a GPU was used.
         job = ["megatron_ft.doctor.ranks", "--job", "stand_ins:make", "--folder", str(folder)]
-        ended = run_module(job, 90, MEGATRON_FT_DEVICE="cpu")
+        ended = run_module(job, 90, **device.CPU)
         if ended.code != 0:
             raise UserError(f"the tiny model could not be written: {ended.reason}")
     return [

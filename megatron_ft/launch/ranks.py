@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ft import device
 from megatron_ft.config.rank_errors import FOLDER, MEETING
 from megatron_ft.launch.places import Places
 
 _PR_SET_PDEATHSIG = 1
-_GPU = ("/dev/nvidiactl", "/dev/kfd")  # NVIDIA's driver, AMD's
 
 
 @dataclass
@@ -58,7 +58,7 @@ def start(
     prepare: called once before forking. held: file descriptor of the socket on which rank 0 listens.
     """
     _share_cores(places.here)
-    if any(Path(device).exists() for device in _GPU) and os.environ.get("MEGATRON_FT_DEVICE") != "cpu":
+    if device.may_use_driver():
         return [_spawn(places, local, folder, piped, held) for local in range(places.here)]
     prepare()
     sys.stdout.flush()

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ft.launch import ranks
 from megatron_ft.launch.places import Places
-from megatron_ft.launch.supervise import Asked
+from megatron_ft.launch.supervise import ReceivedSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -23,12 +23,12 @@ def test_between_the_fork_and_the_ranks_own_handlers(number, tmp_path, monkeypat
         return pid
 
     monkeypatch.setattr(os, "fork", signalled)
-    with Asked() as asked:
+    with ReceivedSignals() as received:
         rank = ranks._fork(here(), 0, tmp_path, False, None, [])
         if rank is None:
             os._exit(7)  # the rank goes on as if nothing had been
         assert code_of(rank) == -number
-    assert not asked.ever
+    assert not received.ever
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -42,24 +42,24 @@ def test_in_a_rank_that_is_started_anew(number, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ranks, "_begin_as_child", signalled)
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", "import time; time.sleep(60)"])
-    with Asked():
-        assert code_of(ranks._anew(here(), 0, tmp_path, False, None)) == -number
+    with ReceivedSignals():
+        assert code_of(ranks._spawn(here(), 0, tmp_path, False, None)) == -number
 
 
 def test_what_the_launcher_gets_meanwhile_it_passes_on(tmp_path):
     """Signals are held back while a rank is started, and come afterwards."""
-    with Asked() as asked:
+    with ReceivedSignals() as received:
         with ranks._signals_held_back():
             os.kill(os.getpid(), signal.SIGTERM)
-            assert not asked.ever
-        assert asked.numbers == [signal.SIGTERM]
+            assert not received.ever
+        assert received.pending == [signal.SIGTERM]
 
 
 def test_a_started_program_can_be_signalled(tmp_path, monkeypatch):
     """Nothing stays blocked in it."""
     script = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGTERM))"
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", script])
-    rank = ranks._anew(here(), 0, tmp_path, True, None)
+    rank = ranks._spawn(here(), 0, tmp_path, True, None)
     assert code_of(rank) == 0
     said = os.read(rank.outputs[1], 1000).decode()
     assert said == "set() 0\n"  # nothing is blocked, the default handler
