@@ -1,6 +1,8 @@
 # A machine with Python 3.11 or later, git and make is enough: everything else goes into .venv.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# For .venv only: the batch scripts too know a PYTHON, theirs is .venv's.
+unexport PYTHON
 BIN := .venv/bin
 STAMP := .venv/.installed
 # The newest megatron-core that is supported. It needs another Python than .venv may have, so it gets an environment of its own.

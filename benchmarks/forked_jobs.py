@@ -31,6 +31,7 @@ prepare_engine()  # before anything imports the engine, hence the imports below 
 
 from megatron_ft.checkpoints.folder import describe
 from megatron_ft.checkpoints.select import candidates
+from megatron_ft.checkpoints.training_state import Progress
 from megatron_ft.checkpoints.verify import read_description
 from megatron_ft.commands import finetune as finetune_command
 from megatron_ft.commands import report  # noqa: F401 - the forked jobs have it then
@@ -144,11 +145,12 @@ class Job:
 
 
 def _telling(function, shared: memoryview, phase: int):
-    def call(run, progress, *rest, **more):
+    def call(*given, **more):
+        progress = next(value for value in given if isinstance(value, Progress))
         shared[0] = phase
         if phase != 2:
             shared[8:16] = progress.iteration.to_bytes(8, "little")
-        found = function(run, progress, *rest, **more)
+        found = function(*given, **more)
         if phase == 2:
             shared[8:16] = (progress.iteration + 1).to_bytes(8, "little")
         shared[0] = 5 if phase == 4 else 2

@@ -138,7 +138,7 @@ def test_a_payload_in_args_does_not_run(old):
     [
         (lambda s: s.pop("args"), "args lacks num_layers"),
         (lambda s: s.pop("model"), "no model.language_model"),
-        (lambda s: setattr(s["args"], "ffn_hidden_size", 64), r"args say \[64, 32\]"),
+        (lambda s: setattr(s["args"], "ffn_hidden_size", 64), r"args have \[64, 32\]"),
         (lambda s: setattr(s["args"], "use_bias", True), "biases"),
         (lambda s: s["model"]["language_model"].pop("lm_head"), "lacks output_layer.weight"),
         (lambda s: s["model"]["language_model"].update(pooler=1), "language_model.pooler"),

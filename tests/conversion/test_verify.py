@@ -96,7 +96,7 @@ def test_megatron_llm(tmp_path, pool):
 
 def test_more_processes_than_sensible(pair, monkeypatch, capsys):
     """One process then, and report and certificate say so in words."""
-    monkeypatch.setattr(answers, "_RANKS_A_CORE", 0)
+    monkeypatch.setattr(answers, "_RANKS_PER_CORE", 0)
     arguments = ["--hf", str(pair / "hf"), "--megatron", str(pair / "made")]
     assert run_script(command.COMMAND, command.run, arguments) == 0
     assert "in one process, because 4 processes are too many for" in capsys.readouterr().out

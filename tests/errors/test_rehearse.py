@@ -71,6 +71,7 @@ def test_made_up_under_the_batch_script(tmp_path):
     """Two nodes x two processes by the stand-in for SLURM; neither checkpoint nor shards are there yet."""
     environment = {
         **os.environ,
+        "PYTHON": sys.executable,
         "STAND_IN_NODES": "2",
         "GPUS_PER_NODE": "2",
         "SAVE": str(tmp_path / "run"),

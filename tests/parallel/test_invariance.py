@@ -89,7 +89,7 @@ def test_the_command(tmp_path):
     assert good.returncode == 0, good.stderr
     assert good.stdout.count(": pass\n") == 1 and good.stdout.count(": caught\n") == 1
     bad = command("--load", str(tmp_path), "--layouts", "TP2", "--tolerance", "1e-12")
-    assert bad.returncode == 2 and "FAIL" in bad.stdout and "beyond --tolerance 1e-12: TP2:" in bad.stderr
+    assert bad.returncode == 2 and "FAIL" in bad.stdout and "above --tolerance 1e-12: TP2:" in bad.stderr
 
 
 def command(*flags):
