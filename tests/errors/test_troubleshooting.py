@@ -102,7 +102,8 @@ def a_gpu_out_of_reach() -> None:
 
     folder = tempfile.mkdtemp()
     Path(folder, "nvidia0").touch()
-    os.environ.pop("MEGATRON_FT_DEVICE")
+    for name in device.CPU:
+        os.environ.pop(name, None)
     device._NODES = f"{folder}/nvidia[0-9]*"
 
 

@@ -15,7 +15,7 @@ from tests.slurm.jobs import STEPS, Job, Shop, make_shop
 
 GRACE = 15
 """Seconds of the partition `low`."""
-KILL_WAIT = 8
+KILL_WAIT = 30
 SHORT = ("test_cancelled",)
 """In `make test` too: a job is cancelled, saves, and the next goes on; the rest is for `make test-slurm`."""
 

@@ -3,12 +3,14 @@
 import ast
 import dataclasses
 import inspect
+import os
 import traceback
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
+from megatron_ft import device
 from megatron_ft.checkpoints.folder import CheckpointConfig, write_config
 from megatron_ft.commands import finetune, preflight
 from megatron_ft.config import checks
@@ -94,6 +96,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     from megatron_ft.commands import rehearse
     from megatron_ft.launch import run
 
+    for name in (*device.CPU, "WANDB_MODE", "WANDB_SILENT", rehearse.VARIABLE):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # what a rehearsal sets is taken back
     for module, name in ((run, "launch"), (rehearse, "_prepare")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("no rule refused this"))
     return {
