@@ -49,7 +49,7 @@ $(ENGINE_STAMP): setup.py constraints.txt Makefile
 	$(ENGINE_BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' megatron-core==$(ENGINE) -c .venv-engine/constraints.txt
 	@touch $@
 
-test-slurm: $(STAMP)  ## jobs of a real SLURM on this machine; needs its programs (CONTRIBUTING.md) and root; 10 minutes
+test-slurm: $(STAMP)  ## jobs of a real SLURM on this machine; needs its programs (CONTRIBUTING.md) and root; half an hour
 	$(BIN)/pytest tests/slurm
 
 # 32 processes as 4 nodes x 8, then 16 as 2 nodes x 8 (of 16: one of its 8 replicas).
