@@ -119,13 +119,11 @@ class Whole:
 
     def to_save(self) -> dict[str, Any]:
         """Return the state as sharded tensors."""
-        return self._without_empty_groups(self.optimizer.sharded_state_dict(self.weights, metadata=sharding_metadata()))
+        return self._described(is_loading=False)
 
     def to_load(self) -> dict[str, Any]:
         """Return what to ask the checkpoint for."""
-        return self._without_empty_groups(
-            self.optimizer.sharded_state_dict(self.weights, is_loading=True, metadata=sharding_metadata())
-        )
+        return self._described(is_loading=True)
 
     def put_back(self, state: dict[str, Any]) -> None:
         """Take over what was read."""
@@ -133,11 +131,13 @@ class Whole:
             state[MAIN] = [state[MAIN].get(number, []) for number in range(len(self.optimizer.param_groups))]
         self.optimizer.load_state_dict(state)
 
-    @staticmethod
-    def _without_empty_groups(state: dict[str, Any]) -> dict[str, Any]:
-        """Put the main weights by the number of their group. An empty group, of a rank that trains none of its parameters, would be
-        saved as something alike on all ranks, which it is not, and the others could not load it.
+    def _described(self, is_loading: bool) -> dict[str, Any]:
+        """Return the engine's sharded state, with the main weights by the number of their group.
+
+        An empty group, of a rank that trains none of its parameters, would be saved as something alike on all ranks, which it is not,
+        and the others could not load it.
         """
+        state = self.optimizer.sharded_state_dict(self.weights, is_loading=is_loading, metadata=sharding_metadata())
         if MAIN in state:
             state[MAIN] = {number: group for number, group in enumerate(state[MAIN]) if group}
         return state

@@ -224,6 +224,7 @@ def _length(data: Data, batch: Batch, world_size: int, parallel: Parallelism) ->
     """Yield a finding on the number of epochs."""
     import numpy as np
 
+    from megatron_ft.config.checks import data_parallel_size
     from megatron_ft.data import packing
     from megatron_ft.data.shards import open_shards
 
@@ -233,7 +234,7 @@ def _length(data: Data, batch: Batch, world_size: int, parallel: Parallelism) ->
         return
     sizes = packing.positions(lengths, data.seq_length)
     rows = sizes.sum() / data.seq_length if data.packing else np.count_nonzero(sizes)
-    replicas = max(1, world_size // parallel.model_parallel_size)
+    replicas = max(1, data_parallel_size(parallel, world_size))
     a_step = batch.global_batch_size or batch.micro_batch_size * replicas
     epochs = batch.train_iters * a_step / max(1.0, float(rows))
     text = f"--train_iters {batch.train_iters} x {a_step} rows is {epochs:.2f} epochs of about {rows:,.0f} rows"
