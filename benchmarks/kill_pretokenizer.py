@@ -65,6 +65,8 @@ def campaign(
             in_time = start(folder, out, kind, workers, moment * clean[kind][1])
             found["killed" if in_time else "too late"] += 1
             found[judge(out, clean[kind][0])] += 1
+            if found["killed"] == kills:
+                break
         complete = manifest_path(out / "x-train").exists()
         started = time.monotonic()
         code = start(folder, out, kind, workers)

@@ -85,7 +85,7 @@ class CauseFinder:
     def conclude(self) -> Finding:
         """Return what is known after every rank has ended."""
         self._stacks.ask([], time.monotonic())  # stacks that stopped ranks have written since
-        return self._sure() or self._suspect(self._stacks.seen) or self._aborted() or Finding(Sureness.NOTHING)
+        return self._sure() or self._suspect(self._stacks.seen) or self._crashed() or Finding(Sureness.NOTHING)
 
     def loss(self) -> str | None:
         """Return the line of the rank that first lost another one, None if no rank did. Printed if no cause is found."""
@@ -101,19 +101,30 @@ class CauseFinder:
     def _sure(self) -> Finding | None:
         if rank_errors.said(self._folder):
             return Finding(Sureness.SURE)
-        consequences = {signal.SIGABRT, *self._received}  # the libraries abort when a connection breaks
+        lost = rank_errors.lost(self._folder)
         for rank in self._ranks:
             code = rank.code
-            if code is None or rank.killed or not failed(rank) or rank.number in rank_errors.lost(self._folder):
+            if code is None or rank.killed or not failed(rank) or rank.number in lost:
+                continue
+            if rank.number in self._stacks.stopped:  # it was continued, and whatever it met then is no cause
                 continue
             if code >= 0:
                 return Finding(
                     Sureness.SURE,
                     f"{name(rank)} ended with exit code {code} without an error message; {_THE_OTHERS}",
                 )
-            if -code not in consequences:
+            if -code not in self._consequences(rank):
                 return Finding(Sureness.SURE, f"{name(rank)} was ended by {_signal(-code)}; {_THE_OTHERS}")
         return None
+
+    def _consequences(self, rank: Rank) -> set[int]:
+        """Return the signals that may have ended a rank because another one had failed.
+
+        The libraries abort when a connection breaks. A rank that writes its stack on request reads the frames of threads that go on
+        running, which can crash it.
+        """
+        reading = {signal.SIGSEGV, signal.SIGBUS} if rank.number in self._stacks.asked else set()
+        return {signal.SIGABRT, *self._received, *reading}
 
     def _suspect(self, seen: Sequence[Sighting]) -> Finding | None:
         """Return the first suspect: stopped ranks come before those that others wait for."""
@@ -127,13 +138,16 @@ class CauseFinder:
                 return Finding(Sureness.SUSPECT, f"{name(one.rank)} {what}; {_THE_OTHERS}. Its stack:", one.stack)
         return None
 
-    def _aborted(self) -> Finding | None:
+    def _crashed(self) -> Finding | None:
+        lost = rank_errors.lost(self._folder)
         for rank in self._ranks:
-            if rank.code == -signal.SIGABRT and rank.number not in rank_errors.lost(self._folder) and not rank.killed:
-                return Finding(Sureness.SUSPECT, f"{name(rank)} was ended by {_signal(signal.SIGABRT)}; {_THE_OTHERS}")
+            number = -(rank.code or 0)
+            if number in _CRASHES and rank.number not in lost and not rank.killed:
+                return Finding(Sureness.SUSPECT, f"{name(rank)} was ended by {_signal(number)}; {_THE_OTHERS}")
         return None
 
 
+_CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 _THE_OTHERS = "the others are ended"
 
 

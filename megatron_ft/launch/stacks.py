@@ -48,7 +48,8 @@ class Stacks:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._asked: set[int] = set()
+        self.asked: set[int] = set()
+        """Numbers of the ranks whose stack was requested."""
         self.stopped: dict[int, Rank] = {}
         """Ranks that were stopped at the request. It continues them, and they may then lose others or end; they remain suspects."""
         self._came: dict[int, tuple[str, float]] = {}  # rank -> its stack so far, time of its last growth
@@ -58,8 +59,8 @@ class Stacks:
     def ask(self, ranks: Sequence[Rank], now: float) -> bool:
         """Request the stacks not requested yet. Return True if all are complete or cannot come. now: seconds of any clock."""
         for rank in ranks:
-            if rank.number not in self._asked:
-                self._asked.add(rank.number)
+            if rank.number not in self.asked:
+                self.asked.add(rank.number)
                 if _is_stopped(rank.pid):
                     self.stopped[rank.number] = rank
                 if rank_errors.ready(self._folder, rank.number):

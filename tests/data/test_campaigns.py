@@ -38,6 +38,5 @@ def test_killed_runs_leave_nothing_half_done():
     script = [sys.executable, "benchmarks/kill_pretokenizer.py", "--kills", "6", "--chats", "200"]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert (
-        "killed: 6" in done.stdout
-    )  # where in a run they fell is chance, and on a busy machine they all may fall early
+    # Where in a run the kills fell is chance; on a busy machine they all may fall early.
+    assert "killed: 6," in done.stdout

@@ -182,6 +182,39 @@ def test_the_one_that_was_stopped(tmp_path, process):
     )
 
 
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_one_that_ends_when_it_is_continued(number, tmp_path, process):
+    stopped = process(1)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
+    finder = begun([Rank(0, 0, code=1), stopped], tmp_path)
+    lost(tmp_path, 0)
+    assert finder.look(1.0) is None
+    stopped.send(number)
+    os.waitid(os.P_PID, stopped.pid, os.WEXITED | os.WNOWAIT)
+    stopped.poll()
+    found = finder.look(1.1) or finder.conclude()
+    assert found.line.startswith("rank 1 (process ") and "is stopped" in found.line
+
+
+def test_one_that_crashes_while_it_writes_its_stack(tmp_path, process):
+    """The one that is elsewhere is named, not the innocent one that was asked too."""
+    ranks = [Rank(0, 0, code=1), process(1, WAITS), process(2, COMPUTES)]
+    finder = begun(ranks, tmp_path)
+    lost(tmp_path, 0)
+    assert finder.look(1.0) is None
+    ranks[1].send(signal.SIGSEGV)
+    os.waitid(os.P_PID, ranks[1].pid, os.WEXITED | os.WNOWAIT)
+    ranks[1].poll()
+    found = _until_found(finder)
+    assert found.sureness is Sureness.SUSPECT and found.line.startswith("rank 2 (process ")
+
+
+def test_a_crash_before_any_stack_was_requested_is_the_cause(tmp_path, process):
+    finder = begun([Rank(0, 0, code=-signal.SIGSEGV), process(1, WAITS)], tmp_path)
+    assert finder.look(1.0).line.startswith("rank 0 (process 0 on ")
+
+
 def test_all_wait(tmp_path, process):
     """Then the cause is on another machine."""
     lost(tmp_path, 0)
