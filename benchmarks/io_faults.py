@@ -96,7 +96,7 @@ def campaign(folder: Path, ways: list[str], every: int = 1, seconds: float = 1e9
                 if time.monotonic() > until:
                     counts["not reached"] += 1
                     continue
-                root = _fresh(folder, before)
+                root = fresh(folder, before)
                 fault = (at, number, lasting)
                 codes, hit = _run(root, ranks, asynchronous, first, saves=1, fault=fault)
                 outcome, complaint = _judge(root, codes, first, replaced)
@@ -106,7 +106,7 @@ def campaign(folder: Path, ways: list[str], every: int = 1, seconds: float = 1e9
     return found, wrong
 
 
-def _fresh(folder: Path, before: Path) -> Path:
+def fresh(folder: Path, before: Path) -> Path:
     root = folder / "root"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(before, root)
@@ -114,7 +114,7 @@ def _fresh(folder: Path, before: Path) -> Path:
 
 
 def _count(folder, before, ranks, asynchronous, first, number) -> int:
-    root = _fresh(folder, before)
+    root = fresh(folder, before)
     codes, operations = _run(root, ranks, asynchronous, first, saves=1, fault=(0, number, 0), counting=True)
     assert codes == [0] * ranks, codes
     return operations

@@ -39,6 +39,11 @@ def test_operations_of_a_save_that_fail():
     assert count(said, "faults") > 25 and count(said, "wrong") == 0
 
 
+def test_lines_of_a_save_that_fail():
+    said = campaign("line_faults.py", "--every", 101)
+    assert count(said, "faults") > 25 and count(said, "wrong") == 0
+
+
 def test_flipped_bits_of_checkpoints():
     said = campaign("run_checkpoint_flips.py", "--flips", 800, "--seed", 11)
     assert "800 flips: 800 refused by name, 0 refused without the file's name, 0 accepted, 0 crashed" in said
