@@ -1,5 +1,6 @@
 """Set before anything imports torch: tests start several processes on few cores, where threads are only in the way."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What was collected stays to the end: the garbage collector need not read it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

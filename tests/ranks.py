@@ -6,6 +6,7 @@ Every wait has a deadline; a rank that fails, dies or hangs makes `run` raise wi
 import atexit
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -34,6 +35,7 @@ class Ranks:
         prepare_engine()
         torch.set_num_threads(1)
         self.size = size
+        gc.freeze()  # a collection in a rank would copy what it shares with the others
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         atexit.register(self.close)

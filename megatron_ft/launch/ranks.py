@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -61,6 +62,7 @@ def start(
     if device.may_use_driver():
         return [_spawn(places, local, folder, piped, held) for local in range(places.here)]
     prepare()
+    gc.freeze()  # a collection in a rank would mark, and so copy, the pages that it shares with the others
     sys.stdout.flush()
     sys.stderr.flush()
     ranks: list[Rank] = []

@@ -5,6 +5,7 @@ one. What a command line meets is what it meets in the shell: its own standard s
 `engine` torch and megatron-core are imported before; without, the answer tells whether the command imported torch.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -34,6 +35,7 @@ def _import_engine() -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()
 
 
 def _in_a_fork(request: dict) -> dict:
