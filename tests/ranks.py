@@ -37,7 +37,7 @@ class Ranks:
         self.size = size
         gc.freeze()  # a collection in a rank would copy what it shares with the others
         self._folder = tempfile.TemporaryDirectory()
-        self._pipes, self._processes = [], []
+        self._pipes, self._processes, self._failed = [], [], False
         atexit.register(self.close)
         for rank in range(size):
             ours, theirs = _FORK.Pipe()
@@ -74,14 +74,22 @@ class Ranks:
         return value
 
     def _fail(self, message: str):
+        self._failed = True
         self.close()
         raise RankFailed(message)
 
     def close(self) -> None:
+        """End the ranks: those that wait for work leave by themselves, the others are killed."""
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        patience = time.monotonic() + (0.0 if self._failed else 5.0)
         for process in self._processes:
+            process.join(max(0.0, patience - time.monotonic()))
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
             process.join(10)
+        self._pipes, self._processes = [], []
         self._folder.cleanup()
 
 
@@ -90,11 +98,13 @@ def _serve(rank: int, size: int, store: str, pipe) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     dist.init_process_group(device.backend(), store=dist.FileStore(store, size), rank=rank, world_size=size)
     while True:
+        work = None
         with contextlib.suppress(EOFError):
-            function, args = pipe.recv()
-            try:
-                pipe.send((True, function(*args)))
-            except BaseException:
-                pipe.send((False, traceback.format_exc()))
-            continue
-        os._exit(0)
+            work = pipe.recv()
+        if work is None:
+            os._exit(0)
+        function, args = work
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
