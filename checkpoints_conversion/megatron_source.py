@@ -14,6 +14,7 @@ from checkpoints_conversion.options import CheckpointSource, check_source
 from megatron_ft.checkpoints.folder import CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.digests import MANIFEST, has_digests
 from megatron_ft.errors import ConfigError, DamagedError
+from megatron_ft.models.architecture import refuse_experts
 from megatron_ft.models.families import family_of
 from megatron_ft.models.weights import Placed, Rule
 
@@ -66,6 +67,7 @@ def open_source(folder: Path, config: CheckpointConfig) -> Any:
     from checkpoints_conversion.classic import ClassicSource
     from checkpoints_conversion.torch_dist import TorchDistSource
 
+    refuse_experts(config.architecture)
     source = TorchDistSource if config.ckpt_format == "torch_dist" else ClassicSource
     return source(folder, config, family_of(config.architecture).rules(config.architecture))
 

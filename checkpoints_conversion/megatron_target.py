@@ -23,6 +23,7 @@ from megatron_ft.checkpoints.folder import (
     write_config,
     write_tracker,
 )
+from megatron_ft.models.architecture import refuse_experts
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def plan(
     folder: Path, config: CheckpointConfig, rules: Sequence[Rule], dtype: Callable[[Placed], torch.dtype]
 ) -> tuple[list[Unit], Callable[[], None]]:
     """Return (the files, the function to call when they are written)."""
+    refuse_experts(config.architecture)
     if config.ckpt_format == "torch":
         return plan_classic(folder, config, rules, dtype), lambda: None
     placed = placed_rules(config.architecture, rules)

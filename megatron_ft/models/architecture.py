@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from megatron_ft.errors import CheckpointError, ConfigError
-from megatron_ft.models.parts import AttentionPart, Layer, MlpPart, NormPart, Rope
+from megatron_ft.models.parts import AttentionPart, ExpertsPart, Layer, MlpPart, NormPart, Rope
 
 GATED = ("swiglu", "geglu", "reglu")
 
@@ -23,7 +23,19 @@ _MOST = {
     "vocab_size": 10**8,
     "max_position_embeddings": 10**9,
 }
+_MOST_OF_EXPERTS = {"num_experts": 10_000, "experts_per_token": 10_000, "expert_ffn_hidden_size": 10**7}
 """Larger than any model there is, small enough that nothing overflows or takes forever."""
+_NEWER = {
+    "window_layers": None,
+    "window_rope_theta": None,
+    "rotary_share": 1.0,
+    "num_experts": 0,
+    "experts_per_token": 0,
+    "expert_ffn_hidden_size": 0,
+    "experts_renormalised": True,
+    "dense_layers": (),
+}
+"""Fields that a description leaves out where they have these values: only few models have others."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,15 @@ class Architecture:
     """Base of the rotary embedding in layers that have the window, which is not scaled there; None: as in the others."""
     rotary_share: float = 1.0
     """Share of each head that the rotary embedding turns."""
+    num_experts: int = 0
+    """MLPs of a layer, of which each token goes to some; 0: the model has no experts."""
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    """Of one expert; `ffn_hidden_size` is that of layers without experts."""
+    experts_renormalised: bool = True
+    """A token's experts have weights that sum to 1 (norm_topk_prob)."""
+    dense_layers: tuple[int, ...] = ()
+    """Numbers, from 0, of the layers without experts in a model that has them."""
 
     def __post_init__(self) -> None:
         """Raise CheckpointError for a value that no model has: what is read from a file may hold anything."""
@@ -91,6 +112,7 @@ class Architecture:
         if window is not None and (type(window) is not int or window < 1):
             raise CheckpointError(f"sliding_window {window!r}: must be at least 1, or absent")
         self._check_parts()
+        self._check_experts()
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
@@ -98,12 +120,7 @@ class Architecture:
 
     def _check_parts(self) -> None:
         if self.window_layers is not None:
-            layers = self.window_layers
-            if not isinstance(layers, list | tuple) or any(
-                type(n) is not int or not 0 <= n < self.num_layers for n in layers
-            ):
-                raise CheckpointError(f"window_layers {str(layers)[:80]}: must be numbers of layers, from 0")
-            object.__setattr__(self, "window_layers", tuple(layers))  # JSON has lists
+            self._take_layers("window_layers")
         if (self.window_layers is not None or self.window_rope_theta is not None) and self.sliding_window is None:
             raise CheckpointError("window_layers and window_rope_theta need a sliding_window")
         theta, share = self.window_rope_theta, self.rotary_share
@@ -114,6 +131,34 @@ class Architecture:
             raise CheckpointError(
                 f"rotary_share {share!r}: must be above 0, at most 1, and make an even number of a head's {self.head_dim}"
             )
+
+    def _check_experts(self) -> None:
+        self._take_layers("dense_layers")
+        sizes = {name: getattr(self, name) for name in _MOST_OF_EXPERTS}
+        for name, most in _MOST_OF_EXPERTS.items():
+            if type(sizes[name]) is not int or not 0 <= sizes[name] <= most:
+                raise CheckpointError(f"{name} {sizes[name]!r}: must be a whole number from 0 to {most}")
+        if type(self.experts_renormalised) is not bool:
+            raise CheckpointError(f"experts_renormalised {self.experts_renormalised!r}: must be true or false")
+        if not self.num_experts:
+            if any(sizes.values()) or self.dense_layers:
+                raise CheckpointError("experts_per_token, expert_ffn_hidden_size and dense_layers need num_experts")
+            return
+        least = 2 if self.experts_renormalised else 1  # one weight that is divided by itself trains no router
+        if not least <= self.experts_per_token <= self.num_experts or not self.expert_ffn_hidden_size:
+            raise CheckpointError(
+                f"num_experts {self.num_experts}: needs experts_per_token from {least} to that number, not {self.experts_per_token}, "
+                f"and an expert_ffn_hidden_size above 0"
+            )
+
+    def _take_layers(self, name: str) -> None:
+        """Make a field with numbers of layers a tuple: JSON has lists."""
+        layers = getattr(self, name)
+        if not isinstance(layers, list | tuple) or any(
+            type(n) is not int or not 0 <= n < self.num_layers for n in layers
+        ):
+            raise CheckpointError(f"{name} {str(layers)[:80]}: must be numbers of layers, from 0")
+        object.__setattr__(self, name, tuple(layers))
 
     @property
     def rotary_dim(self) -> int:
@@ -128,6 +173,10 @@ class Architecture:
             return layer in self.window_layers
         return layer >= self.full_attention_layers
 
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer, counted from 0, has experts."""
+        return bool(self.num_experts) and layer not in self.dense_layers
+
     def layer(self, number: int) -> Layer:
         """Return the parts of a layer, counted from 0."""
         window = self.has_window(number)
@@ -138,14 +187,21 @@ class Architecture:
             self.num_attention_heads, self.num_query_groups, self.head_dim, self.qkv_bias, self.qk_norm,
             self.sliding_window if window else None, rope,
         )  # fmt: skip
-        mlp, norm = MlpPart(self.ffn_hidden_size, self.activation), NormPart(self.norm, self.norm_epsilon)
-        return Layer(attention, mlp, norm, self.parallel_block, self.shared_norm)
+        norm = NormPart(self.norm, self.norm_epsilon)
+        return Layer(attention, self._mlp(number), norm, self.parallel_block, self.shared_norm)
+
+    def _mlp(self, layer: int) -> MlpPart:
+        if not self.has_experts(layer):
+            return MlpPart(self.ffn_hidden_size, self.activation)
+        experts = ExpertsPart(self.num_experts, self.experts_per_token, self.experts_renormalised)
+        return MlpPart(self.expert_ffn_hidden_size, self.activation, experts)
 
     def with_layers(self, num_layers: int) -> Architecture:
         """Return the same model with fewer layers, its first ones."""
         left = self.window_layers and tuple(n for n in self.window_layers if n < num_layers)
         full = min(self.full_attention_layers, num_layers)
-        return replace(self, num_layers=num_layers, window_layers=left, full_attention_layers=full)
+        dense = tuple(n for n in self.dense_layers if n < num_layers)
+        return replace(self, num_layers=num_layers, window_layers=left, full_attention_layers=full, dense_layers=dense)
 
     @property
     def gated(self) -> bool:
@@ -154,8 +210,7 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types. What only few models have is left out where it is absent, so that earlier versions read the rest."""
-        newer = {"window_layers": None, "window_rope_theta": None, "rotary_share": 1.0}
-        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
+        return {name: value for name, value in asdict(self).items() if name not in _NEWER or value != _NEWER[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
@@ -187,18 +242,29 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, multiple
     return -(-vocab_size // unit) * unit
 
 
-def check_layout(arch: Architecture, tensor_model_parallel_size: int, pipeline_model_parallel_size: int = 1) -> None:
-    """Raise ConfigError, naming the sizes that would do, unless every tensor can be cut evenly into TP x PP parts.
+def check_layout(
+    arch: Architecture,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+) -> None:
+    """Raise ConfigError, naming the sizes that would do, unless every tensor can be cut evenly into TP x PP parts, and experts into EP.
 
     Stages that may hold unequal numbers of layers are pipeline.py's business.
     """
-    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    tp, pp, ep = tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size
     rules = (
         ("tensor_model_parallel_size", tp, "num_attention_heads", arch.num_attention_heads),
         ("tensor_model_parallel_size", tp, "num_query_groups", arch.num_query_groups),
         ("tensor_model_parallel_size", tp, "ffn_hidden_size", arch.ffn_hidden_size),
+        ("tensor_model_parallel_size", tp, "expert_ffn_hidden_size", arch.expert_ffn_hidden_size),
+        ("expert_model_parallel_size", ep, "num_experts", arch.num_experts),
         ("pipeline_model_parallel_size", pp, "num_layers", arch.num_layers),
     )
+    if ep > 1 and not arch.num_experts:
+        raise ConfigError(
+            f"--expert_model_parallel_size {ep}: the model has no experts that processes could share: use 1"
+        )
     for flag, parts, name, size in rules:
         if parts < 1:
             raise ConfigError(f"--{flag} {parts}: must be at least 1")
@@ -206,6 +272,15 @@ def check_layout(arch: Architecture, tensor_model_parallel_size: int, pipeline_m
             raise ConfigError(
                 f"--{flag} {parts} does not divide the model's {name} {size}; sizes that do: {_divisors(size)}"
             )
+
+
+def refuse_experts(arch: Architecture) -> None:
+    """Raise ConfigError for a model with experts. For whatever trains, saves or converts: models with experts are only built so far."""
+    if arch.num_experts:
+        raise ConfigError(
+            f"the model has experts (num_experts {arch.num_experts}), which cannot be trained, saved or converted yet: "
+            f"use a model without"
+        )
 
 
 def _divisors(size: int, at_most: int = 64) -> str:

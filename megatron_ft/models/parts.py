@@ -33,12 +33,26 @@ class AttentionPart:
 
 
 @dataclass(frozen=True)
+class ExpertsPart:
+    """Several MLPs, of which a router chooses some for each token; their outputs are added up, weighted by its probabilities."""
+
+    number: int
+    per_token: int
+    """Experts that a token goes to, those with the highest probabilities."""
+    renormalised: bool
+    """The weights are the probabilities divided by their sum over the chosen experts, not the probabilities themselves."""
+
+
+@dataclass(frozen=True)
 class MlpPart:
     """The MLP of one layer."""
 
     ffn_hidden_size: int
+    """With experts, of each of them."""
     activation: str
     """As Architecture.activation."""
+    experts: ExpertsPart | None = None
+    """None: one MLP for all tokens (dense)."""
 
 
 @dataclass(frozen=True)

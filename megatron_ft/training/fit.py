@@ -21,6 +21,7 @@ from megatron_ft.config.checks import (
 )
 from megatron_ft.config.sections import Checkpointing
 from megatron_ft.config.settings import TrainingSettings
+from megatron_ft.models.architecture import refuse_experts
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.models.trainable import check_patterns
 from megatron_ft.training.model_flags import check_model_flags
@@ -65,6 +66,7 @@ def check_model(
 
     Raise ConfigError or CheckpointError, with both values and the remedy. folder: of the checkpoint, to name it.
     """
+    refuse_experts(described.architecture)
     described = check_model_flags(settings.model, described)
     parallel, checkpointing = settings.parallel, settings.checkpointing
     split = split_layers(described.architecture.num_layers, parallel)

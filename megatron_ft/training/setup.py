@@ -10,7 +10,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_ft.config.sections import Data, Kernels, Numerics, Parallelism
 from megatron_ft.engine.parallel import Layout
-from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.architecture import Architecture, refuse_experts
 from megatron_ft.models.build import BuildOptions, attention_needs, build_chunks
 from megatron_ft.models.kernels import choose, machine
 from megatron_ft.models.pipeline import split_layers
@@ -26,6 +26,7 @@ def make_model(
 
     rows: of the embedding, padding included, where a checkpoint prescribes them. trainable: what is trained; the rest has no gradients.
     """
+    refuse_experts(arch)
     kernels, here = kernels or Kernels(), machine()
     whole_layers = numerics.recompute_granularity == "full"
     options = BuildOptions(

@@ -24,6 +24,7 @@ ARCH = Architecture(
     family="llama", num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=4, head_dim=8,
     vocab_size=100, max_position_embeddings=128, norm_epsilon=1e-5,
 )  # fmt: skip
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_hidden_size": 64}
 
 BROKEN = {
     "positive": "--micro_batch_size 0",
@@ -46,6 +47,7 @@ BROKEN = {
     "milestones_have_a_use": "--save {save} --save_retain_interval 5",
     "classic_saves_know_no_context_parallel": "--save {save} --ckpt_format torch --context_parallel_size 2 --no_packing",
     "overlaps_have_a_subject": "--overlap_param_gather",
+    "refuse_experts": "--load {experts}",
     "check_model_flags": "--num_layers 5",
     "split_layers": "--pipeline_model_parallel_size 2 --decoder_first_pipeline_num_layers 4",
     "check_sizes": "--load {classic}",
@@ -85,6 +87,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     parts = {"torch_dist": ("metadata.json", ".metadata", "common.pt"), "torch": ()}
     for name, kind, tp, iteration in (
         ("model", "torch_dist", 1, "release"), ("classic", "torch", 4, "release"), ("resumed", "torch", 2, 3),
+        ("experts", "torch_dist", 1, "release"),
     ):  # fmt: skip
         folder = tmp_path / name
         folder.mkdir()
@@ -92,7 +95,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         for file in files:
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).touch()
-        write_config(folder, CheckpointConfig(ARCH, kind, tp, 1, 128, iteration, "fp32"))
+        arch = dataclasses.replace(ARCH, **EXPERTS) if name == "experts" else ARCH
+        write_config(folder, CheckpointConfig(arch, kind, tp, 1, 128, iteration, "fp32"))
     from megatron_ft.commands import rehearse
     from megatron_ft.launch import run
 
@@ -102,7 +106,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("no rule refused this"))
     return {
         "shards": write(tmp_path / "chats-train", [9, 5]), "save": str(tmp_path / "save"), "model": str(tmp_path / "model"),
-        "classic": str(tmp_path / "classic"), "resumed": str(tmp_path / "resumed"),
+        "classic": str(tmp_path / "classic"), "resumed": str(tmp_path / "resumed"), "experts": str(tmp_path / "experts"),
     }  # fmt: skip
 
 
