@@ -23,5 +23,7 @@ def fill_from(
         whole = full(placed)
         if placed.rule.cut == "vocab_parallel":
             whole = pad_rows(whole, model.vocab_size)
-        slots.pop(placed.local_key).copy_(placed.rule.part(whole, layout.tp_size, layout.tp_rank))
+        part = placed.rule.part(whole, layout.tp_size, layout.tp_rank, layout.ep_size, layout.ep_rank)
+        for name, values in placed.parameters(part):
+            slots.pop(name).copy_(values)
     assert not slots, f"not filled: {sorted(slots)}"

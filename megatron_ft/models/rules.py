@@ -9,7 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.weights import Rule, Shape, halve_rows, merge_qkv, qkv_rows, split_qkv, stack_rows
+from megatron_ft.models.weights import (
+    Cut,
+    Rule,
+    Shape,
+    halve_rows,
+    merge_qkv,
+    qkv_rows,
+    split_experts,
+    split_qkv,
+    stack_experts,
+    stack_rows,
+)
 
 LAYER = "decoder.layers.{n}."
 
@@ -67,12 +78,14 @@ def attention_output(hf_key: str) -> Rule:
 
 
 def gated_mlp(hf_gate: str, hf_up: str, hf_down: str) -> list[Rule]:
+    """Of layers without experts."""
     first = Rule(
         LAYER + "mlp.linear_fc1.weight",
         (hf_gate, hf_up),
         hf_shapes=lambda a: [(a.ffn_hidden_size, a.hidden_size)] * 2,
         full_shape=lambda a: (2 * a.ffn_hidden_size, a.hidden_size),
         cut="gated_column_parallel",
+        mlp="dense",
         to_megatron=stack_rows,
         to_hf=halve_rows,
     )
@@ -80,10 +93,26 @@ def gated_mlp(hf_gate: str, hf_up: str, hf_down: str) -> list[Rule]:
 
 
 def plain_mlp(hf_up: str, hf_down: str) -> list[Rule]:
+    """As gated_mlp."""
     up = same(
-        LAYER + "mlp.linear_fc1.weight", hf_up, lambda a: (a.ffn_hidden_size, a.hidden_size), cut="column_parallel"
-    )
+        LAYER + "mlp.linear_fc1.weight", hf_up, lambda a: (a.ffn_hidden_size, a.hidden_size), cut="column_parallel", mlp="dense"
+    )  # fmt: skip
     return [up, _down(hf_down)]
+
+
+def router(hf_key: str) -> Rule:
+    """What chooses the experts of a token."""
+    return same(LAYER + "mlp.router.weight", hf_key, lambda a: (a.num_experts, a.hidden_size), mlp="experts")
+
+
+def gated_experts(arch: Architecture, hf_gate: str, hf_up: str, hf_down: str) -> list[Rule]:
+    """Gated MLPs, of layers with experts; each has tensors of its own in Hugging Face. `{e}` in a key is the expert's number."""
+    return [
+        _experts(
+            arch, "linear_fc1", (hf_gate, hf_up), lambda a: (a.expert_ffn_hidden_size, a.hidden_size), "gated_column_parallel"
+        ),
+        _experts(arch, "linear_fc2", (hf_down,), lambda a: (a.hidden_size, a.expert_ffn_hidden_size), "row_parallel"),
+    ]  # fmt: skip
 
 
 def same(key: str, hf_key: str, shape: Callable[[Architecture], Shape], **others: Any) -> Rule:
@@ -93,7 +122,31 @@ def same(key: str, hf_key: str, shape: Callable[[Architecture], Shape], **others
 
 def _down(hf_key: str) -> Rule:
     return same(
-        LAYER + "mlp.linear_fc2.weight", hf_key, lambda a: (a.hidden_size, a.ffn_hidden_size), cut="row_parallel"
+        LAYER + "mlp.linear_fc2.weight", hf_key, lambda a: (a.hidden_size, a.ffn_hidden_size), cut="row_parallel", mlp="dense"
+    )  # fmt: skip
+
+
+def _experts(
+    arch: Architecture, name: str, hf_keys: tuple[str, ...], shape: Callable[[Architecture], Shape], cut: Cut
+) -> Rule:
+    """shape: of one matrix in Hugging Face, of which one expert has as many as there are hf_keys."""
+    each = len(hf_keys)
+
+    def full_shape(a: Architecture) -> Shape:
+        rows, columns = shape(a)
+        return a.num_experts, each * rows, columns
+
+    return Rule(
+        LAYER + f"mlp.experts.{name}.weight",
+        tuple(key.replace("{e}", str(expert)) for expert in range(arch.num_experts) for key in hf_keys),
+        hf_shapes=lambda a: [shape(a)] * each * a.num_experts,
+        full_shape=full_shape,
+        cut=cut,
+        has_experts=True,
+        mlp="experts",
+        dist_key=LAYER + f"mlp.experts.experts.{name}.weight",
+        to_megatron=stack_experts,
+        to_hf=lambda a, full: split_experts(a, full, each),
     )
 
 

@@ -36,13 +36,20 @@ class Rule:
     """Of the whole tensor, without vocabulary padding."""
     cut: Cut = "replicated"
     has_experts: bool = False
-    """The whole tensor is [experts, ...]: expert-parallel ranks hold consecutive experts, and `cut` is of one expert's matrix."""
+    """The whole tensor is [experts, ...]: expert-parallel ranks hold consecutive experts, and `cut` is of one expert's matrix.
+    A module has a parameter for each expert, `key` with .local_experts.NUMBER after .experts."""
+    mlp: Literal["dense", "experts"] | None = None
+    """Layers that have the tensor: those whose MLP is dense, those with experts; None: all."""
     stage: Literal["first", "layer", "last"] = "layer"
     dist_key: str | None = None
     """Name in a torch_dist checkpoint where it differs: megatron-core stores a norm as if it were fused into the linear
     that follows it, so that models with and without Transformer Engine read the same checkpoint."""
     to_megatron: Callable[[Architecture, Sequence[Tensor]], Tensor] = lambda arch, tensors: tensors[0]
     to_hf: Callable[[Architecture, Tensor], list[Tensor]] = lambda arch, full: [full]
+
+    def is_in(self, arch: Architecture, layer: int) -> bool:
+        """Return whether a layer, counted from 0, has the tensor."""
+        return self.mlp is None or (self.mlp == "experts") == arch.has_experts(layer)
 
     @property
     def _axis(self) -> int:
@@ -113,6 +120,15 @@ class Placed:
     is_copy: bool = False
     """The last stage's copy of tied embeddings: the same numbers lie on the first stage."""
 
+    def parameters(self, part: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, values) of the parameters of a rank's module that hold a part: one, or one for each of its experts."""
+        if not self.rule.has_experts:
+            yield self.local_key, part
+            return
+        before, after = self.local_key.split(".experts.")
+        for number, values in enumerate(part):
+            yield f"{before}.experts.local_experts.{number}.{after}", values
+
 
 def pad_rows(tensor: Tensor, rows: int) -> Tensor:
     """[v, h] -> [rows, h] with zeros below; the tensor itself if it has that many already."""
@@ -128,7 +144,8 @@ def placed_rules(arch: Architecture, rules: Sequence[Rule], pp_size: int = 1, pp
     if pp_rank == 0:
         yield from (_place(rule) for rule in rules if rule.stage == "first")
     for local, layer in enumerate(layers_of_stage(arch.num_layers, pp_size, pp_rank)):
-        yield from (_place(rule, layer, local) for rule in rules if rule.stage == "layer")
+        here = (rule for rule in rules if rule.stage == "layer" and rule.is_in(arch, layer))
+        yield from (_place(rule, layer, local) for rule in here)
     if pp_rank == pp_size - 1:
         yield from (_place(rule) for rule in rules if rule.stage == "last")
         if arch.tied_embeddings and pp_size > 1:
@@ -187,6 +204,18 @@ def stack_rows(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
 def halve_rows(arch: Architecture, full: Tensor) -> list[Tensor]:
     """Inverse of stack_rows."""
     return list(full.chunk(2))
+
+
+def stack_experts(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
+    """The matrices of expert 0, of expert 1, ... -> [experts, rows, columns], where an expert's matrices lie below each other."""
+    import torch
+
+    return torch.cat(list(tensors)).reshape(arch.num_experts, -1, tensors[0].shape[1])
+
+
+def split_experts(arch: Architecture, full: Tensor, each: int) -> list[Tensor]:
+    """Inverse of stack_experts. each: matrices of one expert."""
+    return [matrix for expert in full for matrix in expert.chunk(each)]
 
 
 def layers_of_stage(num_layers: int, pp_size: int, pp_rank: int) -> range:
