@@ -51,6 +51,13 @@ def _left_out(name: str) -> types.ModuleType:
     return module
 
 
+def apply() -> None:
+    """Make all changes below. megatron-core has been imported."""
+    answer_for_cpu()
+    number_tokens_of_experts()
+    gather_parts_of_any_length()
+
+
 @patch(
     "0.16 to 0.19",
     "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
@@ -118,7 +125,10 @@ def _engine_cuda(torch: Any) -> types.ModuleType:
     stand_in: Any = types.ModuleType("torch.cuda")
     stand_in.__dict__.update(torch.cuda.__dict__)
     stand_in.__getattr__ = lambda name: getattr(torch.cuda, name)
-    stream = types.SimpleNamespace(wait_stream=nothing, wait_event=nothing, synchronize=nothing, record_event=nothing)
+    event = types.SimpleNamespace(synchronize=nothing, wait=nothing)
+    stream = types.SimpleNamespace(
+        wait_stream=nothing, wait_event=nothing, synchronize=nothing, record_event=lambda *args: event
+    )
     answers = {
         "current_device": lambda: torch.device("cpu"),
         "device_count": lambda: 1,
@@ -163,3 +173,38 @@ def _patch_tensor_methods(torch: Any) -> None:
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.to = to_cpu
     torch.Tensor.type = type_name
+
+
+@patch("0.16 to 0.19", "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu")
+def number_tokens_of_experts() -> None:
+    """How many tokens go to which rank's experts is asked for as numpy's numbers; the engine makes them of a GPU's tensors only."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    moved = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        tensor = moved(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+@patch("0.16 to 0.19", "megatron.core.tensor_parallel.mappings:_gather_along_first_dim")
+def gather_parts_of_any_length() -> None:
+    """The tensor-parallel ranks of experts hold unequal numbers of tokens, and gloo gathers equal parts only: shorter ones are padded."""
+    import torch
+    from megatron.core.tensor_parallel import mappings
+
+    gather = mappings._gather_along_first_dim
+
+    def gather_any(x: Any, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(x, group, None, use_global_buffer)
+        longest = max(sizes)
+        if not longest:
+            return x
+        padded = torch.cat([x, x.new_zeros((longest - len(x), *x.shape[1:]))])
+        parts = gather(padded, group).split(longest)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    mappings._gather_along_first_dim = gather_any

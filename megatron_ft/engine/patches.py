@@ -14,6 +14,7 @@ def apply() -> None:
     say_nothing_of_other_writers()
     recompute_norms_without_fp8()
     read_objects_without_running_them()
+    choose_experts_without_transformer_engine()
 
 
 @patch("0.16 to 0.19", "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue")
@@ -77,3 +78,15 @@ def recompute_norms_without_fp8() -> None:
             super().__init__(None)
 
     tensor_parallel.CheckpointWithoutOutput = WithoutFp8
+
+
+@patch("0.16 to 0.16", "megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction")
+def choose_experts_without_transformer_engine() -> None:
+    """The router asks for a product of Transformer Engine's by a name that is not defined where that is not installed, and fails.
+
+    Without it, it has torch's product.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Iterator
 
 from megatron_ft.device import has_gpu
-from megatron_ft.engine import patches
-from megatron_ft.engine.cpu_stand_in import answer_for_cpu, do_without_triton
+from megatron_ft.engine import cpu_stand_in, patches
 from megatron_ft.engine.versions import check_version
 
 
@@ -24,7 +23,7 @@ def prepare_engine() -> None:
     # torch's C++ warns of every connection that another process's end closes, with its own stack. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not has_gpu():
-        do_without_triton()
+        cpu_stand_in.do_without_triton()
     with warnings.catch_warnings(), no_collection():
         warnings.simplefilter("ignore")
         import megatron.core
@@ -40,7 +39,7 @@ def prepare_engine() -> None:
     check_version(megatron.core.__version__)
     patches.apply()
     if not has_gpu():
-        answer_for_cpu()
+        cpu_stand_in.apply()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,9 @@ def changes() -> dict[str, tuple[Callable, tuple[str, ...]]]:
     functions = [
         *(patches.keep_write_results_here, patches.say_nothing_of_other_writers),
         *(patches.recompute_norms_without_fp8, patches.read_objects_without_running_them),
-        *(cpu_stand_in.answer_for_cpu, optimizer.offer_to_engine, rotary.turn_by_table),
+        *(patches.choose_experts_without_transformer_engine, cpu_stand_in.number_tokens_of_experts),
+        *(cpu_stand_in.answer_for_cpu, cpu_stand_in.gather_parts_of_any_length),
+        *(optimizer.offer_to_engine, rotary.turn_by_table),
     ]  # fmt: skip
     found = {function.__name__: (function, function.needs) for function in functions}
     return found | {"KnownShapes": _known_shapes(), "_Planner": _planner()}

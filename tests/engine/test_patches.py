@@ -23,7 +23,7 @@ def rank():
 def test_a_part_that_is_gone_is_named_with_what_changes_it(rank):
     errors = rank(jobs.errors_without_each_part)
     installed = rank(jobs.version)
-    assert len(errors) == (9 if release(installed) >= (0, 19) else 8) and all(errors.values())
+    assert len(errors) == 11 and all(errors.values())
     for name, found in errors.items():
         for part, error in found:
             assert error is not None, f"{name} did not miss {part}"
@@ -33,7 +33,7 @@ def test_a_part_that_is_gone_is_named_with_what_changes_it(rank):
 
 def test_changes_are_for_releases_that_were_tried(rank):
     found = rank(jobs.ranges)
-    assert len(found) == 7
+    assert len(found) == 10
     assert all(first in SUPPORTED and last in SUPPORTED for first, last in found.values())
 
 
