@@ -107,6 +107,7 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         qk_layernorm=arch.qk_norm,
         softmax_scale=_softmax_scale(arch),
         **_window(arch),
+        **_experts(arch, layout),
         hidden_dropout=options.hidden_dropout,
         attention_dropout=options.attention_dropout,
         tensor_model_parallel_size=layout.tp_size,
@@ -131,13 +132,13 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         embedding_init_method=_leave,
         gradient_accumulation_fusion=bool(options.kernels and options.kernels.accumulates),
         masked_softmax_fusion=False,
-        bias_activation_fusion=fused and arch.activation in ("swiglu", "geglu"),
+        bias_activation_fusion=fused and arch.activation in (("swiglu",) if arch.num_experts else ("swiglu", "geglu")),
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
         variable_seq_lengths=options.variable_seq_lengths,
-        moe_token_dispatcher_type="alltoall",  # no experts here, but the engine's default refuses variable lengths
+        moe_token_dispatcher_type="alltoall",  # the engine's default refuses variable lengths, also without experts
         overlap_p2p_comm=options.overlap_p2p,
         batch_p2p_comm=_batches_exchanges(layout, options),
         batch_p2p_sync=False,  # a wait for the whole device after every exchange; needed by torch before 1.13 only
@@ -184,6 +185,23 @@ def _window(arch: Architecture) -> dict:
     return {"window_size": (arch.sliding_window - 1, 0), "window_attn_skip_freq": has}
 
 
+def _experts(arch: Architecture, layout: Layout) -> dict:
+    """What chooses experts computes in fp32; no loss balances them. The engine's names begin with moe."""
+    if not arch.num_experts:
+        return {}
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_layer_freq": [int(arch.has_experts(layer)) for layer in range(arch.num_layers)],
+        "moe_ffn_hidden_size": arch.expert_ffn_hidden_size,
+        "moe_router_topk": arch.experts_per_token,
+        # Softmax over the chosen experts is softmax over all, divided by the sum over the chosen.
+        "moe_router_pre_softmax": not arch.experts_renormalised,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": layout.ep_size,
+    }
+
+
 def _leave(weight: torch.Tensor) -> None:
     """An initialisation that does nothing."""
 
@@ -201,7 +219,7 @@ def build_chunks(arch: Architecture, layout: Layout, options: BuildOptions) -> l
     """This rank's slice of every chunk of its stage, in order; all share one config, as the engine's schedules expect."""
     split = options.split or plain_split(arch.num_layers, layout.pp_size)
     assert (split.stages, split.virtual_size) == (layout.pp_size, layout.vp_size), "the split is of another layout"
-    check_layout(arch, layout.tp_size)
+    check_layout(arch, layout.tp_size, expert_model_parallel_size=layout.ep_size)
     config = transformer_config(arch, layout, options)
     # Not given to the constructor, which would ask for Transformer Engine: it is `turn` that reads it.
     config.apply_rope_fusion = bool(options.kernels and options.kernels.fused)
@@ -261,7 +279,8 @@ def _layer_spec(
 ) -> ModuleSpec:  # fmt: skip
     """rope: (number, of how many) of the layer's rotary embedding."""
     name, norm = NORMS[parts.norm.kind]
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization=name)
+    experts = parts.mlp.experts and parts.mlp.experts.number
+    layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=experts, normalization=name)
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = IdentityOp if parts.shared_norm else norm
     attention = layer.submodules.self_attention.submodules
