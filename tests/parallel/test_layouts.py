@@ -5,8 +5,18 @@ import pytest
 
 from tests.parallel.jobs import finetune, read_metrics
 
-LAYOUTS = [pytest.param((4, 1), marks=pytest.mark.thorough), (1, 4), (2, 2), (2, 1), (1, 1)]
-"""TP x PP on four processes; what is left is data parallel: TP4, PP4, TP2xPP2, TP2xDP2, DP4."""
+LAYOUTS = {"TP4": (4, 1), "PP4": (1, 4), "TP2xPP2": (2, 2), "TP2xDP2": (2, 1), "DP4": (1, 1)}
+"""TP x PP on four processes; what is left is data parallel."""
+OPTIMIZERS = {"plain": False, "distributed-optimizer": True}
+THOROUGH = {
+    *(("TP4", name) for name in OPTIMIZERS), ("PP4", "distributed-optimizer"), ("TP2xPP2", "plain"), ("DP4", "plain")
+}  # fmt: skip
+"""The others show each layout, and the distributed optimizer over 1, 2 and 4 replicas."""
+CASES = [
+    pytest.param(layout, distributed, id=f"{name}-{kind}", marks=[pytest.mark.thorough] * ((name, kind) in THOROUGH))
+    for name, layout in LAYOUTS.items()
+    for kind, distributed in OPTIMIZERS.items()
+]
 
 
 @pytest.fixture(
@@ -19,8 +29,7 @@ def reference(request, one_rank, checkpoint, shards, tmp_path_factory):
     return request.param, folder
 
 
-@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed-optimizer"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["TP4", "PP4", "TP2xPP2", "TP2xDP2", "DP4"])
+@pytest.mark.parametrize(("layout", "distributed_optimizer"), CASES)
 def test_layout_trains_as_one_process(
     layout, distributed_optimizer, reference, four_ranks, checkpoint, shards, tmp_path
 ):

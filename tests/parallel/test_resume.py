@@ -50,7 +50,13 @@ def straight(four_ranks, checkpoint, shards, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("case", CASES)
+SHOWN_BY_OTHERS = "TP2xDP2, distributed"
+"""With bf16 and with the classic format it is run always."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.thorough] * (case == SHOWN_BY_OTHERS)) for case in CASES]
+)
 def test_same_layout_to_the_bit(case, straight, four_ranks, checkpoint, shards, tmp_path):
     """Losses, weights and samples of ten steps equal those of five, a save every second step, a new start and five more."""
     layout, settings, saves = CASES[case]
@@ -82,16 +88,24 @@ def five_steps(four_ranks, checkpoint, shards, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"use_distributed_optimizer": True},
-        pytest.param({"use_distributed_optimizer": True, "bf16": True}, marks=pytest.mark.thorough),
-    ],
-    ids=["plain", "distributed", "distributed, bf16"],
-)
-@pytest.mark.parametrize("layout", [(1, 4), (4, 1), (1, 1)], ids=["PP4", "TP4", "DP4"])
+OTHER_LAYOUTS = {"PP4": (1, 4), "TP4": (4, 1), "DP4": (1, 1)}
+OPTIMIZERS = {
+    "plain": {},
+    "distributed": {"use_distributed_optimizer": True},
+    "distributed, bf16": {"use_distributed_optimizer": True, "bf16": True},
+}
+ALWAYS = {("PP4", "distributed"), ("TP4", "plain"), ("DP4", "plain"), ("DP4", "distributed")}
+"""Each layout and each optimizer; the others are thorough."""
+CHANGES = [
+    pytest.param(
+        OTHER_LAYOUTS[layout], OPTIMIZERS[optimizer], id=f"{layout}-{optimizer}",
+        marks=[pytest.mark.thorough] * ((layout, optimizer) not in ALWAYS),
+    )
+    for layout in OTHER_LAYOUTS for optimizer in OPTIMIZERS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "settings"), CHANGES)
 def test_other_layout_continues(layout, settings, straight, five_steps, four_ranks, shards, tmp_path):
     """From TP2 x PP2 to every other layout, dropout on: the same samples in the same order, and the losses of the run that never
     stopped.

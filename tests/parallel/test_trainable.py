@@ -28,8 +28,15 @@ def measure(arch, case, patterns, numerics):
     return invariance.measure(problem, case)
 
 
-@pytest.mark.parametrize("recompute", [None, "full"])
-@pytest.mark.parametrize("arch", [LLAMA, FALCON], ids=["llama", "tied embeddings"])
+@pytest.mark.parametrize(
+    ("arch", "recompute"),
+    [
+        pytest.param(LLAMA, None, id="llama"),
+        pytest.param(LLAMA, "full", id="llama, recomputed", marks=pytest.mark.thorough),
+        pytest.param(FALCON, None, id="tied embeddings", marks=pytest.mark.thorough),
+        pytest.param(FALCON, "full", id="tied embeddings, recomputed"),
+    ],
+)
 def test_gradients_of_what_is_trained_and_of_nothing_else(arch, recompute, pools):
     from megatron_ft.commands.verify_invariance import cases_for
     from megatron_ft.config.sections import Numerics
