@@ -1,7 +1,6 @@
-"""From a command line to filled-in sections, and from a command to an exit code.
+"""Turns a command line into filled-in sections, and the result of a command into an exit code.
 
-Settings come from flags, then from the file given with --config, then from the dataclasses' defaults. After this file
-nobody sees argv.
+Settings come from flags, then from the file given with --config, then from the dataclasses' defaults. No other module reads argv.
 """
 
 import contextlib
@@ -17,17 +16,17 @@ from typing import Any
 from megatron_ft.config.command import Command
 from megatron_ft.config.fields import Option, default_of, flat, members, options_of
 from megatron_ft.config.flags import Given, read_flags
-from megatron_ft.config.rank_errors import be_seen, is_loss, is_together, say, speaks_first
+from megatron_ft.config.rank_errors import has_shared_folder, is_loss, print_once, should_report, write_stack_on_signal
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.log import setup
 
 __all__ = ["Command", "parse", "run_script", "write_sections"]
 
 MISTAKE = "MEGATRON_FT_MISTAKE"
-"""Environment variable: a file that comes to be when a command ends with exit code 2. Of several machines' exit codes a scheduler may
-report another one: that of the processes it ended because of this one."""
+"""Environment variable: a file to create when a command ends with exit code 2. In a job on several machines the scheduler may report
+another exit code: that of the processes which it ended because of this one."""
 _OUTSIDE = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT ENOTDIR EISDIR EEXIST".split()}
-"""What the system refuses for reasons that are the user's to change: a folder that is read-only, a disk that is full."""
+"""System errors that the user can fix: a read-only folder, a full disk."""
 
 
 def parse(command: Command, argv: Sequence[str]) -> list[Any]:
@@ -52,7 +51,7 @@ def parse(command: Command, argv: Sequence[str]) -> list[Any]:
 
 
 def write_sections(filled: Sequence[Any]) -> str:
-    """Filled-in sections as the YAML that --config reads back to the same."""
+    """Return filled-in sections as YAML. --config reads it back to the same values."""
     from megatron_ft.config.yaml_file import write_settings
 
     sections = tuple(type(section) for section in filled)
@@ -61,9 +60,9 @@ def write_sections(filled: Sequence[Any]) -> str:
 
 
 def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[str] | None = None) -> int:
-    """Parse, run(*sections), and return the exit code: 0, 2 a user's mistake, 1 our bug or a fault that may pass, 130 Ctrl-C.
+    """Parse, call run(*sections), and return the exit code: 0, 2 (user error), 1 (bug or temporary fault), 130 (Ctrl-C).
 
-    argv: without the program's name; None takes this process's own.
+    argv: without the program's name; None: that of this process.
     """
     code = _outcome(command, run, argv)
     if code == UserError.exit_code and (note := os.environ.get(MISTAKE)):
@@ -74,7 +73,7 @@ def run_script(command: Command, run: Callable[..., int | None], argv: Sequence[
 
 def _outcome(command: Command, run: Callable[..., int | None], argv: Sequence[str] | None) -> int:
     setup()
-    be_seen()
+    write_stack_on_signal()
     sections = None
     try:
         sections = parse(command, sys.argv[1:] if argv is None else argv)
@@ -87,15 +86,15 @@ def _outcome(command: Command, run: Callable[..., int | None], argv: Sequence[st
     except KeyboardInterrupt:
         signal.signal(
             signal.SIGINT, signal.SIG_IGN
-        )  # the terminal tells all processes, and a launcher its own once more
+        )  # the terminal sends it to all processes, and the launcher forwards it once more
         line = f"megatron-ft {command.name}: stopped by Ctrl-C"
-        if is_together():
-            say(line)
+        if has_shared_folder():
+            print_once(line)
             sys.stdout.flush()
             os._exit(130)
         print(line, file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who reads our output has seen enough: `... | head`
+    except BrokenPipeError:  # the reader of our output has closed the pipe: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports a program that a closed pipe ended
     except Exception as error:
@@ -105,11 +104,11 @@ def _outcome(command: Command, run: Callable[..., int | None], argv: Sequence[st
                 command, UserError(f"{where}{error.strerror}; check the path, its rights and the disk"), parsed=True
             )
             return UserError.exit_code
-        if speaks_first(error):
+        if should_report(error):
             _explain(command, error)
-        elif is_together():
+        elif has_shared_folder():
             sys.stdout.flush()
-            os._exit(1)  # taking broken connections down in good order ends in noise, or not at all
+            os._exit(1)  # closing broken connections in order would print more errors, or hang
         return 1
 
 
@@ -136,24 +135,24 @@ def _build(section: type, options: dict[str, Option], values: dict[str, Any]) ->
 
 
 def _report(command: Command, error: UserError, parsed: bool) -> None:
-    # A mistake in the arguments is the same for every process of a machine: one of them says it. Later ones say which
-    # process they met, unless the launcher lets the processes agree on who speaks.
+    # An error in the arguments is the same in every process of a machine, so one process prints it. Without a shared folder each
+    # process prints later errors, with its rank.
     line = f"megatron-ft {command.name}: error: {' '.join(str(error).split())}"
-    if is_together():
-        say(line)
+    if has_shared_folder():
+        print_once(line)
     elif parsed or os.environ.get("LOCAL_RANK", "0") == "0":
         rank = os.environ.get("RANK", "0")
         print(line + (f" (rank {rank})" if parsed and rank != "0" else ""), file=sys.stderr)
 
 
 def _explain(command: Command, error: Exception) -> None:
-    """A bug's traceback; of a connection that broke, whose cause is elsewhere, one line."""
+    """Print the traceback; for a lost connection one line, because another process is the cause."""
     rank = os.environ.get("RANK")
     if rank is not None and is_loss(error):
         reason = " ".join(str(error).split())[-200:]
         print(
-            f"megatron-ft {command.name}: error: rank {rank} lost another process of the run, which ended or does not answer; "
-            f"what that one said is the cause ({reason})",
+            f"megatron-ft {command.name}: error: rank {rank} lost another process of the run, which ended or does not respond; "
+            f"the error of that process is the cause ({reason})",
             file=sys.stderr,
         )
         return

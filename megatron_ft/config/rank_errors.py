@@ -1,8 +1,8 @@
-"""What a process says when a launcher started several of them: a mistake is said once a machine, by who met it first.
+"""Error messages of the processes that a launcher started: each machine prints an error once.
 
-The processes of one machine share a folder, ours or the one torchrun makes, and with it agree on who speaks without asking anyone:
-the process that creates a file there does. To torchrun the mistake is told in its own way too: it quotes a rank's error file as the
-root cause at the end of its report. Knows nothing of torch.
+The processes of one machine share a folder: that of our launcher, or the one that torchrun makes. The process that first creates a
+certain file in it prints the error; the others print nothing. Under torchrun the message is also written to the rank's error file,
+which torchrun quotes as the root cause at the end of its report. This module does not import torch.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = "MEGATRON_FT_RANKS"
-"""Environment variable: the folder that our own launcher shares with the processes it started."""
+"""Environment variable: the folder that our launcher shares with the processes it started."""
 MEETING = "MEGATRON_FT_MEETING"
-"""Environment variable, in rank 0: the descriptor of a socket that the launcher has bound, to listen on."""
+"""Environment variable of rank 0: the descriptor of a socket that the launcher has bound. Rank 0 listens on it."""
 STACK_SIGNAL = signal.SIGUSR2
-"""Makes a process that our launcher started write where it is, even one that waits outside Python."""
+"""On this signal a process that our launcher started writes its stack, even if it waits outside Python."""
 
-_SAID = "said-"
+_REPORTED = "reported-"
 _LOST = "lost-"
 _FAILING = "failing-"
-_PATIENCE = 1.5  # seconds in which a process that failed first has said why, or our launcher has found it
-_BROKEN = (
+_PATIENCE = 1.5  # seconds in which the process that failed first prints its error
+_LOSS_MESSAGES = (
     *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "timed out"),
     *("timeout", "socket timeout", "communicator was aborted", "remote process exited", "connection aborted"),
     *(
@@ -39,80 +39,83 @@ _BROKEN = (
         "connection was closed",
     ),
 )
-"""In what torch.distributed raises where another process is gone or does not answer."""
+"""Parts of the messages that torch.distributed raises if another process has ended or does not respond."""
 
 
-def say(line: str) -> None:
-    """Print a user's mistake to standard error, unless a process of this machine has said the same."""
-    _tell_torchrun(line)
-    if _first(_SAID + hashlib.sha256(line.encode()).hexdigest()[:16]):
+def print_once(line: str) -> None:
+    """Print an error message to standard error, unless a process of this machine has already printed the same line."""
+    _write_torchrun_error_file(line)
+    if _create(_REPORTED + hashlib.sha256(line.encode()).hexdigest()[:16]):
         print(line, file=sys.stderr, flush=True)
 
 
-def speaks_first(error: BaseException) -> bool:
-    """Return whether this process prints what went wrong: it is the first of this machine.
+def should_report(error: BaseException) -> bool:
+    """Return whether this process should print the error: it is the first on this machine to report one.
 
-    Where another process's end or silence is all that went wrong, it leaves that to our launcher, which finds the cause, or, under
-    another launcher, waits a while for the process that is the cause.
+    If the error only shows that another process was lost, our launcher finds and prints the cause. Under another launcher this
+    function first waits for the process that is the cause to print its error.
     """
     if is_loss(error):
-        if _leave_to_launcher(error):
+        if _record_loss(error):
             return False
-        if _somebody_speaks(_PATIENCE):
+        if _wait_for_report(_PATIENCE):
             return False
-    return _first(_SAID + "first") if not _somebody_speaks(0) else False
+    return _create(_REPORTED + "first") if not _wait_for_report(0) else False
 
 
 def is_loss(error: BaseException) -> bool:
-    """Return whether an error is what torch.distributed raises about another process that is gone or does not answer."""
+    """Return whether torch.distributed raised the error because another process has ended or does not respond."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}:
         return True
-    broken = any(words in str(error).lower() for words in _BROKEN)
-    if isinstance(error, OSError):  # a file server, a web service: not another process of the run
+    broken = any(words in str(error).lower() for words in _LOSS_MESSAGES)
+    if isinstance(
+        error, OSError
+    ):  # it can come from a file server or a web service, not from another process of the run
         return broken and error.filename is None and _raised_in_communication(error)
     return broken and isinstance(error, RuntimeError)
 
 
 def about_to_fail(error: BaseException) -> None:
-    """Tell the launcher, before connections are taken down and others notice, that this process will say what is wrong."""
+    """Notify the launcher that this process will print an error. Call it before connections are closed and other ranks notice."""
     if not is_loss(error):
-        _note(_FAILING + os.environ.get("RANK", "0"))
+        _touch(_FAILING + os.environ.get("RANK", "0"))
 
 
-def is_together() -> bool:
-    """Return whether the processes of this machine have a folder to agree in."""
+def has_shared_folder() -> bool:
+    """Return whether the processes of this machine share a folder, so that only one of them prints an error."""
     return _folder() is not None
 
 
-def be_seen() -> None:
-    """In a process that our launcher started: write the stacks of all threads when STACK_SIGNAL comes."""
+def write_stack_on_signal() -> None:
+    """Install a handler that writes the stacks of all threads on STACK_SIGNAL. Do nothing without our launcher."""
     folder = os.environ.get(FOLDER)
     if folder and os.path.isdir(folder):
         faulthandler.enable()
-        file = open(stack_file(Path(folder), int(os.environ["RANK"])), "w")  # noqa: SIM115 - open as long as we live
+        file = open(stack_file(Path(folder), int(os.environ["RANK"])), "w")  # noqa: SIM115 - stays open until the process ends
         faulthandler.register(STACK_SIGNAL, file=file, all_threads=True)
 
 
 def stack_file(folder: Path, rank: int) -> Path:
+    """Return the file that a rank writes its stack to."""
     return folder / f"stack-{rank}"
 
 
-def ready(folder: Path, rank: int) -> bool:
-    """Launcher's side: whether a rank answers STACK_SIGNAL; to another it would be the end."""
+def handles_stack_signal(folder: Path, rank: int) -> bool:
+    """Return whether a rank has a handler for STACK_SIGNAL, for the launcher. A process without one is ended by the signal."""
     return stack_file(folder, rank).exists()
 
 
 @dataclass(frozen=True)
 class Loss:
-    """at: when a rank found another one gone or silent (s, Unix time). reason: the library's words."""
+    """A rank's note that it lost another one. at: time of the error (s, Unix time). reason: the message of torch.distributed."""
 
     at: float
     reason: str
 
 
-def lost(folder: Path) -> dict[int, Loss]:
-    """Launcher's side: ranks that have found another one gone or silent."""
+def losses(folder: Path) -> dict[int, Loss]:
+    """Return the ranks that have lost another one and their notes, for the launcher."""
     found = {}
     for path in folder.glob(f"{_LOST}*"):
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -120,26 +123,26 @@ def lost(folder: Path) -> dict[int, Loss]:
     return found
 
 
-def failing(folder: Path) -> bool:
-    """Launcher's side: whether a rank is about to say what is wrong."""
+def is_failing(folder: Path) -> bool:
+    """Return whether a rank is about to print an error, for the launcher."""
     return any(folder.glob(f"{_FAILING}*"))
 
 
-def said(folder: Path) -> bool:
-    """Launcher's side: whether a rank has said what is wrong."""
-    return any(folder.glob(f"{_SAID}*"))
+def has_reported(folder: Path) -> bool:
+    """Return whether a process of this machine has printed an error, for the launcher."""
+    return any(folder.glob(f"{_REPORTED}*"))
 
 
 def claim(folder: Path) -> bool:
-    """Launcher's side: whether nobody has spoken; from now on the launcher has."""
-    if said(folder):
+    """Return True if no process has printed an error; the launcher then prints it and the ranks print nothing."""
+    if has_reported(folder):
         return False
-    (folder / f"{_SAID}first").touch()
+    (folder / f"{_REPORTED}first").touch()
     return True
 
 
-def _leave_to_launcher(error: BaseException) -> bool:
-    """Note a loss for our launcher; returns whether there is one."""
+def _record_loss(error: BaseException) -> bool:
+    """Write a note about a loss for our launcher. Return False if our launcher did not start this process."""
     folder = os.environ.get(FOLDER)
     if not folder:
         return False
@@ -159,11 +162,12 @@ def _raised_in_communication(error: BaseException) -> bool:
     return bool(frames) and "torch/distributed/" in frames[-1].filename.replace(os.sep, "/")
 
 
-def _somebody_speaks(patience: float) -> bool:
+def _wait_for_report(patience: float) -> bool:
+    """Return True as soon as a process of this machine has printed an error; False if none has after `patience` seconds."""
     folder = _folder()
     deadline = time.monotonic() + patience
     while folder is not None:
-        if any(folder.glob(f"{_SAID}*")):
+        if has_reported(folder):
             return True
         if time.monotonic() >= deadline:
             break
@@ -172,14 +176,14 @@ def _somebody_speaks(patience: float) -> bool:
 
 
 def _folder() -> Path | None:
-    """The folder that is shared by the processes of this machine; None where there is no such launcher."""
+    """Return the folder that the processes of this machine share; None if no launcher made one."""
     ours, torchruns = os.environ.get(FOLDER), os.environ.get("TORCHELASTIC_ERROR_FILE")
     folder = Path(ours) if ours else Path(torchruns).parent.parent if torchruns else None
     return folder if folder is not None and folder.is_dir() else None
 
 
-def _first(name: str) -> bool:
-    """Return whether no process has made this file before. Where they share nothing, each is the first."""
+def _create(name: str) -> bool:
+    """Create a file in the shared folder. Return False if it exists already, True also without a shared folder."""
     folder = _folder()
     if folder is None:
         return True
@@ -192,14 +196,14 @@ def _first(name: str) -> bool:
     return True
 
 
-def _note(name: str) -> None:
+def _touch(name: str) -> None:
     folder = _folder()
     if folder is not None:
         with contextlib.suppress(OSError):
             (folder / name).touch()
 
 
-def _tell_torchrun(line: str) -> None:
+def _write_torchrun_error_file(line: str) -> None:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None or _folder() is None or os.environ.get(FOLDER):
         return

@@ -178,7 +178,7 @@ def process_groups(
         rank_errors.about_to_fail(error)
         raise
     finally:
-        # The engine forgets its groups without ending them, and each holds threads and connections.
+        # The engine drops its groups without destroying them, and each group holds threads and connections.
         for group in _groups(dist):
             if group not in older:
                 dist.destroy_process_group(group)
@@ -188,7 +188,7 @@ def process_groups(
 
 
 def _init_process_group(dist: Any, timeout: datetime.timedelta | None) -> None:
-    """timeout: None is torch's own."""
+    """Initialise torch.distributed. timeout: None is torch's default."""
     if "MASTER_ADDR" in os.environ:
         try:
             dist.init_process_group(device.backend(), timeout=timeout, **_held_store(dist, timeout))
@@ -205,7 +205,7 @@ def _init_process_group(dist: Any, timeout: datetime.timedelta | None) -> None:
 
 
 def _held_store(dist: Any, timeout: datetime.timedelta | None) -> dict:
-    """Return more arguments for rank 0 where the launcher holds the port that the ranks meet at: torch's own store, on that very socket."""
+    """Return arguments for rank 0 if the launcher has bound the port where the ranks connect: a store of torch on that socket."""
     held = os.environ.pop(rank_errors.MEETING, None)
     if held is None:
         return {}
@@ -213,7 +213,7 @@ def _held_store(dist: Any, timeout: datetime.timedelta | None) -> dict:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size(), True,
         timeout or dist.default_pg_timeout, master_listen_fd=int(held),
     )  # fmt: skip
-    # The others come by the environment, and torch puts this before their keys.
+    # The other ranks use the environment variables, with which torch prefixes all keys by this.
     return {"store": dist.PrefixStore("default_pg", store), "rank": rank(), "world_size": world_size()}
 
 

@@ -60,7 +60,7 @@ class CauseFinder:
 
     def signs(self) -> bool:
         """Return True if a rank has failed, or reports that another one has."""
-        return any(map(failed, self._ranks)) or bool(rank_errors.lost(self._folder))
+        return any(map(failed, self._ranks)) or bool(rank_errors.losses(self._folder))
 
     def look(self, now: float) -> Finding | None:
         """Return the cause as far as it is known at time `now`; None: call again later."""
@@ -69,9 +69,9 @@ class CauseFinder:
         waited = now - (self.began if self.began is not None else now)
         if waited >= LIMIT:
             return self._suspect(self._stacks.seen) or Finding(Sureness.NOTHING)
-        if rank_errors.failing(self._folder) or waited < SETTLE:
+        if rank_errors.is_failing(self._folder) or waited < SETTLE:
             return None
-        lost = rank_errors.lost(self._folder)
+        lost = rank_errors.losses(self._folder)
         running = [rank for rank in self._ranks if rank.poll() is None and rank.number not in lost]
         if not self._stacks.ask(running, now):
             return None
@@ -89,7 +89,7 @@ class CauseFinder:
 
     def loss(self) -> str | None:
         """Return the line of the rank that first lost another one, None if no rank did. Printed if no cause is found."""
-        first = min(rank_errors.lost(self._folder).items(), key=lambda item: item[1].at, default=None)
+        first = min(rank_errors.losses(self._folder).items(), key=lambda item: item[1].at, default=None)
         if first is None:
             return None
         number, note = first
@@ -99,9 +99,9 @@ class CauseFinder:
         )
 
     def _sure(self) -> Finding | None:
-        if rank_errors.said(self._folder):
+        if rank_errors.has_reported(self._folder):
             return Finding(Sureness.SURE)
-        lost = rank_errors.lost(self._folder)
+        lost = rank_errors.losses(self._folder)
         for rank in self._ranks:
             code = rank.code
             if code is None or rank.killed or not failed(rank) or rank.number in lost:
@@ -139,7 +139,7 @@ class CauseFinder:
         return None
 
     def _crashed(self) -> Finding | None:
-        lost = rank_errors.lost(self._folder)
+        lost = rank_errors.losses(self._folder)
         for rank in self._ranks:
             number = -(rank.code or 0)
             if number in _CRASHES and rank.number not in lost and not rank.killed:

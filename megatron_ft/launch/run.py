@@ -53,5 +53,5 @@ def launch(here: Places, log_dir: str | None, prepare: Callable[[], None]) -> in
         if ranks is not None:  # not in a forked rank: the launcher removes it
             shutil.rmtree(folder, ignore_errors=True)
     setup()
-    rank_errors.be_seen()
+    rank_errors.write_stack_on_signal()
     return None

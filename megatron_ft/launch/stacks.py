@@ -63,7 +63,7 @@ class Stacks:
                 self.asked.add(rank.number)
                 if _is_stopped(rank.pid):
                     self.stopped[rank.number] = rank
-                if rank_errors.ready(self._folder, rank.number):
+                if rank_errors.handles_stack_signal(self._folder, rank.number):
                     rank.send(rank_errors.STACK_SIGNAL)
                     rank.send(signal.SIGCONT)
         examined = list({rank.number: rank for rank in [*ranks, *self.stopped.values()]}.values())
@@ -80,7 +80,7 @@ class Stacks:
     def _is_whole(self, rank: Rank, now: float) -> bool:
         if rank.number in self._came:
             return now - self._came[rank.number][1] >= _WRITING
-        return not rank_errors.ready(self._folder, rank.number) or _is_gone(rank.pid)
+        return not rank_errors.handles_stack_signal(self._folder, rank.number) or _is_gone(rank.pid)
 
 
 def is_waiting(stack: str) -> bool:

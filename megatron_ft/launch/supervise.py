@@ -155,7 +155,7 @@ def _leave(ranks: Sequence[Rank], folder: Path, received: ReceivedSignals, cause
     interrupted = signal.SIGINT in received.ever
     if not by_signal and not interrupted:
         cause.conclude()
-    lost = not by_signal and bool(rank_errors.lost(folder))
+    lost = not by_signal and bool(rank_errors.losses(folder))
     link.ended(Report(codes, bool(received.ever - {signal.SIGINT}), interrupted, lost))
     link.poll()
     ended = time.monotonic()

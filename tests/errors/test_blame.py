@@ -1,4 +1,4 @@
-"""Which rank a launcher takes for the cause, however late and in whatever order the news comes."""
+"""The launcher finds the rank that caused a failure, also if the signs come late and in another order."""
 
 import json
 import os
@@ -18,18 +18,18 @@ from tests.errors.conftest import ROOT
 PROGRAM = """
 import sys, threading, time
 from megatron_ft.config import rank_errors
-rank_errors.be_seen()
+rank_errors.write_stack_on_signal()
 {}
 print(flush=True)
 time.sleep(100)
 """
 WAITS = "from torch.distributed import somewhere"
-"""What waiting for others looks like: the innermost calls are in a file of torch/distributed."""
+"""Code of a rank that waits for others: the innermost calls are in a file of torch/distributed."""
 COMPUTES = "threading.Thread(target=time.sleep, args=(100,), daemon=True).start()"
 
 
 class Late(Rank):
-    """A rank whose end is seen only after so many looks: a process that is killed is gone later, on a busy machine much later."""
+    """A rank whose end is seen only after `looks` polls. On a busy machine a killed process ends much later."""
 
     looks = 0
     then: int | None = None
@@ -59,7 +59,7 @@ def begun(ranks, folder: Path, received=()) -> CauseFinder:
 
 @pytest.fixture
 def process(tmp_path, monkeypatch):
-    """Start a process that shows where it is when it is asked; a rank of it."""
+    """Start a process that writes its stack on the signal. Return its rank."""
     started = []
 
     def start(number: int, what: str = "pass") -> Rank:
@@ -101,14 +101,14 @@ def test_a_death_that_is_seen_after_its_consequences(looks, tmp_path):
     )
 
 
-def test_a_rank_that_is_about_to_speak_is_waited_for(tmp_path):
-    """Its connections are down, its traceback is not yet printed."""
+def test_a_rank_that_is_about_to_print_an_error_is_waited_for(tmp_path):
+    """Its connections are closed, its traceback is not printed yet."""
     ranks = [Rank(0, 0, code=1), dying(1, 1, 10**6)]
     lost(tmp_path, 0)
     (tmp_path / "failing-1").touch()
     finder = begun(ranks, tmp_path)
     assert finder.look(DOUBT + 1) is None
-    (tmp_path / "said-first").touch()
+    (tmp_path / "reported-first").touch()
     found = finder.look(DOUBT + 2)
     assert (found.sureness, found.line) == (Sureness.SURE, None)
 
@@ -116,14 +116,14 @@ def test_a_rank_that_is_about_to_speak_is_waited_for(tmp_path):
 @pytest.mark.parametrize(
     "code, words", [(3, "ended with exit code 3 without an error message"), (-11, "was ended by SIGSEGV")]
 )
-def test_a_rank_that_ends_without_a_word(code, words, tmp_path):
+def test_a_rank_that_ends_without_an_error_message(code, words, tmp_path):
     ranks = [Rank(0, 0, code=1), Rank(1, 0, code=code)]
     lost(tmp_path, 0)
     assert words in begun(ranks, tmp_path).look(0.0).line
 
 
 def test_consequences_are_no_causes(tmp_path):
-    """Losses, aborts of the libraries, those that the launcher killed, and those that were told to end."""
+    """Losses, aborts of the libraries, ranks that the launcher killed, and ranks that received SIGTERM."""
     ranks = [
         Rank(0, 0, code=1),
         Rank(1, 0, code=-signal.SIGABRT),
@@ -134,7 +134,7 @@ def test_consequences_are_no_causes(tmp_path):
     lost(tmp_path, 1, at=0.5, reason="Timed out")
     finder = begun(ranks, tmp_path, received=[signal.SIGTERM])
     assert finder.conclude().sureness is Sureness.NOTHING
-    assert finder.loss().startswith("rank 1 on ") and "Timed out" in finder.loss()  # of the first that noticed
+    assert finder.loss().startswith("rank 1 on ") and "Timed out" in finder.loss()  # of the first loss
 
 
 def test_a_library_s_abort_is_named_where_nothing_else_is_known(tmp_path):
@@ -150,8 +150,8 @@ def _until_found(finder: CauseFinder):
     return found
 
 
-def test_the_one_that_is_elsewhere(tmp_path, process):
-    """Rank 1 waits for others, rank 2 computes: rank 2 is who they wait for, and its main thread is shown first."""
+def test_the_rank_that_does_not_wait_is_the_suspect(tmp_path, process):
+    """Rank 1 waits for others and rank 2 computes, so rank 2 is the suspect. Its main thread is shown first."""
     ranks = [Rank(0, 0, code=1), process(1, WAITS), process(2, COMPUTES)]
     lost(tmp_path, 0)
     found = _until_found(begun(ranks, tmp_path))
@@ -163,8 +163,8 @@ def test_the_one_that_is_elsewhere(tmp_path, process):
     assert found.stack.startswith("Current thread") and "in <module>" in found.stack.split("\n\n")[0]
 
 
-def test_the_one_that_was_stopped(tmp_path, process):
-    """It goes on so that it can show where it was; that it loses the others then, or ends, does not make another one the cause."""
+def test_a_stopped_rank_is_the_suspect(tmp_path, process):
+    """It is continued to write its stack. If it then loses the others or ends, it remains the suspect."""
     stopped = process(1)
     os.kill(stopped.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
@@ -183,7 +183,7 @@ def test_the_one_that_was_stopped(tmp_path, process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_one_that_ends_when_it_is_continued(number, tmp_path, process):
+def test_a_stopped_rank_that_ends_when_it_is_continued(number, tmp_path, process):
     stopped = process(1)
     os.kill(stopped.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
@@ -197,8 +197,8 @@ def test_a_stopped_one_that_ends_when_it_is_continued(number, tmp_path, process)
     assert found.line.startswith("rank 1 (process ") and "is stopped" in found.line
 
 
-def test_one_that_crashes_while_it_writes_its_stack(tmp_path, process):
-    """The one that is elsewhere is named, not the innocent one that was asked too."""
+def test_a_rank_that_crashes_while_it_writes_its_stack(tmp_path, process):
+    """The rank that does not wait is named, not the crashed one, whose stack was requested too."""
     ranks = [Rank(0, 0, code=1), process(1, WAITS), process(2, COMPUTES)]
     finder = begun(ranks, tmp_path)
     lost(tmp_path, 0)
@@ -215,15 +215,15 @@ def test_a_crash_before_any_stack_was_requested_is_the_cause(tmp_path, process):
     assert finder.look(1.0).line.startswith("rank 0 (process 0 on ")
 
 
-def test_all_wait(tmp_path, process):
-    """Then the cause is on another machine."""
+def test_all_ranks_wait(tmp_path, process):
+    """The cause is on another machine."""
     lost(tmp_path, 0)
     found = _until_found(begun([Rank(0, 0, code=1), process(1, WAITS)], tmp_path))
     assert (found.sureness, found.line) == (Sureness.NOTHING, None)
 
 
 def test_what_counts_as_a_loss():
-    """What another process's end looks like; a file server that does not answer, or a bug, is an error of one's own."""
+    """Messages of a lost process count. A file server that does not respond, or a bug, is the process's own error."""
     gloo = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
     assert rank_errors.is_loss(RuntimeError(gloo)) and rank_errors.is_loss(
         RuntimeError("Timed out waiting 6000ms for recv operation")
