@@ -32,7 +32,7 @@ from checkpoints_conversion.torch_dist import plan_torch_dist
 from megatron_ft.checkpoints.folder import CheckpointConfig, read_config, write_config
 from megatron_ft.checkpoints.restricted import read_metadata
 from megatron_ft.errors import CheckpointError
-from megatron_ft.models.families import understood
+from megatron_ft.models.families import parse_hf_config
 from megatron_ft.models.safetensors_file import SafetensorsFile
 from megatron_ft.models.torch_file import TensorRef, TorchFile
 from megatron_ft.models.weights import placed_rules
@@ -141,7 +141,7 @@ def make_config(rng: random.Random, samples: list[bytes]) -> bytes:
 def read_hf_config(data: bytes) -> None:
     from megatron_ft.files import read_json
 
-    family, arch = understood(read_json(put("config.json", data)))
+    family, arch = parse_hf_config(read_json(put("config.json", data)))
     if arch.num_layers < 100:
         assert list(placed_rules(arch, family.rules(arch)))
     family.to_hf(arch, "float32")

@@ -17,7 +17,7 @@ from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.dtypes import HF_NAMES, torch_dtype
-from megatron_ft.models.families import understood
+from megatron_ft.models.families import parse_hf_config
 from megatron_ft.models.weights import Rule, placed_rules
 
 
@@ -30,7 +30,7 @@ def plan_units(
     Raise CheckpointError if an index beside config.json describes another model.
     """
     hf_config = read_json(input_dir / "config.json")
-    family, arch = understood(hf_config)
+    family, arch = parse_hf_config(hf_config)
     check_layout(arch, tp_size, pp_size)
     rules = family.rules(arch)
     hf_dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"

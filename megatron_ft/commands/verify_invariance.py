@@ -158,7 +158,7 @@ def _chosen(arch: Architecture, names: list[str]) -> list[Case]:
 def _model(options: Invariance) -> tuple[Architecture, str | None]:
     """Return (the architecture to test, the folder of its weights or None)."""
     from megatron_ft.checkpoints.folder import CONFIG, describe, find_checkpoint
-    from megatron_ft.models.families import understood
+    from megatron_ft.models.families import parse_hf_config
 
     path = Path(options.load)
     file = path / CONFIG if path.is_dir() else path
@@ -169,7 +169,7 @@ def _model(options: Invariance) -> tuple[Architecture, str | None]:
                 raise ConfigError(
                     f"--no_shrink needs a checkpoint, but {path} is a Hugging Face model: convert it with hf-to-megatron"
                 )
-            return shrunk(understood(hf_config)[1]), None
+            return shrunk(parse_hf_config(hf_config)[1]), None
     folder = find_checkpoint(path)
     config = describe(folder)
     return (shrunk(config.architecture), None) if options.shrink else (config.architecture, str(folder))

@@ -23,15 +23,15 @@ def masks(folder: Path) -> Found:
 
 
 def compare_masks(rate: float) -> tuple[float, int, int]:
-    """Return (share of entries kept, entries that differ from the CPU's mask: forward, backward) of 512 x 4 x 2048."""
+    """Return (share of entries keep_mask, entries that differ from the CPU's mask: forward, backward) of 512 x 4 x 2048."""
     import numpy as np
     import torch
 
-    from megatron_ft.models.dropout import FusedDroppedAdd, channel_bits, kept, place_of, token_keys
+    from megatron_ft.models.dropout import FusedDroppedAdd, channel_bits, keep_mask, place_of, token_keys
 
     here, number = device.current_device(), 5
     keys = torch.from_numpy(token_keys(1, np.arange(4), 512)).transpose(1, 2).contiguous()
-    expected = kept(keys, 2048, number, rate)
+    expected = keep_mask(keys, 2048, number, rate)
     x = torch.ones(expected.shape, dtype=torch.bfloat16, device=here, requires_grad=True)
     place = place_of(number, rate, here)
     joined = FusedDroppedAdd.apply(x, torch.zeros_like(x), keys.to(here), channel_bits(2048, here), *place)

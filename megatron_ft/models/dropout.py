@@ -1,10 +1,10 @@
 """Residual dropout that is the same in every layout: a mask is a function of (seed, row, position, layer, channel).
 
-The usual dropout draws from a stream that each rank has for itself, so that a run on TP2 x PP2 drops other entries than a run on one
-process. Here every entry's fate is a hash: of its token's key (row and position in the whole run, see `token_keys`), its layer and
-its channel. Tensor, sequence, pipeline and data parallelism, the size of a microbatch, a stop and a resume, and recomputing layers in
-the backward pass all meet the same masks, and no random state has to be kept. Dropout on attention weights is not ours: it is drawn
-inside the attention kernels, from the ranks' own streams.
+The usual dropout draws from a separate stream on each rank, so a run with TP2 x PP2 drops other entries than a run on one process. Here a
+hash decides if an entry is dropped: of its token's key (row and position in the whole run, see `token_keys`), its layer and its channel.
+So the masks do not depend on tensor, sequence, pipeline or data parallelism, on the microbatch size, on a stop and resume, or on
+recomputation in the backward pass, and no random state is saved. Dropout on attention weights is not done here: the attention kernels
+draw it from the streams of each rank.
 
 The mixing constants are those of lowbias32 (Wellons 2018) and splitmix64 (Steele, Lea & Flood 2014).
 """
@@ -24,14 +24,14 @@ _WRAP = 1 << 32
 
 
 def token_keys(seed: int, rows: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-    """A key for each position of some rows, [2, b, length] int32. rows: their running numbers since the start of training, [b]."""
+    """Return a key for each position of some rows, [2, b, length] int32. rows: their running numbers since the start of training, [b]."""
     row = _mix64(np.asarray(rows, np.uint64) ^ _mix64(np.asarray([seed], np.uint64)))
     keys = _mix64(row[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return np.stack([keys >> np.uint64(32), keys & np.uint64(_WRAP - 1)]).astype(np.uint32).view(np.int32)
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser; unsigned, wrapping."""
+    """Apply the finaliser of splitmix64; unsigned, wrapping."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -39,12 +39,10 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 
 
 class Place(NamedTuple):
-    """One residual add's numbers. The compiled kernel below takes them as arguments, so that it is compiled once for all layers and
-    rates.
-    """
+    """The numbers of one residual add. The compiled kernel takes them as arguments, so it is compiled once for all layers and rates."""
 
     words: Tensor
-    """[3] int32. Two that are mixed into the halves of every token's key, and a bound: entries whose bits are below it are dropped.
+    """[3] int32. Two words that are mixed into the halves of every token's key, and a bound: entries whose bits are below it are dropped.
 
     A tensor, not three Python integers. In a compiled kernel those may be 64 bits wide (Inductor of torch 2.11 computes with them in
     the type of its indices); arithmetic then no longer wraps at 32 bits, and other entries are dropped.
@@ -61,20 +59,20 @@ def place_of(number: int, p: float, where: torch.device) -> Place:
     return Place(torch.tensor([first, second, bound], dtype=torch.int32, device=where), 1 / (1 - p))
 
 
-def kept(keys: Tensor, channels: int, number: int, p: float) -> Tensor:
-    """Return which entries stay, [s, b, channels] bool. keys [2, s, b]; number: of the residual add."""
-    return _stays(keys, channel_bits(channels, keys.device), place_of(number, p, keys.device).words)
+def keep_mask(keys: Tensor, channels: int, number: int, p: float) -> Tensor:
+    """Return a mask that is True where an entry is kept, [s, b, channels] bool. keys [2, s, b]; number: of the residual add."""
+    return _keep_mask(keys, channel_bits(channels, keys.device), place_of(number, p, keys.device).words)
 
 
-def _stays(keys: Tensor, channels: Tensor, words: Tensor) -> Tensor:
-    """channels [h]: channel_bits; words: see Place. All int32."""
+def _keep_mask(keys: Tensor, channels: Tensor, words: Tensor) -> Tensor:
+    """Return keep_mask. channels [h]: channel_bits; words: see Place. All int32."""
     token = _mix32(keys[0] ^ words[0])[..., None]
     bits = token ^ channels
     bits *= _signed(0x7FEB352D)
     bits ^= (bits >> 15) & 0x1FFFF
     bits += _mix32(keys[1] ^ words[1])[..., None]
     bits *= _signed(0x846CA68B)
-    return bits >= words[2]  # the high bits are the best mixed ones, and decide
+    return bits >= words[2]  # a comparison, because the high bits are mixed best
 
 
 @functools.cache
@@ -84,7 +82,7 @@ def channel_bits(channels: int, where: torch.device) -> Tensor:
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """lowbias32 on int32, whose multiplication wraps; `& mask` makes the arithmetic shift a logical one."""
+    """Apply lowbias32 to int32, whose multiplication wraps; `& mask` makes the arithmetic shift a logical one."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
     return x ^ ((x >> 16) & 0xFFFF)
@@ -95,7 +93,7 @@ def _signed(word: int) -> int:
 
 
 def _dropped(x: Tensor, keys: Tensor, channels: Tensor, words: Tensor, scale: float) -> Tensor:
-    return torch.where(_stays(keys, channels, words), x, x.new_zeros(())) * scale
+    return torch.where(_keep_mask(keys, channels, words), x, x.new_zeros(())) * scale
 
 
 def _dropped_add(x: Tensor, residual: Tensor, keys: Tensor, channels: Tensor, words: Tensor, scale: float) -> Tensor:
@@ -103,9 +101,9 @@ def _dropped_add(x: Tensor, residual: Tensor, keys: Tensor, channels: Tensor, wo
 
 
 class FusedDroppedAdd(torch.autograd.Function):
-    """residual + dropped x by one compiled kernel, and its gradient by another, which computes the mask again: none is kept.
+    """Compute residual + dropped x in one compiled kernel, and its gradient in another, which computes the mask again.
 
-    Two small graphs, not one with its gradients: with that, the first step on a GPU (torch 2.11) took most of a minute longer.
+    One graph with its gradient would make the first step on a GPU almost a minute longer (torch 2.11).
     """
 
     @staticmethod
@@ -114,7 +112,7 @@ class FusedDroppedAdd(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(keys, channels, words)
         ctx.scale, ctx.dtype = scale, x.dtype
-        # Detached: one that needs a gradient and one that does not would be two graphs to Dynamo.
+        # Detached, because Dynamo would compile two graphs: with and without a gradient.
         return _compiled(_dropped_add)(x.detach(), residual.detach(), keys, channels, words, scale)
 
     @staticmethod
@@ -135,7 +133,7 @@ def dropped(x: Tensor, keys: Tensor, number: int, p: float) -> Tensor:
 
 
 class RowDropout(nn.Module):
-    """nn.Dropout for the embedding's output [s, b, h]; whoever calls the model sets `keys`."""
+    """nn.Dropout for the embedding's output [s, b, h]; the caller of the model sets `keys`."""
 
     keys: Tensor | None = None
 
@@ -153,8 +151,8 @@ class RowDropout(nn.Module):
 class RowLayer(TransformerLayer):
     """The engine's layer with residual dropout by token keys. `hidden_dropout` is read at every call, as in the engine.
 
-    fused: whether dropout and residual add are one compiled kernel (kernels.Choice.fused). rope: (number, of how many) of the rotary
-    embeddings that the model's table holds side by side, the one of this layer.
+    fused: whether dropout and residual add are one compiled kernel (kernels.Choice.fused). rope: (number, count): which of the
+    rotary embeddings in the model's table is used in this layer.
     """
 
     keys: Tensor | None = None
@@ -184,7 +182,7 @@ class RowLayer(TransformerLayer):
         return table if table is None or count == 1 else table.chunk(count, dim=-1)[number]
 
     def _join(self, number: int, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """The engine's bias_dropout_add: ((x, bias), residual, p) -> residual + dropout(x + bias)."""
+        """Return the engine's bias_dropout_add: ((x, bias), residual, p) -> residual + dropout(x + bias)."""
 
         def join(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, p: float) -> Tensor:
             x, bias = x_with_bias

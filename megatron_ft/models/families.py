@@ -1,4 +1,4 @@
-"""The families this project knows, and which of them a Hugging Face config belongs to."""
+"""The supported model families. Finds the family of a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAMILIES: dict[str, ModuleType] = {family.NAME: family for family in (llama, mis
 
 
 def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
-    """By model_type, else by architectures. Raise CheckpointError naming what is supported."""
+    """Return the family of a config, by model_type, else by architectures. Raise CheckpointError for an unsupported one."""
     model_type, classes = hf_config.get("model_type"), hf_config.get("architectures") or []
     for family in FAMILIES.values():
         if model_type in family.MODEL_TYPES or (model_type is None and set(classes) & set(family.HF_CLASSES)):
@@ -25,12 +25,12 @@ def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
     )
 
 
-def understood(hf_config: Any) -> tuple[ModuleType, Architecture]:
-    """(family, architecture) of what a config.json holds. Raise CheckpointError for whatever makes no sense in it."""
+def parse_hf_config(hf_config: Any) -> tuple[ModuleType, Architecture]:
+    """Return (family, architecture) of the content of a config.json. Raise CheckpointError for an invalid entry."""
     if not isinstance(hf_config, dict):
         raise CheckpointError("config.json is not a Hugging Face config; fetch the file again")
     layers = hf_config.get("num_hidden_layers", 1)
-    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:  # before anybody counts up to it
+    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:  # before a loop runs over the layers
         raise CheckpointError(
             f"config.json: num_hidden_layers {layers!r}: must be a whole number from 1 to {MOST_LAYERS}"
         )
@@ -44,7 +44,7 @@ def understood(hf_config: Any) -> tuple[ModuleType, Architecture]:
 
 
 def family_of(arch: Architecture) -> ModuleType:
-    """The module of an Architecture's family."""
+    """Return the module of an Architecture's family."""
     if arch.family not in FAMILIES:
         raise CheckpointError(f"family {arch.family!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[arch.family]

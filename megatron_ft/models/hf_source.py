@@ -18,7 +18,7 @@ from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.dtypes import name_of
-from megatron_ft.models.families import understood
+from megatron_ft.models.families import parse_hf_config
 from megatron_ft.models.safetensors_file import SafetensorsFile
 from megatron_ft.models.torch_file import TensorRef, TorchFile
 from megatron_ft.models.weights import Placed, Rule, placed_rules
@@ -37,7 +37,7 @@ class HfSource:
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
         self._open: dict[Path, SafetensorsFile | PickledFile] = {}
-        family, arch = understood(self._config())
+        family, arch = parse_hf_config(self._config())
         self.arch: Architecture = arch
         self.rules: list[Rule] = family.rules(self.arch)
         self.files: dict[str, Path] = self._tensor_files()

@@ -11,7 +11,7 @@ from megatron_ft.config.hints import nearest
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.families import understood
+from megatron_ft.models.families import parse_hf_config
 
 
 def _llama(
@@ -79,14 +79,14 @@ def architecture(model: str) -> Architecture:
     Raise ConfigError with the known names.
     """
     if model.lower() in MODELS:
-        return understood(MODELS[model.lower()])[1]
+        return parse_hf_config(MODELS[model.lower()])[1]
     path = Path(model)
     file = path / CONFIG if path.is_dir() else path
     if file.is_file():
         config = read_json(file)
         if isinstance(config, dict) and "architecture" in config:
             return read_config(file.parent).architecture
-        return understood(config)[1]
+        return parse_hf_config(config)[1]
     if path.is_dir():
         return describe(find_checkpoint(path)).architecture
     hint = nearest(model.lower(), list(MODELS))

@@ -60,14 +60,14 @@ def test_masks_are_random_enough(one_rank):
 def statistics():
     import torch
 
-    from megatron_ft.models.dropout import kept, token_keys
+    from megatron_ft.models.dropout import keep_mask, token_keys
 
     keys = torch.from_numpy(token_keys(3, np.arange(8), 256)).transpose(1, 2)
-    rates = {p: 1 - kept(keys, 512, 4, p).float().mean().item() for p in (0.01, 0.1, 0.25, 0.5, 0.9)}
-    here = kept(keys, 512, 4, 0.5).float() - 0.5
+    rates = {p: 1 - keep_mask(keys, 512, 4, p).float().mean().item() for p in (0.01, 0.1, 0.25, 0.5, 0.9)}
+    here = keep_mask(keys, 512, 4, 0.5).float() - 0.5
     others = {
         "channel": here.roll(1, 2), "channel far": here.roll(256, 2), "position": here.roll(1, 0), "row": here.roll(1, 1),
-        "add": kept(keys, 512, 5, 0.5).float() - 0.5, "layer": kept(keys, 512, 6, 0.5).float() - 0.5,
+        "add": keep_mask(keys, 512, 5, 0.5).float() - 0.5, "layer": keep_mask(keys, 512, 6, 0.5).float() - 0.5,
     }  # fmt: skip
     return rates, {name: 4 * (here * other).mean().item() for name, other in others.items()}
 
