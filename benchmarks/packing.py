@@ -36,7 +36,7 @@ class Some:
     def __init__(self, shards, count: int):
         self.shards, self.prefix, self.manifest = shards, shards.prefix, shards.manifest
         self.lengths = shards.lengths[:count]
-        self.tokens, self.codes, self.loss_weights = shards.tokens, shards.codes, shards.loss_weights
+        self.tokens, self.role_bytes, self.loss_weights = shards.tokens, shards.role_bytes, shards.loss_weights
         self.manifest.sources.clear()
 
     def __len__(self):

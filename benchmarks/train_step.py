@@ -24,7 +24,7 @@ from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from megatron_ft.config.sections import Batch, Data, Numerics, Optimizer, Parallelism
 from megatron_ft.data.loader import ChatDataset, Choices, step_rows
 from megatron_ft.data.manifest import Manifest
-from megatron_ft.data.roles import code_weights, loss_weights
+from megatron_ft.data.roles import byte_weights, loss_weights
 from megatron_ft.engine.parallel import ParallelSizes, process_groups
 
 LR, BATCH, MICRO = 1e-4, 4, 2
@@ -47,11 +47,11 @@ class Conversations:
     def tokens(self, i):
         return self.ids[i]
 
-    def codes(self, i):
+    def role_bytes(self, i):
         return self.role
 
     def loss_weights(self, by_role, marked_loss_weight=1.0):
-        return code_weights(by_role)
+        return byte_weights(by_role)
 
 
 def plain_loop(model, dataset: ChatDataset):

@@ -72,8 +72,10 @@ def run(options: Inspect) -> int:
         if not 0 <= sample < len(shards):
             raise ConfigError(f"--sample {sample}: {options.prefix} has samples 0 to {len(shards) - 1}")
     tokenizer = _tokenizer(options, shards)
-    by_code = shards.loss_weights(loss_weights(options.scalar_loss_mask), options.marked_loss_weight)
-    samples = [(sample, source_of(shards, sample), tokens(shards, sample, tokenizer, by_code)) for sample in chosen]
+    weight_by_byte = shards.loss_weights(loss_weights(options.scalar_loss_mask), options.marked_loss_weight)
+    samples = [
+        (sample, source_of(shards, sample), tokens(shards, sample, tokenizer, weight_by_byte)) for sample in chosen
+    ]
     row = _row(options.seed, options.seq_length, shards.lengths) if options.seq_length else None
     head = _head(options.prefix, shards)
     if options.html:

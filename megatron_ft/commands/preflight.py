@@ -170,19 +170,19 @@ def supervision(prefix: str, shards: Any, data: Data) -> Iterator[Finding]:
     from megatron_ft.data.roles import ASSISTANT, ROLE_BITS, loss_weights
 
     weights_by_role = loss_weights(data.scalar_loss_mask, role_weights(data))
-    by_code = shards.loss_weights(weights_by_role, data.marked_loss_weight)
+    weight_by_byte = shards.loss_weights(weights_by_role, data.marked_loss_weight)
     stop = shards.manifest.tokenizer.get("added_tokens", {}).get(shards.manifest.chat_format.get("stop_token"))
     cut = silent = silent_whole = endless = unlearnt = 0
     for sample in range(len(shards)):
-        codes, ids = shards.codes(sample), shards.tokens(sample)
+        role_bytes, ids = shards.role_bytes(sample), shards.tokens(sample)
         limit = data.seq_length + 1
-        weights = by_code[codes[1:]]
-        cut += len(codes) > limit
+        weights = weight_by_byte[role_bytes[1:]]
+        cut += len(role_bytes) > limit
         if not (weights[: limit - 1] > 0).any():
             silent += 1
             silent_whole += not (weights > 0).any()
-        if stop is not None and ((codes & ROLE_BITS) == ASSISTANT).any():
-            ends = (ids[1:] == stop) & ((codes[1:] & ROLE_BITS) == ASSISTANT)
+        if stop is not None and ((role_bytes & ROLE_BITS) == ASSISTANT).any():
+            ends = (ids[1:] == stop) & ((role_bytes[1:] & ROLE_BITS) == ASSISTANT)
             endless += not ends[: limit - 1].any()
             unlearnt += bool((ends & (weights == 0)).any())
     whole = len(shards)

@@ -1,7 +1,7 @@
-"""Conversations cut into parts, and parts into token ids and roles: what every chat format shares.
+"""Splits conversations into parts, and parts into token ids and role bytes, for every chat format.
 
-A part is a control token, a text of the template's own, or a text of the chat. Texts that touch are tokenized as one,
-as a server does that tokenizes the whole prompt; a token belongs to the part it begins in. Knows no format.
+A part is a control token, a fixed text of the template, or a text of the chat. Adjacent texts are tokenized as one, as by a server that
+tokenizes the whole prompt. A token belongs to the part in which it begins.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from megatron_ft.data.tokenizer import Tokenizer
 CONTROL, FIXED, TEXT = range(3)
 
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""ids int32 [tokens], role bytes uint8 [tokens], lengths int64 [conversations]: conversations laid end to end."""
+"""ids int32 [tokens], role bytes uint8 [tokens], lengths int64 [conversations]: of concatenated conversations."""
 
 
 class Part(NamedTuple):
-    code: int  # the role byte of its tokens, see roles.py
+    role_byte: int  # of its tokens, see roles.py
     text: str
     kind: int = TEXT
 
@@ -26,14 +26,14 @@ class Part(NamedTuple):
 def encode_parts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Part]]) -> Encoded:
     """Tokenize conversations given as parts, in one batch."""
     pieces: list[np.ndarray] = []
-    codes: list[int] = []
+    role_bytes: list[int] = []
     ends: list[int] = []
     todo: list[tuple[int, list[Part], bool]] = []  # place of the first piece, parts of the run, at the start
     for parts in conversations:
         i, first = 0, len(pieces)
         while i < len(parts):
             part = parts[i]
-            codes.append(part.code)
+            role_bytes.append(part.role_byte)
             if part.kind == CONTROL:
                 pieces.append(tokenizer.control(part.text))
                 i += 1
@@ -47,27 +47,27 @@ def encode_parts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Part]]) 
             else:
                 todo.append((len(pieces), run, at_start))
                 pieces += [_NOTHING] * len(run)
-                codes += [part.code for part in run[1:]]
+                role_bytes += [part.role_byte for part in run[1:]]
             i += len(run)
         ends.append(len(pieces))
     for at_start in (False, True):
         _encode_runs(tokenizer, [(place, run) for place, run, start in todo if start == at_start], at_start, pieces)
-    return join(pieces, codes, ends)
+    return join(pieces, role_bytes, ends)
 
 
-def join(pieces: list[np.ndarray], codes: Sequence[int], ends: Sequence[int]) -> Encoded:
-    """Token pieces, the role byte of each, conversation i ending before piece ends[i]."""
+def join(pieces: list[np.ndarray], role_bytes: Sequence[int], ends: Sequence[int]) -> Encoded:
+    """Concatenate pieces of tokens, each with one role byte. Conversation i ends before piece ends[i]."""
     sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
     ids = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
     bounds = np.concatenate([[0], np.cumsum(sizes)])[[0, *ends]]
-    return ids, np.repeat(np.array(codes, np.uint8), sizes), np.diff(bounds)
+    return ids, np.repeat(np.array(role_bytes, np.uint8), sizes), np.diff(bounds)
 
 
 def split(encoded: Encoded) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, role bytes) of each conversation."""
-    ids, codes, lengths = encoded
+    """Return (ids, role bytes) of each conversation."""
+    ids, role_bytes, lengths = encoded
     stops = np.cumsum(lengths)[:-1]
-    return list(zip(np.split(ids, stops), np.split(codes, stops), strict=True)) if len(lengths) else []
+    return list(zip(np.split(ids, stops), np.split(role_bytes, stops), strict=True)) if len(lengths) else []
 
 
 _NOTHING = np.empty(0, np.int32)

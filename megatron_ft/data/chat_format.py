@@ -24,18 +24,16 @@ from megatron_ft.data.tool_text import as_text, has_tools
 from megatron_ft.errors import ConfigError, DataError
 
 Messages = Sequence[Mapping[str, Any]]
-"""{"role": ..., "content": ...}; "flags" where the role byte is to carry a mark or a weight (roles.py), "tools" and "tool_calls" where
-there are such (tool_text.py)."""
+"""{"role": ..., "content": ...}; optional: "mark_bits" of the role byte (roles.py), "tools" and "tool_calls" (tool_text.py)."""
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """turns: role number -> the turn's text with {text} once; a role that is missing cannot be said in this format.
+    """turns: role number -> text of a turn, with {text} once. A role that is missing cannot be written in this format.
 
-    after: (role, role of the turn before) -> the turn's text in that place. begin: before the first turn.
-    default_system: what a conversation without a system turn at its start begins with. strip: white space around
-    messages is dropped. context: how a context turn, where `turns` has none, becomes part of the next message's text:
-    {context} and {text}.
+    after: (role, role of the turn before) -> text of the turn in that case. begin: text before the first turn.
+    default_system: system message of a conversation that has none. strip: remove white space around messages.
+    context: if `turns` has no context turn, the text of the next message with {context} and {text}.
     """
 
     name: str
@@ -52,7 +50,7 @@ class ChatFormat:
     def encode(
         self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One conversation: (ids int32 [tokens], roles uint8 [tokens])."""
+        """Return (ids int32 [tokens], role bytes uint8 [tokens]) of one conversation."""
         return self.encode_many(tokenizer, [messages], add_generation_prompt)[0]
 
     def encode_many(
@@ -96,7 +94,7 @@ class ChatFormat:
         around: dict[tuple[int, int | None], tuple[np.ndarray, str, str, np.ndarray]] = {}
         begin = [tokenizer.control(part.text) for part in self._split(self.begin, 0)]
         pieces: list[Any] = []
-        codes: list[int] = []
+        role_bytes: list[int] = []
         ends: list[int] = []
         texts: list[str] = []
         for messages in conversations:
@@ -107,19 +105,19 @@ class ChatFormat:
                 if key not in around:
                     around[key] = self._around(tokenizer, role, previous)
                 before, head, tail, behind = around[key]
-                code = role | message.get("flags", 0)
+                role_byte = role | message.get("mark_bits", 0)
                 if not i:
                     pieces += begin
-                    codes += [code] * len(begin)
+                    role_bytes += [role_byte] * len(begin)
                 text = head + content + tail
                 if text:
                     texts.append(text)
                 pieces += (before, None if text else behind[:0], behind)
-                codes += (code, code, code)
+                role_bytes += (role_byte, role_byte, role_byte)
             ends.append(len(pieces))
         encoded = iter(tokenizer.encode_batch(texts, at_start=False))
         pieces = [next(encoded) if piece is None else piece for piece in pieces]
-        return join(pieces, codes, ends)
+        return join(pieces, role_bytes, ends)
 
     def _around(self, tokenizer: Tokenizer, role: int, previous: int | None) -> tuple[np.ndarray, str, str, np.ndarray]:
         """(ids before, text before the message, text behind it, ids behind) of a turn."""
@@ -140,11 +138,11 @@ class ChatFormat:
         role: int | None = None
         for message in turns:
             previous, (role, content) = role, self._said(message)
-            code = role | message.get("flags", 0)
+            role_byte = role | message.get("mark_bits", 0)
             if not parts:
-                parts += self._split(self.begin, code)
-            before, after = self._cut(self._turn_text(role, previous), code)
-            parts += [*before, Part(code, content), *after] if content else [*before, *after]
+                parts += self._split(self.begin, role_byte)
+            before, after = self._cut(self._turn_text(role, previous), role_byte)
+            parts += [*before, Part(role_byte, content), *after] if content else [*before, *after]
         return parts + self._split(self.generation_prompt, ASSISTANT) if add_generation_prompt else parts
 
     def _said(self, message: Mapping[str, Any]) -> tuple[int, str]:
@@ -194,14 +192,14 @@ class ChatFormat:
     def _turn_text(self, role: int, previous: int | None) -> str:
         return self.turns[role] if previous is None else self.after.get((role, previous), self.turns[role])
 
-    def _cut(self, turn: str, code: int) -> tuple[list[Part], list[Part]]:
+    def _cut(self, turn: str, role_byte: int) -> tuple[list[Part], list[Part]]:
         """A turn's text as the parts before and behind the message."""
         before, after = turn.split("{text}")
-        return self._split(before, code), self._split(after, code)
+        return self._split(before, role_byte), self._split(after, role_byte)
 
-    def _split(self, text: str, code: int) -> list[Part]:
+    def _split(self, text: str, role_byte: int) -> list[Part]:
         """A piece of a template cut at the control tokens."""
-        return [Part(code, part, kind) for part, kind in _pieces(self.added_tokens, text)]
+        return [Part(role_byte, part, kind) for part, kind in _pieces(self.added_tokens, text)]
 
 
 @functools.cache

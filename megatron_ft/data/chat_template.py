@@ -41,7 +41,7 @@ class OwnTemplate:
     _skeletons: dict[tuple[str, ...], list[list[tuple[int, str]]]] = field(default_factory=dict)
 
     def encode(self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool = False) -> Any:
-        """One conversation: (ids int32 [tokens], roles uint8 [tokens])."""
+        """Return (ids int32 [tokens], role bytes uint8 [tokens]) of one conversation."""
         return self.encode_many(tokenizer, [messages], add_generation_prompt)[0]
 
     def encode_many(self, tokenizer: Tokenizer, conversations: Any, add_generation_prompt: bool = False) -> Any:
@@ -92,11 +92,11 @@ class OwnTemplate:
         parts: list[Part] = []
         for turn in turns:
             for number, text in turn:
-                code = roles[number] | messages[number].get("flags", 0)
+                role_byte = roles[number] | messages[number].get("mark_bits", 0)
                 if FOUND.fullmatch(text):
-                    parts += [Part(code, contents[number])] if contents[number] else []
+                    parts += [Part(role_byte, contents[number])] if contents[number] else []
                 else:
-                    parts += self._split(text, code)
+                    parts += self._split(text, role_byte)
         if add_generation_prompt:
             whole = self._render(_stand_ins(said), True, tools)
             start = "".join(turn_text(turn) for turn in turns)
@@ -168,9 +168,9 @@ class OwnTemplate:
     def _control(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)")
 
-    def _split(self, text: str, code: int) -> list[Part]:
+    def _split(self, text: str, role_byte: int) -> list[Part]:
         cut = re.split(f"({self._control.pattern})", text)
-        return [Part(code, part, CONTROL if i % 2 else FIXED) for i, part in enumerate(cut) if part]
+        return [Part(role_byte, part, CONTROL if i % 2 else FIXED) for i, part in enumerate(cut) if part]
 
 
 class NoTemplate(TokenizerError):

@@ -108,7 +108,7 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
     def tokens(self, index: int, /) -> np.ndarray: ...
-    def codes(self, index: int, /) -> np.ndarray: ...
+    def role_bytes(self, index: int, /) -> np.ndarray: ...
     def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray: ...
 
 
@@ -118,7 +118,7 @@ class ChatDataset:
     def __init__(self, shards: Sequence[Samples], loss_weights: np.ndarray, choices: Choices):
         self.shards, self.choices, self.seq_length = list(shards), choices, choices.seq_length
         self.packed = choices.packed
-        self._weight_of = [shard.loss_weights(loss_weights, choices.marked_loss_weight) for shard in self.shards]
+        self._weight_by_byte = [shard.loss_weights(loss_weights, choices.marked_loss_weight) for shard in self.shards]
         lengths = np.concatenate([np.asarray(shard.lengths) for shard in self.shards])
         self._first = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self.num_samples = len(lengths)
@@ -151,7 +151,7 @@ class ChatDataset:
     def _supervised(self, shard: int) -> float:
         """Tokens of a set of shards whose role has a weight, by its manifest's counts."""
         counts = self.shards[shard].manifest.counts["tokens_by_role"]
-        by_role = self._weight_of[shard]
+        by_role = self._weight_by_byte[shard]
         return float(
             sum(count for role, name in enumerate(ROLE_NAMES) if by_role[role] and (count := counts.get(name, 0)))
         )
@@ -241,12 +241,12 @@ class ChatDataset:
         for i, row in enumerate(pieces):
             at = 0
             for piece in row.tolist():
-                text, codes, weight_of, source = self._read(piece)
+                text, role_bytes, weight_by_byte, source = self._read(piece)
                 size = len(text) - 1
                 here = slice(at, at + size)
                 tokens[i, here], labels[i, here] = text[:-1], text[1:]
-                weights[i, here] = weight_of[codes[1:]]
-                groups[0, i, here], groups[1, i, here] = codes[1:] & ROLE_BITS, source
+                weights[i, here] = weight_by_byte[role_bytes[1:]]
+                groups[0, i, here], groups[1, i, here] = role_bytes[1:] & ROLE_BITS, source
                 groups[2, i, here] = np.searchsorted(STRETCHES, np.arange(size), side="right") - 1
                 segments.append(size)
                 at += size
@@ -269,15 +269,15 @@ class ChatDataset:
         return min(self.seq_length, -(-longest // 16) * 16)
 
     def _read(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """A piece's tokens and role bytes, [size + 1] each, the weight of each role byte, and its source."""
+        """Return a piece's tokens and role bytes, [size + 1] each, the weight of each role byte, and its source."""
         sample = int(self._pieces.sample[piece])
         shard = int(np.searchsorted(self._first, sample, side="right")) - 1
         here = slice(int(self._pieces.start[piece]), int(self._pieces.start[piece] + self._sizes[piece] + 1))
         opened, local = self.shards[shard], sample - int(self._first[shard])
         return (
             opened.tokens(local)[here],
-            opened.codes(local)[here],
-            self._weight_of[shard],
+            opened.role_bytes(local)[here],
+            self._weight_by_byte[shard],
             int(self._source_of[sample]),
         )
 

@@ -39,7 +39,7 @@ class PlainShards:
             )
         return ids
 
-    def codes(self, index: int) -> np.ndarray:
+    def role_bytes(self, index: int) -> np.ndarray:
         """Role bytes, all context."""
         return np.full(int(self.lengths[index]), CONTEXT, np.uint8)
 

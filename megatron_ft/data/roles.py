@@ -1,12 +1,11 @@
-"""Who speaks: what a byte of a role shard says of a token, and the loss weight that training makes of it.
+"""The role byte that shards store for each token, and the loss weight that training computes from it.
 
     bits 0-2  role: 0 system, 1 prompter, 2 assistant, 3 context or plain text
-    bit  3    marked: language-modelling loss was asked for on this token, whoever speaks
-    bits 4-7  number of the message's own weight in the manifest's `weights`; 0 is weight 1
+    bit  3    marked: language-modelling loss applies to this token, in any role
+    bits 4-7  index of the message's own weight in the manifest's `weights`; 0 is weight 1
 
-Shards without marks and weights hold the bare role numbers, as Megatron-LLM's do. Nothing here is a decision: what a
-mark and a role are worth is said when training starts. Knows nothing of how a chat format spells a role, nor which
-tokens a turn consists of.
+Bits 3 to 7 are the mark bits. Shards without marks and weights contain only role numbers, as those of Megatron-LLM. The loss weights
+of roles and marks are settings of training. Chat formats are in other modules.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ ROLE_NAMES = (
     "context",
 )  # index = the number in the role shards, as in Megatron-LLM's
 
-# What chat files call the speakers. A tool's answer is something the model reads, hence context.
+# Names of roles in chat files. The model reads the result of a tool, so its role is context.
 ROLES = {
     "system": SYSTEM,
     "prompter": PROMPTER,
@@ -44,10 +43,10 @@ MOST_WEIGHTS = 16  # different weights of messages in one set of shards, 1 inclu
 
 
 def loss_weights(scalar_loss_mask: float = 0.0, weights: Mapping[str, float] | None = None) -> np.ndarray:
-    """The loss weight of a token by its role: float32 [4], indexed by role number.
+    """Return the loss weight of each role: float32 [4], indexed by role number.
 
     scalar_loss_mask: weight of every role but the assistant, whose weight is 1.
-    weights: role name (as in chat files) -> weight, going before both.
+    weights: role name (as in chat files) -> weight; overrides both.
     Raise ConfigError for an unknown role or a weight that is negative or not finite.
     """
     result = np.full(len(ROLE_NAMES), scalar_loss_mask, dtype=np.float32)
@@ -61,25 +60,25 @@ def loss_weights(scalar_loss_mask: float = 0.0, weights: Mapping[str, float] | N
     return result
 
 
-def code_weights(
+def byte_weights(
     by_role: np.ndarray, message_weights: Sequence[float] = (1.0,), marked_loss_weight: float = 1.0
 ) -> np.ndarray:
-    """The loss weight of a token by its byte in the role shard: float32 [256], to be indexed with Shards.codes.
+    """Return the loss weight of each role byte: float32 [256], to be indexed with Shards.role_bytes.
 
-    by_role: float32 [4], from loss_weights. message_weights: the manifest's. A marked token has marked_loss_weight where
-    its role's weight is smaller; then either is multiplied by the weight of the message.
+    by_role: float32 [4], from loss_weights. message_weights: of the manifest. A marked token has at least the weight
+    marked_loss_weight. Every weight is multiplied by that of the message.
     """
-    codes = np.arange(256)
-    role, number = codes & ROLE_BITS, codes >> WEIGHT_SHIFT
+    role_bytes = np.arange(256)
+    role, number = role_bytes & ROLE_BITS, role_bytes >> WEIGHT_SHIFT
     known = (role < len(ROLE_NAMES)) & (number < len(message_weights))
     result = np.where(known, np.asarray(by_role, np.float32)[np.minimum(role, len(ROLE_NAMES) - 1)], 0)
-    result = np.where(known & (codes & MARKED > 0), np.maximum(result, marked_loss_weight), result)
+    result = np.where(known & (role_bytes & MARKED > 0), np.maximum(result, marked_loss_weight), result)
     own = np.asarray(message_weights, np.float32)[np.minimum(number, len(message_weights) - 1)]
     return (result * own).astype(np.float32)
 
 
 def weight_table(weights: Sequence[float]) -> list[float]:
-    """The table of a set of shards from the weights that occur in it: 1 first, the others by size.
+    """Return the weight table of a set of shards from the weights that occur in it: 1 first, the others by size.
 
     Raise DataError for more than MOST_WEIGHTS, or one that is negative or not finite.
     """

@@ -1,9 +1,9 @@
-"""Role-labelled shards: PREFIX-text.{bin,idx} with tokens, PREFIX-role.{bin,idx} with the role of every token,
+"""Role-labelled shards: PREFIX-text.{bin,idx} with tokens, PREFIX-role.{bin,idx} with the role byte of every token,
 PREFIX-manifest.json.
 
-A sample is one conversation. A byte of the role shard may carry a mark and a weight too: roles.py. Shards exist once
-their manifest does: it is written last and names every file's size and hash, so that an interrupted run leaves nothing
-that opens. Knows nothing of chat formats; packing and mixing are the loader's.
+A sample is one conversation. A role byte contains the role and mark bits (mark, weight), see roles.py. The manifest is written last
+and contains the size and hash of every file, so shards of an interrupted run cannot be opened. Chat formats, packing and mixing are
+in other modules.
 """
 
 import array
@@ -19,7 +19,7 @@ import numpy as np
 from megatron_ft import files
 from megatron_ft.data.manifest import AGAIN, FORMAT_VERSION, Manifest, manifest_path, read_manifest, write_manifest
 from megatron_ft.data.mmididx import Sequences, write_index
-from megatron_ft.data.roles import MARKED, ROLE_BITS, ROLE_NAMES, WEIGHT_SHIFT, code_weights
+from megatron_ft.data.roles import MARKED, ROLE_BITS, ROLE_NAMES, WEIGHT_SHIFT, byte_weights
 from megatron_ft.errors import DataError
 
 COPY = f"copy it again, or {AGAIN}"
@@ -50,7 +50,7 @@ class ShardWriter:
         )
         self._lengths = array.array("i")
         self._finished = False
-        self._by_code = np.zeros(256, np.int64)
+        self._counts_by_byte = np.zeros(256, np.int64)
 
     def __enter__(self) -> "ShardWriter":
         with contextlib.ExitStack() as stack:
@@ -59,62 +59,65 @@ class ShardWriter:
         return self
 
     def source(self, name: str, file: str, digest: str) -> None:
-        """The samples added from here on come from this file."""
+        """Record that the samples added from now on come from this file."""
         self._close_source()
         self.manifest.sources.append({"name": name, "file": file, "digest": digest, "documents": [len(self._lengths)]})
 
-    def add(self, ids: np.ndarray, roles: np.ndarray) -> None:
-        """One sample: ids [tokens] below vocab_size, roles [tokens] as in roles.py. Raise DataError for anything else,
-        no tokens included."""
-        ids, roles = np.asarray(ids), np.asarray(roles)
-        if ids.ndim != 1 or ids.shape != roles.shape or not len(ids):
+    def add(self, ids: np.ndarray, role_bytes: np.ndarray) -> None:
+        """Add one sample: ids [tokens] below vocab_size, role_bytes [tokens] as in roles.py. Raise DataError for invalid or no tokens."""
+        ids, role_bytes = np.asarray(ids), np.asarray(role_bytes)
+        if ids.ndim != 1 or ids.shape != role_bytes.shape or not len(ids):
             where = f"{self.prefix}: sample {len(self._lengths)}"
-            raise DataError(f"{where} has ids {ids.shape} and roles {roles.shape}; give two equal shapes, [tokens]")
-        self.add_many(ids, roles, np.array([len(ids)]))
+            raise DataError(
+                f"{where} has ids {ids.shape} and role bytes {role_bytes.shape}; give two equal shapes, [tokens]"
+            )
+        self.add_many(ids, role_bytes, np.array([len(ids)]))
 
-    def add_many(self, ids: np.ndarray, roles: np.ndarray, lengths: np.ndarray) -> None:
-        """Samples that lie one after another. lengths: tokens of each, above 0, together len(ids)."""
+    def add_many(self, ids: np.ndarray, role_bytes: np.ndarray, lengths: np.ndarray) -> None:
+        """Add concatenated samples. lengths: tokens of each, above 0, together len(ids)."""
         where = f"{self.prefix}: sample {len(self._lengths)}" + ("" if len(lengths) == 1 else " or one soon after it")
-        if len(ids) != len(roles) or len(ids) != lengths.sum() or (lengths <= 0).any():
-            raise DataError(f"{where}: {len(ids)} ids, {len(roles)} roles, lengths of {lengths.sum()}; they must agree")
+        if len(ids) != len(role_bytes) or len(ids) != lengths.sum() or (lengths <= 0).any():
+            raise DataError(
+                f"{where}: {len(ids)} ids, {len(role_bytes)} role bytes, lengths of {lengths.sum()}; they must agree"
+            )
         if not len(ids):
             return
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise DataError(
                 f"{where} has ids {ids.min()} to {ids.max()}, the vocabulary {self.vocab_size}; another tokenizer?"
             )
-        if roles.min() < 0 or roles.max() > 255:
+        if role_bytes.min() < 0 or role_bytes.max() > 255:
             raise DataError(f"{where} holds a role outside 0..{len(ROLE_NAMES) - 1}; see roles.py")
-        roles = roles.astype(np.uint8, copy=False)
-        counts = np.bincount(roles, minlength=256)
-        if counts[~_valid_codes(len(self.manifest.weights))].any():
+        role_bytes = role_bytes.astype(np.uint8, copy=False)
+        counts = np.bincount(role_bytes, minlength=256)
+        if counts[~_valid_bytes(len(self.manifest.weights))].any():
             raise DataError(f"{where} holds a role outside 0..{len(ROLE_NAMES) - 1} or an unknown weight; see roles.py")
         self._files["-text.bin"].write(np.ascontiguousarray(ids, self.dtype).data)
-        self._files["-role.bin"].write(np.ascontiguousarray(roles).data)
+        self._files["-role.bin"].write(np.ascontiguousarray(role_bytes).data)
         self._lengths.frombytes(np.asarray(lengths).astype(np.intc).tobytes())
-        self._by_code += counts
+        self._counts_by_byte += counts
 
     def copy(
         self,
         shards: "Shards",
         samples: np.ndarray,
-        count: Callable[[np.ndarray, np.ndarray], Any] = lambda codes, lengths: None,
+        count: Callable[[np.ndarray, np.ndarray], Any] = lambda role_bytes, lengths: None,
     ) -> None:
-        """Samples of other shards, in the given order, with the same tokenizer. Their weights must be in our table.
+        """Add samples of other shards, in the given order, with the same tokenizer. Their weights must be in our table.
 
-        count: called with the role bytes and the lengths of every part that is written.
+        count: called with the role bytes and the lengths of each batch that is written.
         """
         table = _translation(shards.manifest.weights, self.manifest.weights)
         for some in np.array_split(samples, max(1, len(samples) // 256)):
-            pairs = [(shards.tokens(int(i)), table[shards.codes(int(i))]) for i in some]
+            pairs = [(shards.tokens(int(i)), table[shards.role_bytes(int(i))]) for i in some]
             if pairs:
                 lengths = np.array([len(ids) for ids, _ in pairs])
-                ids, codes = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-                self.add_many(ids, codes, lengths)
-                count(codes, lengths)
+                ids, role_bytes = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+                self.add_many(ids, role_bytes, lengths)
+                count(role_bytes, lengths)
 
     def finish(self) -> np.ndarray:
-        """Write what is left to write, still under temporary names. Returns the samples' tokens: int32 [samples]."""
+        """Write the remaining data, still under temporary names. Return the number of tokens of each sample: int32 [samples]."""
         lengths = np.array(self._lengths, np.int32)
         if not self._finished:
             write_index(self._files["-text.idx"], lengths, self.dtype)
@@ -134,18 +137,18 @@ class ShardWriter:
             manifest_path(self.prefix).unlink(missing_ok=True)
         self._close_source()
         self.manifest.counts = self._counts()
-        if self._by_code[len(ROLE_NAMES) :].any():
+        if self._counts_by_byte[len(ROLE_NAMES) :].any():
             self.manifest.format_version = FORMAT_VERSION
         self.manifest.files = {ending: _describe(Path(self.prefix + ending)) for ending in ENDINGS}
         write_manifest(self.manifest, manifest_path(self.prefix))
 
     def _counts(self) -> dict[str, Any]:
-        codes = np.arange(256)
-        by_role = np.bincount(codes & ROLE_BITS, self._by_code, len(ROLE_NAMES)).astype(int).tolist()
-        marked = int(self._by_code[codes & MARKED > 0].sum())
+        role_bytes = np.arange(256)
+        by_role = np.bincount(role_bytes & ROLE_BITS, self._counts_by_byte, len(ROLE_NAMES)).astype(int).tolist()
+        marked = int(self._counts_by_byte[role_bytes & MARKED > 0].sum())
         return {
             "samples": len(self._lengths),
-            "tokens": int(self._by_code.sum()),
+            "tokens": int(self._counts_by_byte.sum()),
             "tokens_by_role": dict(zip(ROLE_NAMES, by_role, strict=False)),
             **({"marked_tokens": marked} if marked else {}),
         }
@@ -167,7 +170,7 @@ class Shards:
         self._text, self._role = (self._open(kind) for kind in ("-text", "-role"))
         self.lengths: np.ndarray = self._text.lengths  # int32 [samples], in tokens
         self.vocab_size: int = self.manifest.tokenizer["vocab_size"]
-        self._valid = _valid_codes(len(self.manifest.weights), extended=self.manifest.format_version > 1)
+        self._valid = _valid_bytes(len(self.manifest.weights), extended=self.manifest.format_version > 1)
         if not np.array_equal(self.lengths, self._role.lengths) or self._role.dtype != np.uint8:
             raise DataError(f"{self.prefix}: text and role shards do not belong together; {AGAIN}")
         self._check_counts()
@@ -191,11 +194,11 @@ class Shards:
 
     @property
     def sequences(self) -> tuple[Sequences, Sequences]:
-        """Tokens and roles as they lie in the files."""
+        """Tokens and role bytes as stored in the files."""
         return self._text, self._role
 
     def tokens(self, index: int) -> np.ndarray:
-        """The ids of a sample: uint16 or int32 [tokens]. Raise DataError for an id outside the vocabulary."""
+        """Return the ids of a sample: uint16 or int32 [tokens]. Raise DataError for an id outside the vocabulary."""
         ids = self._text[index]
         if ids.max() >= self.vocab_size or ids.min() < 0:
             where = f"{self.prefix}-text.bin: sample {index}"
@@ -203,30 +206,29 @@ class Shards:
         return ids
 
     def roles(self, index: int) -> np.ndarray:
-        """The roles of a sample's tokens, marks and weights aside: uint8 [tokens], 0 to 3."""
-        return self.codes(index) & ROLE_BITS
+        """Return the roles of a sample's tokens, without mark bits: uint8 [tokens], 0 to 3."""
+        return self.role_bytes(index) & ROLE_BITS
 
-    def codes(self, index: int) -> np.ndarray:
-        """The bytes of a sample's tokens in the role shard, uint8 [tokens]; see roles.py. Raise DataError for one that
-        means nothing."""
-        codes = self._role[index]
-        if not self._valid[codes].all():
-            wrong = codes[~self._valid[codes]][0]
+    def role_bytes(self, index: int) -> np.ndarray:
+        """Return the role bytes of a sample's tokens, uint8 [tokens]; see roles.py. Raise DataError for an invalid one."""
+        role_bytes = self._role[index]
+        if not self._valid[role_bytes].all():
+            wrong = role_bytes[~self._valid[role_bytes]][0]
             raise DataError(f"{self.prefix}-role.bin: sample {index} holds the unknown role {wrong}; {AGAIN}")
-        return codes
+        return role_bytes
 
     def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray:
-        """The loss weight of each value of codes() in these shards: float32 [256]; see roles.code_weights."""
-        return code_weights(by_role, self.manifest.weights, marked_loss_weight)
+        """Return the loss weight of each role byte in these shards: float32 [256]; see roles.byte_weights."""
+        return byte_weights(by_role, self.manifest.weights, marked_loss_weight)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shards, (self.prefix,)
 
 
 def open_shards(prefix: str | os.PathLike, verify: bool = False) -> Shards:
-    """Open PREFIX's shards and check what is cheap: manifest, sizes, every number of the indexes, their hashes.
+    """Open PREFIX's shards. Check manifest, sizes, every number of the indexes and their hashes, which takes little time.
 
-    verify: read the .bin files too and compare their hashes; verify.py does it for many shards at once.
+    verify: also read the .bin files and compare their hashes; verify.py does this for many shards at once.
     Raise DataError naming the file and the remedy.
     """
     shards = Shards(prefix)
@@ -236,23 +238,23 @@ def open_shards(prefix: str | os.PathLike, verify: bool = False) -> Shards:
 
 
 def remove_shards(prefix: str | os.PathLike) -> None:
-    """Remove a prefix's shards where there are any, the manifest first."""
+    """Remove the shards of a prefix if they exist, the manifest first."""
     for path in (manifest_path(prefix), *(Path(f"{prefix}{ending}") for ending in ENDINGS)):
         path.unlink(missing_ok=True)
 
 
-def _valid_codes(weights: int, extended: bool = True) -> np.ndarray:
-    """Return which bytes mean something in shards with so many weights: bool [256]."""
-    codes = np.arange(256)
-    valid = (codes & ROLE_BITS < len(ROLE_NAMES)) & (codes >> WEIGHT_SHIFT < weights)
-    return valid if extended else codes < len(ROLE_NAMES)
+def _valid_bytes(weights: int, extended: bool = True) -> np.ndarray:
+    """Return which role bytes are valid in shards with so many weights: bool [256]. extended: with mark bits."""
+    role_bytes = np.arange(256)
+    valid = (role_bytes & ROLE_BITS < len(ROLE_NAMES)) & (role_bytes >> WEIGHT_SHIFT < weights)
+    return valid if extended else role_bytes < len(ROLE_NAMES)
 
 
 def _translation(old: Sequence[float], new: Sequence[float]) -> np.ndarray:
-    """Role bytes under one table of weights -> under another that holds all of the first: uint8 [256]."""
+    """Return the role bytes for a new table of weights, indexed by those for the old one: uint8 [256]. new: contains all of old."""
     numbers = np.array([new.index(weight) for weight in old] + [0] * (16 - len(old)))
-    codes = np.arange(256)
-    return (codes & (ROLE_BITS | MARKED) | numbers[codes >> WEIGHT_SHIFT] << WEIGHT_SHIFT).astype(np.uint8)
+    role_bytes = np.arange(256)
+    return (role_bytes & (ROLE_BITS | MARKED) | numbers[role_bytes >> WEIGHT_SHIFT] << WEIGHT_SHIFT).astype(np.uint8)
 
 
 def _describe(path: Path) -> dict[str, Any]:

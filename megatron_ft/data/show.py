@@ -28,22 +28,22 @@ class Token:
     weight: float
 
 
-def tokens(shards: Shards, sample: int, tokenizer: Tokenizer | None, by_code: np.ndarray) -> list[Token]:
-    """The tokens of a sample. by_code: float32 [256], from Shards.loss_weights."""
-    ids, codes = shards.tokens(sample), shards.codes(sample)
-    weights = by_code[codes].copy()
+def tokens(shards: Shards, sample: int, tokenizer: Tokenizer | None, weight_by_byte: np.ndarray) -> list[Token]:
+    """Return the tokens of a sample. weight_by_byte: float32 [256], from Shards.loss_weights."""
+    ids, role_bytes = shards.tokens(sample), shards.role_bytes(sample)
+    weights = weight_by_byte[role_bytes].copy()
     weights[0] = 0
     names = set(tokenizer.special_tokens.values()) if tokenizer else set()
     return [
         Token(
             int(index),
             None if tokenizer is None else token_text(tokenizer, int(index)),
-            ROLE_NAMES[code & ROLE_BITS],
-            bool(code & MARKED),
+            ROLE_NAMES[role_byte & ROLE_BITS],
+            bool(role_byte & MARKED),
             int(index) in names,
             float(weight),
         )
-        for index, code, weight in zip(ids, codes.tolist(), weights, strict=True)
+        for index, role_byte, weight in zip(ids, role_bytes.tolist(), weights, strict=True)
     ]
 
 

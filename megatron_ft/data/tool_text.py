@@ -39,8 +39,8 @@ def as_text(messages: Sequence[Mapping[str, Any]], default_system: str | None, s
         result.append({k: v for k, v in message.items() if k not in ("tools", "tool_calls")} | {"content": content})
     if tools:
         if not result or ROLES.get(str(result[0].get("role"))) != SYSTEM:
-            marked = result[0].get("flags", 0) & MARKED if result else 0
-            result.insert(0, {"role": "system", "content": default_system or "", "flags": marked})
+            marked = result[0].get("mark_bits", 0) & MARKED if result else 0
+            result.insert(0, {"role": "system", "content": default_system or "", "mark_bits": marked})
         system = result[0].get("content")
         if isinstance(system, str):
             result[0] = {**result[0], "content": APART.join([*([system] if system else []), definitions(tools)])}

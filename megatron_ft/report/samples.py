@@ -20,13 +20,13 @@ from megatron_ft.report.curves import bars
 _LONGEST = 1500  # largest number of tokens shown of a sample
 
 
-def by_role(shards: Sequence[Any], by_code: Sequence[np.ndarray]) -> str:
-    """Return bars of the tokens of each role. by_code: for each set of shards the loss weight of every role byte, float32 [256]."""
+def by_role(shards: Sequence[Any], weight_by_byte: Sequence[np.ndarray]) -> str:
+    """Return bars of the tokens of each role. weight_by_byte: loss weight of each role byte, float32 [256], of each set of shards."""
     counts = dict.fromkeys(ROLE_NAMES, 0)
     for shard in shards:
         for role in counts:
             counts[role] += shard.manifest.counts["tokens_by_role"].get(role, 0)
-    weight = {name: max(float(codes[code]) for codes in by_code) for code, name in enumerate(ROLE_NAMES)}
+    weight = {name: max(float(weights[role]) for weights in weight_by_byte) for role, name in enumerate(ROLE_NAMES)}
     return bars(
         [(display_name(role), count, f"{count:,} {_training(weight[role])}") for role, count in counts.items() if count]
     )
@@ -58,19 +58,19 @@ def legend(shards: Sequence[Any]) -> str:
 def select(shards: Shards, count: int = 3) -> list[int]:
     """Return the indices of samples to show: one with a system message, if the first 1000 have one, and some at equal distances."""
     some = range(min(len(shards), 1000))
-    with_system = next((i for i in some if len(shards.codes(i)) and shards.roles(i)[0] == SYSTEM), 0)
+    with_system = next((i for i in some if len(shards.role_bytes(i)) and shards.roles(i)[0] == SYSTEM), 0)
     return sorted({with_system, *(len(shards) * i // count for i in range(1, count))})
 
 
-def sample(shards: Shards, index: int, tokenizer: Tokenizer | None, by_code: np.ndarray) -> str:
+def sample(shards: Shards, index: int, tokenizer: Tokenizer | None, weight_by_byte: np.ndarray) -> str:
     """Return one sample as text coloured by role, underlined where it is trained on."""
     parts: list[str] = []
-    for run in _runs(tokens(shards, index, tokenizer, by_code)[:_LONGEST]):
+    for run in _runs(tokens(shards, index, tokenizer, weight_by_byte)[:_LONGEST]):
         text = _text(run, tokenizer).strip("\n")
         if text.strip():
             trained = " on" if run[0].weight > 0 else ""
             parts.append(f'<span class="role {run[0].role}{trained}">{escape(text.strip())}</span>')
-    cut = len(shards.codes(index)) - _LONGEST
+    cut = len(shards.role_bytes(index)) - _LONGEST
     more = f'<br><span class="soft">and {cut:,} more tokens</span>' if cut > 0 else ""
     return f'<div class="chat">{"<br>".join(parts)}{more}</div>'
 

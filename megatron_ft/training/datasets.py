@@ -115,9 +115,9 @@ def with_chat_format(checkpoint: CheckpointConfig, train_set: ChatDataset) -> Ch
 
 def loss_weight_of(shard: Samples, weights: np.ndarray, marked_loss_weight: float) -> float:
     """Sum of the loss weights of all tokens of some shards, by their manifest; marks count once at their weight."""
-    by_code = shard.loss_weights(weights, marked_loss_weight)
+    weight_by_byte = shard.loss_weights(weights, marked_loss_weight)
     counts = shard.manifest.counts
-    by_role = sum(by_code[role] * counts["tokens_by_role"].get(name, 0) for role, name in enumerate(ROLE_NAMES))
+    by_role = sum(weight_by_byte[role] * counts["tokens_by_role"].get(name, 0) for role, name in enumerate(ROLE_NAMES))
     return float(by_role + marked_loss_weight * counts.get("marked_tokens", 0))
 
 

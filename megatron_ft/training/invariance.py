@@ -26,7 +26,7 @@ from megatron_ft.checkpoints.load import load_weights, sharded_weights
 from megatron_ft.config.sections import Batch, Data, Kernels, Numerics, Optimizer, Parallelism
 from megatron_ft.data.loader import ChatDataset, Choices
 from megatron_ft.data.manifest import Manifest
-from megatron_ft.data.roles import ASSISTANT, PROMPTER, code_weights, loss_weights
+from megatron_ft.data.roles import ASSISTANT, PROMPTER, byte_weights, loss_weights
 from megatron_ft.engine.optimizer import make_optimizer, make_schedule
 from megatron_ft.engine.parallel import Layout, ParallelSizes, process_groups
 from megatron_ft.models.architecture import Architecture
@@ -109,7 +109,7 @@ class MadeUpChats:
         sizes = rng.integers(4, seq_length + 2, 6 * ROWS)
         self.ids = [rng.integers(0, vocab, size) for size in sizes]
         shares = [(number % 5) / 5 for number in range(len(sizes))]
-        self.roles = [
+        self._role_bytes = [
             np.where(rng.random(size) < share, ASSISTANT, PROMPTER).astype(np.uint8)
             for size, share in zip(sizes, shares, strict=True)
         ]
@@ -122,11 +122,11 @@ class MadeUpChats:
     def tokens(self, i: int) -> np.ndarray:
         return self.ids[i]
 
-    def codes(self, i: int) -> np.ndarray:
-        return self.roles[i]
+    def role_bytes(self, i: int) -> np.ndarray:
+        return self._role_bytes[i]
 
     def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray:
-        return code_weights(by_role)
+        return byte_weights(by_role)
 
 
 def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None = None) -> Measured | None:

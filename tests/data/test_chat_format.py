@@ -100,18 +100,18 @@ def test_loss_weights():
 
 
 def test_weights_by_the_bits_of_a_role_byte():
-    from megatron_ft.data.roles import MARKED, WEIGHT_SHIFT, code_weights, weight_table
+    from megatron_ft.data.roles import MARKED, WEIGHT_SHIFT, byte_weights, weight_table
 
     table = weight_table([0.5, 0.0, 1.0])
     assert table == [1.0, 0.0, 0.5]
-    weights = code_weights(loss_weights(0.25), table, marked_loss_weight=0.75)
+    weights = byte_weights(loss_weights(0.25), table, marked_loss_weight=0.75)
     assert weights[:4].tolist() == [0.25, 0.25, 1, 0.25]
     assert weights[MARKED | PROMPTER] == 0.75
     assert weights[MARKED | ASSISTANT] == 1  # a mark never lowers
     assert weights[2 << WEIGHT_SHIFT | ASSISTANT] == 0.5
     assert weights[1 << WEIGHT_SHIFT | MARKED | PROMPTER] == 0
     assert weights[3 << WEIGHT_SHIFT | ASSISTANT] == weights[5] == 0  # means nothing in these shards
-    assert code_weights(loss_weights(0.5), marked_loss_weight=0)[MARKED | PROMPTER] == 0.5
+    assert byte_weights(loss_weights(0.5), marked_loss_weight=0)[MARKED | PROMPTER] == 0.5
     with pytest.raises(DataError, match="17 different weights"):
         weight_table([i / 20 for i in range(1, 17)])
     with pytest.raises(DataError, match="weight -1"):

@@ -127,19 +127,19 @@ def test_roles_cover_the_turns(made, name):
     """Where text touches text across turns the tokens are those of the whole text, and roles change where turns do."""
     chat_format = get_format(name)
     tokenizer = load_tokenizer(made, chat_format.added_tokens)
-    ids, codes = chat_format.encode(tokenizer, CHAT)
-    changes = np.flatnonzero(np.diff(codes)) + 1
-    assert codes[[0, *changes]].tolist() == [SYSTEM, PROMPTER, ASSISTANT, PROMPTER, ASSISTANT]
+    ids, role_bytes = chat_format.encode(tokenizer, CHAT)
+    changes = np.flatnonzero(np.diff(role_bytes)) + 1
+    assert role_bytes[[0, *changes]].tolist() == [SYSTEM, PROMPTER, ASSISTANT, PROMPTER, ASSISTANT]
     first = tokenizer.decode(
-        ids[codes == ASSISTANT][: int(np.argmax(np.diff(np.flatnonzero(codes == ASSISTANT)) > 1)) + 1]
+        ids[role_bytes == ASSISTANT][: int(np.argmax(np.diff(np.flatnonzero(role_bytes == ASSISTANT)) > 1)) + 1]
     )
     first = first.replace(" ", "")  # one of these tokenizers does not write those at the start
     assert "thedog" in first and "fox" not in first and "and?" not in first
     assert first.endswith((chat_format.stop_token, chat_format.stop_token + "\n"))
-    flagged = [{**message, "flags": 0b1000 if message["role"] == "user" else 0b10000} for message in CHAT]
+    flagged = [{**message, "mark_bits": 0b1000 if message["role"] == "user" else 0b10000} for message in CHAT]
     both = chat_format.encode(tokenizer, flagged)
     assert both[0].tolist() == ids.tolist()
-    assert both[1].tolist() == [c | (0b1000 if c == PROMPTER else 0b10000) for c in codes.tolist()]
+    assert both[1].tolist() == [c | (0b1000 if c == PROMPTER else 0b10000) for c in role_bytes.tolist()]
     many = chat_format.encode_many(tokenizer, [CHAT, CHAT[:3], CHAT])
     assert many[2][0].tolist() == ids.tolist()
     assert many[1][0].tolist() == chat_format.encode(tokenizer, CHAT[:3])[0].tolist()

@@ -51,16 +51,16 @@ def test_any_conversation_comes_back_from_the_shards(tokenizer, tmp_path_factory
 
 
 @settings(max_examples=60, deadline=None)
-@given(chats=CHATS, name=st.sampled_from(sorted(FORMATS)), flags=st.sampled_from([0, 0b1000, 0b110000]))
-def test_any_conversation_in_any_format(tokenizer, chats, name, flags):
+@given(chats=CHATS, name=st.sampled_from(sorted(FORMATS)), mark_bits=st.sampled_from([0, 0b1000, 0b110000]))
+def test_any_conversation_in_any_format(tokenizer, chats, name, mark_bits):
     """Ids and roles agree in length, no text of a message becomes a control token, and a batch is its parts."""
     chat_format = FORMATS[name]
     known = load_tokenizer(tokenizer.source_files[0], [*CONTROLS, *chat_format.added_tokens])
-    chats = [[*chat, {"role": "assistant", "content": "x", "flags": flags}] for chat in chats]
+    chats = [[*chat, {"role": "assistant", "content": "x", "mark_bits": mark_bits}] for chat in chats]
     controls = list(known.special_tokens.values())
-    for chat, (ids, codes) in zip(chats, chat_format.encode_many(known, chats), strict=True):
-        assert len(ids) == len(codes) > 0
-        assert int(codes[-1]) == ROLES["assistant"] | flags
+    for chat, (ids, role_bytes) in zip(chats, chat_format.encode_many(known, chats), strict=True):
+        assert len(ids) == len(role_bytes) > 0
+        assert int(role_bytes[-1]) == ROLES["assistant"] | mark_bits
         alone, _ = chat_format.encode(known, chat)
         assert alone.tolist() == ids.tolist()
         silent, _ = chat_format.encode(known, [{**message, "content": "x"} for message in chat])

@@ -294,8 +294,8 @@ def test_marks_and_weights_are_kept_and_old_shards_stay_as_they_were(tmp_path):
     write(tmp_path / "new", [([5, 6, 7], [0, 0b1001, 0b10010])], weights=[1.0, 0.5])
     shards = open_shards(tmp_path / "new", verify=True)
     assert shards.roles(0).tolist() == [0, 1, 2]
-    assert shards.codes(0).tolist() == [0, 0b1001, 0b10010]
-    assert shards.loss_weights(loss_weights())[shards.codes(0)].tolist() == [0, 1, 0.5]
+    assert shards.role_bytes(0).tolist() == [0, 0b1001, 0b10010]
+    assert shards.loss_weights(loss_weights())[shards.role_bytes(0)].tolist() == [0, 1, 0.5]
     assert read_manifest(tmp_path / "new").format_version == 2
     assert read_manifest(tmp_path / "new").counts["marked_tokens"] == 1
     for wrong in (4, 0b100010, 300):
@@ -322,4 +322,4 @@ def test_copying_samples_translates_their_weights(tmp_path):
         writer.copy(open_shards(tmp_path / "a"), np.array([2, 0, 0, 1]))
     shards = open_shards(tmp_path / "b")
     assert [int(shards.tokens(i)[0]) for i in range(4)] == [3, 1, 1, 2]
-    assert [int(shards.codes(i)[0]) >> 4 for i in range(4)] == [3, 2, 2, 0]
+    assert [int(shards.role_bytes(i)[0]) >> 4 for i in range(4)] == [3, 2, 2, 0]

@@ -73,12 +73,12 @@ def test_fifty_forty_five_five(datasets):
     ]
     begin, end = shards.manifest.sources[4]["documents"]
     for sample in range(begin, end):
-        codes = shards.codes(sample)
-        assert (codes & ROLE_BITS == CONTEXT).all() and (
-            codes & MARKED > 0
+        role_bytes = shards.role_bytes(sample)
+        assert (role_bytes & ROLE_BITS == CONTEXT).all() and (
+            role_bytes & MARKED > 0
         ).all()  # RefinedWeb: language modelling on all of it
     begin, end = shards.manifest.sources[3]["documents"]
-    marked = sum(bool((shards.codes(sample) & MARKED).any()) for sample in range(begin, end)) / (end - begin)
+    marked = sum(bool((shards.role_bytes(sample) & MARKED).any()) for sample in range(begin, end)) / (end - begin)
     assert 0.05 < marked < 0.4  # of the long prompts a fifth
     text = (datasets / "output/alfred/alfred-train_stats.txt").read_text()
     assert text.startswith("before mixing:") and "in the shards:" in text and text.count("| oasst_export") == 3

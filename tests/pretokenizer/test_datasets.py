@@ -278,6 +278,6 @@ def test_plain_text(place):  # noqa: F811
     (place / "docs/b.txt").write_text("seven wizards")
     assert shortcut("--val_split", 0, source="docs") == 0
     shards = open_shards("out/mine-train")
-    assert shards.codes(0).tolist() == [0b1011] * int(shards.lengths[0])  # context, marked
+    assert shards.role_bytes(0).tolist() == [0b1011] * int(shards.lengths[0])  # context, marked
     assert shards.roles(0).max() == 3
     assert shards.manifest.counts["marked_tokens"] == shards.manifest.counts["tokens"] > 0

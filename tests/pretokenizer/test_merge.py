@@ -32,7 +32,7 @@ def test_merged_shards_hold_all_samples_in_order(parts, capsys):
     for i in range(14):
         part, j = pieces[i // 7], i % 7
         assert merged.tokens(i).tolist() == part.tokens(j).tolist()
-        ours, theirs = (s.loss_weights([0, 0, 1, 0])[s.codes(k)].tolist() for s, k in ((merged, i), (part, j)))
+        ours, theirs = (s.loss_weights([0, 0, 1, 0])[s.role_bytes(k)].tolist() for s, k in ((merged, i), (part, j)))
         assert ours == theirs
     assert [(s["file"], s["documents"]) for s in merged.manifest.sources] == [("a.jsonl", [0, 7]), ("b.jsonl", [7, 14])]
 

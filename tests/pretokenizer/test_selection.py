@@ -74,10 +74,10 @@ def test_refusals_and_languages():
 
 
 def test_limits_in_tokens():
-    codes = np.array([1, 2, 2, 1, 1, 2 | MARKED], np.uint8)
-    faults, reasons = token_faults(codes, np.array([3, 0, 2, 1]), Selection(min_assistant_tokens=1, max_tokens=2))
+    role_bytes = np.array([1, 2, 2, 1, 1, 2 | MARKED], np.uint8)
+    faults, reasons = token_faults(role_bytes, np.array([3, 0, 2, 1]), Selection(min_assistant_tokens=1, max_tokens=2))
     assert [reasons[i] for i in faults] == ["more than 2 tokens", "no tokens", "fewer than 1 assistant tokens", ""]
-    faults, reasons = token_faults(codes, np.array([3, 3]), Selection(min_tokens=4))
+    faults, reasons = token_faults(role_bytes, np.array([3, 3]), Selection(min_tokens=4))
     assert [reasons[i] for i in faults] == ["fewer than 4 tokens"] * 2
     with pytest.raises(ConfigError, match="min_tokens 5 is above max_tokens 4"):
         Selection(min_tokens=5, max_tokens=4).check("here")
@@ -172,10 +172,10 @@ def test_marked_prompts_and_weights(place):  # noqa: F811
     assert shortcut("--val_split", 0, "--marked_prompts", 0.5) == 0
     shards = open_shards("out/mine-train")
     assert shards.manifest.weights == [1.0, 0.0, 0.5]
-    codes = [shards.codes(i) for i in range(40)]
-    marked = [bool((one & MARKED).any()) for one in codes]
+    role_bytes = [shards.role_bytes(i) for i in range(40)]
+    marked = [bool((one & MARKED).any()) for one in role_bytes]
     assert 8 < sum(marked) < 32
-    for i, one in enumerate(codes):
+    for i, one in enumerate(role_bytes):
         assistant = one & 7 == ASSISTANT
         assert set((one[assistant] >> 4).tolist()) == {(2, 0, 1)[i % 3]}
         assert not (one[assistant] & MARKED).any()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_ft.data import packing
 from megatron_ft.data.loader import PADDING, ChatDataset, Choices, step_rows
 from megatron_ft.data.manifest import Manifest
-from megatron_ft.data.roles import code_weights
+from megatron_ft.data.roles import byte_weights
 from megatron_ft.errors import DataError
 
 
@@ -31,11 +31,11 @@ class Memory:
     def tokens(self, i):
         return self.ids[i]
 
-    def codes(self, i):
+    def role_bytes(self, i):
         return self.role[i]
 
     def loss_weights(self, by_role, marked_loss_weight=1.0):
-        return code_weights(by_role, self.manifest.weights, marked_loss_weight)
+        return byte_weights(by_role, self.manifest.weights, marked_loss_weight)
 
 
 def dataset(lengths, seq_length=16, **choices):

@@ -142,12 +142,12 @@ def refuses(chat: Conversation, phrases: tuple[str, ...]) -> bool:
     return False
 
 
-def token_faults(codes: np.ndarray, lengths: np.ndarray, selection: Selection) -> tuple[np.ndarray, list[str]]:
+def token_faults(role_bytes: np.ndarray, lengths: np.ndarray, selection: Selection) -> tuple[np.ndarray, list[str]]:
     """Return why samples are skipped for their lengths: for each 0 if it is not, else an index into the returned reasons."""
     reasons, faults = ["", "no tokens"], (lengths == 0).astype(np.int64)
     limits: list[tuple[str, np.ndarray | None]] = []
     if selection.min_assistant_tokens is not None:
-        assistant = np.concatenate([[0], np.cumsum(codes & ROLE_BITS == ASSISTANT)])
+        assistant = np.concatenate([[0], np.cumsum(role_bytes & ROLE_BITS == ASSISTANT)])
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         few = np.diff(assistant[bounds]) < selection.min_assistant_tokens
         limits.append((f"fewer than {selection.min_assistant_tokens} assistant tokens", few))

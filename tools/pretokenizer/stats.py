@@ -38,16 +38,16 @@ class Tally:
     def samples(self) -> int:
         return self.accepted + self.skipped.total()
 
-    def accept(self, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def accept(self, role_bytes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Count concatenated samples by their role bytes; lengths are above 0. Return the number of assistant tokens of each."""
         if not len(lengths):
             return np.empty(0, np.int64)
-        roles, marked = codes & ROLE_BITS, codes & MARKED > 0
+        roles, marked = role_bytes & ROLE_BITS, role_bytes & MARKED > 0
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         assistant = np.diff(np.concatenate([[0], np.cumsum(roles == ASSISTANT)])[bounds])
         trained = np.diff(np.concatenate([[0], np.cumsum((roles == ASSISTANT) | marked)])[bounds])
         self.accepted += len(lengths)
-        self.tokens += len(codes)
+        self.tokens += len(role_bytes)
         self.shortest = min(int(lengths.min()), self.shortest or int(lengths.min()))
         self.longest = max(self.longest or 0, int(lengths.max()))
         self.tokens_by_role += np.bincount(roles, minlength=len(ROLE_NAMES))

@@ -64,7 +64,7 @@ class Tokenized:
     """A chunk's samples of one split, concatenated."""
 
     ids: np.ndarray
-    codes: np.ndarray
+    role_bytes: np.ndarray
     lengths: np.ndarray
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_tokens: int = 0
@@ -106,7 +106,8 @@ class Worker:
             chosen = np.flatnonzero(wanted & 3 == number)
             if len(chosen):
                 picked = [
-                    (samples[i][0], self._flagged(samples[i][1], bool(wanted[i] & MARK), weights)) for i in chosen
+                    (samples[i][0], self._with_mark_bits(samples[i][1], bool(wanted[i] & MARK), weights))
+                    for i in chosen
                 ]
                 result[number] = self._tokenize(job, picked)
         return result
@@ -147,32 +148,32 @@ class Worker:
                 left_out[fault] += 1
         return selected
 
-    def _flagged(self, chat: Conversation, marked: bool, weights: Sequence[float]) -> Conversation:
-        """Return the chat with its marks and weights as bits of the role byte."""
+    def _with_mark_bits(self, chat: Conversation, marked: bool, weights: Sequence[float]) -> Conversation:
+        """Return the chat with `mark_bits` in its messages: mark and weight, as bits of the role byte."""
         if not marked and len(weights) == 1:
             return chat
         result = []
         for message in chat:
-            flags = MARKED if marked and ROLES.get(message["role"]) != ASSISTANT else 0
-            flags |= weights.index(message.get("weight", 1.0)) << WEIGHT_SHIFT
-            result.append({**message, "flags": flags})
+            mark_bits = MARKED if marked and ROLES.get(message["role"]) != ASSISTANT else 0
+            mark_bits |= weights.index(message.get("weight", 1.0)) << WEIGHT_SHIFT
+            result.append({**message, "mark_bits": mark_bits})
         return result
 
     def _tokenize(self, job: Job, samples: list[tuple[str, Conversation]]) -> Tokenized:
         samples, bad = self._without_surrogates(samples)
         try:
-            ids, codes, lengths = self._encode([chat for _, chat in samples])
+            ids, role_bytes, lengths = self._encode([chat for _, chat in samples])
         except DataError:
             samples, bad = self._encodable(samples, bad)
-            ids, codes, lengths = self._encode([chat for _, chat in samples])
-        faults, reasons = token_faults(codes, lengths, job.selection)
+            ids, role_bytes, lengths = self._encode([chat for _, chat in samples])
+        faults, reasons = token_faults(role_bytes, lengths, job.selection)
         accepted = faults == 0
         skipped = Counter({reasons[i]: int(n) for i, n in enumerate(np.bincount(faults)) if i and n})
         skipped.update(bad)
-        result = Tokenized(ids, codes, lengths, skipped, int(lengths[~accepted].sum()))
+        result = Tokenized(ids, role_bytes, lengths, skipped, int(lengths[~accepted].sum()))
         if not accepted.all():
             by_token = np.repeat(accepted, lengths)
-            result.ids, result.codes, result.lengths = ids[by_token], codes[by_token], lengths[accepted]
+            result.ids, result.role_bytes, result.lengths = ids[by_token], role_bytes[by_token], lengths[accepted]
         result.ids = result.ids.astype(self.dtype)
         if self.settings.text:
             chats = (chat for (_, chat), keep in zip(samples, accepted, strict=True) if keep)
@@ -222,8 +223,8 @@ class Worker:
         if chats and chats[0][0]["role"] == "text":
             found = self.tokenizer.encode_batch([chat[0]["content"] for chat in chats])
             lengths = np.array([len(ids) for ids in found], np.int64)
-            flags = np.array([CONTEXT | chat[0].get("flags", 0) for chat in chats], np.uint8)
-            return np.concatenate(found), np.repeat(flags, lengths), lengths
+            role_bytes = np.array([CONTEXT | chat[0].get("mark_bits", 0) for chat in chats], np.uint8)
+            return np.concatenate(found), np.repeat(role_bytes, lengths), lengths
         return self.chat_format.encode_flat(self.tokenizer, chats)
 
     def _text(self, chat: Conversation) -> str:

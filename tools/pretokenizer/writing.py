@@ -197,10 +197,10 @@ class _Split:
     def add(self, samples: Tokenized) -> None:
         """Write samples; count them and the skipped ones."""
         self.tallies[-1].skip(samples.skipped, samples.skipped_tokens)
-        assistant = self.tallies[-1].accept(samples.codes, samples.lengths)
+        assistant = self.tallies[-1].accept(samples.role_bytes, samples.lengths)
         if self._keep:
             self.sizes[-1].append((samples.lengths.astype(np.int32), assistant.astype(np.int32)))
-        self.writer.add_many(samples.ids, samples.codes, samples.lengths)
+        self.writer.add_many(samples.ids, samples.role_bytes, samples.lengths)
         if self._text is not None:
             self._text.write(samples.text)
 
