@@ -1,0 +1,251 @@
+"""The part of finetune that every rank runs: build the model, load the checkpoint, train.
+
+finetune.py has already checked the settings, started the processes and chosen the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ft import device
+from megatron_ft.checkpoints import training_state
+from megatron_ft.checkpoints.folder import SETTINGS, TRAINED_ON, CheckpointConfig, vocab_rows
+from megatron_ft.checkpoints.load import load_weights
+from megatron_ft.checkpoints.training_state import Progress
+from megatron_ft.commands import dry_run
+from megatron_ft.commands.report import write_at_end
+from megatron_ft.config.cli import write_sections
+from megatron_ft.config.settings import TrainingSettings
+from megatron_ft.data.loader import ChatDataset
+from megatron_ft.engine.optimizer import make_optimizer, make_schedule
+from megatron_ft.engine.parallel import Layout
+from megatron_ft.files import atomic_file
+from megatron_ft.log import logger
+from megatron_ft.log import setup as log_to_file
+from megatron_ft.models.build import attention_needs
+from megatron_ft.models.kernels import choose, machine
+from megatron_ft.models.trainable import Trainable, count
+from megatron_ft.training import run_record, sample_hash, setup
+from megatron_ft.training.console import make_console
+from megatron_ft.training.fit import starts_anew
+from megatron_ft.training.guard import Aside, Guarded, attempt
+from megatron_ft.training.hooks import METRICS, Hook, MetricsFile
+from megatron_ft.training.kernel_report import report_kernels
+from megatron_ft.training.loop import Run, train
+from megatron_ft.training.resumed import log_changes
+from megatron_ft.training.step import Stepper
+from megatron_ft.training.stopping import StopRequest
+from megatron_ft.training.tensorboard_hook import TensorBoard
+from megatron_ft.training.trained_on import trained_on
+from megatron_ft.training.wandb_hook import WeightsAndBiases
+
+LOG = "finetune.log"
+"""Log file of all ranks in the run's folder, warnings of libraries included."""
+
+log = logger("finetune")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a run. All ranks have agreed on them. source: folder of the checkpoint. described: its description."""
+
+    layout: Layout
+    source: Path
+    described: CheckpointConfig
+    train_set: ChatDataset
+    valid_set: ChatDataset | None
+    settings: TrainingSettings
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder for the run's own files: --run_dir, else --save, else None."""
+        folder = self.settings.logging.run_dir or self.settings.checkpointing.save
+        return Path(folder) if folder else None
+
+    @property
+    def reports_to(self) -> Path | None:
+        """The folder for the record and report of the run, on the reporting rank; None on the others."""
+        return self.folder if self.layout.is_reporter else None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a global batch."""
+        batch = self.settings.batch
+        return batch.global_batch_size or batch.micro_batch_size * self.layout.dp_size
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects that training changes, on this rank. model: its chunks."""
+
+    model: list
+    optimizer: Any
+    schedule: Any
+    stepper: Stepper
+
+    @property
+    def bare(self) -> list:
+        """The chunks without their wrappers."""
+        return setup.bare(self.model)
+
+
+def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> int:
+    """Build, load and train on this rank. Return the exit code. held: what stays open until the run ends."""
+    settings, layout = inputs.settings, inputs.layout
+    trainable = Trainable(tuple(settings.optimizer.unfrozen_parameters))
+    parts = _build(inputs, trainable)
+    progress = _load(inputs, parts)
+    if settings.launching.dry_run:
+        return dry_run.show(layout, settings, inputs.described, progress, inputs.train_set, parts.bare, inputs.rows)
+    if inputs.folder:  # only now: a run that cannot start leaves no files
+        log_to_file(file=inputs.folder / LOG)
+    _log_start(inputs, trainable, progress)
+    resolved = write_sections(settings.sections)
+    saver = held.enter_context(_make_saver(inputs, parts, resolved))
+    _record_start(inputs, parts, progress)
+    run = _make_run(inputs, parts, saver, _hooks(inputs, resolved))
+    done = _train(inputs, run, progress, stop)
+    if done.iteration < settings.batch.train_iters:
+        _log_stop(inputs, progress, done, stop)
+        return stop.exit_code
+    return 0
+
+
+def _build(inputs: Inputs, trainable: Trainable) -> Parts:
+    """Build the model with new weights, its optimizer and its schedule."""
+    settings, described = inputs.settings, inputs.described
+    numerics = settings.numerics
+    model = setup.make_model(
+        described.architecture, inputs.layout, settings.data, settings.parallel, numerics, settings.kernels,
+        vocab_rows(described), trainable,
+    )  # fmt: skip
+    optimizer = make_optimizer(model, settings.optimizer, numerics, settings.parallel.use_distributed_optimizer)
+    schedule = make_schedule(optimizer, settings.optimizer, settings.batch)
+    stepper = Stepper(
+        model, inputs.layout, settings.batch.micro_batch_size, inputs.rows,
+        exact_phases=settings.logging.log_timers_to_tensorboard,
+        dropout_seed=settings.data.seed if numerics.hidden_dropout else None,
+    )  # fmt: skip
+    return Parts(model, optimizer, schedule, stepper)
+
+
+def _load(inputs: Inputs, parts: Parts) -> Progress:
+    """Load the checkpoint: only the weights for a new run, the whole state for a resumed one. Return its progress."""
+    settings, source, train_set = inputs.settings, inputs.source, inputs.train_set
+    if starts_anew(inputs.described, settings.checkpointing):
+        load_weights(source, inputs.described, parts.bare, inputs.layout, verified=True)
+        parts.optimizer.reload_model_params()
+        return Progress(samples_hash=sample_hash.beginning(train_set))
+    progress = training_state.resume(
+        source, inputs.described, parts.bare, parts.optimizer, parts.schedule, inputs.layout, settings.data.seed
+    )
+    log_changes(source / SETTINGS, settings)
+    samples_hash = sample_hash.check_resumed(progress.samples_hash, train_set, progress.consumed_samples)
+    return dataclasses.replace(progress, samples_hash=samples_hash)
+
+
+def _log_start(inputs: Inputs, trainable: Trainable, progress: Progress) -> None:
+    """Log what is trained, on which device, with which kernels, and where the run begins."""
+    settings, train_set, arch = inputs.settings, inputs.train_set, inputs.described.architecture
+    log.info(f"{inputs.layout} on {device.describe()}; weights from {inputs.source}")
+    if trainable.patterns:
+        trained, whole = count(arch, trainable)
+        log.info(f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.1%}), the others are frozen")
+    if inputs.layout.is_main:
+        choice = choose(settings.kernels, settings.numerics, machine(), attention_needs(arch))
+        report_kernels(settings.kernels, choice, device.has_gpu())
+    if progress.iteration:
+        log.info(f"resuming at iteration {progress.iteration}, {progress.consumed_samples} rows consumed")
+    train_iters = settings.batch.train_iters
+    if progress.iteration >= train_iters:
+        log.warning(
+            f"nothing left to train: --train_iters {train_iters} counts from the run's first start; increase it to continue"
+        )
+    log.info(
+        f"{train_set.num_samples} samples in {len(train_set.epoch_rows(0))} rows of {settings.data.seq_length}, "
+        f"{train_set.fill():.1%} of positions filled"
+    )
+
+
+def _make_saver(inputs: Inputs, parts: Parts, resolved: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the saver of the run as a context manager. resolved: the settings as YAML."""
+    described = inputs.described
+    contents = training_state.Contents(
+        described, parts.bare, parts.optimizer, parts.schedule, inputs.layout,
+        {SETTINGS: resolved, TRAINED_ON: trained_on(inputs.train_set)},
+        training_state.read_tokenizer(inputs.source, described) if inputs.layout.is_main else {},
+    )  # fmt: skip
+    return training_state.make_saver(contents, inputs.settings.checkpointing)
+
+
+def _record_start(inputs: Inputs, parts: Parts, progress: Progress) -> None:
+    """Add this start to run.json. A collective: all ranks call it, the reporting rank writes."""
+    settings = inputs.settings
+    start = run_record.start_of_run(
+        parts.bare, inputs.layout, inputs.described, settings.data, inputs.train_set, inputs.valid_set,
+        inputs.source, progress.iteration, settings.batch.train_iters,
+    )  # fmt: skip
+    if folder := inputs.reports_to:
+        attempt(str(folder / run_record.RUN), lambda: run_record.record(folder, start))
+
+
+def _make_run(inputs: Inputs, parts: Parts, saver: Any, hooks: list[Hook]) -> Run:
+    batch, logging = inputs.settings.batch, inputs.settings.logging
+    return Run(
+        parts.stepper, inputs.train_set, inputs.valid_set, parts.optimizer, parts.schedule, hooks=hooks,
+        saver=saver, train_iters=batch.train_iters, save_interval=inputs.settings.checkpointing.save_interval,
+        eval_interval=logging.eval_interval, eval_iters=logging.eval_iters, max_skipped=batch.max_skipped_iters,
+        check_replicas_every=inputs.settings.numerics.check_replicas_every, architecture=inputs.described.architecture,
+    )  # fmt: skip
+
+
+def _train(inputs: Inputs, run: Run, progress: Progress, stop: StopRequest) -> Progress:
+    """Train until the last step or a stop request, then write the report. Return the progress made."""
+    try:
+        return train(run, progress, stop)
+    except KeyboardInterrupt:
+        log.warning("steps since the last checkpoint are not saved; to save before stopping, send SIGTERM (kill -TERM)")
+        raise
+    finally:
+        if inputs.reports_to and inputs.settings.logging.report:
+            write_at_end(inputs.reports_to)
+
+
+def _log_stop(inputs: Inputs, progress: Progress, done: Progress, stop: StopRequest) -> None:
+    """Log why and where the run stopped before its last step, and if it was saved."""
+    save_to = Path(inputs.settings.checkpointing.save) if inputs.settings.checkpointing.save else None
+    if done.iteration <= progress.iteration:
+        where = "nothing new to save"
+    else:
+        where = f"saved in {save_to}" if save_to else "not saved: --save is not set"
+    log.warning(f"{stop.reason} at iteration {done.iteration} of {inputs.settings.batch.train_iters}, {where}")
+
+
+def _hooks(inputs: Inputs, resolved: str) -> list[Hook]:
+    """Return the hooks of the run (progress, metrics, loggers) on the reporting rank, the only one that has the loss; else []."""
+    return list(_make_hooks(inputs, resolved)) if inputs.layout.is_reporter else []
+
+
+def _make_hooks(inputs: Inputs, resolved: str) -> Iterator[Hook]:
+    settings, folder = inputs.settings, inputs.folder
+    logging = settings.logging
+    yield Guarded("the progress on the screen", lambda: make_console(settings.batch.train_iters, logging.log_interval))
+    if folder:
+
+        def write_settings() -> None:
+            with atomic_file(folder / SETTINGS, "w") as file:
+                file.write(resolved)
+
+        yield Guarded(str(folder / METRICS), lambda: MetricsFile(folder))
+        attempt(str(folder / SETTINGS), write_settings)
+    if board := logging.tensorboard_dir:
+        yield Aside(f"TensorBoard in {board}", lambda: TensorBoard(board))
+    if logging.wandb_logger:
+        values = {k: v for section in settings.sections for k, v in vars(section).items()}
+        name = logging.wandb_name
+        yield Aside("wandb", lambda: WeightsAndBiases(logging.wandb_project, name, folder, values))
