@@ -72,5 +72,14 @@ def _checkpoint_gb(layout: Layout, settings: TrainingSettings, described: Checkp
 
     arch = described.architecture
     small = settings.numerics.bf16 or settings.numerics.fp16
-    job = Job(split_layers(arch.num_layers, settings.parallel), layout.tp_size, layout.dp_size, 1, 1, 1, bf16=small)
+    job = Job(
+        split_layers(arch.num_layers, settings.parallel),
+        layout.tp_size,
+        layout.dp_size,
+        1,
+        1,
+        1,
+        bf16=small,
+        cp=layout.cp_size,
+    )
     return figures.checkpoint(arch, job).bytes / 1e9

@@ -7,9 +7,9 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ft.config.checks import positive
+from megatron_ft.config.checks import context_fits, positive
 from megatron_ft.config.cli import Command, run_script
-from megatron_ft.config.sections import Parallelism
+from megatron_ft.config.sections import Data, Parallelism
 from megatron_ft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Plan:
     model: str = field(default="", metadata={"required": True})
     """model: a name (llama2-70b, falcon-40b, ...), a Hugging Face config.json, or a checkpoint"""
     gpus: int | None = None
-    """total number of GPUs, one process each; default: tensor x pipeline parallel size"""
+    """total number of GPUs, one process each; default: tensor x pipeline x context parallel size"""
     gpu: str = "a100-80gb"
     """type of GPU, which determines memory, speed and interconnect"""
     gpu_memory_gb: float | None = None
@@ -75,7 +75,7 @@ def run(plan: Plan, parallel: Parallelism) -> int:
         "model": plan.model,
         "parameters": figures.whole_model(arch),
         "gpus": job.gpus,
-        "layout": {"tp": job.tp, "pp": job.pp, "dp": job.dp, "chunks_a_stage": job.split.virtual_size},
+        "layout": {"tp": job.tp, "pp": job.pp, "cp": job.cp, "dp": job.dp, "chunks_a_stage": job.split.virtual_size},
         "flags": search.flags(job),
         "seq_length": job.seq_length,
         "micro_batch_size": job.micro_batch,
@@ -116,11 +116,14 @@ def _job(arch: Architecture, plan: Plan, parallel: Parallelism) -> Job:
     positive(plan, "gpus", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "train_iters")
     check_layout(arch, parallel.tensor_model_parallel_size)
     split = split_layers(arch.num_layers, parallel)
-    model_gpus = parallel.tensor_model_parallel_size * split.stages
+    seq_length = plan.seq_length or min(4096, arch.max_position_embeddings)
+    context_fits(parallel, Data(seq_length=seq_length, packing=False))
+    model_gpus = parallel.model_parallel_size
     gpus = plan.gpus or model_gpus
     if gpus % model_gpus:
+        context = " x context" if parallel.context_parallel_size > 1 else ""
         raise ConfigError(
-            f"--gpus {gpus} is not a multiple of tensor x pipeline parallel size = {model_gpus}: change one"
+            f"--gpus {gpus} is not a multiple of tensor x pipeline{context} parallel size = {model_gpus}: change one"
         )
     dp = gpus // model_gpus
     unit = plan.micro_batch_size * dp
@@ -130,11 +133,11 @@ def _job(arch: Architecture, plan: Plan, parallel: Parallelism) -> Job:
             f"data-parallel size {dp} = {unit}: use {max(unit, plan.global_batch_size // unit * unit)}"
         )
     return Job(
-        split, parallel.tensor_model_parallel_size, dp, plan.seq_length or min(4096, arch.max_position_embeddings),
+        split, parallel.tensor_model_parallel_size, dp, seq_length,
         plan.micro_batch_size, plan.global_batch_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         distributed_optimizer=parallel.use_distributed_optimizer, recompute=plan.recompute_granularity,
-        bf16=not plan.fp32, dropout=plan.hidden_dropout > 0,
+        bf16=not plan.fp32, dropout=plan.hidden_dropout > 0, cp=parallel.context_parallel_size,
     )  # fmt: skip
 
 

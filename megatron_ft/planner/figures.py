@@ -62,16 +62,16 @@ def step_time(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -> Tim
 
 def _shape_efficiency(arch: Architecture, job: Job) -> float:
     """Return the efficiency for narrow matrices: it falls if a rank's share of the MLP width, or its tokens per step, is small."""
-    rows, columns = job.seq_length * job.micro_batch, arch.ffn_hidden_size / job.tp
+    rows, columns = job.positions * job.micro_batch, arch.ffn_hidden_size / job.tp
     return rows / (rows + 512) * columns / (columns + 512)
 
 
 def _communication(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -> float:
     """Return the seconds of communication. Tensor parallel: four all-reduces of the residual per layer and microbatch, six with
     recomputed layers; sequence parallelism sends as many bytes, as gathers and scatters. Data parallel: the gradients once per step.
-    Pipeline: the residual.
+    Pipeline: the residual. Context parallel: not counted.
     """
-    residual = job.seq_length * job.micro_batch * arch.hidden_size * job.width
+    residual = job.positions * job.micro_batch * arch.hidden_size * job.width
     layers = -(-arch.num_layers // job.pp)
     link = (gpu.link if job.tp <= gpus_per_node else BETWEEN_NODES) * 1e9
     sums = 6 if job.recompute == "full" else 4
@@ -80,7 +80,7 @@ def _communication(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -
     edge = (gpu.link if job.gpus <= gpus_per_node else BETWEEN_NODES) * 1e9
     passes = 2 * job.microbatches * job.split.virtual_size if job.pp > 1 else 0
     pipeline = passes * residual / shared / edge
-    gradients = 2 * 4 * whole_model(arch) / (job.tp * job.pp) * (job.dp - 1) / job.dp / edge
+    gradients = 2 * 4 * whole_model(arch) / (job.tp * job.pp) * (job.replicas - 1) / job.replicas / edge
     return tensor + pipeline + gradients
 
 

@@ -37,6 +37,7 @@ class Job:
     recompute: Recompute = "none"
     bf16: bool = True
     dropout: bool = False
+    cp: int = 1
 
     @property
     def pp(self) -> int:
@@ -44,7 +45,17 @@ class Job:
 
     @property
     def gpus(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def replicas(self) -> int:
+        """Return the number of GPUs that hold the same parameters: DP x CP."""
+        return self.dp * self.cp
+
+    @property
+    def positions(self) -> int:
+        """Return the positions of a row on one GPU."""
+        return self.seq_length // self.cp
 
     @property
     def microbatches(self) -> int:
@@ -113,7 +124,7 @@ def _stage(arch: Architecture, job: Job, number: int) -> Stage:
 def optimizer_bytes(count: int, job: Job) -> int:
     """Return the bytes of Adam's two fp32 moments and of fp32 copies of bf16 weights, divided over ranks with ZeRO-1."""
     each = 12 if job.bf16 else 8
-    return each * (-(-count // job.dp) if job.distributed_optimizer else count)
+    return each * (-(-count // job.replicas) if job.distributed_optimizer else count)
 
 
 def host_memory(arch: Architecture, job: Job, gpus_per_node: int) -> int:
@@ -130,12 +141,14 @@ def host_memory(arch: Architecture, job: Job, gpus_per_node: int) -> int:
 
 
 def _held_at_a_save(sizes: list[int], job: Job) -> list[int]:
-    """Return the bytes of each data-parallel rank; with the distributed optimizer its own parameters and the one it collects in fp32."""
+    """Return the bytes of each rank of a replica group; with the distributed optimizer its own parameters and one that it collects."""
     if not job.distributed_optimizer:  # the first rank writes everything
-        return [sum(sizes) * (job.width + (12 if job.bf16 else 8))] + [0] * (job.dp - 1)
-    if job.dp == 1:  # the engine copies the state twice: measured with benchmarks/checkpoint_memory.py --ranks 1 --bf16
+        return [sum(sizes) * (job.width + (12 if job.bf16 else 8))] + [0] * (job.replicas - 1)
+    if (
+        job.replicas == 1
+    ):  # the engine copies the state twice: measured with benchmarks/checkpoint_memory.py --ranks 1 --bf16
         return [sum(sizes) * 36]
-    owners, loads = deal(sizes, job.dp), [4 * max(sizes)] * job.dp
+    owners, loads = deal(sizes, job.replicas), [4 * max(sizes)] * job.replicas
     for size, owner in zip(sizes, owners, strict=True):
         loads[owner] += size * (job.width + 12)
     return loads
@@ -144,7 +157,7 @@ def _held_at_a_save(sizes: list[int], job: Job) -> list[int]:
 def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None = None) -> int:
     """Return the bytes that one layer keeps for one microbatch until its backward pass."""
     recompute = recompute or job.recompute
-    tokens, shared = job.seq_length * job.micro_batch, job.tp if job.sequence_parallel else 1
+    tokens, shared = job.positions * job.micro_batch, job.tp if job.sequence_parallel else 1
     residual = arch.hidden_size / shared
     if recompute == "full":
         return round(tokens * residual * job.width)
@@ -178,14 +191,14 @@ def in_flight(job: Job, number: int) -> int:
 
 def _activations(arch: Architecture, job: Job, number: int) -> int:
     shared = job.tp if job.sequence_parallel else 1
-    residual = job.seq_length * job.micro_batch * arch.hidden_size / shared * job.width
+    residual = job.positions * job.micro_batch * arch.hidden_size / shared * job.width
     ends = 2 * residual if number == job.pp - 1 else 0  # the last norm's input and output
     return round(in_flight(job, number) * layer_activations(arch, job) + ends)
 
 
 def _working(arch: Architecture, job: Job, last: bool) -> int:
     """Return the largest temporary memory."""
-    tokens = job.seq_length * job.micro_batch
+    tokens = job.positions * job.micro_batch
     rows = padded_vocab_size(arch.vocab_size, job.tp) // job.tp
     logits = (
         tokens * rows * (job.width + 4 + 4) if last else 0

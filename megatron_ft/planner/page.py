@@ -20,9 +20,10 @@ def show(plan: dict[str, Any], gpu: Gpu) -> None:
     out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     layout, limit = plan["layout"], plan["gpu"]["memory_bytes"]
     chunks = f", {layout['chunks_a_stage']} chunks per stage" if layout["chunks_a_stage"] > 1 else ""
+    context = f" x CP {layout['cp']}" if layout["cp"] > 1 else ""
     out.print(
         f"[bold]{plan['model']}[/]: {plan['parameters']:,} parameters on {plan['gpus']} x {plan['gpu']['kind']} "
-        f"({limit / _GB:.0f} GB): TP {layout['tp']} x PP {layout['pp']} x DP {layout['dp']}{chunks}"
+        f"({limit / _GB:.0f} GB): TP {layout['tp']} x PP {layout['pp']}{context} x DP {layout['dp']}{chunks}"
     )
     out.print(_stages(plan, limit))
     out.print(_verdict(plan, limit))

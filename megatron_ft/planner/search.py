@@ -45,7 +45,10 @@ def proposals(arch: Architecture, job: Job, gpu: Gpu, memory: float, gpus_per_no
 
 
 def candidates(arch: Architecture, job: Job, gpus_per_node: int) -> Iterator[Job]:
-    """Yield layouts that divide model and batch. Tensor parallelism stays within a node, where links are fast."""
+    """Yield layouts that divide model and batch. Tensor parallelism stays within a node, where links are fast.
+
+    Context parallelism is not proposed: it needs Transformer Engine and rows of one sample.
+    """
     for tp in _divisors(min(job.gpus, gpus_per_node)):
         if job.gpus % tp or not _divides(arch, tp) or (tp > 1 and job.seq_length % tp):
             continue
@@ -60,7 +63,7 @@ def candidates(arch: Architecture, job: Job, gpus_per_node: int) -> Iterator[Job
                         continue
                     for recompute in RECOMPUTE:
                         yield replace(
-                            job, split=split, tp=tp, dp=dp, micro_batch=micro, recompute=recompute,
+                            job, split=split, tp=tp, cp=1, dp=dp, micro_batch=micro, recompute=recompute,
                             sequence_parallel=tp > 1, distributed_optimizer=dp > 1,
                         )  # fmt: skip
 
@@ -70,6 +73,7 @@ def flags(job: Job) -> str:
     words = [f"--tensor_model_parallel_size {job.tp}", f"--pipeline_model_parallel_size {job.pp}"]
     if job.split.virtual_size > 1:
         words.append(f"--virtual_pipeline_model_parallel_size {job.split.virtual_size}")
+    words += [f"--context_parallel_size {job.cp}"] if job.cp > 1 else []
     words.append(f"--micro_batch_size {job.micro_batch}")
     words += ["--sequence_parallel"] if job.sequence_parallel else []
     words += ["--use_distributed_optimizer"] if job.distributed_optimizer else []

@@ -73,6 +73,17 @@ def test_optimizer_and_microbatches_in_flight():
     assert [round(stage.activations / one / 20) for stage in plain] == [4, 3, 2, 1]
 
 
+def test_context_parallel_size_counts():
+    """It divides a row's activations and, with the distributed optimizer, the state. Proposals do not use it."""
+    arch = known.architecture("llama2-70b")
+    plain, context = job(arch, 8, 4, 2), job(arch, 8, 4, 2, cp=2, distributed_optimizer=True)
+    assert (plain.gpus, context.gpus) == (64, 128)
+    assert 2 * memory.layer_activations(arch, context) == memory.layer_activations(arch, plain)
+    assert memory.optimizer_bytes(4000, context) == 12 * 1000
+    found = search.proposals(arch, context, known.gpu("a100-80gb"), 85.2e9, 8)
+    assert found and all(one.job.cp == 1 and one.job.gpus == 128 for one in found)
+
+
 def test_host_memory_at_a_save():
     """By owner a node of one data-parallel group holds the state once and a parameter a rank; plain, the first rank alone holds it."""
     arch = known.architecture("llama3-8b")
