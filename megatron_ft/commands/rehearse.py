@@ -153,8 +153,8 @@ class _Findings:
         s = self.settings
         check_settings(s, self.processes)
         dp = data_parallel_size(s.parallel, self.processes)
-        tp, pp = s.parallel.tensor_model_parallel_size, s.parallel.pipeline_model_parallel_size
-        self._note("settings", f"TP{tp} x PP{pp} x DP{dp}, consistent")
+        tp, pp, cp = s.parallel.model_parallel_sizes
+        self._note("settings", f"TP{tp} x PP{pp}{f' x CP{cp}' if cp > 1 else ''} x DP{dp}, consistent")
 
     def _load(self) -> None:
         from megatron_ft.training.fit import check_model, find_start
@@ -258,12 +258,13 @@ def _shrunk(
 ) -> TrainingSettings:
     parallel = shrink.parallelism(found.model.architecture, settings.parallel)
     data = replace(settings.data, seq_length=shrink.seq_length(settings.data, parallel), verify_data=False)
+    replicas = dp * settings.parallel.context_parallel_size
     if found.generated_data:
         data = replace(data, data_path=[str(folder / "data" / "made_up-train")], valid_data_path=[], data_weights=[])
     return replace(
         settings,
         checkpointing=shrink.checkpointing(settings.checkpointing, folder / "model", folder / "save"),
-        data=data, batch=shrink.batch(settings.batch, parallel, dp), parallel=parallel,
+        data=data, batch=shrink.batch(settings.batch, parallel, replicas), parallel=parallel,
         optimizer=shrink.optimizer(settings.optimizer), numerics=shrink.numerics(settings.numerics),
         logging=shrink.logging(settings.logging, folder), model=shrink.model(settings.model),
         launching=shrink.launching(settings.launching, processes, folder), stopping=shrink.stopping(settings.stopping),

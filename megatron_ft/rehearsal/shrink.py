@@ -1,4 +1,6 @@
-"""Reduces a run: layers, widths, row length, batch and steps; layout and all other settings are unchanged. Without torch."""
+"""Reduces a run: layers, widths, row length, batch and steps. Layout and all other settings are unchanged, except that context-parallel
+processes become data-parallel replicas. Without torch.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +61,11 @@ def architecture(arch: Architecture, parallel: Parallelism) -> Architecture:
 
 
 def parallelism(arch: Architecture, parallel: Parallelism) -> Parallelism:
-    """Return the same number of stages and chunks, with one layer each."""
+    """Return the same number of stages and chunks, with one layer each. No context parallelism, which only GPUs can compute."""
     virtual = split_layers(arch.num_layers, parallel).virtual_size
     return replace(
         parallel, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        num_layers_per_virtual_pipeline_stage=None, decoder_first_pipeline_num_layers=None,
+        context_parallel_size=1, num_layers_per_virtual_pipeline_stage=None, decoder_first_pipeline_num_layers=None,
         decoder_last_pipeline_num_layers=None, pipeline_model_parallel_layout=None,
     )  # fmt: skip
 
@@ -134,6 +136,7 @@ def changes(arch: Architecture, small: Architecture, real: Any, now: Any, proces
         ("heads", arch.num_attention_heads, small.num_attention_heads), ("MLP", arch.ffn_hidden_size, small.ffn_hidden_size),
         ("row", real.data.seq_length, now.data.seq_length), ("microbatch", real.batch.micro_batch_size, now.batch.micro_batch_size),
         ("global batch", real.batch.global_batch_size, now.batch.global_batch_size),
+        ("context parallel", real.parallel.context_parallel_size, now.parallel.context_parallel_size),
         ("steps", real.batch.train_iters, now.batch.train_iters), ("processes", *processes),
     ]  # fmt: skip
     return [Change(what, before, after) for what, before, after in pairs if before != after]

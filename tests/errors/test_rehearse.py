@@ -57,6 +57,15 @@ def test_alone(shop, tmp_path):
     assert_nothing_left(tmp_path)
 
 
+def test_context_parallel_processes_become_replicas(shop, tmp_path):
+    """Context parallelism needs GPUs; a rehearsal starts the same number of processes without it."""
+    more = ("--context_parallel_size", 2, "--nproc_per_node", 2, "--no_packing", "--rehearse")
+    done = start(PLAIN, *finetune(shop, shop.dist, None, None, *more, iters=3), **temporary(tmp_path))
+    assert done.code == 0, done.err
+    assert "TP1 x PP1 x CP2 x DP1, consistent" in done.out and "context parallel 2 -> 1" in done.out
+    assert "rehearsal passed" in done.out and "2 processes connected" in done.out
+
+
 def test_what_is_missing_is_told_at_once(shop, tmp_path):
     words = finetune(
         shop, tmp_path / "model", tmp_path / "chats", tmp_path / "run", "--vocab_file", tmp_path / "t.model"
