@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """Every command with its line, grouped by task."""
+    """Return a list of all commands with their summaries, grouped by task."""
     width = max(map(len, ENTRIES)) + 2
     lines = ["usage: megatron-ft COMMAND [--flag value ...]", ""]
     for group, entries in COMMANDS.items():

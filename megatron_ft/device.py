@@ -35,19 +35,19 @@ def has_gpu() -> bool:
 
 
 def backend() -> str:
-    """The torch.distributed backend that goes with the device: nccl on a GPU, gloo on a CPU."""
+    """Return the torch.distributed backend for the device: nccl on a GPU, gloo on a CPU."""
     return "nccl" if has_gpu() else "gloo"
 
 
 def current_device() -> torch.device:
-    """The torch.device on which this rank's tensors live."""
+    """Return the torch.device of this rank's tensors."""
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def describe() -> str:
-    """One line for people: what this process computes on."""
+    """Return one line with the device on which this process computes."""
     import torch
 
     if has_gpu():
@@ -56,14 +56,14 @@ def describe() -> str:
 
 
 def gpu_name() -> str | None:
-    """As the driver calls it; None on a CPU."""
+    """Return the name of the GPU by its driver; None on a CPU."""
     import torch
 
     return torch.cuda.get_device_name() if has_gpu() else None
 
 
 def capability() -> tuple[int, int]:
-    """The GPU's compute capability, as (major, minor). Only where there is one."""
+    """Return the compute capability of the GPU as (major, minor). There must be one."""
     import torch
 
     return torch.cuda.get_device_capability()
@@ -125,7 +125,7 @@ def device_files() -> list[str]:
 
 
 def _opens(path: str) -> bool:
-    """Whether the device is this process's to use: a SLURM job without GPUs sees the file, but may not open it."""
+    """Return whether this process may open the device file: a SLURM job without GPUs sees the file but may not open it."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError:
@@ -134,18 +134,19 @@ def _opens(path: str) -> bool:
 
 
 def order_streams() -> None:
-    """Have kernels start in the order in which they were queued, as tensor parallelism's overlap of communication counts on.
+    """Make kernels start in the order in which they were queued. The overlap of communication in tensor parallelism depends on this.
 
-    Read by the driver when a process first uses its GPU, and by the engine, which warns without it. A user's own value stays.
+    The driver reads the variable when a process first uses its GPU; the engine warns if it is not set. A value that the user has set is
+    kept.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def select(local_rank: int) -> None:
-    """Bind this process to its GPU, by its rank on the machine. Nothing to do on a CPU.
+    """Bind this process to its GPU, by its rank on the machine. Do nothing on a CPU.
 
-    Where something like `srun --gpus-per-task=1` has shown each process GPUs of its own, they are numbered from 0 in every process.
-    Raises ConfigError where there is no GPU for this rank.
+    If each process sees only its own GPUs, as with `srun --gpus-per-task=1`, they are numbered from 0 in every process. Raise ConfigError
+    if there is no GPU for this rank.
     """
     check_usable()
     if not has_gpu():
@@ -162,7 +163,7 @@ def select(local_rank: int) -> None:
 
 
 def _given_its_own(count: int) -> bool:
-    """Whether srun has given this process its own GPUs. A launcher that shows all of them to all says LOCAL_WORLD_SIZE."""
+    """Return whether srun has given this process its own GPUs. A launcher that shows all GPUs to all processes sets LOCAL_WORLD_SIZE."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return False
     return count == 1 or "SLURM_GPUS_PER_TASK" in os.environ
@@ -186,7 +187,7 @@ def claim(store: Store) -> None:
 
 
 def adopt(where: torch.device) -> None:
-    """Have the calling thread use this device, which a new thread does not by itself: it would take the machine's first GPU."""
+    """Make the calling thread use this device. A new thread would use the first GPU of the machine."""
     if has_gpu():
         import torch
 
@@ -223,7 +224,7 @@ def empty_cache() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory used so far: allocated on the GPU, or the process's resident set on a CPU (bytes)."""
+    """Return the most memory used so far: allocated on the GPU, or the process's resident set on a CPU (bytes)."""
     if has_gpu():
         import torch
 
@@ -234,7 +235,7 @@ def peak_memory_bytes() -> int:
 
 
 def rng_state() -> dict:
-    """The device's random state as plain tensors, for checkpoints."""
+    """Return the device's random state as plain tensors, for checkpoints."""
     import torch
 
     state = {"cpu": torch.get_rng_state()}

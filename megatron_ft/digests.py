@@ -25,7 +25,7 @@ _THREADS = min(8, os.cpu_count() or 1)  # hashing and reading leave the interpre
 
 
 class Entry(NamedTuple):
-    """What the manifest says of one file."""
+    """The entry of one file in the manifest."""
 
     bytes: int
     digest: str
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 def files_below(folder: Path) -> list[str]:
-    """Every regular file of a folder but the manifest: names relative to it, with slashes, sorted. Links are not followed."""
+    """Return all regular files of a folder except the manifest: names relative to it, with slashes, sorted. Links are not followed."""
     names = []
     for where, _, here in os.walk(folder):
         names += [Path(where, name) for name in here if not Path(where, name).is_symlink()]
@@ -41,7 +41,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
-    """Name -> size and digest; the work of one rank, which write_manifest puts together with that of others."""
+    """Return name -> size and digest for the files of one rank; write_manifest combines those of all ranks."""
     return _threaded(partial(_entry, Path(folder)), names)
 
 
@@ -59,7 +59,7 @@ def write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
 
 
 def write_digests(folder: Path) -> dict[str, Entry]:
-    """Digest every file of a finished folder and commit it with its manifest; a manifest that is there is replaced."""
+    """Digest every file of a finished folder and commit it with its manifest. An existing manifest is replaced."""
     entries = digest_files(folder, files_below(folder))
     write_manifest(folder, entries)
     return entries
@@ -70,7 +70,7 @@ def has_digests(folder: Path) -> bool:
 
 
 def read_digests(folder: Path) -> dict[str, Entry]:
-    """Name -> entry. Raises DamagedError where digests.json is missing, or is not what was written."""
+    """Return name -> entry. Raise DamagedError if digests.json is missing or differs from what was written."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise DamagedError(f"{path} is missing: the folder was not finished; make it again, or use an earlier one")
@@ -103,7 +103,7 @@ def check_digests(folder: Path, share: tuple[int, int] = (0, 1), only: Iterable[
 
 
 def unlisted(folder: Path) -> list[str]:
-    """Files that lie in a committed folder but are not in its manifest: put there later, by someone else."""
+    """Return the files in a committed folder that are not in its manifest: they were added later."""
     known = read_digests(folder)
     return [name for name in files_below(folder) if name not in known]
 
@@ -124,7 +124,7 @@ def _fault(folder: Path, entries: dict[str, Entry], name: str) -> str | None:
 
 
 def _dealt(entries: dict[str, Entry], which: int, of: int) -> list[str]:
-    """One share of the names, about equal in bytes."""
+    """Return one share of the names, of about equal size in bytes."""
     names = sorted(entries)
     owners = deal([entries[name].bytes + 1 for name in names], of)
     return [name for name, owner in zip(names, owners, strict=True) if owner == which]

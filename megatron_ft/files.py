@@ -23,7 +23,7 @@ _CHUNK = 8 << 20  # bytes hashed at a time
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError from within says of which file it speaks: one from a write, a flush or a close does not know."""
+    """Add the name of the file to an OSError raised within: errors of write, flush and close do not contain it."""
     try:
         yield
     except OSError as error:
@@ -91,7 +91,7 @@ def refuse_existing(path: str | os.PathLike) -> None:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """The content of a file as "xxh3:<32 hex digits>" (XXH3, 128 bits: against accidents, not against forgery)."""
+    """Return the content of a file as "xxh3:<32 hex digits>" (XXH3, 128 bits: detects accidents, not manipulation)."""
     import xxhash
 
     state = xxhash.xxh3_128()
@@ -102,7 +102,7 @@ def digest(path: str | os.PathLike) -> str:
 
 
 def check_writable(flag: str, place: str | os.PathLike) -> str:
-    """Whether a folder is there, or where it will be made. Raises UserError, naming the flag, where it cannot be written to."""
+    """Return whether a folder exists, or where it will be created. Raise UserError with the flag if it cannot be written to."""
     place = Path(place)
     nearest = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -112,7 +112,7 @@ def check_writable(flag: str, place: str | os.PathLike) -> str:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The value in a JSON file. Raises UserError with the file, and the line where it is no JSON."""
+    """Return the value in a JSON file. Raise UserError with the file, and the line if it is not valid JSON."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -123,7 +123,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A UTF-8 file's text (a byte order mark is dropped). Raises UserError where it cannot be read."""
+    """Return the text of a UTF-8 file, without a byte order mark. Raise UserError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -140,7 +140,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def temporary_name(target: Path) -> Path:
-    """Where something is made before it gets its name; a new one each time, beside the target."""
+    """Return a new name beside the target, under which it is written before it is renamed."""
     # Not tempfile: it makes files only their owner can read, and checkpoints are shared in a team.
     return target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
@@ -167,7 +167,7 @@ _HERE = -100  # AT_FDCWD: paths count from the working directory
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one stroke, so that a kill never finds neither in its place; False where the system cannot."""
+    """Swap two names atomically, so that both exist after a kill at any time; return False if the system cannot."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -176,7 +176,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _step_aside(temporary: Path, target: Path) -> Path:
-    """The swap in two steps, where the system has none in one; returns where the old one is."""
+    """Swap in two steps if the system cannot do it in one; return the new place of the old one."""
     old = temporary_name(target)
     os.rename(target, old)
     os.rename(temporary, target)

@@ -30,14 +30,14 @@ def wheel_architectures() -> list[str]:
 
 
 def wheel_version() -> str | None:
-    """The CUDA that the installed torch was built with, as "12.8"; None for a CPU build."""
+    """Return the CUDA version with which the installed torch was built, as "12.8"; None for a CPU build."""
     import torch
 
     return torch.version.cuda
 
 
 def driver_version() -> str | None:
-    """The newest CUDA that the installed driver supports, as "12.4"; None where there is no driver."""
+    """Return the newest CUDA version that the installed driver supports, as "12.4"; None without a driver."""
     import ctypes
 
     try:
@@ -50,7 +50,7 @@ def driver_version() -> str | None:
 
 
 def gpus() -> list[tuple[str, tuple[int, int]]]:
-    """(name, compute capability) of each GPU that this process may use."""
+    """Return (name, compute capability) of each GPU that this process may use."""
     import torch
 
     if not device.has_gpu():
@@ -60,7 +60,7 @@ def gpus() -> list[tuple[str, tuple[int, int]]]:
 
 
 def backend_version() -> str:
-    """What carries messages between processes, for people: "NCCL 2.27.3" on GPUs, "gloo" on a CPU."""
+    """Return the communication library, for people: "NCCL 2.27.3" on GPUs, "gloo" on a CPU."""
     import torch
 
     return f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if device.has_gpu() else device.backend()

@@ -17,7 +17,7 @@ _FILE_FORMAT = "%(asctime)s %(levelname)s rank{rank} %(name)s: %(message)s"
 
 
 def logger(name: str) -> logging.Logger:
-    """The logger of one of our modules: logger("training") is "megatron_ft.training"."""
+    """Return the logger of one of our modules: logger("training") is "megatron_ft.training"."""
     return logging.getLogger(f"{_ROOT}.{name}")
 
 

@@ -93,7 +93,7 @@ def _path(folder: Path, layout: Layout) -> Path:
 
 
 def own(value: Any) -> Any:
-    """The same with every tensor in host memory and with a storage of its own: a view would be stored with all that it views."""
+    """Return the same with each tensor in host memory and with its own storage. A view would be saved with its whole storage."""
     if isinstance(value, torch.Tensor):
         here = value.detach().cpu()
         return here.clone() if here.untyped_storage().nbytes() != here.nbytes else here

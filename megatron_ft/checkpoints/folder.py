@@ -56,7 +56,7 @@ class CheckpointConfig:
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     digested: bool = False
-    """Whether digests.json belongs to it: then a checkpoint without it was never finished."""
+    """True if the checkpoint has digests.json. Without this file it was then never finished."""
 
 
 def write_config(folder: Path, config: CheckpointConfig) -> None:
@@ -107,7 +107,7 @@ def _check_entries(config: CheckpointConfig) -> None:
 
 
 def iteration_folder(root: Path, iteration: int | str) -> Path:
-    """ROOT/release or ROOT/iter_0000500."""
+    """Return ROOT/release or ROOT/iter_0000500."""
     return Path(root) / ("release" if iteration == "release" else f"iter_{int(iteration):07d}")
 
 
@@ -117,15 +117,15 @@ def write_tracker(root: Path, iteration: int | str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """For what takes a checkpoint or an export: raises CheckpointError where there is no folder."""
+    """Raise CheckpointError if the folder of a checkpoint or an export does not exist."""
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a checkpoint or an exported Hugging Face model")
 
 
 def find_checkpoint(root: Path, iteration: int | str | None = None) -> Path:
-    """The release or iter_ folder to read: the one asked for, else the tracker's. `root` may itself be such a folder.
+    """Return the release or iter_ folder to read: the requested one, else that of the tracker. `root` may be such a folder itself.
 
-    Raise CheckpointError saying what was found instead.
+    Raise CheckpointError with what was found instead.
     """
     root = Path(root)
     if not root.is_dir():
@@ -155,7 +155,7 @@ def _read_tracker(root: Path) -> int | str:
 
 
 def iterations_in(root: Path) -> dict[int, str]:
-    """Iteration -> name of every iter_ folder of a root."""
+    """Return iteration -> name of every iter_ folder of a root."""
     found = {
         name: name.removeprefix("iter_") for name in (path.name for path in Path(root).glob("iter_*") if path.is_dir())
     }
@@ -168,7 +168,7 @@ def _checkpoints(root: Path) -> str:
 
 
 def rank_file(folder: Path, tp_rank: int, pp_rank: int, tp_size: int, pp_size: int) -> Path:
-    """The classic file of one rank. Raise ValueError on a rank outside the layout (our bug, not the user's)."""
+    """Return the classic file of one rank. Raise ValueError for a rank outside the layout, which is a bug."""
     if not (0 <= tp_rank < tp_size and 0 <= pp_rank < pp_size):
         raise ValueError(f"rank ({tp_rank}, {pp_rank}) outside layout ({tp_size}, {pp_size})")
     stage = f"_{pp_rank:03d}" if pp_size > 1 else ""
@@ -176,7 +176,7 @@ def rank_file(folder: Path, tp_rank: int, pp_rank: int, tp_size: int, pp_size: i
 
 
 def missing_files(folder: Path) -> list[Path]:
-    """Files that config.json promises and that are not there; empty for a complete checkpoint."""
+    """Return the files that config.json names and that do not exist; empty for a complete checkpoint."""
     config = read_config(folder)
     if config.ckpt_format == "torch_dist":
         wanted = [Path(folder) / name for name in ("metadata.json", ".metadata", "common.pt")]
@@ -207,7 +207,7 @@ def describe(folder: Path) -> CheckpointConfig:
 
 
 def vocab_rows(config: CheckpointConfig) -> int | None:
-    """Embedding rows a model must have to take this checkpoint: a classic one's own number; any other adapts (None)."""
+    """Return the embedding rows that a model needs for this checkpoint: of a classic one its own number; None: any number."""
     return config.padded_vocab_size if config.ckpt_format == "torch" else None
 
 

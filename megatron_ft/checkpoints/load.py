@@ -77,12 +77,12 @@ def _described(chunk: Any, only: Trainable) -> dict:
 
 
 def chunks_of(model: Any) -> list:
-    """A model as the list of its stage's chunks, of which most stages have one."""
+    """Return a model as the list of the chunks of its stage; most stages have one."""
     return model if isinstance(model, list) else [model]
 
 
 def fill_chunks(model: Any, weights: dict, where: Path, only: Trainable = ALL) -> None:
-    """`fill` for what `sharded_weights` describes."""
+    """Call `fill` for the tensors that `sharded_weights` describes."""
     chunks = chunks_of(model)
     for number, chunk in enumerate(chunks):
         fill(chunk, weights if len(chunks) == 1 else weights[f"chunk{number}"], where, only)
@@ -112,7 +112,7 @@ def engine_load(state: dict, folder: Path) -> dict:
 
 
 def guarded(read: Callable[[], Result], folder: Path) -> Result:
-    """The engine raises whatever its file readers raise; a user wants to know which checkpoint and what to do."""
+    """Convert errors of the engine's file readers to a CheckpointError with the checkpoint and the remedy."""
     try:
         return read()
     except CheckpointException as error:  # torch's own, no Exception; it holds what each failing rank met

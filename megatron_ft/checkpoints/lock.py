@@ -67,7 +67,7 @@ class FolderLock:
 
 
 def _acquire(path: Path) -> tuple[IO, bool]:
-    """(the lock file, whether it is locked: some file systems cannot). Raise CheckpointError where another job holds it."""
+    """Return (the lock file, whether it is locked: some file systems cannot). Raise CheckpointError if another job holds it."""
     started = time.monotonic()
     while True:
         try:

@@ -109,10 +109,10 @@ def optimizer_state(optimizer: Any, weights: dict) -> ByOwner | Whole:
 
 
 class Whole:
-    """The engine's own way: each rank has the state of all its parameters."""
+    """The engine's method: each rank has the state of all its parameters."""
 
     has_one_writer_each = False
-    """Whether it is certain, without asking all ranks, that each tensor has a rank that writes it, and one only."""
+    """True if exactly one rank writes each tensor, without a check over all ranks."""
 
     def __init__(self, optimizer: Any, weights: dict):
         self.optimizer, self.weights = optimizer, weights
@@ -122,11 +122,11 @@ class Whole:
         return self._described(is_loading=False)
 
     def to_load(self) -> dict[str, Any]:
-        """Return what to ask the checkpoint for."""
+        """Return the state to request from the checkpoint."""
         return self._described(is_loading=True)
 
     def put_back(self, state: dict[str, Any]) -> None:
-        """Take over what was read."""
+        """Load the state that was read."""
         if MAIN in state:
             state[MAIN] = [state[MAIN].get(number, []) for number in range(len(self.optimizer.param_groups))]
         self.optimizer.load_state_dict(state)
@@ -134,8 +134,8 @@ class Whole:
     def _described(self, is_loading: bool) -> dict[str, Any]:
         """Return the engine's sharded state, with the main weights by the number of their group.
 
-        An empty group, of a rank that trains none of its parameters, would be saved as something alike on all ranks, which it is not,
-        and the others could not load it.
+        An empty group, of a rank that trains none of its parameters, would be saved as an object that all ranks share. They do not share
+        it, so the others could not load it.
         """
         state = self.optimizer.sharded_state_dict(self.weights, is_loading=is_loading, metadata=sharding_metadata())
         if MAIN in state:
@@ -174,7 +174,7 @@ class ByOwner:
         return state | _filled(own)
 
     def to_load(self) -> dict[str, Any]:
-        """Return the request for this rank's own parameters' state; memory for it is taken when it is read."""
+        """Return the state to request from the checkpoint."""
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # makes the moments where there are none yet
         described = [parameter.described for parameter in self.parameters]
         me, owners = self.group.rank(), self._readers()
@@ -187,7 +187,7 @@ class ByOwner:
 
     @torch.no_grad()  # in fp32 the engine's main parameters are views of the parameters themselves
     def put_back(self, state: dict[str, Any]) -> None:
-        """Take over what was read: all but the tensors are alike on all ranks, those go to the ranks that hold their pieces."""
+        """Load the state that was read."""
         own = state.pop("param_state", {})
         self.optimizer.load_state_dict(state)
         self._connect()
@@ -199,30 +199,30 @@ class ByOwner:
                 exchange(parameter.pieces, owner, whole, held.get(key), self.group, to_owner=False)
 
     def _readers(self) -> list[int]:
-        """The owner of each parameter at a load."""
+        """Return the owner of each parameter at a load."""
         return deal([parameter.weight.numel() for parameter in self.parameters], self.group.size())
 
     def _held(self, parameter: _Parameter) -> dict[str, torch.Tensor]:
-        """This rank's piece of a parameter's state, the optimizer's own tensors; {} where it has none."""
+        """Return this rank's part of a parameter's state, as the optimizer's own tensors; {} if it has none."""
         if all(piece.rank != self.group.rank() for piece in parameter.pieces):
             return {}
         found = self.optimizer._get_main_param_and_optimizer_states(parameter.weight)
         return {key: found[key].detach() for key in KEYS}
 
     def _collect(self, parameter: _Parameter, owner: int, mine: torch.Tensor | None) -> torch.Tensor | None:
-        """One of KEYS of a parameter in host memory, flat, on its owner; None elsewhere."""
+        """Return one of KEYS of a parameter in host memory, flat, on its owner; None on other ranks."""
         is_mine = owner == self.group.rank()
         whole = torch.empty(parameter.weight.numel(), device=device.current_device()) if is_mine else None
         exchange(parameter.pieces, owner, whole, mine, self.group, to_owner=True)
         return None if whole is None else whole.cpu()
 
     def _connect(self) -> None:
-        """NCCL wants the first call of a group to be of all its ranks, and after a resume nothing may have been called yet."""
+        """Make one call in the group with all its ranks: NCCL requires this for the first call, and after a resume there may be none."""
         dist.barrier(self.group)
 
 
 def _parameters(optimizer: DistributedOptimizer, weights: dict) -> list[_Parameter]:
-    """In the engine's order: its checkpoints number parameters so."""
+    """Return the parameters in the engine's order, by which its checkpoints number them."""
     tensors, _ = extract_sharded_tensors_and_factories(weights)
     described = {entry.data: entry for entry in nested_values(tensors)}
     found = []
@@ -235,12 +235,12 @@ def _parameters(optimizer: DistributedOptimizer, weights: dict) -> list[_Paramet
 
 
 def _filled(own: dict[int, dict]) -> dict[str, dict]:
-    """A rank that owns nothing has no entry: an empty one would count as something to save besides tensors."""
+    """Return the entry for the state of a parameter group. A rank that owns nothing has none: an empty one would be saved as an object."""
     return {"param_state": own} if own else {}
 
 
 def _describe(described: ShardedTensor | ShardedTensorFactory, key: str, data: torch.Tensor) -> dict:
-    """Sharded tensors of one of KEYS, under "": like its weight, which lies on the disk in several parts where a factory cuts it."""
+    """Return sharded tensors of one of KEYS, under "". They are cut like the weight, which a factory may store in several parts."""
     changes: dict[str, Any] = {
         "key": f"optimizer.state.{key}.{described.key}",
         "data": data.view(described.data.shape),
@@ -254,7 +254,7 @@ def _describe(described: ShardedTensor | ShardedTensorFactory, key: str, data: t
 
 
 def _separate(described: ShardedTensor | ShardedTensorFactory, key: str, flat: torch.Tensor) -> Any:
-    """The same, each part with a storage of its own: the engine would copy those of all parameters at once."""
+    """Return the same with a separate storage for each part, because the engine would copy those of all parameters at once."""
     state = _describe(described, key, flat)
     for part in nested_values(state):
         if part.data.numel() < flat.numel():
@@ -263,7 +263,7 @@ def _separate(described: ShardedTensor | ShardedTensorFactory, key: str, flat: t
 
 
 def _request(described: ShardedTensor | ShardedTensorFactory, key: str) -> Any:
-    """The same without numbers."""
+    """Return the same without values."""
     state = _describe(described, key, torch.empty(described.data.numel(), device="meta"))
     dict_list_map_inplace(lambda part: part.without_data(), state)
     return state[""]

@@ -29,7 +29,7 @@ _AXES = 8  # more than any tensor of a model or its optimizer has
 
 
 def _few(make: Any) -> Any:
-    """A container of a few things: a planted file could have a long one copied again and again."""
+    """Return a container of at most a few objects: a malicious file could copy a long one again and again."""
 
     def made(values: Any = ()) -> Any:
         if len(values) > _AXES:
@@ -83,7 +83,7 @@ def _find(module: str, name: str) -> Any:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """A checkpoint's .metadata. Raise CheckpointError when missing, damaged, or naming other types than its own."""
+    """Return a checkpoint's .metadata. Raise CheckpointError if it is missing, damaged, or contains other types than its own."""
     if not path.is_file():
         raise CheckpointError(
             f"{path} is missing: the save was not finished; read an earlier iteration with --iteration"
@@ -135,7 +135,7 @@ def _check_sizes(sizes: Any) -> None:
 
 
 def file_slice(path: Path, offset: int, length: int) -> io.BytesIO:
-    """Bytes [offset, offset + length) of a file. Raise CheckpointError when it is missing or shorter."""
+    """Return bytes [offset, offset + length) of a file. Raise CheckpointError if it is missing or shorter."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; restore it, or read another iteration with --iteration")
     with open(path, "rb") as file:

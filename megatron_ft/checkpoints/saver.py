@@ -44,21 +44,21 @@ class Plan(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """Which checkpoints stay: the newest `last` (None: all), and for good those at multiples of `every`."""
+    """The checkpoints that are kept: the newest `last` (None: all), and always those at multiples of `every`."""
 
     last: int | None = None
     every: int | None = None
 
 
 class Saved(NamedTuple):
-    """A checkpoint that counts."""
+    """A committed checkpoint."""
 
     iteration: int
     folder: Path
 
 
 class Reached(Protocol):
-    """How far a run has come (training_state.Progress), as much of it as a save asks for."""
+    """The progress of a run (training_state.Progress), as far as a save needs it."""
 
     @property
     def iteration(self) -> int: ...
@@ -100,9 +100,9 @@ class Saver:
         return done + self.committed(wait=self._writer is Here)
 
     def committed(self, wait: bool = False) -> list[Saved]:
-        """The save under way, if it is finished and thereby committed; with `wait` it is.
+        """Return the current save if it is finished and committed; with `wait`, wait for it.
 
-        Raise CheckpointError on all ranks where one could not write, or its writer died.
+        Raise CheckpointError on all ranks if a rank could not write, or its writer process died.
         """
         if self._pending is None:
             return []

@@ -30,9 +30,9 @@ log = logger("checkpoint")
 
 
 def sources(checkpointing: Checkpointing, loudly: bool = True) -> tuple[list[Path], Checkpointing]:
-    """(the checkpoints to try, newest first, the section as it then stands): with --auto_resume those in --save, if there are any.
+    """Return (the checkpoints to try, newest first; the section, changed if needed). With --auto_resume those in --save, if any.
 
-    Raise CheckpointError where --save already holds another run's checkpoints, or is one.
+    Raise CheckpointError if --save already contains the checkpoints of another run, or is one.
     """
     save = Path(checkpointing.save) if checkpointing.save else None
     if save is not None and (save / CONFIG).is_file():
@@ -56,9 +56,9 @@ def _in_use(root: Path) -> bool:
 
 
 def candidates(root: Path, loudly: bool = True) -> list[Path]:
-    """The checkpoints of a root that may be loaded: the tracker's, then older ones. A tracker that says nothing is made up for.
+    """Return the checkpoints of a root that may be loaded: that of the tracker, then older ones; without a valid tracker the newest first.
 
-    root may be a single checkpoint, which is then the only one. Raise CheckpointError where there is none.
+    root may be a single checkpoint, which is then the only one. Raise CheckpointError if there is none.
     """
     if (root / CONFIG).is_file() and not (root / TRACKER).exists():
         return [root]
@@ -80,9 +80,9 @@ def candidates(root: Path, loudly: bool = True) -> list[Path]:
 def first_whole(
     folders: Sequence[Path], read: Callable[[Path], CheckpointConfig], checkpointing: Checkpointing
 ) -> tuple[int, CheckpointConfig]:
-    """(index, description) of the first checkpoint with all its files. Raise the first one's CheckpointError if none has.
+    """Return (index, description) of the first checkpoint with all its files. Raise the CheckpointError of the first one if there is none.
 
-    read: what describes a checkpoint, with the rules that the run has about it.
+    read: returns the description of a checkpoint after checking the rules of the run.
     """
     refusals: list[UserError] = []
     origin = _origin(checkpointing, folders)
@@ -104,7 +104,7 @@ def first_whole(
 
 
 def _origin(checkpointing: Checkpointing, folders: Sequence[Path]) -> Architecture | None:
-    """The model of --load, where a run goes on from --save and --load is still there to compare with."""
+    """Return the model of --load, to compare with, if a run continues from --save and --load still exists."""
     try:
         source = find_checkpoint(Path(checkpointing.load))
         return describe(source).architecture if source.resolve().parent != folders[0].resolve().parent else None
@@ -119,12 +119,12 @@ def _sizes(arch: Architecture) -> dict:
 
 
 def agree(folders: Sequence[Path], first: int, asked: Checkpointing, layout: Layout) -> None:
-    """All ranks call it, once nobody else can save any more. Raise PassingFault on all unless all mean to begin from the same
-    checkpoints, and these are what lies there now.
+    """Raise PassingFault on all ranks unless all begin from the same checkpoints, and these still exist. All ranks call it, after no other
+    job can save.
 
-    folders: this rank's candidates; the first of them that it can use. asked: the section as the user gave it. Each process looks
-    for itself before the processes know of each other: a job that saves meanwhile, or a disk that errs on one machine, would make one
-    of halves of two checkpoints.
+    folders: this rank's candidates. first: index of the first one that it can use. asked: the section as the user gave it. Each process
+    has looked for candidates before the processes were connected. If another job saved meanwhile, or if a disk failed on one machine, the
+    ranks would load parts of two checkpoints.
     """
     import torch.distributed as dist
 
@@ -149,9 +149,10 @@ def first_trusted(
     folders: Sequence[Path], described: CheckpointConfig, read: Callable[[Path], CheckpointConfig],
     layout: Layout, digests: bool,
 ) -> tuple[Path, CheckpointConfig]:  # fmt: skip
-    """(folder, description) of the first checkpoint whose files are what was written; all ranks call it. described: the first's.
+    """Return (folder, description) of the first checkpoint whose files match their digests. All ranks call it. described: of the first
+    one.
 
-    Raise the first one's CheckpointError if there is none; a checkpoint of another model is none.
+    Raise the CheckpointError of the first one if there is none. A checkpoint of another model does not count.
     """
     from megatron_ft.checkpoints.verify import verify
 
@@ -171,7 +172,7 @@ def first_trusted(
 
 
 def refuse(error: UserError, older: Sequence[Path]) -> None:
-    """Say loudly why a checkpoint is not used, and which one is tried instead; where there is none the error itself speaks."""
+    """Log why a checkpoint is not used and which one is tried instead. Raise the error if there is no other."""
     if older:
         log.warning(f"CHECKPOINT NOT USED: {error}")
         log.warning(f"falling back to the checkpoint before: {older[0]}")

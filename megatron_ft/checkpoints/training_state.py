@@ -48,7 +48,7 @@ _STRATEGIES = "megatron.core.dist_checkpointing.strategies.torch"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: optimizer steps done and rows consumed."""
+    """The progress of a run: optimizer steps done and rows consumed."""
 
     iteration: int = 0
     consumed_samples: int = 0
@@ -58,7 +58,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is saved. model: the bare chunks of this rank's stage."""
+    """The content of a checkpoint. model: the bare chunks of this rank's stage."""
 
     config: CheckpointConfig
     model: Any
@@ -72,9 +72,9 @@ class Contents:
 
 
 def read_tokenizer(source: Path, config: CheckpointConfig) -> dict[str, bytes]:
-    """A checkpoint's tokenizer files, to travel along with the run: the checkpoint itself may be deleted meanwhile.
+    """Return the tokenizer files of a checkpoint, to save them with the run: the checkpoint may be deleted before.
 
-    Raise CheckpointError where config.json promises a tokenizer and there is none.
+    Raise CheckpointError if config.json names a tokenizer and there is none.
     """
     folder = source / TOKENIZER_FOLDER
     found = {name: (folder / name).read_bytes() for name in files_below(folder)}
@@ -97,7 +97,7 @@ class _Planner(TorchDistSaveShardedStrategy):
     """The engine's plan of who writes what, without its way of writing."""
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str = "") -> tuple[Any, Any]:
-        """async_strategy: given by megatron-core 0.19, which plans the same whatever it is."""
+        """Return the writer instead of callbacks. async_strategy: passed by megatron-core 0.19; the plan does not depend on it."""
         return writer, planned[1]
 
     def plan(self, tensors: Any, folder: Path) -> tuple[Any, Any]:
@@ -128,10 +128,11 @@ def plan_save(contents: Contents, ckpt_format: str, folder: Path, progress: Prog
 def plan_sharded(
     state: dict[str, Any], put: dict[str, Callable[[Path], Any]], folder: Path, is_main: bool, has_one_writer_each: bool = False
 ) -> Plan:  # fmt: skip
-    """The same for a state of the engine's sharded tensors and of what is alike on all ranks. put: the main rank's other files.
+    """Return the same for a state of the engine's sharded tensors and of objects that are equal on all ranks. put: other files of the main
+    rank.
 
-    has_one_writer_each: by construction, every tensor. Else the engine tells all ranks what all ranks hold, to check that; a part of a
-    tensor that nobody writes the main rank finds in either case, in the plan of who writes what.
+    has_one_writer_each: exactly one rank writes each tensor, by construction. If False, the engine collects the tensors of all ranks on
+    every rank to check this. In both cases the main rank finds a part of a tensor that no rank writes, in the plan.
     """
     tensors, common = save_preprocess(state, validate_access_integrity=not has_one_writer_each)
     writer, metadata = _Planner("torch_dist", 1).plan(tensors, folder)
@@ -222,8 +223,8 @@ def _take_rates(saved: Any, flags: dict[str, Any]) -> None:
 
 
 def _read_sharded(folder: Path, model: Any, optimizer: Any, layout: Layout) -> tuple[dict[str, Any], Callable]:
-    """This rank's part of a torch_dist checkpoint, and what takes its "optimizer"; "rng" only where layout and kind of device are the
-    same.
+    """Return this rank's part of a torch_dist checkpoint, and the function that loads its "optimizer". "rng" is included only if layout
+    and kind of device are the same.
     """
     metadata, common = read_description(folder)
     if "progress" not in common:
@@ -241,7 +242,7 @@ def _read_sharded(folder: Path, model: Any, optimizer: Any, layout: Layout) -> t
 
 
 def _check_together(metadata: Metadata, state: dict[str, Any], folder: Path) -> None:
-    """check_tensors, raised on every rank: each asks for tensors of its own."""
+    """Call check_tensors and raise its error on every rank, because each rank loads other tensors."""
     problem = None
     try:
         check_tensors(metadata, state, folder, cast_weights=False)
@@ -251,13 +252,13 @@ def _check_together(metadata: Metadata, state: dict[str, Any], folder: Path) -> 
 
 
 def _streams() -> dict[str, torch.Tensor]:
-    """Every random stream of this rank, as bytes."""
+    """Return all random streams of this rank, as bytes."""
     streams = {**device.rng_state(), **tensor_parallel.get_cuda_rng_tracker().get_states()}
     return {name: state.cpu().clone() for name, state in streams.items()}
 
 
 def _rng_tensors(layout: Layout) -> dict[str, ShardedTensor]:
-    """This rank's random streams: one row of a [world size, bytes] tensor a stream."""
+    """Return this rank's random streams: for each stream one row of a [world size, bytes] tensor."""
     rows = ((0, layout.rank, layout.world_size),)
     return {
         name: ShardedTensor.from_rank_offsets(f"rng.{name}", state[None], *rows, replica_id=0)

@@ -65,7 +65,7 @@ def _check_share(folder: Path, layout: Layout) -> None:
 
 
 class Described(NamedTuple):
-    """What a torch_dist checkpoint says of its tensors (.metadata), and what is in it besides them (common.pt). Not to be changed."""
+    """The description of a torch_dist checkpoint: its tensors (.metadata) and its other content (common.pt). Not to be changed."""
 
     metadata: Metadata
     common: dict[str, Any]
@@ -148,7 +148,7 @@ def check_tensors(metadata: Metadata, wanted: dict, folder: Path, cast_weights: 
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:
-    """Every tensor of a checkpoint in either format, optimizer and random streams included: name -> a hash of type, shape and bits."""
+    """Return name -> hash of type, shape and bits of every tensor of a checkpoint, optimizer and random streams included."""
     if (Path(folder) / ".metadata").is_file():
         found: dict[str, str] = {}
         for index, place in read_metadata(Path(folder) / ".metadata").storage_data.items():

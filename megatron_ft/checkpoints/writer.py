@@ -34,7 +34,7 @@ _PATIENCE = 10.0
 
 @dataclass
 class Part:
-    """What one rank writes into the folder of a checkpoint. put: relative name -> function that writes that path."""
+    """The files that one rank writes into the folder of a checkpoint. put: relative name -> function that writes that path."""
 
     folder: Path
     put: dict[str, Callable[[Path], Any]] = field(default_factory=dict)
@@ -46,15 +46,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank has put on the disk: digests by file, and where each tensor went, for the engine's metadata."""
+    """The files that a rank has written: digests by file, and the place of each tensor, for the engine's metadata."""
 
     digests: dict[str, Entry]
     places: list
 
 
 def write(part: Part) -> Written:
-    """Write all files of a part, flushed to the disk. Raise OSError where the disk refuses, CheckpointError where there is no such
-    folder.
+    """Write all files of a part and flush them to the disk. Raise OSError if the system refuses, CheckpointError if the folder does not
+    exist.
     """
     if not part.folder.is_dir():  # made by the main rank: not to be made again, on another disk
         raise CheckpointError(
@@ -72,7 +72,7 @@ def write(part: Part) -> Written:
 
 
 def save_tensors(value: Any, path: Path) -> None:
-    """torch.save into a new file. Raise OSError where the disk refuses."""
+    """Call torch.save for a new file. Raise OSError if the system refuses."""
     with open(path, "wb") as file:
         try:
             torch.save(value, file)
@@ -81,7 +81,7 @@ def save_tensors(value: Any, path: Path) -> None:
 
 
 def _what_the_disk_said(error: BaseException, path: Path) -> BaseException:
-    """torch's writer of files says only that something is missing at its end; what refused it is behind that."""
+    """Return the system's error behind an error of torch's file writer, which only states that the end is missing."""
     behind: BaseException | None = error
     while behind is not None:
         if isinstance(behind, OSError):
@@ -93,7 +93,7 @@ def _what_the_disk_said(error: BaseException, path: Path) -> BaseException:
 
 
 def _write_buckets(part: Part) -> list:
-    """The engine's own writing of tensors, in this process: its worker processes make a killed one a hang."""
+    """Write tensors with the engine's code in this process. If one of its worker processes were killed, the engine would hang."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     places = []
@@ -150,7 +150,7 @@ class Forked:
             self._receive()
 
     def abandon(self) -> None:
-        """Kill the writer; what it wrote is not believed by anyone. One that a disk holds fast is not waited for."""
+        """Kill the writer. Its output is not used. A writer that waits for a disk is not waited for."""
         if self._process.is_alive():
             self._process.kill()
         self._process.join(_PATIENCE)
@@ -173,7 +173,7 @@ class Forked:
 
 
 def _serve(part: Part, answer: Connection) -> None:
-    """The writer process: ends with its parent, and not by the signals that ask a trainer to save."""
+    """Run the writer process. It ends with its parent and ignores the signals that request a save from a trainer."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

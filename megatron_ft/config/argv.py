@@ -19,13 +19,13 @@ OWN_FLAGS = ("config", "print_config", "help")
 
 
 def switch_flags(option: Option, options: dict[str, Option]) -> list[str]:
-    """`--x` and `--no_x` for a bool field x; a field that is itself called no_x is just that flag."""
+    """Return `--x` and `--no_x` for a bool field x; for a field with the name no_x only that flag."""
     negated = f"no_{option.name}"
     return [option.name] if option.name.startswith("no_") or negated in options else [option.name, negated]
 
 
 def ready(argv: list[str], options: dict[str, Option], others: dict[str, Any] | None) -> list[str]:
-    """argv as argparse wants it. others: takes the flags nobody knows; None refuses them with ConfigError."""
+    """Return argv in the form that argparse expects. others: receives unknown flags; None: raise ConfigError for them."""
     switches = {
         flag: option for option in options.values() if option.is_switch for flag in switch_flags(option, options)
     }
@@ -65,7 +65,7 @@ def _known_flag(
 
 
 def _switch(name: str, text: str, switches: dict[str, Option]) -> str:
-    """`--x=yes` as `--x`, `--x=no` and `--no_x=yes` as `--x=false`, which flags.py knows as one word."""
+    """Return `--x=yes` as `--x`, `--x=no` and `--no_x=yes` as `--x=false`, which flags.py reads as one word."""
     value = _TRUTH.get(text.lower())
     if value is None:
         raise ConfigError(f"--{name}={text}: {text!r} is not true or false")

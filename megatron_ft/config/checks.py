@@ -83,7 +83,7 @@ def batch_fits(batch: Batch, dp_size: int) -> None:
 
 
 def one_way_to_split(parallel: Parallelism) -> None:
-    """The flags that say how layers are divided over stages exclude each other. What fits the model: models/pipeline.py."""
+    """Check that only one flag divides the layers over stages. models/pipeline.py checks that it fits the model."""
     chunks = ("num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size")
     ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
     written = "pipeline_model_parallel_layout"
@@ -98,9 +98,9 @@ def one_way_to_split(parallel: Parallelism) -> None:
 def microbatches_fit_chunks(
     parallel: Parallelism, batch: Batch, data: Data, dp_size: int, virtual_size: int
 ) -> None:  # fmt: skip
-    """The interleaved schedule passes microbatches on in groups of as many as there are stages, all of one shape.
+    """Check microbatches for the interleaved schedule: it needs groups of as many as there are stages, all of one shape.
 
-    dp_size: 0 where the processes hold no replica, which world_fits_layout refuses.
+    dp_size: 0 if the processes hold no complete replica, which world_fits_layout refuses.
     """
     if virtual_size == 1 or dp_size == 0:
         return
@@ -128,7 +128,7 @@ def sequence_parallel_fits(parallel: Parallelism, batch: Batch, data: Data) -> N
 
 
 def rows_fit_positions(data: Data, positions: int) -> None:
-    """positions: of the model, its rope scaled where the flags say so."""
+    """Check the row length. positions: of the model, with RoPE scaling by flags."""
     if data.seq_length > positions:
         raise ConfigError(
             f"--seq_length {data.seq_length} is beyond the model's {positions} positions: lower it, or scale the rope with "
@@ -146,7 +146,7 @@ def shares_fit(data: Data) -> None:
 
 
 def role_weights(data: Data) -> dict[str, float]:
-    """--role_loss_weights as a mapping. Raise ConfigError for an entry that is not name=number."""
+    """Return --role_loss_weights as a mapping. Raise ConfigError for an entry that is not name=number."""
     found = {}
     for entry in data.role_loss_weights:
         name, _, number = entry.partition("=")
@@ -219,7 +219,7 @@ def recompute_is_consistent(numerics: Numerics) -> None:
 
 
 def recompute_groups_fit(numerics: Numerics, layers_of_chunks: list[int]) -> None:
-    """layers_of_chunks: how many layers each chunk of each stage holds."""
+    """Check --recompute_num_layers. layers_of_chunks: number of layers of each chunk of each stage."""
     each = numerics.recompute_num_layers or 1
     if numerics.recompute_granularity == "full" and numerics.recompute_method != "block":
         for layers in layers_of_chunks:
@@ -261,7 +261,7 @@ def milestones_have_a_use(checkpointing: Checkpointing) -> None:
 
 
 def classic_saves_fit(checkpointing: Checkpointing, plain: bool) -> None:
-    """plain: whether each stage holds one part of the model, all of one size."""
+    """Check --ckpt_format torch. plain: whether each stage holds one chunk, all of one size."""
     if checkpointing.save and checkpointing.ckpt_format == "torch" and not plain:
         raise ConfigError(
             "--ckpt_format torch knows one equal part of the model a stage, this run's stages are interleaved or uneven: "
@@ -278,7 +278,7 @@ def classic_saves_know_no_context_parallel(checkpointing: Checkpointing, paralle
 
 
 def places_to_write(settings: TrainingSettings) -> dict[str, str]:
-    """Flag -> folder that a run will write to."""
+    """Return flag -> folder that a run will write to."""
     logging = settings.logging
     named = {
         "--save": settings.checkpointing.save, "--tensorboard_dir": logging.tensorboard_dir, "--run_dir": logging.run_dir,

@@ -29,7 +29,7 @@ class Command:
 
 
 def command_line() -> str:
-    """This process's own command, as one would type it."""
+    """Return this process's own command line, quoted for a shell."""
     first = Path(sys.argv[0]).name
     words = ["megatron-ft"] if first == "__main__.py" else [first]
     return shlex.join([*words, *sys.argv[1:]])

@@ -60,19 +60,19 @@ class Option:
 
 
 def members(section: type) -> dict[str, type]:
-    """The sections that are the fields of a group of sections, by field; {} for a section of settings."""
+    """Return the sections in a group of sections, by field; {} for a section of settings."""
     hints = typing.get_type_hints(section)
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(section)}
     return kinds if kinds and all(dataclasses.is_dataclass(kind) for kind in kinds.values()) else {}
 
 
 def flat(sections: tuple[type, ...]) -> tuple[type, ...]:
-    """The sections, each group replaced by its members, in order."""
+    """Return the sections in order, each group replaced by its members."""
     return tuple(kind for section in sections for kind in members(section).values() or (section,))
 
 
 def options_of(sections: tuple[type, ...]) -> dict[str, Option]:
-    """Every setting of these sections and groups of sections by name, in order. A name in two sections is our mistake: ValueError."""
+    """Return every setting of these sections and groups by name, in order. Raise ValueError for a name in two sections, which is a bug."""
     found: dict[str, Option] = {}
     for section in flat(sections):
         for option in _section_options(section):
@@ -85,13 +85,13 @@ def options_of(sections: tuple[type, ...]) -> dict[str, Option]:
 
 
 def section_name(section: type) -> str:
-    """The key under which a YAML file may nest a section: class OptimizerConfig is "optimizer"."""
+    """Return the key of a section in a YAML file: "optimizer" for class OptimizerConfig."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", section.__name__).lower()
     return _SUFFIX.sub("", snake).lstrip("_")
 
 
 def section_title(section: type) -> str:
-    """The first line of the section's docstring, else its name."""
+    """Return the first line of the section's docstring, else its name."""
     doc = section.__doc__ or ""
     if not doc.strip() or doc.startswith(section.__name__ + "("):  # without a docstring dataclass() writes a signature
         return section_name(section).replace("_", " ")
@@ -99,7 +99,7 @@ def section_title(section: type) -> str:
 
 
 def default_of(option: Option) -> Any:
-    """The default value, made anew where the field has a factory; MISSING where there is none."""
+    """Return the default value, from the factory if the field has one; MISSING if there is none."""
     return option.default() if isinstance(option.default, _Factory) else option.default
 
 
@@ -124,7 +124,7 @@ def _section_options(section: type) -> list[Option]:
 
 
 def field_docs(section: type) -> dict[str, str]:
-    """The string literal under each field, inherited ones included, white space folded. {} without source."""
+    """Return the string literal below each field, inherited ones included, with white space folded. {} without source."""
     docs: dict[str, str] = {}
     for base in reversed(section.__mro__[:-1]):
         node = _class_nodes(base.__module__).get(base.__qualname__)

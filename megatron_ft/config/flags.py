@@ -15,7 +15,7 @@ _METAVAR = {int: "N", float: "X", str: "TEXT"}
 
 @dataclass
 class Given:
-    """What stood on the command line, as text (True or False for a switch), and the flags that no section knows."""
+    """The flags on the command line, as text (True or False for a switch), and the flags that are in no section."""
 
     values: dict[str, Any]
     config: str | None = None
@@ -121,6 +121,6 @@ def _metavar(option: Option) -> str:
 
 
 def spellings(options: dict[str, Option]) -> list[str]:
-    """Every flag that a command knows, `--no_x` and its own ones included."""
+    """Return every flag of a command, including `--no_x` and the general ones."""
     named = (switch_flags(option, options) if option.is_switch else [option.name] for option in options.values())
     return [f"--{flag}" for flags in (*named, OWN_FLAGS) for flag in flags]

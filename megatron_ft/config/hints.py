@@ -36,7 +36,7 @@ HUGGING_FACE = {
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """ "; did you mean X?" for the nearest known name, or nothing where none is near."""
+    """Return "; did you mean X?" for the most similar known name, "" if none is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
 

@@ -20,7 +20,7 @@ _WORDS = {
 
 
 def from_text(option: Option, text: str | list[str], where: str) -> Any:
-    """The value of a flag's text, or of a list flag's texts. `null` unsets a setting that may be None."""
+    """Return the value of a flag's text, or of the texts of a list flag. `null` unsets a setting that may be None."""
     if option.optional and text in ("null", ["null"]):
         return None
     if isinstance(text, list):
@@ -30,9 +30,9 @@ def from_text(option: Option, text: str | list[str], where: str) -> Any:
 
 
 def checked(option: Option, value: Any, where: str) -> Any:
-    """The value as the field's type (a whole number for a float field, text for a Path, "1e-5" for a float).
+    """Return the value in the type of the field (a whole number for a float field, text for a Path, "1e-5" for a float).
 
-    Raise ConfigError: `where` says which flag or which line of which file.
+    Raise ConfigError. where: the flag, or the line and file, for the message.
     """
     if value is None and option.optional:
         return None
@@ -57,7 +57,7 @@ def checked(option: Option, value: Any, where: str) -> Any:
 
 
 def unquoted(text: str) -> str:
-    """Text without one pair of quotes around it: model cards show flags quoted twice, as in --x "\\"<a>,<b>\\""."""
+    """Return text without one pair of quotes around it: model cards show flags quoted twice, as in --x "\\"<a>,<b>\\""."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 

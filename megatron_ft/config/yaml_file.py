@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
         return f"{self.path}, line {node.start_mark.line + 1}"
 
     def pairs(self, node: yaml.MappingNode) -> list[tuple[str, yaml.Node, str]]:
-        """Setting name, value and place of each entry."""
+        """Yield name, value and place of each entry."""
         self._refuse_duplicates(node, _setting_name)
         self.flatten_mapping(node)  # puts in what `<<: *anchor` stands for, before the entries that win over it
         entries = {_setting_name(key.value): (value, self.where(key)) for key, value in node.value}
@@ -73,7 +73,7 @@ for _class in (_Loader, _Dumper):
 
 
 def yaml_value(text: str) -> Any:
-    """The value YAML reads in this text: 3, 1e-5, true, [a, b], or the text itself where it is no YAML."""
+    """Return the value that YAML reads in this text: 3, 1e-5, true, [a, b], or the text itself if it is not YAML."""
     try:
         with _no_yaml_errors("value"):
             return yaml.load(text, _Loader)  # a SafeLoader
@@ -82,9 +82,9 @@ def yaml_value(text: str) -> Any:
 
 
 def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Settings of a file by name, and (with open_keys) the keys no section knows as plain values.
+    """Return the settings of a file by name, and (with open_keys) unknown keys as plain values.
 
-    Raise ConfigError with file and line for what is no YAML, no mapping, an unknown key, a setting given twice.
+    Raise ConfigError with file and line for invalid YAML, a file that is no mapping, an unknown key, or a setting given twice.
     """
     text = read_text(path)
     _check_text(text, path)
@@ -101,7 +101,7 @@ def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tup
 def write_settings(
     sections: tuple[type, ...], values: dict[str, Any], options: dict[str, Option], others: dict[str, Any]
 ) -> str:
-    """YAML text by section that read_settings reads back to the same; a required setting without value is a comment."""
+    """Return YAML text by section, which read_settings reads back to the same values. A required setting without value is a comment."""
     text = _dump(others) if others else ""
     for section in sections:
         names = [name for name, option in options.items() if option.section is section]
@@ -192,7 +192,7 @@ def _put(found: dict[str, Entry], name: str, entry: Entry) -> None:
 
 @contextlib.contextmanager
 def _no_yaml_errors(path: str) -> Iterator[None]:
-    """PyYAML's errors, which take several lines, as ConfigError with file and line."""
+    """Convert PyYAML's errors, which have several lines, to ConfigError with file and line."""
     try:
         yield
     except yaml.MarkedYAMLError as error:

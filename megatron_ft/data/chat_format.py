@@ -56,17 +56,16 @@ class ChatFormat:
     def encode_many(
         self, tokenizer: Tokenizer, conversations: Sequence[Messages], add_generation_prompt: bool = False
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Conversations in one batch, which is much faster than one by one; the result is the same.
+        """Return conversations encoded in one batch, which is much faster than one by one; the result is the same.
 
-        Raise DataError for a role that the format does not know, TokenizerError where the tokenizer lacks one of its
-        tokens.
+        Raise DataError for a role that the format does not have, TokenizerError if the tokenizer lacks one of the format's tokens.
         """
         return split(self.encode_flat(tokenizer, conversations, add_generation_prompt))
 
     def encode_flat(
         self, tokenizer: Tokenizer, conversations: Sequence[Messages], add_generation_prompt: bool = False
     ) -> Encoded:
-        """As encode_many, the conversations laid end to end."""
+        """Return the same as encode_many, with concatenated conversations."""
         if self._closed and not add_generation_prompt:
             return self._encode_closed(tokenizer, conversations)
         for token in self.added_tokens:
@@ -74,7 +73,7 @@ class ChatFormat:
         return encode_parts(tokenizer, [self._parts(messages, add_generation_prompt) for messages in conversations])
 
     def text(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """The conversation as the model sees it, control tokens by their names."""
+        """Return the conversation as the model receives it, control tokens by their names."""
         return "".join(part.text for part in self._parts(messages, add_generation_prompt))
 
     @property
@@ -90,7 +89,7 @@ class ChatFormat:
         return starts and self.default_system is None and not self.begin.replace(self.added_tokens[0], "")
 
     def _encode_closed(self, tokenizer: Tokenizer, conversations: Sequence[Messages]) -> Encoded:
-        """The short way for formats whose turns are closed: what surrounds a message is the same few ids each time."""
+        """Encode with the fast method for formats whose turns are closed: the ids around a message are the same each time."""
         around: dict[tuple[int, int | None], tuple[np.ndarray, str, str, np.ndarray]] = {}
         begin = [tokenizer.control(part.text) for part in self._split(self.begin, 0)]
         pieces: list[Any] = []
@@ -120,7 +119,7 @@ class ChatFormat:
         return join(pieces, role_bytes, ends)
 
     def _around(self, tokenizer: Tokenizer, role: int, previous: int | None) -> tuple[np.ndarray, str, str, np.ndarray]:
-        """(ids before, text before the message, text behind it, ids behind) of a turn."""
+        """Return (ids before, text before the message, text after it, ids after) of a turn."""
         before, after = self._cut(self._turn_text(role, previous), role)
         head = before.pop().text if before[-1].kind != CONTROL else ""
         tail = after.pop(0).text if after and after[0].kind != CONTROL else ""
@@ -130,7 +129,7 @@ class ChatFormat:
         return encode_parts(tokenizer, [before])[0], head, tail, ids[0]
 
     def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
-        """A conversation cut into control tokens and the texts between them."""
+        """Return a conversation split into control tokens and the texts between them."""
         turns = self._folded(messages)
         if self.default_system is not None and (not turns or ROLES.get(turns[0].get("role", "")) != SYSTEM):
             turns = [{"role": "system", "content": self.default_system}, *turns]
@@ -146,7 +145,7 @@ class ChatFormat:
         return parts + self._split(self.generation_prompt, ASSISTANT) if add_generation_prompt else parts
 
     def _said(self, message: Mapping[str, Any]) -> tuple[int, str]:
-        """A message's role number and text. Raise DataError where the format cannot say it."""
+        """Return the role number and text of a message. Raise DataError if the format cannot express it."""
         name, content = message.get("role"), message.get("content")
         role = ROLES.get(name) if isinstance(name, str) else None
         if role not in self.turns:
@@ -160,8 +159,9 @@ class ChatFormat:
         return role, content.strip() if self.strip else content
 
     def _folded(self, messages: Messages) -> Messages:
-        """The messages with tools written out, and context turns put into the question that follows where the format has no
-        turns for them; into a question of their own where none follows."""
+        """Return the messages with tools as text. If the format has no context turns, each is added to the question that follows, or to a
+        question of its own if none follows.
+        """
         if has_tools(messages):
             messages = as_text(messages, self.default_system, self.strip)
         if self.context is None or not any(ROLES.get(str(message.get("role"))) == CONTEXT for message in messages):
@@ -193,24 +193,24 @@ class ChatFormat:
         return self.turns[role] if previous is None else self.after.get((role, previous), self.turns[role])
 
     def _cut(self, turn: str, role_byte: int) -> tuple[list[Part], list[Part]]:
-        """A turn's text as the parts before and behind the message."""
+        """Return the text of a turn as the parts before and after the message."""
         before, after = turn.split("{text}")
         return self._split(before, role_byte), self._split(after, role_byte)
 
     def _split(self, text: str, role_byte: int) -> list[Part]:
-        """A piece of a template cut at the control tokens."""
+        """Return a piece of a template split at the control tokens."""
         return [Part(role_byte, part, kind) for part, kind in _pieces(self.added_tokens, text)]
 
 
 @functools.cache
 def _pieces(control: tuple[str, ...], text: str) -> list[tuple[str, int]]:
-    """The text's parts and their kinds, worked out once."""
+    """Return the parts of a text and their kinds; the result is cached."""
     cut = re.split("(" + "|".join(map(re.escape, control)) + ")", text)
     return [(part, CONTROL if i % 2 else FIXED) for i, part in enumerate(cut) if part]
 
 
 def _turns(pattern: str, **names: str) -> dict[int, str]:
-    """Turns that differ in the speaker's name alone, where {speaker} stands."""
+    """Return turns that differ only in the name of the speaker, for {speaker} in the text."""
     return {ROLES[role]: pattern.replace("{speaker}", name) for role, name in names.items()}
 
 
@@ -289,8 +289,9 @@ ALIASES = {"vicuna_v1.1": "vicuna", "vicuna-1.1": "vicuna", "llama-2": "llama2",
 
 
 def get_format(name: str, tokenizer: Tokenizer | None = None) -> Any:
-    """A format by its name; with a tokenizer, "tokenizer" is the chat template of its own. Raise ConfigError naming
-    those there are."""
+    """Return a format by its name; with a tokenizer, "tokenizer" is the tokenizer's own chat template. Raise ConfigError with the known
+    names.
+    """
     if name == OWN_TEMPLATE and tokenizer is not None:
         from megatron_ft.data.chat_template import own_template
 

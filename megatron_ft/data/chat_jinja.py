@@ -13,7 +13,7 @@ from megatron_ft.data.tool_text import APART, CALLED, DEFINED
 
 
 def template(chat: Any) -> str:
-    """Jinja for a ChatFormat, which alone is given here as `chat`."""
+    """Return a Jinja template for a ChatFormat."""
     return (
         "{% set ns = namespace(text='', tools='', inserted=false) %}" + _tools() + _start(chat)
         + "{% for message in messages %}" + _text(chat) + _turns(chat) + "{% endfor %}"
@@ -22,7 +22,7 @@ def template(chat: Any) -> str:
 
 
 def _tools() -> str:
-    """ns.tools: the definitions, as tool_text.definitions."""
+    """Return code that sets ns.tools to the definitions, as tool_text.definitions."""
     first, last = map(_quoted, DEFINED)
     each = "{% for tool in tools %}{% set ns.tools = ns.tools + " + _quoted("\n") + " + (tool | tojson) %}{% endfor %}"
     return f"{{% if tools %}}{{% set ns.tools = {first} %}}{each}{{% set ns.tools = ns.tools + {last} %}}{{% endif %}}"
@@ -44,7 +44,7 @@ def _start(chat: Any) -> str:
 
 
 def _text(chat: Any) -> str:
-    """ns.text: what a message says, as tool_text.as_text."""
+    """Return code that sets ns.text to the text of a message, as tool_text.as_text."""
     own = "message['content'] or ''"
     said = [_quoted(CALLED[0]), "(f['name'] | tojson)", _quoted(CALLED[1])]
     said += ["(a if a is string else (a | tojson))", _quoted(CALLED[2])]
@@ -59,7 +59,7 @@ def _text(chat: Any) -> str:
 
 
 def _turns(chat: Any) -> str:
-    """The turn of ns.text by the message's role."""
+    """Return code that writes the turn of ns.text by the role of the message."""
     turns = ""
     for role, turn in chat.turns.items():
         turns += f"{{% {'elif' if turns else 'if'} message['role'] in {_names(role)} %}}"

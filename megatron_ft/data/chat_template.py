@@ -106,13 +106,15 @@ class OwnTemplate:
         return parts
 
     def _check_tools(self, tools: Any, said: list[dict[str, Any]]) -> None:
-        """Definitions and calls are written by the template among its own text: a control token spelt in them would become one."""
+        """Check definitions and calls: the template writes them within its own text, where the name of a control token would become that
+        token.
+        """
         calls = [message["tool_calls"] for message in said if message.get("tool_calls")]
         if (tools or calls) and (found := self._control.search(json.dumps([tools, calls], ensure_ascii=False))):
             raise DataError(f"a tool's definition or call holds the special token '{found[0]}'; leave the chat out")
 
     def _contents(self, said: list[dict[str, Any]], tools: Any, skeleton: str) -> list[str]:
-        """The messages as the template writes them: as they are, or stripped."""
+        """Return the contents as the template writes them: unchanged, or stripped."""
         real = self._render(said, False, tools)
         for change in (str, str.strip):
             contents = [change(message["content"]) for message in said]
@@ -121,7 +123,7 @@ class OwnTemplate:
         raise DataError(f"the tokenizer's chat template changes this chat's messages; leave it out, or {REMEDY}")
 
     def _skeleton(self, said: Sequence[Mapping[str, Any]], tools: Any = None) -> list[list[tuple[int, str]]]:
-        """The template's text for these messages, turn by turn, each as [(message, text)]; a stand-in is a text of its own."""
+        """Return the template's text for these messages, turn by turn, each as [(message, text)]; a placeholder is a separate text."""
         roles = tuple(message["role"] for message in said)
         plain = not tools and not any(message.keys() - {"role", "content"} for message in said)
         if plain and roles in self._skeletons:
@@ -178,7 +180,7 @@ class NoTemplate(TokenizerError):
 
 
 def own_template(tokenizer: Tokenizer) -> OwnTemplate:
-    """The template among a tokenizer's files. Raise TokenizerError where there is none, or one that does not do."""
+    """Return the template among a tokenizer's files. Raise TokenizerError if there is none, or one that cannot be used."""
     folder = Path(tokenizer.source_files[0]).parent
     config = _read(folder / "tokenizer_config.json")
     source = template_source(folder)
@@ -206,7 +208,7 @@ def turn_text(turn: list[tuple[int, str]]) -> str:
 
 
 def template_source(folder: Path) -> str | None:
-    """The Jinja source of the chat template among a tokenizer's files, wherever its publisher put it; None without one.
+    """Return the Jinja source of the chat template among a tokenizer's files; None without one.
 
     Places, in transformers' order: chat_template.jinja, tokenizer_config.json (of several the default one), chat_template.json.
     """
@@ -233,7 +235,7 @@ def _token_name(token: Any) -> str | None:
 
 
 def _compile(source: str) -> Any:
-    """The template as transformers compiles it: in a sandbox, lines of tags leaving no trace."""
+    """Compile the template as transformers does: in a sandbox, lines with only tags are removed."""
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -261,7 +263,7 @@ def _name(message: Mapping[str, Any]) -> str:
 
 
 def _stand_ins(said: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with stand-ins for their texts. Beside calls of tools no text stays none: templates ask whether there is any."""
+    """Return the messages with placeholders for their texts. An empty text beside tool calls stays empty, because templates test for it."""
     return [
         {**message, "content": "" if message.get("tool_calls") and not message["content"] else STAND_IN.format(number)}
         for number, message in enumerate(said)
@@ -269,8 +271,9 @@ def _stand_ins(said: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _owned(text: str, messages: list[int]) -> list[tuple[int, str]]:
-    """A turn's text cut at the stand-ins. The template's own text belongs to the message that follows, after the last
-    one to that."""
+    """Return the text of a turn split at the placeholders. Text of the template belongs to the message that follows; after the last
+    message to that one.
+    """
     cut = FOUND.split(text)  # text, number, text, ..., text
     numbers = [int(number) for number in cut[1::2]]
     if any(number not in messages for number in numbers):

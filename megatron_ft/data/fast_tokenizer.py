@@ -54,7 +54,7 @@ class FastTokenizer:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
 
     def starts(self, texts: list[str], at_start: bool) -> list[tuple[np.ndarray, np.ndarray, bool]]:
-        """(ids, the character of the text at which each token begins, False) of each text."""
+        """Return (ids, the character of the text at which each token begins, False) of each text."""
         found = self._encode(texts, at_start, "encode_batch")
         return [
             (np.array(one.ids, np.int32), np.array([start for start, _ in one.offsets], np.int64), False)
@@ -107,7 +107,7 @@ def _half_a_character() -> TokenizerError:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The parsed tokenizer.json. Raise TokenizerError where it is none."""
+    """Return the parsed tokenizer.json. Raise TokenizerError if it is invalid."""
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -129,7 +129,7 @@ def _build(path: Path, description: dict[str, Any]) -> Any:
 
 
 def _behind_a_token(description: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer as it works behind a control token: a Metaspace that prepends to the "first" text does not."""
+    """Return the tokenizer for text after a control token: there a Metaspace that prepends to the "first" text does nothing."""
     result = copy.deepcopy({"pre_tokenizer": description.get("pre_tokenizer")})
     step = result["pre_tokenizer"] or {}
     for part in step.get("pretokenizers", [step]):

@@ -8,7 +8,7 @@ _AT_ONCE = 1 << 20  # bytes; fits a core's cache, which doubles the speed
 
 
 def fingerprint(value: Any) -> str:
-    """ "xxh3:<32 hex digits>"; against accidents, not against forgery."""
+    """Return "xxh3:<32 hex digits>". It detects accidental changes, not manipulation."""
     import xxhash
 
     data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, ensure_ascii=True).encode()
@@ -16,7 +16,7 @@ def fingerprint(value: Any) -> str:
 
 
 def fingerprint_of_file(handle: int) -> str:
-    """The same of an open file's whole content. Its position is left alone; threads run side by side."""
+    """Return the same for the whole content of an open file. Its position is not changed, so threads can run in parallel."""
     import xxhash
 
     state, place, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(_AT_ONCE))

@@ -26,7 +26,7 @@ from megatron_ft.errors import DataError
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What a rank feeds its model at once. b rows of s positions.
+    """The input of the model on one rank: b rows of s positions.
 
     A padding position holds token 0 with weight 0. `segments` holds, for a packed batch, the lengths of all samples in
     the b rows laid end to end, each row's padding as a segment of its own.
@@ -79,7 +79,7 @@ _NOTHING = np.zeros(0, np.int64)
 
 @dataclass(frozen=True)
 class Choices:
-    """How samples become rows; see config.sections.Data for what each means."""
+    """Settings for making rows of samples; config.sections.Data explains them."""
 
     seq_length: int
     seed: int = 0
@@ -99,7 +99,7 @@ class NothingFits(DataError):
 
 
 class Samples(Protocol):
-    """What is asked of shards: those of chats, plain ones, or some in memory."""
+    """The interface of shards: of chats, plain ones, or in memory."""
 
     prefix: str
     manifest: Manifest
@@ -139,7 +139,7 @@ class ChatDataset:
         self._planning = threading.RLock()  # microbatches are built by one thread, samples hashed by another
 
     def _pieces_per_epoch(self) -> np.ndarray:
-        """Pieces of each set of shards in an epoch."""
+        """Return the number of pieces of each set of shards in an epoch."""
         sizes = np.array([len(members) for members in self._sets])
         if self.choices.shares is None:
             return sizes
@@ -149,7 +149,7 @@ class ChatDataset:
         return pieces_per_epoch(sizes, np.array(self.choices.shares, float), value)
 
     def _supervised(self, shard: int) -> float:
-        """Tokens of a set of shards whose role has a weight, by its manifest's counts."""
+        """Return the tokens of a set of shards whose role has a loss weight, from the counts of its manifest."""
         counts = self.shards[shard].manifest.counts["tokens_by_role"]
         by_role = self._weight_by_byte[shard]
         return float(
@@ -157,7 +157,7 @@ class ChatDataset:
         )
 
     def _name_groups(self) -> tuple[dict[str, tuple[str, ...]], np.ndarray]:
-        """(names of the groups of each breakdown, source of each sample). Shards without sources are a source of their own."""
+        """Return (names of the groups of each breakdown, source of each sample). Shards without sources count as one source."""
         names: dict[str, int] = {}
         source_of = np.zeros(self.num_samples, np.int64)
         for first, shard in zip(self._first[:-1], self.shards, strict=True):
@@ -170,7 +170,7 @@ class ChatDataset:
         return {"role": ROLE_NAMES, "source": tuple(names), "position": stretches}, source_of
 
     def epoch_rows(self, epoch: int) -> packing.Rows:
-        """The rows of one epoch. Packed, its emptiest row is held back and packed with the next epoch's samples."""
+        """Return the rows of one epoch. With packing, the emptiest row is left out and packed with the samples of the next epoch."""
         with self._planning:
             return self._planned(epoch)
 
@@ -210,11 +210,11 @@ class ChatDataset:
         return packing.shuffled(rows, rng), held
 
     def fill(self) -> float:
-        """Share of the first epoch's positions that hold a token."""
+        """Return the share of the first epoch's positions that hold a token."""
         return packing.fill(self.epoch_rows(0), self._sizes, self.seq_length)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(epoch, row in that epoch) of the index-th row since the start of training."""
+        """Return (epoch, row in that epoch) of the index-th row since the start of training."""
         with self._planning:
             while self._epoch_starts[-1] <= index:
                 rows = len(self.epoch_rows(len(self._epoch_starts) - 1))
@@ -231,7 +231,7 @@ class ChatDataset:
         return self.epoch_rows(epoch).samples(row)
 
     def microbatch(self, rows: Sequence[int], end: int | None = None) -> Microbatch:
-        """The rows with these running numbers, as one microbatch; those from `end` on are left empty."""
+        """Return the rows with these running numbers as one microbatch; those from `end` on are empty."""
         pieces = self._pieces_of(rows, end)
         shape = (len(rows), self._width(pieces))
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -262,7 +262,7 @@ class ChatDataset:
         return [self._row(row) if end is None or row < end else _NOTHING for row in rows]
 
     def _width(self, rows: Sequence[np.ndarray]) -> int:
-        """Positions in a row: seq_length, or with `variable` the longest of these rows of pieces, rounded up to 16."""
+        """Return the positions of a row: seq_length, or with `variable` the longest of these rows, rounded up to 16."""
         if self.packed or not self.choices.variable:
             return self.seq_length
         longest = max(1, *(int(self._sizes[row].sum()) for row in rows))
@@ -285,7 +285,7 @@ class ChatDataset:
 def step_rows(
     consumed: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[list[int]]:
-    """Row numbers of one step, a list for each of this rank's microbatches. The ranks' lists partition the global batch."""
+    """Return the row numbers of one step, a list for each of this rank's microbatches. All ranks' lists partition the global batch."""
     stride = micro_batch_size * dp_size
     firsts = range(consumed + dp_rank * micro_batch_size, consumed + global_batch_size, stride)
     return [list(range(first, first + micro_batch_size)) for first in firsts]

@@ -56,7 +56,7 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def read_manifest(prefix: str | Path) -> Manifest:
-    """The manifest of shards. Raise DataError: missing, damaged, or of another version."""
+    """Return the manifest of shards. Raise DataError if it is missing, damaged, or of another version."""
     path = manifest_path(prefix)
     try:
         with path.open("rb") as file:
@@ -85,7 +85,7 @@ def _instead_of(prefix: Path) -> str:
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
-    """As read_manifest, of a file's content."""
+    """Return the manifest in the content of a file, as read_manifest."""
     try:
         content = json.loads(data)
         version, digest = content.pop("format_version"), content.pop("digest")
@@ -104,7 +104,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
 
 
 def _wrong_kind(content: dict[str, Any]) -> str | None:
-    """The first entry that is of another kind than write_manifest's, whoever wrote it."""
+    """Return the first entry of another type than write_manifest writes."""
     tokenizer, counts, files, roles = (content[key] for key in ("tokenizer", "counts", "files", "roles"))
     text = ("kind", "fingerprint", "model_fingerprint", "file")
     sound = {

@@ -40,10 +40,9 @@ def write_index(file: IO[bytes], lengths: np.ndarray, dtype: np.dtype) -> None:
 
 
 def read_index(path: Path, digest: str | None = None) -> tuple[np.dtype, np.ndarray]:
-    """The dtype and the lengths (int32 [N]) of a .idx file.
+    """Return the dtype and the lengths (int32 [N]) of a .idx file.
 
-    digest: of the whole file, where it is known. Raise DataError naming the file where any number in it is not what write_index
-    writes for these lengths.
+    digest: of the whole file, if known. Raise DataError with the file if a number in it is not what write_index writes for these lengths.
     """
     data = _read_all(path)
     if digest is not None and fingerprint(data) != digest:
@@ -52,7 +51,7 @@ def read_index(path: Path, digest: str | None = None) -> tuple[np.dtype, np.ndar
 
 
 def parse_index(data: bytes, path: Path) -> tuple[np.dtype, np.ndarray]:
-    """As read_index, of a file's content. Nothing is allocated by what the file says before its length agrees."""
+    """Return the same from the content of a file. Memory is allocated only after the size of the file was checked."""
     if len(data) < HEADER.size or data[:9] != MAGIC:
         raise DataError(f"{path}: not a Megatron index; {REMEDY}")
     _, version, code, count, documents = HEADER.unpack_from(data)
@@ -101,11 +100,11 @@ class Sequences:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """One sequence, a copy. Raise DataError where the file has changed since it was opened."""
+        """Return a copy of one sequence. Raise DataError if the file has changed since it was opened."""
         return self.read(int(self._offsets[index]), int(self.lengths[index]))
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` numbers from number `start` on, over the bounds of sequences."""
+        """Return `count` numbers from number `start` on, across the bounds of sequences."""
         width, handle = self.dtype.itemsize, self._file.fileno()
         data = os.pread(handle, count * width, start * width)
         if len(data) != count * width:

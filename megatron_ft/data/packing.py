@@ -29,12 +29,12 @@ class Rows:
 
 
 def positions(lengths: np.ndarray, seq_length: int) -> np.ndarray:
-    """Positions each sample takes in a row: its tokens less one, cut at seq_length."""
+    """Return the positions that each sample takes in a row: its tokens less one, at most seq_length."""
     return np.clip(np.asarray(lengths, dtype=np.int64) - 1, 0, seq_length)
 
 
 def one_per_row(order: np.ndarray) -> Rows:
-    """The unpacked plan: every sample alone in its row."""
+    """Return the plan without packing: every sample alone in its row."""
     return Rows(np.asarray(order, dtype=np.int64), np.arange(len(order) + 1, dtype=np.int64))
 
 
@@ -55,7 +55,7 @@ def best_fit(order: np.ndarray, sizes: np.ndarray, seq_length: int, window: int 
 
 
 def _largest_first(sizes: np.ndarray, seq_length: int, window: int) -> np.ndarray:
-    """The places of `sizes`, each window's by falling size, equal ones in their order."""
+    """Return the order of `sizes`: within each window by decreasing size, equal ones in their order."""
     # Numbers of 16 bits are sorted by their digits, twenty times as fast as longer ones.
     keys = (-sizes).astype(np.int16 if seq_length < 1 << 15 else np.int64)
     ranks = [start + np.argsort(keys[start : start + window], kind="stable") for start in range(0, len(keys), window)]
@@ -63,8 +63,8 @@ def _largest_first(sizes: np.ndarray, seq_length: int, window: int) -> np.ndarra
 
 
 def _rows_of(sizes: list[int], seq_length: int) -> list[int]:
-    """The row of each sample. About a million samples a second: the open rows are kept by the room they have left, and which
-    amounts of room there are is one integer, a bit each.
+    """Return the row of each sample, for about a million samples per second. The open rows are stored by their free space; one integer has
+    a bit for each size of free space that occurs.
     """
     by_room: list[list[int]] = [[] for _ in range(seq_length + 1)]
     rooms = count = 0
@@ -86,7 +86,7 @@ def _rows_of(sizes: list[int], seq_length: int) -> list[int]:
 
 
 def without_emptiest(rows: Rows, sizes: np.ndarray, seq_length: int) -> tuple[Rows, np.ndarray]:
-    """(the rows but the emptiest, that row's samples); (rows, nothing) when it is nine tenths full or the only one."""
+    """Return (the rows without the emptiest one, the samples of that row); (rows, nothing) if it is nine tenths full or the only one."""
     used = np.add.reduceat(sizes[rows.order], rows.starts[:-1])
     emptiest = int(used.argmin())
     if len(rows) == 1 or used[emptiest] >= 0.9 * seq_length:
@@ -98,7 +98,7 @@ def without_emptiest(rows: Rows, sizes: np.ndarray, seq_length: int) -> tuple[Ro
 
 
 def shuffled(rows: Rows, rng: np.random.Generator) -> Rows:
-    """The same rows in another order. Packing opens rows for long samples first; training should not see those first."""
+    """Return the same rows in another order. Packing puts long samples into the first rows, and training should not begin with those."""
     turn = rng.permutation(len(rows))
     lengths = np.diff(rows.starts)[turn]
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -107,5 +107,5 @@ def shuffled(rows: Rows, rng: np.random.Generator) -> Rows:
 
 
 def fill(rows: Rows, sizes: np.ndarray, seq_length: int) -> float:
-    """Share of all positions that hold a token, 0 to 1."""
+    """Return the share of all positions that hold a token, 0 to 1."""
     return float(sizes[rows.order].sum() / max(1, len(rows) * seq_length))

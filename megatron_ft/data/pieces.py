@@ -28,9 +28,9 @@ class Pieces:
 
 
 def pieces_of(lengths: np.ndarray, seq_length: int, over_long: str) -> Pieces:
-    """Pieces of samples of `lengths` tokens in rows of seq_length positions; samples of a token or none have no piece.
+    """Return the pieces of samples of `lengths` tokens in rows of seq_length positions; samples of at most one token have no piece.
 
-    over_long: "cut" keeps a long sample's beginning, "drop" none of it, "split" all of it in pieces of seq_length.
+    over_long: "cut" keeps the beginning of a long sample, "drop" nothing, "split" all of it in pieces of seq_length.
     """
     positions = np.asarray(lengths, dtype=np.int64) - 1
     count = (positions > 0).astype(np.int64)
@@ -61,7 +61,7 @@ def pieces_per_epoch(sizes: np.ndarray, shares: np.ndarray, value: np.ndarray) -
 
 
 def draw(sets: list[np.ndarray], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The pieces of one epoch, unshuffled: each set as often as it fits whole, and a random part for the rest."""
+    """Return the pieces of one epoch, unshuffled: each set as often as its share contains it completely, and a random part for the rest."""
     drawn = []
     for members, count in zip(sets, counts, strict=True):
         passes, part = divmod(int(count), len(members)) if len(members) else (0, 0)

@@ -30,7 +30,7 @@ class PlainShards:
         return len(self.lengths)
 
     def tokens(self, index: int) -> np.ndarray:
-        """The ids of a document. Raise DataError for an id that the model does not have."""
+        """Return the ids of a document. Raise DataError for an id outside the vocabulary of the model."""
         ids = self._text[index]
         if len(ids) and (ids.max() >= self.vocab_size or ids.min() < 0):
             raise DataError(
@@ -40,11 +40,11 @@ class PlainShards:
         return ids
 
     def role_bytes(self, index: int) -> np.ndarray:
-        """Role bytes, all context."""
+        """Return role bytes, all context."""
         return np.full(int(self.lengths[index]), CONTEXT, np.uint8)
 
     def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray:
-        """Language modelling: weight 1 whatever the roles are worth."""
+        """Return weight 1 for language modelling, whatever the weights of the roles."""
         return np.ones(256, np.float32)
 
 

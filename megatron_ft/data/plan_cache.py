@@ -55,7 +55,7 @@ def _write(path: Path, arrays: Arrays) -> None:
 
 
 def _read(path: Path) -> Arrays | None:
-    """The arrays in a file, or None where there is none or it is not whole; then it is made anew."""
+    """Return the arrays in a file; None if it does not exist or is incomplete, and must be written again."""
     try:
         content = np.load(path, mmap_mode="r")
         if content.dtype == np.int64 and content.ndim == 1 and (content[:2] == _hash(content)).all():
@@ -72,7 +72,7 @@ def _read(path: Path) -> Arrays | None:
 
 
 def _hash(content: np.ndarray) -> np.ndarray:
-    """Of all but the hash itself: int64 [2]."""
+    """Return the hash of everything except the hash itself: int64 [2]."""
     import xxhash
 
     return np.frombuffer(xxhash.xxh3_128_digest(content[2:].data), np.int64)
@@ -80,7 +80,7 @@ def _hash(content: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time, as far as the file system can tell; a process that dies lets go."""
+    """Let one process of this machine run the block at a time, if the file system has locks. A dead process releases its lock."""
     import fcntl
 
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -93,7 +93,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _prune(folder: Path, newest: Path) -> None:
-    """Others may have a file mapped that goes: they keep it until they end."""
+    """Delete old files. Processes that have mapped one keep it until they end."""
     files = sorted((path for path in folder.glob("*.npy") if path != newest), key=lambda path: path.stat().st_mtime)
     for path in files[: -(KEPT - 1)]:
         path.unlink(missing_ok=True)

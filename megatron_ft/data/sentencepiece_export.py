@@ -24,7 +24,7 @@ UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 
 
 def describe(model: SentencePieceModel) -> dict[str, Any]:
-    """A tokenizer.json without added tokens. Raise TokenizerError for what it cannot express."""
+    """Return a tokenizer.json without added tokens. Raise TokenizerError for what it cannot express."""
     proto = model.proto()
     _refuse(model, proto)
     if proto.trainer_spec.model_type == UNIGRAM or proto.normalizer_spec.precompiled_charsmap:
@@ -101,7 +101,7 @@ def _bpe(proto: Any) -> dict[str, Any]:
 
 
 def _merges(proto: Any) -> list[list[str]]:
-    """Every way to make a piece from two, best pieces first."""
+    """Return all ways to make a piece from two, best pieces first."""
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
     order = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     best_first = sorted(scores, key=lambda piece: (-scores[piece], order[piece]))

@@ -57,7 +57,7 @@ class SentencePieceModel:
             raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
 
     def starts(self, texts: list[str], at_start: bool) -> list[tuple[np.ndarray, np.ndarray, bool]]:
-        """(ids, the byte of the text at which each token begins, True) of each text."""
+        """Return (ids, the byte of the text at which each token begins, True) of each text."""
         del at_start
         try:
             found = self._model.encode(texts, return_type="proto", num_threads=self.threads)
@@ -86,7 +86,7 @@ class SentencePieceModel:
         return [self._model.id_to_piece(i) for i in range(self.size)]
 
     def proto(self) -> Any:
-        """The model as a protocol buffer: pieces with scores and kinds, normalizer_spec, trainer_spec."""
+        """Return the model as a protocol buffer: pieces with scores and kinds, normalizer_spec, trainer_spec."""
         from sentencepiece import sentencepiece_model_pb2
 
         message = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ class SentencePieceModel:
         self._words = self._word_table()
 
     def _word_table(self) -> PieceWords | None:
-        """For models that allow it; the others encode text whole."""
+        """Return a table of words for models that allow it; the others encode whole texts."""
         return PieceWords(self._model.encode) if are_apart(self.proto()) else None
 
     def write(self, path: Path) -> None:

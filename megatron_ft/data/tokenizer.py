@@ -23,7 +23,7 @@ TOKENIZER_TYPES = ("SentencePieceTokenizer", "FalconTokenizer", "HuggingFaceToke
 
 
 class Backend(Protocol):
-    """What the two kinds of tokenizer offer; ids here are those of the base vocabulary."""
+    """The common interface of both kinds of tokenizer; ids are those of the base vocabulary."""
 
     kind: str
     size: int
@@ -59,20 +59,19 @@ class Tokenizer:
         self.bos_id, self.eos_id = self._special.get(bos or ""), self._special.get(eos or "")
 
     def encode(self, text: str, at_start: bool = True) -> np.ndarray:
-        """The ids of a text, int32 [tokens]. Tokens' names in it stay ordinary text. See encode_batch for at_start."""
+        """Return the ids of a text, int32 [tokens]. Names of tokens in it remain ordinary text. See encode_batch for at_start."""
         return self.encode_batch([text], at_start)[0]
 
     def encode_batch(self, texts: Sequence[str], at_start: bool = True) -> list[np.ndarray]:
-        """The ids of each text, on all cores.
+        """Return the ids of each text, using all cores.
 
-        at_start: False where a control token stands before the text. It matters to the few tokenizers that put a
-        space before the first word of a document only; SentencePiece ones put it before every text.
-        Raise TokenizerError for a text that is no Unicode (a lone surrogate).
+        at_start: False if a control token precedes the text. It matters only for tokenizers that put a space before the first word of a
+        document; SentencePiece puts one before every text. Raise TokenizerError for text that is not valid Unicode (a lone surrogate).
         """
         return self.backend.encode_batch(list(texts), at_start)
 
     def encode_cut(self, runs: Sequence[Sequence[str]], at_start: bool = True) -> list[list[np.ndarray]]:
-        """The ids of texts given in parts: each run is tokenized as one text, a token belongs to the part it begins in."""
+        """Return the ids of texts given in parts. Each run is tokenized as one text; a token belongs to the part in which it begins."""
         result = []
         whole = self.backend.starts(["".join(parts) for parts in runs], at_start) if runs else []
         for parts, (ids, starts, in_bytes) in zip(runs, whole, strict=True):
@@ -81,20 +80,20 @@ class Tokenizer:
         return result
 
     def literal(self, text: str, at_start: bool = True) -> np.ndarray:
-        """The ids of a short text that comes again and again, remembered. Not to be written to."""
+        """Return the ids of a short text that occurs often, from a cache. Not to be changed."""
         if (text, at_start) not in self._literals:
             self._literals[text, at_start] = self.encode(text, at_start)
         return self._literals[text, at_start]
 
     def control(self, token: str) -> np.ndarray:
-        """A control token as ids, int32 [1]. Raise TokenizerError where there is none of that name."""
+        """Return a control token as ids, int32 [1]. Raise TokenizerError if there is none of that name."""
         ids = self._controls.get(token)
         return np.array([self.token_id(token)], np.int32) if ids is None else ids
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
-        """The text of ids. Control tokens are written by their names, or left out with skip_special.
+        """Return the text of ids. Control tokens are written by their names, or omitted with skip_special.
 
-        Left out, they are as if they had not been there, as transformers does it: "a" and " b" around one keep the space.
+        If omitted, the text is that without them, as in transformers: "a" and " b" around one keep the space.
         """
         if skip_special:
             return self.backend.decode([index for index in map(int, ids) if index not in self._names])
@@ -108,7 +107,7 @@ class Tokenizer:
         return "".join([*parts, self.backend.decode(run)])
 
     def token_id(self, token: str) -> int:
-        """The id of a control token. Raise TokenizerError where there is none of that name."""
+        """Return the id of a control token. Raise TokenizerError if there is none of that name."""
         if token not in self._special:
             known = ", ".join(self.added_tokens) or "none"
             raise TokenizerError(
@@ -117,7 +116,7 @@ class Tokenizer:
         return self._special[token]
 
     def id_to_token(self, index: int) -> str:
-        """A control token's name, else the vocabulary's piece. Raise TokenizerError outside the vocabulary."""
+        """Return the name of a control token, else the piece of the vocabulary. Raise TokenizerError outside the vocabulary."""
         if index in self._names:
             return self._names[index]
         if not 0 <= index <= self.backend.highest:
@@ -149,11 +148,11 @@ class Tokenizer:
 
 
 def extra_tokens(tokenizer_type: str | None, names: str | Sequence[str] | None, new_tokens: bool = True) -> list[str]:
-    """The extra tokens that Megatron-LLM's flags stand for, in the order of their ids; empty names and doubles dropped.
+    """Return the extra tokens that Megatron-LLM's flags define, in the order of their ids, without empty names and duplicates.
 
-    tokenizer_type: for SentencePieceTokenizer, MEGATRON_TOKENS come first unless new_tokens is False. None: only names.
-    names: --vocab_extra_ids_list, a list or one string with commas, quotes inside it allowed as on the model cards.
-    Raise TokenizerError for a type that is none of TOKENIZER_TYPES.
+    tokenizer_type: for SentencePieceTokenizer, MEGATRON_TOKENS come first unless new_tokens is False. None: only names. names:
+    --vocab_extra_ids_list, a list or one string with commas; quotes inside it are allowed, as on the model cards. Raise TokenizerError for
+    a type that is not in TOKENIZER_TYPES.
     """
     if tokenizer_type is not None and tokenizer_type not in TOKENIZER_TYPES:
         raise TokenizerError(f"unknown tokenizer_type {tokenizer_type}: choose one of {', '.join(TOKENIZER_TYPES)}")

@@ -66,7 +66,7 @@ def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The added_tokens of tokenizer.json, by id: those of the file we read as they were, then ours."""
+    """Return the added_tokens of tokenizer.json, by id: unchanged from the file that was read, then ours."""
     existing = getattr(tokenizer.backend, "description", {}).get("added_tokens", [])
     tokens = {entry["content"]: entry for entry in existing}
     for name, index in tokenizer.special_tokens.items():
@@ -77,7 +77,7 @@ def _added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def _special_names(tokenizer: Tokenizer, stop_token: str | None) -> dict[str, str]:
-    """bos_token, eos_token, unk_token, pad_token, as far as there are such tokens."""
+    """Return bos_token, eos_token, unk_token and pad_token, if the tokenizer has them."""
     names: dict[int | None, str] = {index: name for name, index in tokenizer.special_tokens.items()}
     if stop_token is not None:
         tokenizer.token_id(stop_token)  # raises where it is missing

@@ -26,7 +26,7 @@ class TokenizerFiles:
     added: dict[str, Any]
 
     def backend(self) -> Any:
-        """The base vocabulary; of two that agree the SentencePiece model."""
+        """Return the base vocabulary; of two that agree the SentencePiece model."""
         from megatron_ft.data.fast_tokenizer import FastTokenizer
 
         if self.model is not None and (self.description is None or _agree(self.model, self.description)):
@@ -34,7 +34,7 @@ class TokenizerFiles:
         return FastTokenizer(self.files[0], self.description or {})
 
     def added_tokens(self) -> dict[str, int]:
-        """Name -> id. Where the files disagree, the newest kind of file wins, which is what transformers does."""
+        """Return name -> id. If the files differ, the newest kind of file is used, as in transformers."""
         tokens = dict(self.added)
         decoder = self.config.get("added_tokens_decoder", {})
         tokens |= {entry["content"]: int(index) for index, entry in decoder.items()}
@@ -46,7 +46,7 @@ class TokenizerFiles:
         return {name: index for name, index in tokens.items() if name not in plain}
 
     def ends(self) -> tuple[str | None, str | None]:
-        """The names of the tokens that begin and end a document, where the files say so."""
+        """Return the names of the tokens that begin and end a document, if the files contain them."""
         inner = (self.model.bos, self.model.eos) if self.model is not None else (None, None)
         bos, eos = (_name(self.config.get(key)) for key in ("bos_token", "eos_token"))
         return inner[0] or bos, inner[1] or eos
@@ -87,7 +87,7 @@ def find(path: Path) -> TokenizerFiles:
 
 
 def _model(path: Path, needed: bool = True) -> Any:
-    """The SentencePiece model in a file. Not needed: None for another format under the same name (tiktoken's)."""
+    """Return the SentencePiece model in a file; None for another format with the same name (tiktoken's) if it is not needed."""
     from megatron_ft.data.sentencepiece_model import SentencePieceModel
 
     try:
@@ -118,5 +118,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _name(token: Any) -> str | None:
-    """tokenizer_config.json says a token as its text or as an object around it."""
+    """Return the name of a token in tokenizer_config.json, which is a text or an object with the text."""
     return token.get("content") if isinstance(token, dict) else token

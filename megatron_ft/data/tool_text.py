@@ -27,8 +27,9 @@ def has_tools(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def as_text(messages: Sequence[Mapping[str, Any]], default_system: str | None, strip: bool) -> list[Mapping[str, Any]]:
-    """The messages without "tools" and "tool_calls", which have become text; a system message is put before them where there is
-    none and one is needed. strip: white space around the messages' own text is dropped."""
+    """Return the messages with "tools" and "tool_calls" as text. A system message is inserted if one is needed and there is none. strip:
+    remove white space around the text of messages.
+    """
     result: list[Mapping[str, Any]] = []
     tools = next((message["tools"] for message in messages if message.get("tools")), None)
     for message in messages:

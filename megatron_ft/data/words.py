@@ -39,7 +39,7 @@ class Words(dict[str, bytes]):
         return self._encode(word)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32 [tokens], read-only."""
+        """Return the ids of a text, int32 [tokens], read-only."""
         return np.frombuffer(b"".join(map(self.__getitem__, _between_spaces(text))), np.int32)
 
 

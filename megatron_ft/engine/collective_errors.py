@@ -15,10 +15,10 @@ _USERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, er
 
 
 def raise_together(problem: Exception | None) -> None:
-    """All ranks call it. Raise on every rank where any has a problem: the lowest such rank's, in its words.
+    """Raise on every rank if any rank has a problem: that of the lowest such rank. All ranks call it.
 
-    A mistake of the user or a refusal of the system is raised as it is everywhere; any other exception (our bug) is raised with its
-    traceback where it happened, and named by the others.
+    A UserError or an OSError is raised with the same message on every rank. Any other exception, which is a bug, is raised with its
+    traceback where it happened; the other ranks name it.
     """
     import torch.distributed as dist
 

@@ -26,9 +26,9 @@ _NEEDS_TRITON = ("megatron.core.transformer.moe.ops.paged_stash",)
 
 
 def do_without_triton() -> None:
-    """Leave out what needs triton where it is not installed. Call before megatron-core is imported.
+    """Replace modules that need triton if it is not installed. Call before megatron-core is imported.
 
-    torch's build for CPUs does not bring triton. The schedules of megatron-core 0.19 import kernels of it, those of 0.16 do not.
+    The CPU build of torch has no triton. The schedules of megatron-core 0.19 import kernels of it, those of 0.16 do not.
     """
     if importlib.util.find_spec("triton") is None:
         for name in _NEEDS_TRITON:
@@ -36,7 +36,7 @@ def do_without_triton() -> None:
 
 
 def _left_out(name: str) -> types.ModuleType:
-    """A module that has every name, but nothing in it can be called."""
+    """Return a module that has every name, but nothing in it can be called."""
 
     def absent(*args: Any, **options: Any) -> None:
         raise NotImplementedError(f"{name} needs triton")
@@ -65,7 +65,7 @@ def apply() -> None:
     *("torch:Tensor.to", "torch:Tensor.type", "torch:Tensor.cuda", "torch:nn.Module.cuda"),
 )
 def answer_for_cpu() -> None:
-    """Answer the engine's questions about its GPU for the CPU, in every module of it that is loaded."""
+    """Replace the engine's queries of its GPU by those for the CPU, in every module of the engine that is loaded."""
     import torch
 
     stand_in = _engine_torch()
@@ -81,7 +81,7 @@ def answer_for_cpu() -> None:
 
 
 def _engine_torch() -> types.ModuleType:
-    """A copy of the torch namespace in which the device named cuda is the CPU."""
+    """Return a copy of the torch namespace in which the device named cuda is the CPU."""
     import torch
 
     stand_in: Any = types.ModuleType("torch")
@@ -149,7 +149,9 @@ def _engine_cuda(torch: Any) -> types.ModuleType:
 
 
 def _patch_tensor_methods(torch: Any) -> None:
-    """Tensor.cuda and friends stay on the CPU; Tensor.type() reports the names megatron-core's optimizers compare with."""
+    """Make Tensor.cuda and similar methods stay on the CPU, and Tensor.type() return the names that megatron-core's optimizers compare
+    with.
+    """
     to, kind = torch.Tensor.to, torch.Tensor.type
 
     def to_cpu(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -49,7 +49,7 @@ def run_forked(size: int, function: Callable[[Any], Any], argument: Any) -> list
 
 
 def _gather(pipes: list) -> list[Any]:
-    """Results by rank; the first failure ends the wait."""
+    """Return the results by rank; the first failure ends the wait."""
     results: list[Any] = [None] * len(pipes)
     waiting = dict(zip(pipes, range(len(pipes)), strict=True))
     while waiting:
@@ -85,7 +85,7 @@ def _rank(rank: int, size: int, store: str, pipe: Any, function: Callable[[Any],
 
 
 def die_with_parent() -> None:
-    """This process is killed when the one that started it ends, however that ends. Linux only; elsewhere nothing."""
+    """Make the system kill this process when the one that started it ends for any reason. Only on Linux; elsewhere do nothing."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -31,7 +31,7 @@ class FusedAdam(torch.optim.Optimizer):
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, adam_w_mode: bool = True, bias_correction: bool = True, capturable: bool = False,
     ):  # fmt: skip
-        """capturable: whether a step can be part of a CUDA graph. megatron-core 0.19 says that it need not."""
+        """capturable: whether a step can be part of a CUDA graph; passed as False by megatron-core 0.19."""
         if not (adam_w_mode and bias_correction) or capturable:
             raise ValueError("FusedAdam decouples weight decay and corrects the bias; nothing else is implemented")
         super().__init__(
@@ -41,7 +41,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of every parameter that has a gradient. The group's step counts even where a rank holds none of it."""
+        """Update every parameter that has a gradient. The group's step is counted even if this rank holds none of its parameters."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -64,12 +64,12 @@ def _steps(step: int, params: list) -> list[torch.Tensor]:
 def norm_of_all(
     _chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], _each: bool
 ) -> tuple[torch.Tensor, None]:
-    """apex's multi_tensor_l2norm over torch's foreach operations: ([1] fp32 norm of all tensors together, on their device; None)."""
+    """Compute apex's multi_tensor_l2norm with torch's foreach operations: ([1] fp32 norm of all tensors, on their device; None)."""
     return torch.stack(torch._foreach_norm(tensors[0])).norm().float()[None], None
 
 
 def scale_all(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], scale: float) -> None:
-    """apex's multi_tensor_scale: tensors[1] = tensors[0] * scale, in the types that tensors[1] have. In place where both are one."""
+    """Compute apex's multi_tensor_scale: tensors[1] = tensors[0] * scale, in the types of tensors[1]. In place if both are the same."""
     source, target = tensors
     same = all(one is other for one, other in zip(source, target, strict=True))
     if same and source:
@@ -109,7 +109,7 @@ def offer_to_engine() -> None:
 
 
 def make_optimizer(model_chunks: list, section: Optimizer, numerics: Numerics, distributed: bool) -> Any:
-    """The engine's optimizer over DDP-wrapped model chunks; weight decay on matrices only."""
+    """Return the engine's optimizer for DDP-wrapped model chunks, with weight decay on matrices only."""
     offer_to_engine()
     config = engine.OptimizerConfig(
         optimizer="adam",
@@ -144,7 +144,7 @@ def _make_state(optimizer: Any) -> None:
 
 
 def make_schedule(optimizer: Any, section: Optimizer, batch: Batch) -> OptimizerParamScheduler:
-    """Linear warm-up, then decay; counted in steps of the optimizer."""
+    """Return a schedule with linear warm-up, then decay, counted in optimizer steps."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -23,7 +23,7 @@ from megatron_ft.errors import ConfigError
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands. Sizes multiply to the world size; megatron-core's rank order is tp, then dp, then pp."""
+    """The position of this rank. Sizes multiply to the world size; megatron-core's rank order is tp, then dp, then pp."""
 
     tp_size: int
     pp_size: int
@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def sizes(self) -> list[int]:
-        """TP, PP, DP, and where there is any context parallelism CP: what has to be the same for random streams to go on."""
+        """Return TP, PP, DP, and CP if it is above 1. They must be the same for random streams to continue."""
         return [self.tp_size, self.pp_size, self.dp_size, *([self.cp_size] if self.cp_size > 1 else [])]
 
     @property
@@ -61,12 +61,12 @@ class Layout:
 
     @property
     def is_main(self) -> bool:
-        """The one rank that writes shared files."""
+        """Return whether this is the rank that writes shared files."""
         return self.rank == 0
 
     @property
     def is_reporter(self) -> bool:
-        """The one rank that holds the loss and talks to people: first TP and DP rank of the last stage."""
+        """Return whether this is the rank that has the loss and prints: the first TP and DP rank of the last stage."""
         return self.is_last_stage and self.tp_rank == self.dp_rank == self.cp_rank == 0
 
     def __str__(self) -> str:
@@ -78,24 +78,24 @@ class Layout:
 
 
 def world_size() -> int:
-    """Number of processes the launcher started (1 without torchrun)."""
+    """Return the number of processes that the launcher started (1 without a launcher)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's global rank, known before any process group is made."""
+    """Return the global rank of this process, also before any process group exists."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """Return the number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """One group for all that the ranks of a launcher do in turn: process_groups would each time make and end its own, and a
-    launcher's meeting place serves once.
+    """Provide one process group for several runs of the same ranks. Without it, process_groups would create and destroy one each time, but
+    the port of a launcher can be used only once.
     """
     prepare_engine()
     import torch.distributed as dist
@@ -133,7 +133,7 @@ class ParallelSizes:
 
     @property
     def processes(self) -> int:
-        """Processes that hold one replica."""
+        """Return the number of processes that hold one replica."""
         return self.tensor * self.pipeline * self.context
 
 

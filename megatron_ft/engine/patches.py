@@ -19,10 +19,10 @@ def apply() -> None:
 
 @patch("0.16 to 0.19", "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue")
 def keep_write_results_here() -> None:
-    """Checkpoints are saved synchronously, so what was written need not be told to another process.
+    """Pass the results of a write within this process, because checkpoints are saved synchronously.
 
-    megatron-core's default is a queue in a manager process. That process imports torch again, which takes seconds at the first
-    save of every rank, and it outlives a rank that is killed.
+    megatron-core uses a queue in a manager process. That process imports torch again, which takes seconds at the first save of every rank,
+    and it keeps running after a rank is killed.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -31,9 +31,9 @@ def keep_write_results_here() -> None:
 
 @patch("0.19 to 0.19", "megatron.core.dist_checkpointing.strategies.torch:_logged_mcore_async_deprecation")
 def say_nothing_of_other_writers() -> None:
-    """At the first save every rank would warn that the engine's own writer is to be replaced by another package's.
+    """Remove a warning at every rank's first save: that the engine's writer is to be replaced by that of another package.
 
-    Here the engine plans a save and writes buckets of tensors; which writer it prefers is nothing that a user can choose.
+    Here the engine only plans a save and writes buckets of tensors. A user cannot choose the writer.
     """
     from megatron.core.dist_checkpointing.strategies import torch as strategies
 
@@ -42,9 +42,9 @@ def say_nothing_of_other_writers() -> None:
 
 @patch("0.16 to 0.19", "megatron.core.dist_checkpointing.strategies.torch:MCoreLoadPlanner.load_bytes")
 def read_objects_without_running_them() -> None:
-    """The few objects that lie among a checkpoint's tensors are read as tensors are: what names anything else is refused.
+    """Read the objects among a checkpoint's tensors with the unpickler for tensors, which refuses all other types.
 
-    torch's own reader unpickles them freely, so that a checkpoint from elsewhere could run what it likes.
+    torch's reader unpickles them without limits, so a malicious checkpoint could run any code.
     """
     import torch
     from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
@@ -66,7 +66,7 @@ def read_objects_without_running_them() -> None:
     "megatron.core.tensor_parallel.random:CheckpointWithoutOutput",
 )
 def recompute_norms_without_fp8() -> None:
-    """Recomputed norms ask Transformer Engine for its fp8 state even where it is not installed, and then fail."""
+    """Do not request the fp8 state of Transformer Engine for recomputed norms. Without Transformer Engine the request fails."""
     from megatron.core import tensor_parallel
     from megatron.core.tensor_parallel import random as engine_random
 

@@ -162,7 +162,7 @@ class Architecture:
 
     @property
     def rotary_dim(self) -> int:
-        """Numbers of a head that the rotary embedding turns."""
+        """Return the number of entries of a head that the rotary embedding rotates."""
         return int(self.head_dim * self.rotary_share)
 
     def has_window(self, layer: int) -> bool:
@@ -214,7 +214,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
-        """Inverse of to_dict. Raise CheckpointError on an unknown or missing entry: a newer or damaged config.json."""
+        """Return the inverse of to_dict. Raise CheckpointError for an unknown or missing entry: the config.json is newer or damaged."""
         if not isinstance(data, dict):
             raise CheckpointError("architecture is no list of entries; convert the model again")
         names = {f.name for f in fields(cls)}
@@ -234,7 +234,7 @@ def _is_number(value: Any) -> bool:
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, multiple: int = 128) -> int:
-    """Rows of the embedding under Megatron's rule: the next multiple of `multiple` x TP, so that ranks get equal parts.
+    """Return the rows of the embedding by Megatron's rule: the next multiple of `multiple` x TP, so that all ranks get equal parts.
 
     A vocabulary of 32007 takes 32128 rows with TP 1, 32768 with TP 8.
     """

@@ -43,9 +43,9 @@ class SdpaAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, attn_mask_type: Any = None,
         attention_bias: Any = None, packed_seq_params: Any = None,
     ) -> Tensor:  # fmt: skip
-        """Query [s, b, n, d], key and value [s_k, b, g, d] with g dividing n; of a packed row b is 1.
+        """Compute attention of query [s, b, n, d], key and value [s_k, b, g, d], where g divides n; b is 1 for a packed row.
 
-        Returns the context, [s, b, n*d]. Only causal masks and, when decoding from a KV cache, no mask.
+        Return the context, [s, b, n*d]. Only causal masks and, when decoding from a KV cache, no mask.
         """
         assert attention_bias is None and attention_mask is None, "SdpaAttention knows causal and packed masks only"
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
@@ -57,7 +57,7 @@ class SdpaAttention(MegatronModule):
             return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, rows: Any) -> Tensor:
-        """Query [t, n, d], key and value [t, g, d] -> [t, n*d]."""
+        """Attend within each sample: query [t, n, d], key and value [t, g, d] -> [t, n*d]."""
         if self.varlen is not None:
             dropout = self.dropout if self.training else 0.0
             options = (rows.boundaries, rows.max_seqlen_q, self.scale, self.window, dropout)
@@ -67,13 +67,15 @@ class SdpaAttention(MegatronModule):
         return torch.cat(context, dim=2)[0].transpose(0, 1).reshape(query.shape[0], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-        """Query [b, n, s, d], key and value [b, g, s_k, d] -> [b, n, s, d]."""
+        """Attend: query [b, n, s, d], key and value [b, g, s_k, d] -> [b, n, s, d]."""
         if self.window is None or key.shape[2] <= self.window:
             return self._sdpa(query, key, value, is_causal=causal and query.shape[2] > 1)
         return self._windowed(query, key, value, self.window)
 
     def _windowed(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-        """The queries are the last s of s_k positions. In blocks of one window, so that a mask never exceeds window x 2 windows."""
+        """Attend in blocks of one window, so that a mask has at most window x 2 windows entries. The queries are the last s of s_k
+        positions.
+        """
         before, blocks = key.shape[2] - query.shape[2], []
         for start in range(0, query.shape[2], window):
             stop = min(start + window, query.shape[2])
@@ -95,7 +97,7 @@ class SdpaAttention(MegatronModule):
         )  # fmt: skip
 
     def _dropout_stream(self) -> contextlib.AbstractContextManager:
-        """Attention dropout differs between tensor-parallel ranks; under sequence parallelism the block has forked already."""
+        """Use the random stream of the tensor-parallel rank for attention dropout. Under sequence parallelism it is already in use."""
         if self.config.sequence_parallel or not (self.training and self.dropout > 0):
             return torch.autograd.profiler.record_function("core_attention")
         return tensor_parallel.get_cuda_rng_tracker().fork()

@@ -56,7 +56,7 @@ class ChatModel(GPTModel):
         return super().forward(*args, packed_seq_params=packed_seq_params, **options)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Labels [b, s], logits [s, b, v/tp] -> loss per token [b, s]."""
+        """Return the loss per token [b, s]. Labels [b, s], logits [s, b, v/tp]."""
         losses = vocab_parallel_cross_entropy(
             logits, labels.transpose(0, 1), self.true_vocab_size, self.pg_collection.tp, self.fused
         )
@@ -65,7 +65,7 @@ class ChatModel(GPTModel):
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """What training chooses about a model that its checkpoint does not say."""
+    """Settings of training about a model that its checkpoint does not contain."""
 
     dtype: torch.dtype = torch.float32
     hidden_dropout: float = 0.0
@@ -89,7 +89,7 @@ class BuildOptions:
 
 
 def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions) -> TransformerConfig:
-    """The engine's own configuration for this model and layout."""
+    """Return the engine's configuration for this model and layout."""
     split, fused = options.split, bool(options.kernels and options.kernels.fused)
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -167,7 +167,7 @@ def attention_needs(arch: Architecture) -> Attention:
 
 
 def _softmax_scale(arch: Architecture) -> float | None:
-    """None: the engine's 1 / sqrt(head_dim). Else the same times m^2, for a rope that scales queries and keys by m."""
+    """Return None for the engine's 1 / sqrt(head_dim), else that times m^2 for a RoPE that scales queries and keys by m."""
     m = attention_factor(arch.rope_scaling, arch.max_position_embeddings)
     if m != 1.0 and arch.window_rope_theta is not None:
         raise ConfigError(
@@ -178,7 +178,7 @@ def _softmax_scale(arch: Architecture) -> float | None:
 
 
 def _window(arch: Architecture) -> dict:
-    """The engine counts the keys to the left of a token; a list says which layers have the window."""
+    """Return the window for the engine, which counts the keys to the left of a token; a list states which layers have it."""
     if arch.sliding_window is None:
         return {}
     has = [int(arch.has_window(layer)) for layer in range(arch.num_layers)]
@@ -203,20 +203,20 @@ def _experts(arch: Architecture, layout: Layout) -> dict:
 
 
 def _leave(weight: torch.Tensor) -> None:
-    """An initialisation that does nothing."""
+    """Do nothing, as the initialisation of a weight."""
 
 
 def build_model(arch: Architecture, layout: Layout, options: BuildOptions = BuildOptions()) -> ChatModel:
-    """This rank's stage and slice, on its device, weights not yet filled; for layouts of one chunk a stage.
+    """Return this rank's stage and slice, on its device, with weights not filled; for layouts of one chunk per stage.
 
-    Raise ConfigError when the layout does not divide the model.
+    Raise ConfigError if the layout does not divide the model.
     """
     (model,) = build_chunks(arch, layout, options)
     return model
 
 
 def build_chunks(arch: Architecture, layout: Layout, options: BuildOptions) -> list[ChatModel]:
-    """This rank's slice of every chunk of its stage, in order; all share one config, as the engine's schedules expect."""
+    """Return this rank's slice of every chunk of its stage, in order; all share one config, as the engine's schedules expect."""
     split = options.split or plain_split(arch.num_layers, layout.pp_size)
     assert (split.stages, split.virtual_size) == (layout.pp_size, layout.vp_size), "the split is of another layout"
     check_layout(arch, layout.tp_size, expert_model_parallel_size=layout.ep_size)
@@ -254,9 +254,9 @@ def _chunk(
 
 
 def apply_lima_dropout(model: ChatModel, hidden_dropout: float, num_layers: int) -> None:
-    """Residual dropout that rises from 0 at the first layer to `hidden_dropout` at the last; none on the embedding. (LIMA, 2023)
+    """Set residual dropout that rises from 0 at the first layer to `hidden_dropout` at the last; none on the embedding (LIMA, 2023).
 
-    Counts layers over the whole model, whatever the pipeline split. A one-layer model gets none.
+    Layers are counted over the whole model, whatever the pipeline split. A one-layer model gets none.
     """
     for layer in model.decoder.layers:
         layer.hidden_dropout = hidden_dropout * (layer.layer_number - 1) / max(1, num_layers - 1)
@@ -277,7 +277,7 @@ def _block_spec(
 def _layer_spec(
     parts: Layer, config: TransformerConfig, kernels: Choice | None, rope: tuple[int, int]
 ) -> ModuleSpec:  # fmt: skip
-    """rope: (number, of how many) of the layer's rotary embedding."""
+    """Return the specification of a layer. rope: (number, count): which rotary embedding it uses."""
     name, norm = NORMS[parts.norm.kind]
     experts = parts.mlp.experts and parts.mlp.experts.number
     layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=experts, normalization=name)

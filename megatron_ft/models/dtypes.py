@@ -20,7 +20,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def name_of(dtype: torch.dtype, what: str = "weights") -> str:
-    """Our name. Raise CheckpointError for integers, fp8 and the like: quantised weights."""
+    """Return our name of a type. Raise CheckpointError for integers, fp8 and similar types of quantised weights."""
     text = str(dtype).removeprefix("torch.")
     for name, hf_name in HF_NAMES.items():
         if text == hf_name:
@@ -29,7 +29,7 @@ def name_of(dtype: torch.dtype, what: str = "weights") -> str:
 
 
 def cast(tensor: torch.Tensor, dtype: str | None, what: str) -> torch.Tensor:
-    """The tensor in another type; None: as it is. Raise CheckpointError where a number would overflow."""
+    """Return the tensor in another type; None: unchanged. Raise CheckpointError if a number would overflow."""
     if dtype is None or tensor.dtype == torch_dtype(dtype):
         return tensor
     result = tensor.to(torch_dtype(dtype))

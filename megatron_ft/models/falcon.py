@@ -35,7 +35,7 @@ _HF = "transformer.h.{n}."
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
-    """A Hugging Face config.json -> Architecture. Raise CheckpointError with the reason for what is not supported."""
+    """Convert a Hugging Face config.json to an Architecture. Raise CheckpointError with the reason for what is not supported."""
     old = {new: config[name] for name, new in _OLD_NAMES.items() if name in config}
     config = {**old, **{key: value for key, value in config.items() if key not in _OLD_NAMES}}
     new = bool(config.get("new_decoder_architecture")) or config.get("model_type") == "RefinedWeb"
@@ -74,7 +74,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
 
 
 def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:
-    """Inverse of from_hf. The older decoder is named where it says the same, as Falcon-7B has it."""
+    """Return the inverse of from_hf. The older decoder is named if it is equivalent, as in Falcon-7B."""
     old = arch.shared_norm and arch.num_query_groups in (1, arch.num_attention_heads)
     return {
         **hf_config.head(arch, NAME, HF_CLASSES[0], dtype),
@@ -99,7 +99,7 @@ def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:
 
 
 def rules(arch: Architecture) -> list[Rule]:
-    """Every tensor of the model, once."""
+    """Return one rule for every tensor of the model."""
     names: tuple[str, ...] = ("input_layernorm",) if arch.shared_norm else ("ln_attn", "ln_mlp")
     return [
         r.embedding("transformer.word_embeddings.weight"),

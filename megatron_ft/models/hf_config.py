@@ -29,7 +29,7 @@ _RESTATED = ("model_type", "architectures", "dtype", "torch_dtype", "_name_or_pa
 def read(
     config: Mapping[str, Any], family: str, taken: Sequence[str] = (), head_dim: int | None = None, **fields: Any
 ) -> Architecture:
-    """taken: further keys that `fields` stand for. head_dim: where the config does not say; None: hidden / heads.
+    """Convert a config. taken: additional keys that `fields` represent. head_dim: if the config has none; None: hidden / heads.
 
     Raise CheckpointError with the reason for what is not supported.
     """
@@ -62,7 +62,7 @@ def read(
 
 
 def write(arch: Architecture, model_type: str, hf_class: str, dtype: str | None, **entries: Any) -> dict[str, Any]:
-    """Inverse of read. entries: the family's own keys. dtype: as transformers names it, "bfloat16"."""
+    """Return the inverse of read. entries: keys of the family. dtype: as in transformers, "bfloat16"."""
     return {
         **head(arch, model_type, hf_class, dtype),
         "num_hidden_layers": arch.num_layers,
@@ -92,7 +92,7 @@ def head(arch: Architecture, model_type: str, hf_class: str, dtype: str | None) 
 
 
 def carried(config: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
-    """Entries that no field stands for."""
+    """Return the entries that no field represents."""
     known = {*taken, *_RESTATED, *_FOREIGN, *hf_rope.KEYS}
     return {key: value for key, value in config.items() if key not in known}
 

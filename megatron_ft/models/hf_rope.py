@@ -32,7 +32,7 @@ _KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL,
 
 
 def from_hf(config: Mapping[str, Any], positions: int) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling or None) from either spelling; where a config has both, they must agree. Raise CheckpointError."""
+    """Return (theta, scaling or None) from either spelling; if a config has both, they must agree. Raise CheckpointError."""
     found = []
     if config.get("rope_parameters"):
         found.append(_entry(config["rope_parameters"], config, positions))
@@ -67,7 +67,7 @@ def _entry(entry: Mapping[str, Any], config: Mapping[str, Any], positions: int) 
 
 
 def to_hf(arch: Architecture) -> dict[str, Any]:
-    """rope_theta, rope_scaling and rope_parameters. Raise CheckpointError for a method Hugging Face cannot say."""
+    """Return rope_theta, rope_scaling and rope_parameters. Raise CheckpointError for a method that Hugging Face does not have."""
     theta, scaling = _said(arch)
     return {
         "rope_theta": theta,

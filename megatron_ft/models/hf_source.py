@@ -44,7 +44,7 @@ class HfSource:
         self.dtype = self._check_tensors()
 
     def full(self, placed: Placed) -> Tensor:
-        """The whole megatron-core tensor, in the source's type, with the source's vocabulary."""
+        """Return the whole megatron-core tensor, with the type and vocabulary of the source."""
         return placed.rule.to_megatron(self.arch, [self._tensor(key) for key in placed.hf_keys])
 
     def carried(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class HfSource:
         return functools.reduce(torch.promote_types, kinds)
 
     def _tensor_files(self) -> dict[str, Path]:
-        """Tensor name -> file that holds it. Safetensors before pickled weights, where a folder has both."""
+        """Return tensor name -> file that holds it. Safetensors are preferred to pickled weights if a folder has both."""
         for single, index in (_SAFE, _PICKLED):
             if (self.folder / index).is_file():
                 return self._indexed(self.folder / index)
@@ -95,7 +95,7 @@ class HfSource:
         return {key: self.folder / name for key, name in weight_map.items()}
 
     def _handle(self, path: Path) -> SafetensorsFile | PickledFile:
-        """An opened file, kept: a model has few."""
+        """Return an opened file; it is kept open, because a model has few."""
         if path not in self._open:
             self._check_place(path)
             if not path.is_file():
@@ -105,7 +105,7 @@ class HfSource:
         return self._open[path]
 
     def _check_place(self, path: Path) -> None:
-        """A link may not lead out of the folder, unless as in a hub's cache: snapshots/REVISION/NAME -> blobs/HASH."""
+        """Refuse a link that leads out of the folder, except as in the cache of a hub: snapshots/REVISION/NAME -> blobs/HASH."""
         home, real = self.folder.resolve(), path.resolve()
         cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
         if not cached and not real.is_relative_to(home):
@@ -115,7 +115,7 @@ class HfSource:
         return self._handle(self.files[key]).read(key)
 
     def _check_tensors(self) -> str:
-        """Totality, shapes and types. Returns our name of the weights' type (the first tensor's)."""
+        """Check that all tensors exist, and their shapes and types. Return our name of the type of the weights (of the first tensor)."""
         for key, path in self.files.items():
             if key not in self._handle(path).tensors:
                 raise CheckpointError(f"{path} does not hold {key}, though the index says so; {_FETCH_AGAIN}")

@@ -1,7 +1,7 @@
-"""The one place that chooses kernels: what computes attention, norms, activations, the loss and the update on this machine.
+"""Chooses the kernels for attention, norms, activations, the loss and the update on this machine. No other module chooses them.
 
-Two choices of kernel give the same result up to rounding. Nothing here is needed: without a GPU, and without any of the optional
-packages, torch's own operations do. `doctor` prints the choice, training logs it once. No model is known here, no torch at import.
+Two choices of kernel give the same result up to rounding. No kernel is required: without a GPU or the optional packages torch's own
+operations are used. `doctor` prints the choice, training logs it once. Models are in other modules; torch is not imported here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Attention", "Choice", "Machine", "check_context_parallel", "choose",
 
 @dataclass(frozen=True)
 class Attention:
-    """What a model asks of an attention kernel."""
+    """Requirements of a model on an attention kernel."""
 
     grouped: bool = True
     """fewer key-value heads than query heads"""
@@ -33,7 +33,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Choice:
-    """What will compute what."""
+    """The chosen kernels."""
 
     packed_attention: str
     """flash-attn, torch-varlen, or by-sample (scaled_dot_product_attention, once a sample)."""
@@ -43,12 +43,12 @@ class Choice:
     accumulates: bool = False
     """A weight's gradient is added to its buffer within the matrix product."""
     repeats_heads: str = "never"
-    """Whether key-value heads are repeated for scaled_dot_product_attention, whose kernels without a matrix of n x n do not all
-    know grouped heads: never, masked (where there is a mask), always.
+    """Repetition of key-value heads for scaled_dot_product_attention, because not all of its kernels without an n x n matrix support
+    grouped heads: never, masked (only with a mask), always.
     """
     on_gpu: bool = False
     reasons: tuple[str, ...] = ()
-    """What was asked for and is not used, and why."""
+    """Requested kernels that are not used, with the reason."""
 
     def repeats(self, masked: bool) -> bool:
         """Return whether key-value heads are repeated in a call with (masked) or without a mask."""
@@ -161,8 +161,8 @@ def check_context_parallel(parallel: Parallelism, here: Machine) -> None:
 
 
 def varlen_attention(choice: Choice) -> Callable | None:
-    """f(query [t, n, d], key and value [t, g, d], boundaries int32, longest, scale, window, dropout) -> [t, n, d], causal within
-    each sample; None: attend sample by sample. window: keys a token sees, itself included; None: all before it.
+    """Return f(query [t, n, d], key and value [t, g, d], boundaries int32, longest, scale, window, dropout) -> [t, n, d], which is causal
+    within each sample; None: attend sample by sample. window: keys that a token sees, itself included; None: all before it.
     """
     return {"flash-attn": _flash_attn, "torch-varlen": _torch_varlen}.get(choice.packed_attention)
 
@@ -182,9 +182,9 @@ def _flash_attn(
 def _torch_varlen(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None, dropout: float
 ) -> Tensor:  # fmt: skip
-    """By the installed torch's signature: 2.10 has is_causal, no scale and no window; 2.11 no enable_gqa; 2.12 all of them.
+    """Call torch's kernel by its signature: 2.10 has is_causal, no scale and no window; 2.11 no enable_gqa; 2.12 all of them.
 
-    `choose` has seen that what the model needs can be said.
+    `choose` has checked that it supports what the model needs.
     """
     from torch.nn.attention.varlen import varlen_attn
 

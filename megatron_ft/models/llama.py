@@ -22,17 +22,17 @@ _HF = "model.layers.{n}."
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
-    """A Hugging Face config.json -> Architecture. Raise CheckpointError with the reason for what is not supported."""
+    """Convert a Hugging Face config.json to an Architecture. Raise CheckpointError with the reason for what is not supported."""
     return hf_config.read(config, NAME)
 
 
 def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:
-    """Inverse of from_hf, in the keys of transformers 4 and 5. `dtype`: as transformers names it, "bfloat16"."""
+    """Return the inverse of from_hf, with the keys of transformers 4 and 5. `dtype`: as in transformers, "bfloat16"."""
     return hf_config.write(arch, NAME, HF_CLASSES[0], dtype, attention_bias=False, mlp_bias=False)
 
 
 def rules(arch: Architecture) -> list[Rule]:
-    """Every tensor of the model, once. Tied embeddings have no output layer of their own. Also Mistral's and Qwen's."""
+    """Return one rule for every tensor of the model. With tied embeddings there is no output layer. Also for Mistral and Qwen."""
     biases = [r.separate_qkv(_qkv("bias"), "bias")] if arch.qkv_bias else []
     head_norms = r.head_norms(_HF + "self_attn.q_norm.weight", _HF + "self_attn.k_norm.weight") if arch.qk_norm else []
     return [

@@ -28,7 +28,7 @@ FLASH_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Machine:
-    """What choices depend on. The defaults are a machine without a GPU."""
+    """The properties of this machine on which choices depend. The defaults are a machine without a GPU."""
 
     has_gpu: bool = False
     capability: tuple[int, int] = (9, 0)
@@ -115,7 +115,7 @@ def try_flash_attn() -> str | None:
 
 
 def try_compile() -> str | None:
-    """Compile one small kernel and run it; return why torch.compile cannot be used, None where it can."""
+    """Compile one small kernel and run it. Return why torch.compile cannot be used; None if it can."""
     if why := try_import("triton"):
         return f"Triton is {why}"
     if not _c_compiler():
@@ -137,7 +137,7 @@ def _doubled(x: torch.Tensor) -> torch.Tensor:
 
 
 def _c_compiler() -> str | None:
-    """The compiler that Triton would take: CC, else one on the path."""
+    """Return the compiler that Triton would use: CC, else one on the path."""
     named = os.environ.get("CC")
     return (
         shutil.which(named.split()[0]) if named else next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)

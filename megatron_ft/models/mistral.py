@@ -16,7 +16,7 @@ rules = llama.rules
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
-    """As llama.from_hf. Without an entry the window is transformers' default of 4096; null: none."""
+    """Convert as llama.from_hf. Without an entry the window is transformers' default of 4096; null: none."""
     return hf_config.read(
         config, NAME, taken=("sliding_window",), sliding_window=config.get("sliding_window", 4096) or None
     )

@@ -38,7 +38,7 @@ class LayerNorm(nn.Module):
 
 
 def _parameter(values: torch.Tensor, config: Any) -> nn.Parameter:
-    """Marked for the engine, which adds up the gradients of such over the ranks of a tensor-parallel group."""
+    """Return a parameter that is marked for the engine, which sums the gradients of such over a tensor-parallel group."""
     parameter: Any = nn.Parameter(values)
     parameter.sequence_parallel = config.sequence_parallel
     return parameter

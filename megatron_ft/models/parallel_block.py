@@ -22,7 +22,7 @@ class ParallelBlock(RowLayer):
     def forward(
         self, hidden_states: Tensor, *_: Any, inference_context: Any = None, packed_seq_params: Any = None, **options: Any
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """hidden_states [s, b, h] -> ([s, b, h], None), as the engine's own layer."""
+        """Compute hidden_states [s, b, h] -> ([s, b, h], None), as the engine's layer."""
         self.keys = getattr(packed_seq_params, "keys", None)
         options = {name: value for name, value in options.items() if name in _ATTENTION}
         options["rotary_pos_emb"] = self.own_table(options.get("rotary_pos_emb"))
@@ -45,7 +45,7 @@ class ParallelBlock(RowLayer):
         return make_viewless_tensor(inp=output, requires_grad=output.requires_grad, keep_graph=True), None
 
     def _normed(self, norm: Any, recompute: bool, x: Tensor, again: list) -> Tensor:
-        """norm(x); where it is to be recomputed, kept only until `again` discards it."""
+        """Return norm(x); if it is recomputed, it is kept only until `again` discards it."""
         if not (recompute and self.training):
             return norm(x)
         again.append(tensor_parallel.CheckpointWithoutOutput())

@@ -28,20 +28,22 @@ class PipelineSplit:
 
     @property
     def virtual_size(self) -> int:
-        """Chunks a stage; 1 without interleaving."""
+        """Return the chunks per stage; 1 without interleaving."""
         return len(self.chunks[0])
 
     @property
     def is_plain(self) -> bool:
-        """One chunk a stage, all of one size: what classic checkpoints and generation know."""
+        """Return whether there is one chunk per stage, all of one size, which classic checkpoints and generation require."""
         return self.virtual_size == 1 and len({len(stage[0]) for stage in self.chunks}) == 1
 
     def layers_of(self, stage: int) -> list[int]:
-        """All layers of a stage, in order."""
+        """Return all layers of a stage, in order."""
         return [layer for chunk in self.chunks[stage] for layer in chunk]
 
     def for_engine(self) -> list[list[str]] | None:
-        """megatron-core's pipeline_model_parallel_layout: the parts of every chunk, in the order of layers; None: its own default."""
+        """Return megatron-core's pipeline_model_parallel_layout: the parts of every chunk, in the order of layers; None: the engine's
+        default.
+        """
         if self.stages == 1:
             return None
         parts = [["decoder"] * len(stage[k]) for k in range(self.virtual_size) for stage in self.chunks]
@@ -54,13 +56,13 @@ class PipelineSplit:
 
 
 def _span(layers: range) -> str:
-    """People count layers from 1."""
+    """Return a range of layers as text, counted from 1."""
     ends = dict.fromkeys((layers.start + 1, layers.stop))  # a single layer is named once
     return "-".join(map(str, ends)) if layers else "none"
 
 
 def split_layers(num_layers: int, parallel: Parallelism) -> PipelineSplit:
-    """The split that the flags ask for. Raise ConfigError for one that does not come out even, naming what would."""
+    """Return the split that the flags define. Raise ConfigError for one that does not divide evenly, with values that do."""
     stages = parallel.pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout:
         return _written(num_layers, parallel)
@@ -70,12 +72,12 @@ def split_layers(num_layers: int, parallel: Parallelism) -> PipelineSplit:
 
 
 def plain_split(num_layers: int, stages: int) -> PipelineSplit:
-    """The even split without chunks."""
+    """Return the even split without chunks."""
     return split_layers(num_layers, Parallelism(pipeline_model_parallel_size=stages))
 
 
 def _from_counts(counts: list[int], stages: int) -> PipelineSplit:
-    """counts: layers of each chunk, in the order in which layers run."""
+    """Return the split for the layers of each chunk (counts), in the order in which layers run."""
     chunks = [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
     return PipelineSplit(tuple(tuple(chunks[stage::stages]) for stage in range(stages)))
 
@@ -93,7 +95,7 @@ def _virtual_size(num_layers: int, parallel: Parallelism) -> int:
 
 
 def _per_chunk(num_layers: int, parallel: Parallelism, virtual: int) -> list[int]:
-    """Layers of each stage in one round of chunks."""
+    """Return the layers of each stage in one round of chunks."""
     stages = parallel.pipeline_model_parallel_size
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     ends = [count for count in (first, last) if count is not None]
@@ -129,13 +131,15 @@ def _per_chunk(num_layers: int, parallel: Parallelism, virtual: int) -> list[int
 
 
 def _divisors(size: int, times: int, at_most: int = 64) -> str:
-    """Numbers d for which d x times divides size."""
+    """Return the numbers d for which d x times divides size."""
     found = [d for d in range(1, min(size, at_most) + 1) if size % (d * times) == 0]
     return ", ".join(map(str, found)) or "none"
 
 
 def _written(num_layers: int, parallel: Parallelism) -> PipelineSplit:
-    """--pipeline_model_parallel_layout, as Megatron writes it: E embedding, t a layer, L loss, | between chunks, *n repeats."""
+    """Return the split in --pipeline_model_parallel_layout, in Megatron's notation: E embedding, t a layer, L loss, | between chunks, *n
+    repeats.
+    """
     text, stages = parallel.pipeline_model_parallel_layout or "", parallel.pipeline_model_parallel_size
     where = f"--pipeline_model_parallel_layout {text}"
     expanded = _expanded(text)
@@ -155,7 +159,7 @@ def _written(num_layers: int, parallel: Parallelism) -> PipelineSplit:
 
 
 def _expanded(text: str) -> str:
-    """Repeats written out: (tt|)*2 is tt|tt|."""
+    """Return the layout without repeats: (tt|)*2 is tt|tt|."""
     text = re.sub(r"[\s,]", "", text)
     repeat = re.compile(r"(?:\(([^()]*)\)|([EtL|]))\*(\d{1,4})")
     while match := repeat.search(text):

@@ -17,7 +17,7 @@ rules = llama.rules
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
-    """As llama.from_hf."""
+    """Convert as llama.from_hf."""
     window = window_fields(config)
     return hf_config.read(config, NAME, taken=window_keys(window), qkv_bias=True, **window)
 
@@ -50,7 +50,7 @@ def window_keys(window: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def window_entries(arch: Architecture) -> dict[str, Any]:
-    """Inverse of window_fields."""
+    """Return the inverse of window_fields."""
     if arch.sliding_window is None:
         return {"use_sliding_window": False}
     sizes = {"use_sliding_window": True, "sliding_window": arch.sliding_window}

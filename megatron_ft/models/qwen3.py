@@ -17,7 +17,7 @@ rules = llama.rules
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
-    """As llama.from_hf."""
+    """Convert as llama.from_hf."""
     window = window_fields(config)
     return hf_config.read(config, NAME, taken=window_keys(window), head_dim=128, qk_norm=True, **window)
 

@@ -29,10 +29,10 @@ LENGTH_METHODS = ("dynamic", "longrope")
 def inverse_frequencies(
     head_dim: int, base: float, scaling: Mapping[str, Any] | None, max_positions: int, length: int | None = None
 ) -> torch.Tensor:
-    """Angular step per position for each rotary pair, [head_dim / 2], fp32, radians.
+    """Return the angular step per position for each rotary pair, [head_dim / 2], fp32, radians.
 
-    scaling: Architecture.rope_scaling. length: positions of the longest text, for LENGTH_METHODS; None: within the original context.
-    Raise ConfigError for a method this version cannot compute.
+    scaling: Architecture.rope_scaling. length: positions of the longest text, for LENGTH_METHODS; None: within the original context. Raise
+    ConfigError for a method that is not supported.
     """
     method, scaling = method_of(scaling), scaling or {}
     if method in BASE_METHODS:
@@ -57,7 +57,7 @@ def inverse_frequencies(
 
 
 def attention_factor(scaling: Mapping[str, Any] | None, max_positions: int) -> float:
-    """m, by which both queries and keys are scaled; 1.0 for most methods."""
+    """Return m, by which both queries and keys are scaled; 1.0 for most methods."""
     method, scaling = method_of(scaling), scaling or {}
     if method not in ("yarn", "ntk-yarn", "longrope"):
         return 1.0
@@ -73,7 +73,7 @@ def attention_factor(scaling: Mapping[str, Any] | None, max_positions: int) -> f
 
 
 def scaled_base(head_dim: int, base: float, scaling: Mapping[str, Any]) -> float:
-    """The base that one of BASE_METHODS puts in place of `base`."""
+    """Return the base that one of BASE_METHODS uses instead of `base`."""
     stretch = scaling["factor"] + (0 if method_of(scaling) == "ntk" else 1)
     return base * stretch ** (head_dim / (head_dim - 2))
 
@@ -92,9 +92,9 @@ EXTENDING: tuple[str, ...] = get_args(RopeScaling)
 
 
 def extend(arch: Architecture, method: str, factor: float) -> Architecture:
-    """The model with its context stretched `factor` times. A factor of 1 changes nothing, whatever the method.
+    """Return the model with its context extended by `factor`. A factor of 1 changes nothing, whatever the method.
 
-    Raise ConfigError for a model that is scaled already, a method that needs more than a factor, or a factor below 1.
+    Raise ConfigError for a model that is already scaled, a method that needs more than a factor, or a factor below 1.
     """
     if method not in EXTENDING:
         raise ConfigError(f"rope scaling {method!r} cannot be chosen by a factor; choose one of {', '.join(EXTENDING)}")
@@ -114,7 +114,9 @@ def extend(arch: Architecture, method: str, factor: float) -> Architecture:
 def correction_range(
     fast: float, slow: float, head_dim: int, base: float, original: int, truncate: bool = True
 ) -> tuple[float, float]:
-    """Pairs between which a ramp runs: from those that turn `fast` times over the original context to those that turn `slow` times."""
+    """Return the pairs between which a ramp runs: from those that turn `fast` times over the original context to those that turn `slow`
+    times.
+    """
     low, high = (head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (fast, slow))
     if truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -126,7 +128,7 @@ def _theta(head_dim: int, base: float) -> torch.Tensor:
 
 
 def _mask(low: float, high: float, pairs: int) -> torch.Tensor:
-    """1 before the ramp, 0 behind it, [pairs]."""
+    """Return 1 before the ramp, 0 after it, [pairs]."""
     high = high + 0.001 if low == high else high
     return 1 - ((torch.arange(pairs, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
@@ -143,7 +145,7 @@ def _yarn(theta: torch.Tensor, base: float, scaling: Mapping[str, Any], original
 
 
 def _by_parts(theta: torch.Tensor, base: float, factor: float, original: int) -> torch.Tensor:
-    """Slow pairs interpolated, middle ones with a raised base, fast ones left: two ramps one after the other."""
+    """Interpolate slow pairs, raise the base for middle ones, keep fast ones: two ramps in sequence."""
     head_dim = 2 * len(theta)
     raised = _theta(head_dim, base * factor ** (head_dim / (head_dim - 2)))
     slow = _mask(*correction_range(1.25, 0.75, head_dim, base, original), len(theta))
@@ -152,7 +154,7 @@ def _by_parts(theta: torch.Tensor, base: float, factor: float, original: int) ->
 
 
 def _llama3(theta: torch.Tensor, scaling: Mapping[str, Any], original: int) -> torch.Tensor:
-    """Long waves divided by the factor, short ones kept, a straight blend in between."""
+    """Divide long waves by the factor, keep short ones, interpolate linearly between them."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelength = 2 * math.pi / theta
     share = ((original / wavelength - low) / (high - low)).clamp(0, 1)

@@ -37,7 +37,7 @@ class Rotary(RotaryEmbedding):
     positions: Tensor | None = None
 
     def __init__(self, arch: Architecture, dtype: torch.dtype, least: int, cp_group: Any):
-        """least: positions for which the table is made at once."""
+        """least: positions for which the table is computed at once."""
         super().__init__(arch.rotary_dim, rotary_percent=1.0, rotary_base=arch.rope_theta, cp_group=cp_group)
         self.arch, self.dtype, self.least = arch, dtype, least
         self.ropes = ropes_of(arch)
@@ -119,8 +119,8 @@ def _compiled() -> Callable[..., Tensor]:
 
 @patch("0.16 to 0.19", "megatron.core.transformer.attention:apply_rotary_pos_emb")
 def turn_by_table() -> None:
-    """Have the engine's attention turn queries and keys by `turn`. Idempotent.
+    """Make the engine's attention rotate queries and keys by `turn`. Idempotent.
 
-    Its own function takes angles, and computes their cosine and sine in every layer; there is no setting for another.
+    The engine's function takes angles and computes their cosine and sine in every layer; no setting replaces it.
     """
     attention.apply_rotary_pos_emb = turn

@@ -50,6 +50,6 @@ def places(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def packed_on(lengths: Sequence[int], where: torch.device) -> RowParams:
-    """The same from lengths alone; copies to the device and waits for it."""
+    """Return the same from lengths alone. Copies to the device and waits for it."""
     positions, boundaries = (torch.from_numpy(x).to(where) for x in places(np.asarray(lengths)))
     return packed_rows(lengths, positions, boundaries)

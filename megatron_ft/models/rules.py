@@ -38,7 +38,7 @@ def final_norm(arch: Architecture, hf_name: str) -> list[Rule]:
 
 
 def input_norm(arch: Architecture, hf_name: str) -> list[Rule]:
-    """The norm before attention; with a shared one, before the MLP too."""
+    """Return the norm before attention; if it is shared, it is also before the MLP."""
     return _norm(arch, LAYER + "input_layernorm", hf_name, LAYER + "self_attention.linear_qkv.layer_norm_")
 
 
@@ -47,13 +47,13 @@ def mlp_norm(arch: Architecture, hf_name: str) -> list[Rule]:
 
 
 def head_norms(hf_query: str, hf_key: str) -> list[Rule]:
-    """Norms of query and key heads, [d] each."""
+    """Return the norms of query and key heads, [d] each."""
     names = (("q_layernorm", hf_query), ("k_layernorm", hf_key))
     return [same(LAYER + f"self_attention.{ours}.weight", hf, lambda a: (a.head_dim,)) for ours, hf in names]
 
 
 def separate_qkv(hf_keys: tuple[str, str, str], kind: str = "weight") -> Rule:
-    """q, k and v apart in Hugging Face, one matrix (or bias) in megatron-core."""
+    """Return the rule for q, k and v that are separate in Hugging Face and one matrix (or bias) in megatron-core."""
     rest = (lambda a: (a.hidden_size,)) if kind == "weight" else (lambda a: ())
     return Rule(
         LAYER + f"self_attention.linear_qkv.{kind}",
@@ -67,7 +67,7 @@ def separate_qkv(hf_keys: tuple[str, str, str], kind: str = "weight") -> Rule:
 
 
 def fused_qkv(hf_key: str) -> Rule:
-    """Already [q_1..q_n, k, v] for each query group."""
+    """Return the rule for a matrix that is [q_1..q_n, k, v] for each query group on both sides."""
     name = LAYER + "self_attention.linear_qkv.weight"
     return same(name, hf_key, lambda a: (sum(qkv_rows(a)), a.hidden_size), cut="column_parallel")
 
@@ -116,7 +116,7 @@ def gated_experts(arch: Architecture, hf_gate: str, hf_up: str, hf_down: str) ->
 
 
 def same(key: str, hf_key: str, shape: Callable[[Architecture], Shape], **others: Any) -> Rule:
-    """One tensor on either side, alike. shape: Architecture -> Shape."""
+    """Return the rule for a tensor that is the same on both sides. shape: Architecture -> Shape."""
     return Rule(key, (hf_key,), hf_shapes=lambda a: [shape(a)], full_shape=shape, **others)
 
 

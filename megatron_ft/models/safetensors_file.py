@@ -100,7 +100,7 @@ def _no_doubles(pairs: list) -> dict:
 
 
 def header_of(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
-    """(the file's first bytes, where each tensor's numbers begin); the file ends with the last tensor."""
+    """Return (the first bytes of the file, offset of each tensor's data); the file ends with the last tensor."""
     entries: dict = {"__metadata__": {"format": "pt"}}
     at, starts = 0, []
     for name, dtype, shape in tensors:

@@ -75,7 +75,7 @@ class TensorRef:
         return self.storage.dtype
 
     def read(self) -> Tensor:
-        """Raise CheckpointError where the bytes are not those that were written."""
+        """Return the tensor in its own memory, not a map of the file, so that it can be freed."""
         return self.file.read(self)
 
 
@@ -165,7 +165,7 @@ class TorchFile:
         return TensorRef(self, storage, offset, shape, stride)
 
     def read(self, ref: TensorRef) -> Tensor:
-        """The tensor's own memory, not a map of the file: what is read does not stay in the process."""
+        """Return the tensor in its own memory, not a map of the file, so that it can be freed."""
         info = self._infos[ref.storage.record]
         if not info.file_size:
             return torch.empty(ref.shape, dtype=ref.dtype)
@@ -198,7 +198,7 @@ class _Dict(dict):
 
 
 def read_at(handle: int, offset: int, size: int) -> Tensor | None:
-    """size bytes as a tensor of uint8; None if the file ends before."""
+    """Return `size` bytes as a tensor of uint8; None if the file ends before."""
     data = torch.empty(size, dtype=torch.uint8)
     view, done = data.numpy().data, 0
     while done < size:

@@ -33,7 +33,7 @@ class Trainable:
         return not self.patterns or any(re.search(pattern, name) for pattern in self.patterns)
 
     def freeze_others(self, chunk: Module) -> None:
-        """Freeze what is not trained in a chunk of a stage, before the engine's wrappers make buffers for gradients."""
+        """Freeze the other parameters in a chunk of a stage, before the engine's wrappers allocate gradient buffers."""
         for name, parameter in named_parameters(chunk):
             if name not in self:
                 parameter.requires_grad_(False)

@@ -131,7 +131,7 @@ class Placed:
 
 
 def pad_rows(tensor: Tensor, rows: int) -> Tensor:
-    """[v, h] -> [rows, h] with zeros below; the tensor itself if it has that many already."""
+    """Return [v, h] as [rows, h] with zeros below; the tensor itself if it has that many rows."""
     if tensor.shape[0] == rows:
         return tensor
     padded = tensor.new_zeros((rows, *tensor.shape[1:]))
@@ -170,13 +170,13 @@ def _place(rule: Rule, layer: int = 0, local: int = 0) -> Placed:
 
 
 def qkv_rows(arch: Architecture) -> tuple[int, int, int]:
-    """Rows of q, k and v."""
+    """Return the rows of q, k and v."""
     key_value = arch.num_query_groups * arch.head_dim
     return arch.num_attention_heads * arch.head_dim, key_value, key_value
 
 
 def merge_qkv(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
-    """q, k, v -> rows [q_1..q_n, k, v] per query group, n = heads / groups, so that a rank's rows are whole groups.
+    """Return q, k, v as rows [q_1..q_n, k, v] per query group, n = heads / groups, so that the rows of a rank are whole groups.
 
     Weights [rows, h] or biases [rows].
     """
@@ -187,7 +187,7 @@ def merge_qkv(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def split_qkv(arch: Architecture, full: Tensor) -> list[Tensor]:
-    """Inverse of merge_qkv."""
+    """Return the inverse of merge_qkv."""
     queries = arch.num_attention_heads // arch.num_query_groups * arch.head_dim
     grouped = full.reshape(arch.num_query_groups, -1, *full.shape[1:])
     parts = grouped.split([queries, arch.head_dim, arch.head_dim], dim=1)
@@ -195,14 +195,14 @@ def split_qkv(arch: Architecture, full: Tensor) -> list[Tensor]:
 
 
 def stack_rows(arch: Architecture, tensors: Sequence[Tensor]) -> Tensor:
-    """gate [f, h], up [f, h] -> [gate; up] [2f, h]."""
+    """Return gate [f, h], up [f, h] as [gate; up] [2f, h]."""
     import torch
 
     return torch.cat(list(tensors))
 
 
 def halve_rows(arch: Architecture, full: Tensor) -> list[Tensor]:
-    """Inverse of stack_rows."""
+    """Return the inverse of stack_rows."""
     return list(full.chunk(2))
 
 
@@ -219,6 +219,6 @@ def split_experts(arch: Architecture, full: Tensor, each: int) -> list[Tensor]:
 
 
 def layers_of_stage(num_layers: int, pp_size: int, pp_rank: int) -> range:
-    """Global numbers (from 0) of the layers a stage holds. num_layers is a multiple of pp_size (see check_layout)."""
+    """Return the global numbers (from 0) of the layers of a stage. num_layers is a multiple of pp_size (see check_layout)."""
     per_stage = num_layers // pp_size
     return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)

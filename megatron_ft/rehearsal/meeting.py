@@ -79,11 +79,11 @@ class Meeting:
         )
 
     def open(self) -> None:
-        """In the first process: announce that everything is prepared."""
+        """Announce that everything is prepared. Only the first process calls it."""
         write_json(self.folder / _READY, [name for name in _names(self.folder) if name.startswith(_ANSWER)])
 
     def wait(self) -> None:
-        """In the others: wait for that. Raise ConfigError if the first process has ended."""
+        """Wait for that, in the other processes. Raise ConfigError if the first process has ended."""
         seen = time.monotonic()
 
         def is_ready(names: list[str]) -> bool:
@@ -102,7 +102,7 @@ class Meeting:
         self._until(is_ready, TO_PREPARE, late)
 
     def end(self) -> None:
-        """In the first process: remove the folder."""
+        """Remove the folder. Only the first process calls it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _is_for_us(self) -> bool:

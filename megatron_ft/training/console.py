@@ -64,7 +64,7 @@ class Console(Hook):
         )
 
     def _rates(self) -> tuple[float, list[float]]:
-        """(seconds, [tokens/s, trained tokens/s]) over the window."""
+        """Return (seconds, [tokens/s, trained tokens/s]) over the window."""
         seconds = sum(m["train/seconds"] for m in self.window)
         return seconds, [sum(m[f"train/{n}"] for m in self.window) / seconds for n in ("tokens", "supervised_tokens")]
 
@@ -109,6 +109,6 @@ def _short(number: float) -> str:
 
 
 def make_console(train_iters: int, log_interval: int) -> Console:
-    """Live on a terminal, plain lines anywhere else (and with TERM=dumb)."""
+    """Return a live display on a terminal, plain lines elsewhere (and with TERM=dumb)."""
     live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     return (LiveConsole if live else Console)(train_iters, log_interval)

@@ -42,7 +42,7 @@ def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset
 
 
 def _validation(data: Data, checkpoint: CheckpointConfig, weights: np.ndarray) -> ChatDataset | None:
-    """The validation set, where there is one. One that was merely found beside the training set is no reason not to train."""
+    """Return the validation set, if there is one. An unusable one that was only found beside the training set is ignored."""
     paths = data.valid_data_path or _siblings(data.data_path)
     try:
         return _dataset(paths, data, checkpoint, weights, shuffle=False) if paths else None
@@ -89,7 +89,7 @@ def _plans(data: Data) -> str | None:
 
 
 def _open(prefix: str, checkpoint: CheckpointConfig) -> Samples:
-    """Role-labelled shards that fit the checkpoint's tokenizer, or plain pretraining shards."""
+    """Open role-labelled shards that fit the checkpoint's tokenizer, or plain pretraining shards."""
     if is_plain(prefix):
         return PlainShards(prefix, checkpoint.architecture.vocab_size)
     shard = open_shards(prefix)
@@ -98,7 +98,7 @@ def _open(prefix: str, checkpoint: CheckpointConfig) -> Samples:
 
 
 def with_chat_format(checkpoint: CheckpointConfig, train_set: ChatDataset) -> CheckpointConfig:
-    """The checkpoint's description, its chat format taken from the shards where the conversion did not name one."""
+    """Return the checkpoint's description, with the chat format of the shards if the conversion did not set one."""
     formats = [shard.manifest.chat_format for shard in train_set.shards]
     names = {known["name"] for known in formats if known.get("name") is not None}
     if len(names) > 1:
@@ -122,6 +122,6 @@ def loss_weight_of(shard: Samples, weights: np.ndarray, marked_loss_weight: floa
 
 
 def _siblings(prefixes: list[str]) -> list[str]:
-    """PREFIX-val shards beside PREFIX-train ones."""
+    """Return the PREFIX-val shards beside PREFIX-train ones."""
     found = [prefix[: -len("-train")] + "-val" for prefix in prefixes if prefix.endswith("-train")]
     return [prefix for prefix in found if Path(f"{prefix}-text.idx").is_file()]

@@ -29,11 +29,11 @@ from megatron_ft.training.model_flags import check_model_flags
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run begins from.
+    """The checkpoint and settings from which a run begins.
 
-    folders: the checkpoints that may be loaded, newest first. index: of the first with all its files. described: that one.
-    settings: as given, but --auto_resume takes --finetune back where it goes on from --save. read: describes another of the folders,
-    and checks the rules for it.
+    folders: the checkpoints that may be loaded, newest first. index: of the first with all its files. described: its description.
+    settings: as given, but --auto_resume resets --finetune if the run continues from --save. read: returns the description of another of
+    the folders and checks the rules for it.
     """
 
     folders: list[Path]
@@ -48,7 +48,7 @@ class Start:
 
 
 def find_start(settings: TrainingSettings, world_size: int) -> Start:
-    """Find the checkpoint that a run of so many processes begins from. Raise UserError where there is none, or it does not fit."""
+    """Find the checkpoint from which a run of so many processes begins. Raise UserError if there is none, or it does not fit."""
     folders, checkpointing = select.sources(settings.checkpointing)
     settings = dataclasses.replace(settings, checkpointing=checkpointing)
 
@@ -62,9 +62,9 @@ def find_start(settings: TrainingSettings, world_size: int) -> Start:
 def check_model(
     settings: TrainingSettings, described: CheckpointConfig, folder: Path, world_size: int
 ) -> CheckpointConfig:
-    """Check every rule between settings and a model. Return its description, the rope scaled where flags say so.
+    """Check every rule between settings and a model. Return its description, with RoPE scaling by flags.
 
-    Raise ConfigError or CheckpointError, with both values and the remedy. folder: of the checkpoint, to name it.
+    Raise ConfigError or CheckpointError, with both values and the remedy. folder: of the checkpoint, for the message.
     """
     refuse_experts(described.architecture)
     described = check_model_flags(settings.model, described)
@@ -83,5 +83,5 @@ def check_model(
 
 
 def starts_anew(described: CheckpointConfig, checkpointing: Checkpointing) -> bool:
-    """Return whether only weights are taken: the checkpoint was converted, or --finetune is set."""
+    """Return whether only weights are loaded: the checkpoint was converted, or --finetune is set."""
     return described.iteration == "release" or checkpointing.finetune

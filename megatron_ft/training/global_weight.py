@@ -24,13 +24,13 @@ class GlobalWeight:
         self.total = torch.zeros([], dtype=torch.float32, device=device)
 
     def add(self, weight: torch.Tensor) -> None:
-        """weight: scalar fp32, of one microbatch."""
+        """Add the weight of one microbatch: a scalar fp32."""
         self.total += weight
 
     def finalize(
         self, model: list, num_tokens: Any = None, pg_collection: Any = None, force_all_reduce: bool = False
     ) -> None:
-        """The engine's finalize_model_grads_func: reduces gradients over the ranks, then divides by the global weight."""
+        """Reduce gradients over the ranks, then divide by the global weight. This is the engine's finalize_model_grads_func."""
         finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
         self._sum_over_ranks()
         if self.total > 0:

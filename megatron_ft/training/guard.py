@@ -36,7 +36,7 @@ def attempt(name: str, action: Callable[[], Any]) -> None:
 
 
 def give_up(name: str, error: BaseException | str) -> None:
-    """The one line about a logger that failed."""
+    """Return the line about a logger that failed."""
     log.warning(f"{name}: {_reason(error)}; no more is logged there, the run goes on", extra=FROM_ANY_RANK)
 
 
@@ -149,7 +149,7 @@ class Aside(Guarded):
 
 
 def _reason(error: BaseException | str) -> str:
-    """In one line: what the system answered, else the kind of the exception and what it says."""
+    """Return the reason in one line: the message of the system, else the kind of the exception and its message."""
     if isinstance(error, str):
         return error
     if isinstance(error, OSError) and error.strerror:

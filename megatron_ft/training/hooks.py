@@ -20,7 +20,7 @@ class Hook:
     def on_save(self, iteration: int, folder: Path) -> None: ...
     def on_end(self) -> None: ...
     def abandon(self) -> None:
-        """It failed, and is called no more: give back what it has taken of this process, without waiting for anything."""
+        """Release what the hook holds in this process, without waiting. It has failed and is not called again."""
 
 
 def numbers(metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:

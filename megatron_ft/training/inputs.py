@@ -41,19 +41,19 @@ class Inputs:
     groups: Tensor
     """[breakdowns, b, s] int64, see data.loader.Microbatch"""
     rows: RowParams | None
-    """What the layers are told; None: nothing."""
+    """Arguments of the layers; None: no arguments."""
     counts: np.ndarray
-    """[3] float64: real tokens, supervised tokens, pairs of tokens of which one sees the other"""
+    """[3] float64: real tokens, supervised tokens, pairs of tokens in which one attends to the other"""
 
     @property
     def position_ids(self) -> Tensor:
-        """[b, s]; the rotary embedding counts for itself, but the engine's embedding takes them."""
+        """[b, s]. The engine's embedding requires them; the rotary embedding computes its own."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What one microbatch is made from; equal tasks make equal microbatches."""
+    """The source of one microbatch; equal tasks make equal microbatches."""
 
     dataset: ChatDataset
     rows: tuple[int, ...]
@@ -99,7 +99,7 @@ class InputStream:
             yield self._placed(built)
 
     def _begin(self, task: _Task, expected: list[_Task]) -> None:
-        """Have a task built, unless it is under way. What was built ahead of something else is dropped."""
+        """Start building a task, unless it is being built. Tasks that were built ahead and are not needed are dropped."""
         known = [begun for begun, _ in self._ready]
         if known != expected[: len(known)]:
             self._ready.clear()
@@ -135,7 +135,7 @@ class InputStream:
         return Inputs(**here, rows=rows, counts=built.counts)
 
     def _keys(self, seed: int, batch: Microbatch, rows: tuple[int, ...]) -> np.ndarray:
-        """The dropout keys as the layers see the tokens: [2, s, b], this rank's stretch under sequence parallelism."""
+        """Return the dropout keys in the order of the layers' tokens: [2, s, b], this rank's part under sequence parallelism."""
         keys = token_keys(seed, rows, batch.tokens.shape[1])
         keys = keys.swapaxes(1, 2) if batch.segments is None else keys.reshape(2, -1, 1)
         if self.layout.cp_size > 1:

@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """What all layouts compute."""
+    """The computation of all layouts."""
 
     architecture: Architecture
     seq_length: int = 64
@@ -83,7 +83,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a layout is from the reference, relative to the size of what is compared."""
+    """The difference of a layout from the reference, relative to the size of the compared values."""
 
     loss: float
     later_loss: float
@@ -91,7 +91,7 @@ class Difference:
     gradient: float
     """The largest over all tensors of max |g - g_reference| / max |g_reference|."""
     where: str
-    """Which tensor that is."""
+    """Name of that tensor."""
 
     @property
     def largest(self) -> float:
@@ -130,7 +130,9 @@ class MadeUpChats:
 
 
 def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None = None) -> Measured | None:
-    """On every rank of the case. prepare: what a test does to the chunks before the step. Returns None but on rank 0."""
+    """Measure one case. Every rank of it calls this; only rank 0 gets a result, the others None. prepare: changes the chunks before the
+    step.
+    """
     arch, parallel, numerics = problem.architecture, case.parallel, problem.numerics
     split = split_layers(arch.num_layers, parallel)
     data = Data(seq_length=problem.seq_length, packing=case.packing, seed=problem.seed)
@@ -166,7 +168,7 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
 
 
 def compare(one: Measured, other: Measured) -> Difference:
-    """`one` is the reference. A tensor that only one of the two has differs infinitely."""
+    """Compare with the reference `one`. A tensor that only one of the two has differs infinitely."""
     apart = {name: math.inf for name in one.gradients.keys() ^ other.gradients.keys()}
     for name in one.gradients.keys() & other.gradients.keys():
         reference, found = one.gradients[name].astype(np.float64), other.gradients[name].astype(np.float64)
@@ -186,7 +188,7 @@ def _parts(
     chunks: list, of: Callable[[Any], torch.Tensor],
     wanted: Callable[[torch.nn.Parameter], bool] = lambda _: True,
 ) -> Iterator[ShardedTensor]:  # fmt: skip
-    """The engine's description of every parameter's place in the whole model, around of(parameter) instead of the parameter."""
+    """Return the engine's description of the place of every parameter in the whole model, with of(parameter) instead of the parameter."""
     by_id = {id(parameter): parameter for chunk in chunks for parameter in chunk.parameters() if wanted(parameter)}
     for entry in nested_values(sharded_weights(chunks if len(chunks) > 1 else chunks[0])):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in by_id:
@@ -204,7 +206,7 @@ def _box(part: ShardedTensor) -> tuple[slice, ...]:
 
 
 def make_up_weights(chunks: list, arch: Architecture) -> None:
-    """Weights as a function of their names: the same in every layout. Larger than a usual start, so that differences show."""
+    """Set weights as a function of their names: the same in every layout. Larger than a usual initialisation, so that differences show."""
     for part in _parts(chunks, lambda parameter: parameter.data):
         shape = part.global_shape[part.prepend_axis_num :]
         stream = torch.Generator().manual_seed(zlib.crc32(part.key.encode()))
@@ -217,7 +219,7 @@ def make_up_weights(chunks: list, arch: Architecture) -> None:
 
 
 def _gathered(chunks: list, arch: Architecture) -> dict[str, np.ndarray] | None:
-    """Every gradient as a whole tensor, on rank 0; None on the others. Copies of a part must agree to the last bits, or it is NaN."""
+    """Return every gradient as a whole tensor on rank 0; None on the others. Copies of a part must be bit-identical, else it is NaN."""
     mine = [
         (part.key, part.global_shape[part.prepend_axis_num :], _box(part), is_main_replica(part.replica_id), part.data)
         for part in _parts(chunks, lambda parameter: parameter.main_grad, lambda parameter: parameter.requires_grad)

@@ -140,7 +140,7 @@ def _timed_step(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _throughput(run: Run, result: StepResult, seconds: float) -> dict[str, float]:
-    """TFLOP/s of each GPU and the share of its peak that is (MFU); nothing on a CPU."""
+    """Return TFLOP/s of each GPU and the share of its peak (MFU); {} on a CPU."""
     name = device.gpu_name()
     if name is None or run.architecture is None:
         return {}
@@ -151,7 +151,7 @@ def _throughput(run: Run, result: StepResult, seconds: float) -> dict[str, float
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats a token; what no float can hold is cut to the largest that can be logged."""
+    """Return exp of a loss in nats per token, at most the largest float that can be logged."""
     return math.exp(min(loss, 700))
 
 

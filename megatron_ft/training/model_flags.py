@@ -33,7 +33,7 @@ SIZES = {
 
 
 def check_model_flags(flags: Model, checkpoint: CheckpointConfig) -> CheckpointConfig:
-    """The checkpoint's description, its rope scaled where the flags ask for it.
+    """Return the checkpoint's description, with RoPE scaling by flags.
 
     Raise ConfigError for flags that contradict the checkpoint, all of them in one line.
     """
@@ -62,7 +62,7 @@ def _differences(flags: Model, arch: Architecture) -> Iterator[str]:
 
 
 def _family(name: str) -> str:
-    """llama2, Llama-2 and llama are one family here; qwen2 and qwen3 are not."""
+    """Return the family of a name: llama2, Llama-2 and llama are one family; qwen2 and qwen3 are two."""
     plain = name.lower().replace("-", "").replace("_", "")
     return re.sub(r"^(llama|codellama|falcon|mistral).*", r"\1", plain).replace("codellama", "llama")
 
@@ -83,7 +83,7 @@ def _tokenizer_difference(flags: Model, checkpoint: CheckpointConfig) -> Iterato
 
 
 def _scaled(flags: Model, arch: Architecture) -> Architecture:
-    """Rope scaling of an unscaled model; one that is scaled already may only be told so again."""
+    """Return the model with RoPE scaling by flags. For a model that is already scaled, the flags must state the same scaling."""
     factor = flags.rope_scaling_factor
     if factor is None and flags.rope_scaling_type is None:
         return arch

@@ -20,7 +20,7 @@ class ReplicasDiffer(UserError):
 
 
 def check_replicas(chunks: list, iteration: int) -> None:
-    """All ranks call it. Raise ReplicasDiffer on every rank where any replica differs, naming weight and ranks."""
+    """Raise ReplicasDiffer on every rank if any replica differs, with weight and ranks. All ranks call it."""
     named = [(name, parameter) for chunk in chunks for name, parameter in chunk.named_parameters()]
     mine = torch.stack([_checksum(parameter.detach()) for _, parameter in named])
     group = parallel_state.get_data_parallel_group()
@@ -42,7 +42,7 @@ def check_replicas(chunks: list, iteration: int) -> None:
 
 
 def _checksum(x: torch.Tensor) -> torch.Tensor:
-    """[2] int64: the sum of x's bits as integers, and the same weighted by place. One flipped bit always changes the first."""
+    """Return [2] int64: the sum of x's bits as integers, and the same weighted by position. One flipped bit always changes the first."""
     words = x.contiguous().view(_WORDS[x.element_size()]).flatten().to(torch.int64)
     places = torch.arange(words.numel(), device=x.device) % 65521 + 1
     return torch.stack([words.sum(), (words * places).sum()])

@@ -32,7 +32,7 @@ def start_of_run(
     chunks: Sequence[Any], layout: Layout, described: CheckpointConfig, data: Data, train_set: ChatDataset,
     valid_set: ChatDataset | None, source: Path, iteration: int, train_iters: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """One start of a run as plain values. chunks: this rank's parts of the model. A collective: all ranks call it."""
+    """Return one start of a run as plain values. chunks: this rank's parts of the model. A collective: all ranks call it."""
     arch = described.architecture
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -77,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def _ranks(chunks: Sequence[Any], layout: Layout) -> list[dict[str, Any]]:
-    """Every rank's place, layers (counted from 0) and parameters; replicas of the data-parallel group included."""
+    """Return position, layers (counted from 0) and parameters of every rank, replicas of the data-parallel group included."""
     import torch.distributed as dist
 
     layers = [layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers]

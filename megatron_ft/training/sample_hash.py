@@ -16,7 +16,7 @@ MOST_ROWS = 2_000_000
 
 
 def beginning(dataset: ChatDataset) -> str:
-    """The hash before the first row: of the shards' own digests, where their manifests have them, and the length of rows."""
+    """Return the hash before the first row: of the digests of the shards, if their manifests have them, and of the row length."""
     import xxhash
 
     state = xxhash.xxh3_128(str(dataset.seq_length).encode())
@@ -27,7 +27,7 @@ def beginning(dataset: ChatDataset) -> str:
 
 
 def extend(before: str, dataset: ChatDataset, first: int, rows: int) -> str:
-    """The hash after `rows` more rows, from row number `first` since the start of training."""
+    """Return the hash after `rows` more rows, from row number `first` since the start of training."""
     import xxhash
 
     state = bytes.fromhex(before)
@@ -37,9 +37,10 @@ def extend(before: str, dataset: ChatDataset, first: int, rows: int) -> str:
 
 
 def check_resumed(saved: str, dataset: ChatDataset, consumed: int) -> str:
-    """The hash to go on with. Says loudly where this run would not have consumed what the saved one did, as other shards do.
+    """Return the hash to continue with. Log a warning if this run would not have consumed the same rows, for example because of other
+    shards.
 
-    saved: "" in checkpoints of earlier versions, which do not know theirs.
+    saved: "" in checkpoints of earlier versions, which do not contain it.
     """
     if consumed > MOST_ROWS:
         log.info(f"{consumed} rows were consumed, too many to prove again which: the hash goes on from the saved one")

@@ -21,10 +21,10 @@ def make_model(
     arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics,
     kernels: Kernels | None = None, rows: int | None = None, trainable: Trainable = ALL,
 ) -> list[DistributedDataParallel]:  # fmt: skip
-    """The chunks of this rank's stage (one, unless the pipeline is interleaved), each inside the engine's data-parallel wrapper
+    """Return the chunks of this rank's stage (one, unless the pipeline is interleaved), each in the engine's data-parallel wrapper
     (gradients in fp32 buffers, unless --grad_reduce_in_bf16).
 
-    rows: of the embedding, padding included, where a checkpoint prescribes them. trainable: what is trained; the rest has no gradients.
+    rows: of the embedding with padding, if a checkpoint defines them. trainable: the parameters to train; the others get no gradients.
     """
     refuse_experts(arch)
     kernels, here = kernels or Kernels(), machine()
@@ -78,7 +78,7 @@ def dtype_of(numerics: Numerics) -> torch.dtype:
 
 
 def bare(chunks: list) -> list:
-    """The GPTModels inside their wrappers."""
+    """Return the GPTModels inside their wrappers."""
     return [_inside(chunk) for chunk in chunks]
 
 

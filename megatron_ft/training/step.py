@@ -28,7 +28,7 @@ from megatron_ft.training.update import Update, update
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step came to, summed over the whole global batch. Meaningful on ranks of the last pipeline stage."""
+    """The result of one step, summed over the whole global batch. Meaningful on ranks of the last pipeline stage."""
 
     loss: float
     """The objective's mean over the global batch; cross-entropy: nats per token."""
@@ -47,7 +47,7 @@ class StepResult:
     loss_scale: float = 1.0
     """By which the loss was multiplied (fp16)."""
     more: dict[str, float] = field(default_factory=dict)
-    """What else the objective logs; cross-entropy: mean loss by role, source and position, {"loss_by_role/assistant": 1.2, ...}."""
+    """Other values that the objective logs; cross-entropy: mean loss by role, source and position, {"loss_by_role/assistant": 1.2, ...}."""
 
 
 class Phases(dict):
@@ -117,8 +117,8 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self, dataset: ChatDataset, iters: int) -> StepResult:
-        """Weighted mean loss over the first `iters` global batches of `dataset`, dropout off. No row counts twice: what the
-        last batch has beyond the first epoch is empty.
+        """Return the weighted mean loss over the first `iters` global batches of `dataset`, with dropout off. Each row counts once: in the
+        last batch, rows beyond the first epoch are empty.
         """
         for chunk in self.model:
             chunk.eval()
@@ -170,7 +170,7 @@ class Stepper:
     def _forward(
         self, batches: Iterator[Inputs], model: Any, counts: np.ndarray, dataset: ChatDataset
     ) -> tuple[torch.Tensor, Callable]:
-        """The engine's forward step: one microbatch through one chunk of this rank's stage."""
+        """Run the engine's forward step: one microbatch through one chunk of this rank's stage."""
         batch = next(batches)
         if model is self.model[0]:  # what is counted is counted by a stage's first chunk
             if self.layout.cp_rank == 0:  # the others have the same rows

@@ -38,7 +38,7 @@ def time_limit(section: Stopping) -> float | None:
 
 
 class StopRequest:
-    """Whether a signal, or the time, asked this run to stop. A context manager: the handlers are taken down again.
+    """Records whether a signal or a time limit requests that this run stops. A context manager, which restores the handlers.
 
     until: a time (seconds since the epoch) from which to stop. every: stop after an iteration that this divides.
     """

@@ -23,25 +23,27 @@ PEAKS = (
 
 
 def peak_tflops(name: str) -> float | None:
-    """None for a device that is not in the table."""
+    """Return the peak of a device; None if it is not in the table."""
     return next((float(peak) for pattern, peak in PEAKS if re.search(pattern, name)), None)
 
 
 def matrix_weights(arch: Architecture) -> int:
-    """Weights that multiply activations, in the whole model."""
+    """Return the number of weights that multiply activations, in the whole model."""
     heads = arch.head_dim * (2 * arch.num_attention_heads + 2 * arch.num_query_groups)  # q and output; k and v
     mlp = arch.ffn_hidden_size * (3 if arch.gated else 2)
     return arch.hidden_size * (arch.num_layers * (heads + mlp) + arch.vocab_size)
 
 
 def pairs(lengths: np.ndarray, window: int | None) -> float:
-    """Pairs of tokens of which one sees the other, itself included, over samples of these lengths."""
+    """Return the pairs of tokens in which one attends to the other, itself included, over samples of these lengths."""
     n = np.asarray(lengths, np.float64)
     w = n if window is None else np.minimum(n, window)
     return float((n * w - w * (w - 1) / 2).sum())
 
 
 def step_flops(arch: Architecture, tokens: int, seen: float) -> float:
-    """Of a step, forward and backward. seen: pairs(...) of its samples; layers without a window are taken to have it too."""
+    """Return the operations of a step, forward and backward. seen: pairs(...) of its samples; layers without a window are counted as with
+    it.
+    """
     attention = 12 * arch.num_layers * arch.num_attention_heads * arch.head_dim
     return 6.0 * matrix_weights(arch) * tokens + attention * seen

@@ -9,7 +9,7 @@ from megatron_ft.data.loader import ChatDataset
 
 
 def trained_on(dataset: ChatDataset) -> str:
-    """JSON: one entry a shard set, with the digest of its tokens and the names of its sources."""
+    """Return JSON with one entry per set of shards: the digest of its tokens and the names of its sources."""
     entries = []
     for shard in dataset.shards:
         manifest = shard.manifest

@@ -15,21 +15,21 @@ from megatron_ft import device
 
 @dataclass(frozen=True)
 class Update:
-    """What became of a step."""
+    """The outcome of a step."""
 
     updated: bool
     grad_norm: float
-    """Before clipping; NaN where gradients overflowed fp16."""
+    """Before clipping; NaN if gradients overflowed fp16."""
     loss_scale: float = 1.0
-    """By which the loss was multiplied in this step (fp16)."""
+    """Factor by which the loss was multiplied in this step (fp16)."""
     overflow: bool = False
-    """Not updated because gradients overflowed fp16 while the scale can still fall: how a dynamic scale finds its height."""
+    """Not updated because gradients overflowed fp16 while a dynamic scale can still fall, until it fits."""
 
 
 def update(optimizer: Any) -> Update:
-    """Clip and step, as the engine's ChainedOptimizer.step does, unless the gradient norm is not finite: then nothing changes.
+    """Clip gradients and step, as the engine's ChainedOptimizer.step, unless the gradient norm is not finite: then nothing changes.
 
-    All ranks decide alike, also where only one replica's machine made a number that is not finite.
+    All ranks decide the same, also if only one replica has a number that is not finite.
     """
     scaler = getattr(optimizer.chained_optimizers[0], "grad_scaler", None)
     scale = float(scaler.scale) if scaler else 1.0

@@ -16,14 +16,14 @@ from megatron_ft.training.inputs import Inputs
 
 
 class Contribution(NamedTuple):
-    """What one microbatch adds to a step, as the engine's schedule takes it."""
+    """The contribution of one microbatch to a step, in the form that the engine's schedule expects."""
 
     total: Tensor
     """Scalar to differentiate: a sum, not a mean. The schedule divides it in place."""
     tokens: Tensor
     """Scalar int32: supervised tokens."""
     log: Tensor
-    """[log_size] fp64, without gradient. Summed over microbatches and data-parallel ranks, then given to `read`."""
+    """[log_size] fp64, without gradient. Summed over microbatches and data-parallel ranks, then passed to `read`."""
 
 
 class Objective(Protocol):
