@@ -1,7 +1,6 @@
 """The command line: finds a command in the table and imports only that one.
 
-Knows the commands by name alone, so that `megatron-ft --help` answers at once and the command modules may depend on
-what they like.
+It uses only the names of the commands. So `megatron-ft --help` needs little time, and command modules may import anything.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Which device a rank computes on, and facts about it.
+"""The device on which a rank computes, and facts about it.
 
-This file, gpu_facts.py and engine/cpu_stand_in.py are the only ones that say cuda or gloo. Knows nothing of models, data or training.
+Only this file, gpu_facts.py and engine/cpu_stand_in.py contain the words cuda and gloo. Models, data and training are in other modules.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A folder's digests.json: size and XXH3 (128 bits) of every file, so that a flipped bit, a cut or a missing file is never believed.
+"""A folder's digests.json: size and XXH3 (128 bits) of every file, which detects flipped bits, truncated and missing files.
 
-The manifest is written last, under a temporary name, and renamed: where it lies, every file it names was complete. It guards itself
-too. Against accidents, not against forgery: who can write the folder can write the manifest.
-Knows files only, neither checkpoints nor exports.
+The manifest is written last, under a temporary name, and renamed: if it exists, every file that it lists was complete. It also has a hash
+of itself. It detects accidents, not manipulation: who can write to the folder can write the manifest. Used for checkpoints and exports.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The mistakes a user can make, as types.
+"""The types of errors that a user can fix.
 
-A message is one line with three parts: what is wrong (with both values where two disagree), where (file, line, flag),
-how to fix it. The command line prints it and exits with 2, or with 1 where the fault is the machine's and may pass. Anything
-else that is raised is a bug of ours: a traceback and exit code 1.
+A message is one line with three parts: what is wrong (with both values if two disagree), where (file, line, flag), how to fix it. The
+command line prints it and exits with 2, or with 1 if the fault is one of the machine and may be temporary. Any other exception is a bug:
+a traceback and exit code 1.
 """
 
 

@@ -1,8 +1,8 @@
-"""Writing so that a reader sees the whole result or nothing, and reading with errors a user can act on.
+"""Writes files atomically, and reads files with errors that a user can act on.
 
-New files and folders are made under a temporary name beside their target (same disk, so the rename is atomic),
-flushed to the disk, then renamed. The temporary names start with a dot and hold ".tmp-": what a killed process leaves
-behind is easy to see and never mistaken for a result. Knows nothing of checkpoints or shards.
+New files and folders are made under a temporary name beside their target (same disk, so the rename is atomic), flushed to the disk, then
+renamed. Temporary names start with a dot and contain ".tmp-", so what a killed process leaves is easy to recognise and is never taken for
+a result. Checkpoints and shards are in other modules.
 """
 
 import contextlib

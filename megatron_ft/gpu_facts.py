@@ -1,4 +1,4 @@
-"""What `megatron-ft doctor --check` asks of GPUs, driver and torch's build; nothing else uses it."""
+"""Facts about GPUs, driver and torch's build for `megatron-ft doctor --check`; nothing else uses them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Logging: our own lines go to the screen and the log file; what libraries say goes to the log file only.
+"""Logging: our lines go to the screen and the log file; messages of libraries go only to the log file.
 
-Knows the process's rank only from the environment that a launcher sets, so that it works before torch is there.
+The rank of the process is read from the environment that a launcher sets, so it works before torch is imported.
 """
 
 import contextlib

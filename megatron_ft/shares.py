@@ -1,4 +1,4 @@
-"""Who takes what, where ranks share work by size: arithmetic only, with the same answer on every rank."""
+"""Divides work by size over ranks: only arithmetic, with the same result on every rank."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The training state in classic mp_rank folders: one file of weights a model-parallel rank, for the layout it was saved in.
+"""The training state in classic mp_rank folders: one file of weights per model-parallel rank, for the layout it was saved in.
 
     mp_rank_TT[_PPP]/model_optim_rng.pt     weights, schedule, position, random streams of all data-parallel ranks; and the optimizer
                                             where it is not distributed
-    mp_rank_TT[_PPP]/distrib_optim.pt       the distributed optimizer's tensors, put together from all data-parallel ranks
+    mp_rank_TT[_PPP]/distrib_optim.pt       the distributed optimizer's tensors, collected from all data-parallel ranks
 
 Names as in Megatron-LM. Only tensors and plain containers: read with torch's weights_only reader.
 """

@@ -1,4 +1,4 @@
-"""A built model from whole tensors, wherever they come from: an export, a checkpoint of another layout."""
+"""Fills a built model from whole tensors of any source: an export, or a checkpoint of another layout."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The folder of a checkpoint: where its files lie and what its config.json says. Knows nothing of tensors.
+"""The folder of a checkpoint: its files and its config.json, without tensors.
 
 ROOT/latest_checkpointed_iteration.txt      "release" (converted weights) or a number
 ROOT/release/ or ROOT/iter_0000500/
     config.json                             architecture, layout, tokenizer, chat format
     tokenizer/                              the tokenizer's files
-    mp_rank_TT[_PPP]/model_optim_rng.pt     format "torch": one file a rank; _PPP only with more than one stage
+    mp_rank_TT[_PPP]/model_optim_rng.pt     format "torch": one file per rank; _PPP only with more than one stage
     .metadata, common.pt, metadata.json, *.distcp       format "torch_dist": megatron-core's own
 """
 

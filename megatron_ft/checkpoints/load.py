@@ -1,7 +1,7 @@
-"""Weights of a checkpoint into a built model, from either format.
+"""Loads the weights of a checkpoint in either format into a built model.
 
-torch_dist (megatron-core's) loads into any layout; the classic mp_rank folders into the layout they were written for. What the
-engine's and torch's readers raise about a damaged file becomes a CheckpointError that says which checkpoint and what to do.
+torch_dist (megatron-core's) loads into any layout; the classic mp_rank folders into the layout they were written for. Errors of the
+engine's and torch's readers for a damaged file become a CheckpointError with the checkpoint and the remedy.
 """
 
 from __future__ import annotations

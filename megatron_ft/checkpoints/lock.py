@@ -1,7 +1,7 @@
-"""One job a folder: the main rank holds a lock on --save while a run writes there, and cleans up what a killed one left.
+"""One job per folder: the main rank holds a lock on --save while a run writes there, and removes what a killed run left.
 
-The lock is the system's (flock): it ends with the process that holds it, however that ends, and nothing has to be removed by hand.
-Background writers share it, so that a folder is free only when the last process that writes there is gone.
+It is a lock of the system (flock), which is released when its process ends for any reason; nothing has to be removed by hand. Background
+writers share it, so a folder is free only when the last process that writes there has ended.
 """
 
 from __future__ import annotations

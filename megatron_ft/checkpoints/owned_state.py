@@ -1,12 +1,15 @@
-"""The distributed optimizer's state to and from torch_dist checkpoints, each parameter through the memory of one rank: its owner.
+"""Saves and loads the distributed optimizer's state in torch_dist checkpoints. Each parameter passes through the memory of one rank: its
+owner.
 
-The engine (megatron-core 0.16.1 and 0.19.2, `fully_reshardable`) puts the whole state together on every data-parallel rank at a save,
-and reads all of it on every rank at a load. Here parameters are dealt to the ranks of a data-parallel group by size. At a save the owner
-collects one parameter at a time from the ranks that hold its pieces; at a load it reads its own parameters and hands the pieces out. A
-rank's host memory grows by its share and one parameter. Keys, shapes and files are the engine's, and either way reads what the other wrote.
+The engine (megatron-core 0.16.1 and 0.19.2, `fully_reshardable`) collects the whole state on every data-parallel rank at a save, and
+reads all of it on every rank at a load. Here the parameters are divided over the ranks of a data-parallel group by size. At a save the
+owner collects one parameter at a time from the ranks that hold its parts; at a load it reads its own parameters and sends the parts to
+their ranks. The host memory of a rank grows by its share and one parameter. Keys, shapes and files are the engine's, and each can read
+what the other has written.
 
-To be replaced by an engine whose `fully_reshardable` collects by owner. Both have only `distrib_optim_fully_reshardable_mem_efficient`
-(data-parallel rank 0 holds everything), and `fully_sharded_model_space` (no exchange at all), which they call deprecated.
+To be replaced when the engine's `fully_reshardable` collects by owner. Both versions have only
+`distrib_optim_fully_reshardable_mem_efficient` (data-parallel rank 0 holds everything), and `fully_sharded_model_space` (no exchange at
+all), which is deprecated.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Reading files of others without running what may be planted in them.
+"""Reads files of other programs without running code in them.
 
-torch.distributed.checkpoint unpickles .metadata freely; here it may name only the types that such a file needs.
+torch.distributed.checkpoint unpickles .metadata without limits; here it may contain only the types that such a file needs.
 """
 
 from __future__ import annotations

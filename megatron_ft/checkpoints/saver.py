@@ -1,4 +1,4 @@
-"""When a checkpoint counts: all ranks write their part, then one commits it, and what was before stays until then.
+"""Commits a checkpoint: all ranks write their part, then the main rank commits it. Earlier checkpoints stay until then.
 
     .iter_0000500.tmp-PID-RANDOM/      made by the main rank; every rank writes its files there, flushed, and digests them
     .../.metadata, metadata.json       by the main rank, once every rank is done
@@ -6,8 +6,8 @@
     iter_0000500/                      the folder renamed
     latest_checkpointed_iteration.txt  replaced
 
-A rank that cannot write says so to all, and all raise; a kill at any moment leaves a folder that nobody believes. With background
-writers the same happens at the first step after the last of them is done.
+If a rank cannot write, all ranks raise. A kill at any time leaves a folder that is not used. With background writers the same happens at
+the first step after the last of them has finished.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Which checkpoint a run begins from: the newest that can be believed, and loudly the one before where it cannot.
+"""Selects the checkpoint from which a run begins: the newest that is verified; if it is damaged, a warning and the one before.
 
-The first choice is made without torch, before the processes wait for each other; the content of files is verified later, by all ranks.
+The first selection is made without torch, before the processes wait for each other. Later all ranks verify the content of the files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a checkpoint of a run holds and how it comes back: weights, optimizer, schedule, random streams, data position.
+"""Saves and loads the checkpoint of a run: weights, optimizer, schedule, random streams, data position.
 
-Format: megatron-core's torch_dist with per-layer keys, which loads into any layout; the classic one is classic.py's. When a save counts
-is saver.py's business, weights alone checkpoints/load.py's.
+The format is megatron-core's torch_dist with per-layer keys, which loads into any layout; classic.py handles the classic one. saver.py
+commits a save; checkpoints/load.py loads only weights.
 """
 
 from __future__ import annotations

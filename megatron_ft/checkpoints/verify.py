@@ -1,7 +1,7 @@
-"""Whether a checkpoint may be believed, asked before anything of it is loaded: all ranks together, a share of the files each.
+"""Verifies a checkpoint before it is loaded: all ranks together, each with a share of the files.
 
-Digests find what was damaged or cut; the restricted reader refuses a pickle that names foreign objects before the engine, which
-unpickles freely, sees it; and the tensors must be those that this model has. What one rank finds, all raise, in the same words.
+Digests detect damaged or incomplete files. The restricted reader refuses a pickle with other types before the engine reads it, which
+unpickles without limits. The tensors must be those of the model. An error that one rank finds is raised on all, with the same message.
 """
 
 from __future__ import annotations

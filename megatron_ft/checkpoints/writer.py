@@ -1,7 +1,7 @@
-"""One rank's files of a checkpoint onto the disk: here and now, or by a forked process while training goes on.
+"""Writes one rank's files of a checkpoint, in this process or in a forked one while training continues.
 
-A forked writer sees the memory as it was when it was forked, whatever the optimizer does meanwhile. It never outlives its trainer.
-Knows files and processes; what they hold and when a checkpoint counts is saver.py's business.
+A forked writer has the memory as it was at the fork, whatever the optimizer does meanwhile. It ends with its trainer. This module handles
+files and processes; saver.py defines their content and commits the checkpoint.
 """
 
 from __future__ import annotations

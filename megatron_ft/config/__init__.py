@@ -1,1 +1,1 @@
-"""Settings: dataclass sections, the rules between them, and how flags and YAML files fill them. No torch here."""
+"""Settings: dataclass sections, the rules between them, and how flags and YAML files fill them. Without torch."""

@@ -1,7 +1,7 @@
-"""Readies a command line for argparse, which lacks a few things users type.
+"""Prepares a command line for argparse, which does not support some common spellings.
 
-Those are: `-` for `_`, a suggestion for a flag nobody knows, `--switch=false`, negative numbers such as -1e-5 as
-values, and, for commands with open flags, flags nobody knows collected as settings.
+These are `-` for `_`, a suggestion for an unknown flag, `--switch=false`, negative numbers such as -1e-5 as values, and, for commands
+with open flags, unknown flags that are collected as settings.
 """
 
 import re

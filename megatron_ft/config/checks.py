@@ -1,4 +1,4 @@
-"""Rules between settings, checked before anything is built. One function a rule, no torch.
+"""Rules between settings, checked before anything is built: one function per rule, without torch.
 
 Each raises ConfigError with both values and the remedy. `check_settings` runs those that need no model; training/fit.py runs the others.
 """

@@ -1,4 +1,4 @@
-"""What a command says of itself: its name, the sections it takes, examples. Plain data; parsing is cli.py's."""
+"""The description of a command: its name, its sections, examples. Plain data; cli.py parses."""
 
 import shlex
 import sys

@@ -1,6 +1,6 @@
-"""Reads dataclass sections: one Option a field, its help taken from the string literal under the field.
+"""Reads dataclass sections: one Option per field, with the help text from the string literal below the field.
 
-Knows nothing of argparse, YAML or any particular section.
+It does not depend on argparse, YAML or any particular section.
 """
 
 import ast

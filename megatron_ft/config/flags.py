@@ -1,4 +1,4 @@
-"""The command line: flags and their help made from Options. The only file that knows argparse."""
+"""The command line: flags and their help made from Options. The only module that uses argparse."""
 
 import argparse
 import typing

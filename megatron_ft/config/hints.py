@@ -1,4 +1,4 @@
-"""What to suggest for a name that no setting has: the nearest known name, or our name for a Hugging Face flag."""
+"""Suggestions for an unknown setting: the most similar known name, or our name for a flag of Hugging Face."""
 
 import difflib
 from collections.abc import Iterable

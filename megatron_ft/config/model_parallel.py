@@ -1,4 +1,4 @@
-"""The two model-parallel sizes, which all commands share that split a model or run a split one. Plain data."""
+"""The two model-parallel sizes, a section of all commands that split a model or run a split one. Plain data."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Flags and YAML keys of earlier versions. They go on working, with one line that says the new name."""
+"""Flags and YAML keys of earlier versions. They still work, and print one line with the new name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All settings of a training run, as one value. The only place that names its sections and their order."""
+"""All settings of a training run, as one value. The only place that lists its sections and their order."""
 
 from __future__ import annotations
 

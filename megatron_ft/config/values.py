@@ -1,4 +1,4 @@
-"""Turns a flag's text, or a value from YAML, into a value of the field's type. Pydantic decides; messages are ours."""
+"""Turns the text of a flag, or a value from YAML, into a value of the field's type, with Pydantic and our error messages."""
 
 import functools
 import re

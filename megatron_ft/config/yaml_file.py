@@ -1,4 +1,4 @@
-"""Reads a YAML configuration with the line of every key, and writes one. A key twice, or that nobody knows, is refused.
+"""Reads a YAML configuration with the line of every key, and writes one. A duplicate or unknown key is an error.
 
 Keys are field names, at the top or nested under their section's name; hyphens count as underscores.
 """

@@ -1,10 +1,8 @@
-"""Chat formats: how a conversation becomes text and control tokens. A format is one ChatFormat object; everything
-else follows from it.
+"""Chat formats: the conversion of a conversation into text and control tokens. A format is one ChatFormat object.
 
-The rules: a turn, header and closing newline included, carries its speaker's role. Text between two control tokens is
-encoded as one piece; control tokens are inserted by number, so a message that spells one stays ordinary text. The
-template for transformers is made from the same object, so it cannot disagree. Templates that a tokenizer brings along
-are chat_template.py's.
+A turn, header and closing newline included, has its speaker's role. Text between two control tokens is encoded as one piece. Control
+tokens are inserted by id, so a message that contains the name of one remains ordinary text. The template for transformers is made from
+the same object, so they agree. chat_template.py handles the templates of tokenizers.
 """
 
 import functools

@@ -1,6 +1,6 @@
-"""The chat template for transformers (Jinja) that says what a chat format says, tools included.
+"""Writes a chat format as a chat template for transformers (Jinja), tools included.
 
-Plain enough for the other readers of such templates: namespace, loops, conditions, `trim` and `tojson`. Knows no tokenizer.
+It uses only what other readers of such templates support: namespace, loops, conditions, `trim` and `tojson`. It needs no tokenizer.
 """
 
 from __future__ import annotations

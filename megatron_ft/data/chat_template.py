@@ -1,11 +1,10 @@
-"""A tokenizer's own chat template (Jinja) as a chat format: the roles of its tokens, found by rendering.
+"""A tokenizer's own chat template (Jinja) as a chat format: the roles of its tokens are found by rendering.
 
-Each message is rendered as a stand-in that occurs nowhere else, for every beginning of the conversation. What a
-longer beginning adds belongs to its last message; what surrounds the stand-ins is the template's own text, in which
-alone control tokens are looked for. So a message that spells a control token stays text here too. The real messages
-are rendered as well: where that is not the same text, the template changes messages in a way that roles cannot follow,
-and the chat is refused. So is a template that writes earlier turns differently once later ones are there. Tools are rendered as the
-template does; what it writes of a call belongs to the message that calls.
+Each message is rendered as a unique placeholder, for every beginning of the conversation. The text that a longer beginning adds belongs
+to its last message. The text around the placeholders is the template's own, and only there control tokens are searched for; so a message
+that contains the name of a control token remains text. The real messages are rendered too. If the result differs, the template changes
+messages in a way that roles cannot follow, and the chat is refused. A template that writes earlier turns differently when later ones
+follow is refused too. Tools are rendered as the template does; the text of a call belongs to the message that calls.
 """
 
 import json

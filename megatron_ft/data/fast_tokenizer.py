@@ -1,8 +1,7 @@
-"""A Hugging Face tokenizer.json as a tokenizer's base vocabulary.
+"""A Hugging Face tokenizer.json as the base vocabulary of a tokenizer.
 
-Two copies are kept: one encodes the text at the start of a document, the other text behind a control token. They
-differ only for tokenizers that put a space before a document's first word and nowhere else. Knows nothing of
-tokenizer_config.json.
+There are two copies: one encodes the text at the start of a document, the other the text after a control token. They differ only for
+tokenizers that put a space before the first word of a document and nowhere else. tokenizer_files.py reads tokenizer_config.json.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""A hash of bytes, of what JSON can say, or of an open file: equal for equal content, wherever it lies."""
+"""Hashes of bytes, of JSON values, or of an open file: equal for equal content."""
 
 import json
 import os

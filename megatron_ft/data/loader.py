@@ -1,7 +1,7 @@
-"""Batches for training: role-labelled shards in, microbatches of tokens, labels and loss weights out.
+"""Batches for training: reads role-labelled shards and returns microbatches of tokens, labels and loss weights.
 
-Every batch is a function of (seed, number of rows consumed so far): nothing else has to be saved to resume, and any number of
-data-parallel ranks draws the same rows in the same order. numpy only; knows nothing of models or process groups.
+Every batch is a function of (seed, number of rows consumed so far). So nothing else has to be saved to resume, and any number of
+data-parallel ranks gets the same rows in the same order. Uses only numpy; models and process groups are in other modules.
 """
 
 from __future__ import annotations

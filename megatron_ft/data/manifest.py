@@ -1,7 +1,6 @@
-"""PREFIX-manifest.json: how shards were made, so that training can refuse what does not fit instead of learning
-nonsense.
+"""PREFIX-manifest.json: how shards were made, so that training can refuse shards that do not fit.
 
-It carries a hash of itself: a changed digit in it is found too. Knows neither the shards' bytes nor a tokenizer.
+It contains a hash of itself, which also detects a changed digit. It does not read the shards' files or a tokenizer.
 """
 
 import dataclasses

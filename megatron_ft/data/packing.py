@@ -1,7 +1,7 @@
-"""Which samples share a row: best fit, largest first within a window, deterministic, no torch.
+"""Assigns samples to rows: best fit, largest first within a window, deterministic, without torch.
 
-A sample of n tokens takes n - 1 positions of a row (its last token is only ever a label), at most `seq_length` of them.
-Positions and attention restart at every sample; that is the loader's and the attention's business, not this file's.
+A sample of n tokens takes n - 1 positions of a row, at most `seq_length`: its last token is only a label. The loader and the attention
+restart positions and attention at every sample.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What an epoch consists of: which piece of which sample, how often. numpy only, no tokens are read.
+"""The pieces of samples in an epoch. Uses only numpy; no tokens are read.
 
-A sample that fits a row is one piece. One that does not is cut, dropped or split, by choice. With shares, each set of shards
-contributes as many pieces as its share asks for: whole passes over it, and a random part of one more.
+A sample that fits into a row is one piece. A longer one is cut, dropped or split, as set. With shares, each set of shards contributes as
+many pieces as its share requires: whole passes over it, and a random part of one more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Plain pretraining shards (PREFIX.bin, PREFIX.idx, no roles): every token is text, and every token is trained on.
+"""Plain pretraining shards (PREFIX.bin, PREFIX.idx, no roles), as Megatron's preprocessing writes them. Every token is trained on.
 
-What Megatron's own preprocessing writes. Looks to the loader like role-labelled shards.
+They have the same interface as role-labelled shards.
 """
 
 from __future__ import annotations

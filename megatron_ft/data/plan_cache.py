@@ -1,8 +1,8 @@
-"""Plans of epochs kept in files that all processes of a machine map, and that the next start of the run finds.
+"""Stores plans of epochs in files that all processes of a machine map, and that the next start of the run reuses.
 
-A plan is a few arrays of numbers; its file holds them one after another behind their lengths and a hash, written whole or not at all
-and never changed. One process builds while the others wait for it. Where nothing can be written the plan stays in memory. Knows
-nothing of what the numbers mean.
+A plan is a few arrays of numbers. Its file has their lengths, a hash and the arrays in sequence; it is written atomically and never
+changed. One process builds it while the others wait. If nothing can be written, the plan stays in memory. The meaning of the numbers does
+not matter here.
 """
 
 from __future__ import annotations

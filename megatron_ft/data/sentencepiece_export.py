@@ -1,13 +1,12 @@
-"""A SentencePiece model said as a tokenizer.json, such that the same text gives the same ids.
+"""Converts a SentencePiece model to a tokenizer.json that gives the same ids for the same text.
 
-What differs between the two and is settled here: SentencePiece puts its dummy prefix before every text, also before
-one that starts with a space (a normalizer that prepends does the same, tokenizers' Metaspace does not); its BPE never
-builds control, unknown or byte pieces from letters (their merges are left out); and a run of unknown characters is
-one unknown token.
+Differences that are handled here: SentencePiece puts its dummy prefix before every text, also before one that starts with a space (a
+normalizer that prepends does the same, tokenizers' Metaspace does not); its BPE never builds control, unknown or byte pieces from letters
+(their merges are omitted); and a run of unknown characters is one unknown token.
 
-BPE without a normalization table, which is what the Llama and Mistral families have, comes out exact. Elsewhere two
-things remain: tokenizers applies such a table to whole grapheme clusters (rare combining marks differ), and a unigram
-model may choose otherwise between equal scores.
+The result is exact for BPE without a normalization table, as in the Llama and Mistral families. For other models two differences remain:
+tokenizers applies such a table to whole grapheme clusters (rare combining marks differ), and a unigram model may choose differently
+between equal scores.
 """
 
 import base64

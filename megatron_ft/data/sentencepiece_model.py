@@ -1,7 +1,7 @@
-"""A SentencePiece model as a tokenizer's base vocabulary.
+"""A SentencePiece model as the base vocabulary of a tokenizer.
 
-SentencePiece puts a space (its "dummy prefix") before every text it is given, so the text between two control tokens
-starts with one too, as it always did in Megatron-LLM. Knows nothing of tokens outside its own vocabulary.
+SentencePiece puts a space (its "dummy prefix") before every text, so the text between two control tokens also starts with one, as in
+Megatron-LLM. Tokens outside its vocabulary are handled by tokenizer.py.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""A sample as a person wants to see it: its tokens one by one with their text, who speaks, and what is trained on.
+"""A sample for display: its tokens with their text, role and loss weight.
 
-Data only; how it is painted is the commands' business.
+Only data; the commands print it.
 """
 
 import re

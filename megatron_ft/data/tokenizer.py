@@ -1,10 +1,9 @@
-"""One tokenizer for every room: plain text to ids and back, and the added (control) tokens by name.
+"""The tokenizer of all modules: plain text to ids and back, and the added (control) tokens by name.
 
-Text and control tokens are kept apart: `encode` never yields a control token, whatever the text spells; a chat format
-inserts control tokens by number. Knows no chat format and adds no beginning or end of sequence.
+Text and control tokens are separate: `encode` never returns a control token, whatever the text; a chat format inserts control tokens by
+id. It adds no beginning or end of sequence. Chat formats are in other modules.
 
-Two kinds lie behind it: a SentencePiece model (sentencepiece_model.py) and a Hugging Face tokenizer.json
-(fast_tokenizer.py).
+There are two kinds: a SentencePiece model (sentencepiece_model.py) and a Hugging Face tokenizer.json (fast_tokenizer.py).
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
-"""Writes a tokenizer as Hugging Face files, so that transformers gives the ids we trained with.
+"""Writes a tokenizer as Hugging Face files, so that transformers gives the same ids as in training.
 
-transformers reads tokenizer.json as it stands when tokenizer_config.json names no class of its own
-(PreTrainedTokenizerFast); a class such as LlamaTokenizer would put its own rules for spaces in the place of ours. How
-a SentencePiece model becomes a tokenizer.json is sentencepiece_export.py's business.
+transformers reads tokenizer.json unchanged if tokenizer_config.json names no class of its own (PreTrainedTokenizerFast). A class such as
+LlamaTokenizer would replace our rules for spaces. sentencepiece_export.py converts a SentencePiece model to tokenizer.json.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Finding a tokenizer's files: which of them says what, and the tokens added to the vocabulary.
+"""Finds the files of a tokenizer and the tokens added to its vocabulary.
 
-A folder as Hugging Face lays it out has tokenizer.json or tokenizer.model (SentencePiece), and names added tokens in
-tokenizer.json, added_tokens.json or tokenizer_config.json, depending on its age.
+A folder in Hugging Face's layout has tokenizer.json or tokenizer.model (SentencePiece). Added tokens are in tokenizer.json,
+added_tokens.json or tokenizer_config.json, depending on its age.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Tools in a chat format of ours: the definitions as part of the system message, calls behind the assistant's text.
+"""Tools in our chat formats: definitions are part of the system message, calls follow the assistant's text.
 
     {"role": "assistant", "content": "Let me see.", "tool_calls": [{"type": "function", "function": {"name", "arguments"}}]}
 
-A chat's definitions are the first message's "tools", in OpenAI's form. Everything becomes ordinary text of the messages, so that it
-needs no token of its own; the template for transformers says the same (chat_jinja.py). What a tool answers is a message as any
-other. Knows no chat format.
+The definitions are the "tools" of the first message, in OpenAI's form. Everything becomes ordinary text of the messages, so it needs no
+special token. The template for transformers writes the same text (chat_jinja.py). The result of a tool is an ordinary message. Chat
+formats are in other modules.
 """
 
 import json

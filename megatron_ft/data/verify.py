@@ -1,6 +1,6 @@
-"""Shards compared with the hashes in their manifests: every byte is read once, files side by side.
+"""Compares shards with the hashes in their manifests: every byte is read once, several files at the same time.
 
-Opening shards checks all but the numbers themselves (manifest, sizes, indexes); this is the rest. Knows nothing of who asks.
+Opening shards checks everything else (manifest, sizes, indexes).
 """
 
 from __future__ import annotations

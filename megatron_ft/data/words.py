@@ -1,9 +1,8 @@
-"""Tokenizing a text word by word, every word once: for tokenizers in which no token reaches over the bounds of words.
+"""Tokenizes each word only once, for tokenizers whose tokens never cross the bounds of words.
 
-Then the tokens of a text are those of its words one after another, whatever stands around them. Words come again and again, so
-most are found in a table, several times as fast as the libraries encode. What a word is differs: for SentencePiece models a run of
-spaces and what follows, or a newline and what follows; for byte-level tokenizers, which cut text before they merge, what stands
-between single spaces. Knows nothing of files.
+For these, the tokens of a text are those of its words in sequence. Words are repeated, so most are found in a table, which is several
+times as fast as the libraries. For SentencePiece models a word is a run of spaces and what follows, or a newline and what follows; for
+byte-level tokenizers, which cut text before they merge, it is the text between single spaces. Files are read in other modules.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What one rank finds, all ranks say: so that none waits in a collective for one that has given up.
-
-Knows nothing of layouts or checkpoints.
-"""
+"""Raises an error of one rank on all ranks, so that none waits in a collective call for a rank that has failed."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """megatron-core's CPU backend.
 
-megatron-core asks `torch.cuda` for its device, its random state and its synchronisation points. On a machine without a GPU those
-questions are answered here for the CPU: every `megatron.core` module sees a stand-in for `torch` (`_engine_torch`) in which
-`device="cuda"` and `torch.cuda.current_device()` mean the CPU. The real `torch` module is left alone, except for four methods that
-only a tensor or a module can carry (`Tensor.cuda`, `Tensor.type`, `Tensor.to("cuda")`, `Module.cuda`).
+megatron-core uses `torch.cuda` for its device, its random state and its synchronisation points. On a machine without a GPU every
+`megatron.core` module gets a replacement of `torch` (`_engine_torch`) in which `device="cuda"` and `torch.cuda.current_device()` mean the
+CPU. The real `torch` module is unchanged, except for four methods that only a tensor or a module can have (`Tensor.cuda`, `Tensor.type`,
+`Tensor.to("cuda")`, `Module.cuda`).
 
-The random stream that megatron-core calls "cuda" is, on the CPU, torch's default generator: dropout draws from it, and the tensor
-parallel RNG tracker forks it exactly as it forks a GPU's.
+The random stream that megatron-core calls "cuda" is torch's default generator on the CPU: dropout draws from it, and the tensor-parallel
+RNG tracker forks it as it forks that of a GPU.
 """
 
 from __future__ import annotations

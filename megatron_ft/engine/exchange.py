@@ -1,7 +1,7 @@
-"""What pipeline stages exchange where microbatches differ in length (--variable_seq_lengths).
+"""The exchange between pipeline stages if microbatches differ in length (--variable_seq_lengths).
 
-The engine has each stage tell the next the shape of every tensor before it sends it, and wait for the answer and the device. Here every
-stage knows the shapes already: it builds the same microbatches.
+In the engine each stage sends the shape of every tensor to the next before the tensor, and waits for the answer and the device. Here
+every stage already has the shapes, because it builds the same microbatches.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Ranks on this machine's CPU: the engine is imported once, the ranks are forked from it and joined over a file.
+"""Ranks on this machine's CPU: the engine is imported once, the ranks are forked from that process and connected through a file.
 
-For a process that does nothing else: what was started before, threads above all, does not survive a fork well.
+The process should do nothing else, because threads that were started before do not survive a fork.
 """
 
 from __future__ import annotations

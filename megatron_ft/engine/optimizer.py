@@ -1,8 +1,8 @@
-"""AdamW and its schedule, as the engine wants them.
+"""AdamW and its schedule, for the engine.
 
-megatron-core shards the state of an optimizer that looks like apex's FusedAdam (one `step` per parameter group); torch's own AdamW
-keeps `step` per parameter, and its sharded state then fails to load. So where neither Transformer Engine nor apex is installed, the
-engine is given `FusedAdam` below: torch's fused AdamW kernel behind apex's interface.
+megatron-core shards the state of an optimizer with the interface of apex's FusedAdam (one `step` per parameter group). torch's AdamW has
+`step` per parameter, and its sharded state fails to load. So if neither Transformer Engine nor apex is installed, the engine uses
+`FusedAdam` below: torch's fused AdamW kernel with apex's interface.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Process groups and seeds, made once and passed down as one `Layout`.
+"""Process groups and seeds, made once and passed on as one `Layout`.
 
-Knows tensor, pipeline and data parallelism as sizes and ranks; knows nothing of models or data.
+It handles tensor, pipeline and data parallelism as sizes and ranks. Models and data are in other modules.
 """
 
 from __future__ import annotations

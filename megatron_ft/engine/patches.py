@@ -1,4 +1,4 @@
-"""What is changed in megatron-core, each change a function with its reason. The CPU's stand-in is a file of its own."""
+"""The changes to megatron-core, each a function with its reason. The backend for the CPU is in cpu_stand_in.py."""
 
 from __future__ import annotations
 

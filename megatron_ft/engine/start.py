@@ -1,4 +1,4 @@
-"""megatron-core, imported once and made ready for this process's device."""
+"""Imports megatron-core once and prepares it for the device of this process."""
 
 from __future__ import annotations
 

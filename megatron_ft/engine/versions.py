@@ -1,6 +1,6 @@
-"""Which megatron-core this package works with, and the check that a change to its inside still meets what it changes.
+"""The supported versions of megatron-core, and a check that the parts that a patch changes still exist.
 
-Knows the parts of the engine by name only.
+It uses only the names of the engine's parts.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Model families: what a Hugging Face config says, what megatron-core needs to hear, and how the weights correspond."""
+"""Model families: reading a Hugging Face config, settings for megatron-core, and the correspondence of weights."""

@@ -1,7 +1,7 @@
-"""What a model is, apart from its numbers: the one description that all packages share.
+"""The description of a model without its weights, which all packages share.
 
-It knows neither torch nor Hugging Face nor megatron-core: a family file (llama.py) makes it from a Hugging Face config,
-the engine builds a model from it, a checkpoint carries it in its config.json.
+It uses neither torch nor Hugging Face nor megatron-core: a family file (llama.py) makes it from a Hugging Face config, the engine builds
+a model from it, and the config.json of a checkpoint contains it.
 """
 
 from __future__ import annotations

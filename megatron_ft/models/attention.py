@@ -1,8 +1,8 @@
-"""Core attention over torch's scaled_dot_product_attention: causal, grouped KV heads, packed samples, sliding window.
+"""Core attention with torch's scaled_dot_product_attention: causal, grouped KV heads, packed samples, sliding window.
 
-Everything around it (QKV projection, rotary embedding, KV cache, output projection) is megatron-core's SelfAttention. A packed batch
-comes as one long row whose sample boundaries are in RowParams; each sample is attended on its own, so that no token sees another sample
-(equal to separate forwards, not merely close).
+Everything around it (QKV projection, rotary embedding, KV cache, output projection) is megatron-core's SelfAttention. A packed batch is
+one long row; RowParams has the boundaries of its samples. Each sample is attended separately, so that no token attends to another sample
+(bit-identical to separate forward passes).
 """
 
 from __future__ import annotations

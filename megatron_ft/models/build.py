@@ -1,6 +1,7 @@
-"""The only maker of megatron-core's GPTModel: an Architecture and a Layout in, this rank's part of the model out.
+"""Builds megatron-core's GPTModel: from an Architecture and a Layout it returns this rank's part of the model.
 
-The layer spec is the engine's local one with our norm and core attention. Knows nothing of data, optimizers or files.
+No other module does. The layer spec is the engine's local one with our norm and core attention. Data, optimizers and files are in other
+modules.
 """
 
 from __future__ import annotations

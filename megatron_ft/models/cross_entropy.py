@@ -1,11 +1,11 @@
 """Cross entropy over a vocabulary that tensor-parallel ranks share, without a copy of the logits in fp32.
 
-The engine's own (0.16 and 0.19) keeps one from the forward to the backward pass: at 128K entries and 8,192 positions 4.2 GB, beside 2.1 GB
-of logits in bf16. Here the logits themselves are kept, with two numbers a position, and the softmax is computed again for the gradient.
-Entries beyond the true vocabulary take no part, without being written to: a write into a slice would copy the whole gradient.
+The engine's function (0.16 and 0.19) keeps one from the forward to the backward pass: for 128K entries and 8,192 positions 4.2 GB,
+besides 2.1 GB of logits in bf16. Here the logits are kept, with two numbers per position, and the softmax is computed again for the
+gradient. Entries beyond the true vocabulary are not used and not written to: a write into a slice would copy the whole gradient.
 
-Compiled (GPU), each of the three passes reads the logits once and keeps nothing; otherwise they go in pieces of CHUNK bytes. The numbers
-are those of the engine's unfused function, to the bit where nothing is compiled.
+Compiled (GPU), each of the three passes reads the logits once and keeps nothing; otherwise they are processed in pieces of CHUNK bytes.
+Without compilation the result is bit-identical to the engine's unfused function.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rotary settings as a Hugging Face config says them, in both directions and in the keys of transformers 4 and 5.
+"""Converts the rotary settings of a Hugging Face config in both directions, with the keys of transformers 4 and 5.
 
-Methods that transformers lacks are said in terms of those it has, with the same frequencies: a raised base alone (ntk, ntk-margin),
-yarn with factor 1 (ntk-yarn), longrope with a table (ntk-by-parts).
+Methods that transformers lacks are expressed by those it has, with the same frequencies: a raised base alone (ntk, ntk-margin), yarn with
+factor 1 (ntk-yarn), longrope with a table (ntk-by-parts).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads a Hugging Face model folder: config.json and safetensors (or pytorch_model.bin), one tensor at a time.
 
-Everything that can be checked without reading numbers is checked when the folder is opened: every file there and whole,
-every tensor of the architecture there with its shape, nothing left over. Executes nothing that lies in the folder.
+When the folder is opened, everything is checked that needs no reading of weights: all files exist and are complete, all tensors of the
+architecture exist with their shapes, and there are no others. Nothing in the folder is executed.
 """
 
 from __future__ import annotations

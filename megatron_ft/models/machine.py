@@ -1,7 +1,7 @@
-"""What this machine can compute with: the GPU's age, attention kernels, compilers. Imported and tried, not merely looked for.
+"""Capabilities of this machine: compute capability of the GPU, attention kernels, compilers. Packages are imported and tested.
 
-A package that is installed may not import (built for another torch), and one that imports may not run (built for another GPU). Every
-probe answers with the reason why not, so that `doctor` and the log can say it. kernels.py chooses by what is found here.
+An installed package may fail to import (built for another torch), and an imported one may fail to run (built for another GPU). Every test
+returns the reason of a failure, for `doctor` and the log. kernels.py chooses by these results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm that work under sequence parallelism.
 
-megatron-core's plain-torch norm refuses sequence parallelism, because the gradients of its weight would miss a sum over the tensor
-parallel ranks. Marking the parameters `sequence_parallel` is what makes the engine do that sum.
+megatron-core's plain-torch norm refuses sequence parallelism, because the gradients of its weight would lack a sum over the
+tensor-parallel ranks. The engine computes this sum for parameters that are marked `sequence_parallel`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A transformer layer whose attention and MLP read the same residual: x + dropout(attention(norm x) + mlp(norm x)).
 
-megatron-core has the two one after the other. Everything inside them (tensor and sequence parallelism, KV cache, packing) stays the
-engine's; only how the outputs meet is ours, with the engine's own bias-dropout-add, so that one dropout falls on the sum.
+megatron-core computes the two in sequence. Everything inside them (tensor and sequence parallelism, KV cache, packing) is the engine's.
+Only the sum of the outputs is computed here, with the engine's bias-dropout-add, so that one dropout applies to the sum.
 """
 
 from __future__ import annotations

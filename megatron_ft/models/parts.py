@@ -1,4 +1,4 @@
-"""What a layer is made of. `Architecture.layer(n)` gives the parts of one layer; layers of a model may differ in them. Plain data."""
+"""The parts of a layer. `Architecture.layer(n)` returns those of one layer; layers of a model may differ. Plain data."""
 
 from __future__ import annotations
 

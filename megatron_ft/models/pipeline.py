@@ -1,6 +1,6 @@
-"""Which layers each pipeline stage holds: evenly, interleaved in chunks (virtual stages), or unevenly.
+"""The layers of each pipeline stage: divided evenly, interleaved in chunks (virtual stages), or unevenly.
 
-Pure arithmetic: no torch and no engine, so that a split that cannot be is refused before processes wait for each other. Sources:
+Only arithmetic, without torch and engine, so that an impossible split is refused before processes wait for each other. Sources:
 interleaving, Narayanan et al. 2021; the letters of a written layout are megatron-core's (pipeline_parallel_layer_layout.py).
 """
 

@@ -1,8 +1,8 @@
-"""Unpickling what strangers wrote: a few instructions, a few names, memory bounded by the file's own size.
+"""Unpickles files of other programs with few instructions, few names, and memory bounded by the size of the file.
 
-Python's own unpickler in C calls what a file names and obeys every instruction: a short file can make it reserve gigabytes (a memo
-number is an array's index there) or change a class for the rest of the process. This one, from the standard library's version in
-Python, knows the instructions that torch's files and checkpoints' metadata consist of, and asks `find` about every name.
+Python's unpickler in C calls what a file names and executes every instruction. A short file can make it reserve gigabytes (a memo number
+is an array index) or change a class for the rest of the process. This one, derived from the standard library's version in Python,
+supports only the instructions in torch's files and the metadata of checkpoints, and calls `find` for every name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Qwen3: Llama with a norm on every query and key head, and heads of a size of their own (head_dim)."""
+"""Qwen3: Llama with a norm on every query and key head, and an independent head size (head_dim)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Rotary frequencies: theta_i = base^(-2i/D) and what each scaling method makes of them.
+"""Rotary frequencies: theta_i = base^(-2i/D), and each scaling method of them.
 
-Pure arithmetic on torch tensors. A method that also scales queries and keys by a factor m says so in attention_factor: since a
-rotation keeps scale factors, logits gain m^2, and the model puts that into its softmax scale, exact for packed and cached input alike.
+Only arithmetic on torch tensors. For a method that also scales queries and keys, attention_factor returns the factor m. A rotation keeps
+scale factors, so logits are scaled by m^2; the model puts this into its softmax scale, which is exact for packed and cached input alike.
 
-Sources: linear: Chen et al. 2023; yarn: Peng et al. 2023; llama3: the Llama 3.1 model card; dynamic, yarn, llama3 and longrope as
-in transformers' modeling_rope_utils. ntk, ntk-margin, ntk-yarn: LightOn's Alfred-40B; ntk-by-parts: Airophin-13B.
+Sources: linear: Chen et al. 2023; yarn: Peng et al. 2023; llama3: the Llama 3.1 model card; dynamic, yarn, llama3 and longrope as in
+transformers' modeling_rope_utils. ntk, ntk-margin, ntk-yarn: LightOn's Alfred-40B; ntk-by-parts: Airophin-13B.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Rotary embedding by position: cosine and sine once a microbatch, and one operation that turns queries or keys with them.
+"""Rotary embedding by position: cosine and sine once per microbatch, and one operation that rotates queries or keys by them.
 
-The engine computes cosine and sine of the same angles in every layer, for queries and for keys, and of packed rows sample by sample.
-Here a table of both is made once, a packed row looks its positions up in it, and every layer is handed the result. Equal to the engine's
-own to the bit where nothing is compiled.
+The engine computes cosine and sine of the same angles in every layer, for queries and for keys, and for packed rows sample by sample.
+Here one table is computed, a packed row looks up its positions in it, and every layer receives the result. Without compilation it is
+bit-identical to the engine's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every layer is told about a microbatch beside its activations: positions, where samples begin, dropout keys.
+"""The inputs of every layer besides activations: positions, boundaries of samples, dropout keys.
 
-The engine's own packed format ("thd") makes each layer read the boundaries back from the GPU to turn queries and keys. Rows stay in its
-ordinary format here ([s, b, h], a packed batch being one long row), and what depends on boundaries is computed once, before the layers.
+With the engine's packed format ("thd") each layer reads the boundaries back from the GPU to rotate queries and keys. Here rows stay in
+its ordinary format ([s, b, h], a packed batch is one long row), and what depends on boundaries is computed once, before the layers.
 """
 
 from __future__ import annotations

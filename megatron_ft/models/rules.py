@@ -1,6 +1,6 @@
-"""Rules that several families share; a family file puts its own together with Hugging Face's names for the tensors.
+"""Rules that several families share. A family adds Hugging Face's names of the tensors.
 
-All follow the order of megatron-core's modules. A norm that precedes a linear has another name in torch_dist (Rule.dist_key).
+All follow the order of megatron-core's modules. A norm before a linear has another name in torch_dist (Rule.dist_key).
 """
 
 from __future__ import annotations

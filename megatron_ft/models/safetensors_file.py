@@ -1,7 +1,7 @@
-"""Safetensors, read and written one tensor at a time: a JSON header of names, types, shapes and places, then the numbers.
+"""Reads and writes safetensors one tensor at a time: a JSON header with names, types, shapes and offsets, then the data.
 
-Not through the safetensors library, whose maps of whole files count as this process's memory. The header is believed in nothing:
-sizes, gaps, overlaps and the end of the file are checked before any tensor is read. Source: the format's README.
+The safetensors library is not used, because it maps whole files, which count as memory of the process. The header is not trusted: sizes,
+gaps, overlaps and the end of the file are checked before any tensor is read. Source: the format's README.
 """
 
 from __future__ import annotations

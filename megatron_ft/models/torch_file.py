@@ -1,7 +1,7 @@
-"""Reads what torch.save wrote, one tensor at a time, without running anything that may be planted in it.
+"""Reads files of torch.save, one tensor at a time, without running code in them.
 
-A pickle may name tensors, plain containers and, where a dialect is read, a few harmless types that become empty stand-ins. Any
-other name stops the reading. Numbers are read when asked for, from their place in the zip file, and checked against its CRC.
+A pickle may contain tensors, plain containers and, for some dialects, a few harmless types that are replaced by empty objects. Any other
+name is an error. Data is read on request, from its place in the zip file, and checked against its CRC.
 """
 
 from __future__ import annotations

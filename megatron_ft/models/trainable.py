@@ -1,6 +1,6 @@
-"""Which parameters are trained: one value that the model, the optimizer, saves and loads take.
+"""The parameters that are trained: one value that the model, the optimizer, saves and loads use.
 
-Names are those of a checkpoint, with the global number of the layer: decoder.layers.31.mlp.linear_fc2.weight, whatever the layout.
+Names are those of a checkpoint, with the global number of the layer: decoder.layers.31.mlp.linear_fc2.weight, in every layout.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""How weights correspond, as data: one Rule ties a megatron-core tensor to its Hugging Face tensors, both ways.
+"""The correspondence of weights, as data: one Rule maps a megatron-core tensor to its Hugging Face tensors, in both directions.
 
-A rule also says how tensor parallelism cuts the megatron tensor and which pipeline stage holds it, so conversion,
-resharding and plans are loops over rules. It opens no files, and torch is imported only when data is touched, so that
-shapes can be asked for without it.
+A rule also states how tensor parallelism cuts the megatron tensor and which pipeline stage holds it, so conversion, resharding and plans
+are loops over rules. It opens no files, and torch is imported only when tensors are changed, so that shapes are available without it.
 
-Norms are modules of their own (megatron-core's local layer spec), not fused into the linear that follows them.
+Norms are separate modules (megatron-core's local layer spec), not fused into the linear that follows them.
 """
 
 from __future__ import annotations

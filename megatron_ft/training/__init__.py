@@ -1,1 +1,1 @@
-"""Training: one step for every layout, its optimizer, its checkpoints, and the hooks that watch it."""
+"""Training: one step for every layout, its optimizer, its checkpoints, and hooks."""

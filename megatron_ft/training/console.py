@@ -1,4 +1,4 @@
-"""Progress for people: Megatron's line, which they grep, in a log; a live line on a terminal."""
+"""Progress for people: Megatron's line in a log, where it can be searched; a live line on a terminal."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The datasets of a run, and what must hold between them and the checkpoint. Told without torch, before any process waits for
-another.
-"""
+"""The datasets of a run, and the rules between them and the checkpoint, checked without torch before processes wait for each other."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The checkpoint that a run begins from, and the rules between its model and the run's settings. No torch.
+"""The checkpoint from which a run begins, and the rules between its model and the settings of the run. Without torch.
 
-finetune, preflight and rehearse all ask `find_start`; with `checks.check_settings` it holds every rule that can be checked before
+finetune, preflight and rehearse call `find_start`. Together with `checks.check_settings` it has every rule that can be checked before
 processes start.
 """
 

@@ -1,7 +1,7 @@
-"""What only watches a run must not end it, hold it up, or keep it from saving.
+"""Logging must not end a run, delay it, or prevent a save.
 
-Whatever a logger raises is said once, in one warning line, and the logger is left alone from then on. One that may hang, because it
-speaks with another process or a server, does its work in a thread of its own, and no wait for it is without an end.
+An error of a logger is printed once, as one warning, and the logger is not used again. A logger that may hang, because it communicates
+with another process or a server, works in a separate thread, and every wait for it has a time limit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What watches a run. The loop calls hooks; they never touch the model. Here: metrics.jsonl, for tools."""
+"""Observers of a run. The loop calls hooks; they never change the model. This module has metrics.jsonl, for tools."""
 
 from __future__ import annotations
 

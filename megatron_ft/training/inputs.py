@@ -1,8 +1,8 @@
-"""Microbatches on their way to the device: built ahead by a thread, cut to this rank's part, copied without the host waiting.
+"""Microbatches on their way to the device: built ahead by a thread, cut to this rank's part, copied without making the host wait.
 
-A packed row of 4,096 positions takes the host 0.3 ms to read and lay out, and longer from a slow disk, while the GPU's queue runs dry. The
-thread works two microbatches ahead, over the end of a step into the next, whose rows are known: they are a function of how many were
-consumed.
+Reading a packed row of 4,096 positions and laying it out takes the host 0.3 ms, and longer from a slow disk. Without the thread the queue
+of the GPU would be empty meanwhile. The thread builds two microbatches ahead, also across the end of a step: the next rows are known,
+because they are a function of the number of rows consumed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Does a layout compute what one process computes? One step in each, every gradient compared by name.
+"""Compares a layout with one process: one step in each, every gradient compared by name.
 
-`measure` runs on the ranks of one layout: made-up rows whose loss masks differ wildly, weights that are a function of their names (or a
-checkpoint's), one optimizer step through the very Stepper that trains, and then all gradients, gathered into whole tensors by the
-engine's own description of who holds what. `compare` sets two measurements side by side. Knows nothing of commands or processes.
+`measure` runs on the ranks of one layout. It uses generated rows with very different loss masks, weights that are a function of their
+names (or those of a checkpoint), and one optimizer step with the Stepper of training. Then it gathers all gradients into whole tensors,
+by the engine's description of their places. `compare` compares two measurements. Commands and processes are in other modules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What computes what, and which flags have no effect on this machine: logged once, when a run begins."""
+"""Logs at the start of a run which kernels are used, and which flags have no effect on this machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Flags about the model against what the checkpoint says of itself. No torch.
+"""Compares flags about the model with the checkpoint. Without torch.
 
-A Megatron command line describes its model; ours knows it from the checkpoint. So such flags are checked: a difference is refused, or
-with --use_checkpoint_args it is a warning and the checkpoint wins.
+A Megatron command line describes its model; here the checkpoint does. Such flags are therefore checked. A difference is an error, or with
+--use_checkpoint_args a warning, and the checkpoint's value is used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether data-parallel replicas still hold the same weights, to the bit: a checksum of each, compared.
+"""Compares checksums of the weights of data-parallel replicas, which must be bit-identical.
 
-Replicas compute the same updates from the same reduced gradients. One that differs has met a fault of its machine (a flipped bit, a
-broken link), and training would average its errors into all others without anybody noticing.
+Replicas compute the same updates from the same reduced gradients. If one differs, its machine had a fault (a flipped bit, a broken link),
+and training would average its errors into all others without notice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""In what a resumed run differs from the run that was stopped."""
+"""The differences between the settings of a resumed run and those of the run that was stopped."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a run is: one entry a start in run.json, in the run's folder. For the report and for people; training never reads it.
+"""The record of a run: one entry per start in run.json, in the run's folder, for the report and for people. Training never reads it.
 
-Knows the model only as modules with parameters and numbered layers.
+It uses the model only as modules with parameters and numbered layers.
 """
 
 from __future__ import annotations

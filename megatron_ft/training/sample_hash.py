@@ -1,7 +1,7 @@
-"""Which samples a run has consumed, in order, as one rolling hash: two runs with the same hash saw the same samples in the same order.
+"""A rolling hash of the samples that a run has consumed: equal hashes mean the same samples in the same order.
 
-Chained row by row, so that neither layout nor batch size matters; begun from the content of the shards, not their names. All ranks
-compute it, from the plan of rows alone.
+It is chained row by row, so layout and batch size do not matter. It begins with the content of the shards, not their names. All ranks
+compute it from the plan of rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From sections to the model that is trained: this rank's part, inside the engine's wrappers."""
+"""Builds the model to train from the settings: this rank's part, in the engine's wrappers."""
 
 from __future__ import annotations
 

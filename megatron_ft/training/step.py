@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation, the same for every layout: the engine's schedule decides who sends what to whom."""
+"""One optimizer step and one evaluation, the same for every layout: the engine's schedule communicates between stages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Reasons to stop before the end: a signal from the scheduler, the time, or gradients that stay broken.
+"""Reasons to stop before the end: a signal from the scheduler, a time limit, or gradients that remain not finite.
 
-SIGTERM and SIGUSR1 (what SLURM sends before it takes the nodes) let the current step finish; then all ranks save and leave with
-EXIT_REQUEUE, which a launch script can requeue on.
+After SIGTERM or SIGUSR1 (which SLURM sends before it ends the job) the current step finishes. Then all ranks save and end with
+EXIT_REQUEUE, on which a launch script can requeue.
 """
 
 from __future__ import annotations

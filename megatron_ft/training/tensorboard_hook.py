@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard, under the names that metrics.jsonl has. An optional install."""
+"""Writes metrics to TensorBoard, with the names in metrics.jsonl. An optional package."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""How much of a GPU's speed training uses: floating-point operations a step needs, over time and peak.
+"""The share of a GPU's speed that training uses: floating-point operations of a step, divided by time and peak.
 
-Counted is what the model needs, not what the machine does: no padding, no recomputation. Of matrix products, forward and backward, 6 for
-each weight and token (Kaplan et al. 2020), embedding look-ups excluded; of attention, 12 x layers x heads x head size for each
-pair of tokens of which one sees the other (Chowdhery et al. 2022, appendix B, with the causal half only, and windows and packed
-samples as they are).
+Only the operations that the model needs are counted: no padding, no recomputation. For matrix products, forward and backward, 6 per
+weight and token (Kaplan et al. 2020), without embedding look-ups. For attention, 12 x layers x heads x head size for each pair of tokens
+in which one attends to the other (Chowdhery et al. 2022, appendix B, with only the causal half, and with windows and packed samples).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model was trained on, for the checkpoint and the model card of its export: shards by name, size and hash. No paths."""
+"""The training data of a model, for the checkpoint and the model card of its export: shards by name, size and hash. No paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one optimizer step does with ready gradients: unscale, measure, clip, step; or leave everything as it was, on all ranks alike."""
+"""One optimizer step with ready gradients: unscale, compute the norm, clip, step; or change nothing, on all ranks alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics to Weights & Biases, under the names that metrics.jsonl has. An optional install."""
+"""Writes metrics to Weights & Biases, with the names in metrics.jsonl. An optional package."""
 
 from __future__ import annotations
 

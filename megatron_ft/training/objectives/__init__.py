@@ -1,1 +1,1 @@
-"""What a step minimises. The step, the loop and the schedule are the same for every objective."""
+"""The loss that a step minimises. Step, loop and schedule are the same for every objective."""

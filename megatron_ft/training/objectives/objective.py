@@ -1,7 +1,7 @@
 """The interface of an objective: what a model computes for a microbatch, what is minimised, and what is logged.
 
-Minimised is a sum over the global batch, divided by the global sum of weights. A mean of per-microbatch means is wrong as soon as
-microbatches hold different numbers of supervised tokens.
+The minimised value is a sum over the global batch, divided by the global sum of weights. A mean of per-microbatch means is wrong if
+microbatches have different numbers of supervised tokens.
 """
 
 from __future__ import annotations
