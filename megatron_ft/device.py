@@ -200,7 +200,7 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def handed(values: list | torch.Tensor) -> torch.Tensor:
-    """Return numbers of the host as a tensor on the device; the host goes on at once. values: a list, or a tensor."""
+    """Return numbers of the host as a tensor on the device; the host does not wait. values: a list, or a tensor."""
     import torch
 
     return pinned(torch.as_tensor(values)).to(current_device(), non_blocking=True)

@@ -33,7 +33,7 @@ class CheckpointError(UserError):
 
 
 class PassingFault(CheckpointError):
-    """A disk, a process or another job that stood in the way this once: the same command may well succeed. Launch scripts try it again."""
+    """A temporary fault of a disk, a process or another job. The same command may succeed later; launch scripts start it again."""
 
     exit_code = 1
 

@@ -10,7 +10,7 @@ import sys
 from io import TextIOWrapper
 
 _ROOT = "megatron_ft"
-_screen_level = "INFO"  # until setup is told another
+_screen_level = "INFO"  # until setup sets another
 FROM_ANY_RANK = {"from_any_rank": True}
 """Given as `extra`: the line is shown on the screen whichever rank says it, since no other does."""
 _FILE_FORMAT = "%(asctime)s %(levelname)s rank{rank} %(name)s: %(message)s"
@@ -50,7 +50,9 @@ def setup(level: str | None = None, file: str | os.PathLike | None = None) -> No
     if file is not None:
         rest = _LogFile(file, mode="a", encoding="utf-8", delay=True)
         rest.setFormatter(logging.Formatter(_FILE_FORMAT.format(rank=rank)))
-        rest.setLevel(logging.NOTSET if rank == 0 else logging.WARNING)  # what all do alike is said once
+        rest.setLevel(
+            logging.NOTSET if rank == 0 else logging.WARNING
+        )  # lines that are the same on all ranks are logged once
     _add(everything, rest)
     ours.setLevel(min(logging.INFO, screen.level))  # the file holds information even where the screen is quieter
 
@@ -61,7 +63,7 @@ def _add(log: logging.Logger, handler: logging.Handler) -> None:
 
 
 class _Screen(logging.StreamHandler):
-    """Standard error, which may be a pipe whose reader has ended: then nobody is left to be told."""
+    """Standard error. If it is a pipe whose reader has ended, errors are ignored."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -71,7 +73,7 @@ class _Screen(logging.StreamHandler):
 
 
 class _LogFile(logging.FileHandler):
-    """Its folder is made with its first line. A file that cannot be written is said once a machine, and left alone."""
+    """The log file. Its folder is made with its first line. If it cannot be written, one warning per machine is printed."""
 
     given_up = False
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Return the rank that takes each item: the largest first, each to whoever has least so far, the lowest such rank.
+    """Return the rank that takes each item: the largest first, each to the rank with the smallest sum so far, the lowest such rank.
 
     No rank gets more than an equal share and one item (Graham 1969).
     """

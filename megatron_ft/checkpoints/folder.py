@@ -76,7 +76,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(f"{path}: format_version {version}, this version reads {FORMAT_VERSION}")
     try:
         known = {f.name: data[f.name] for f in fields(CheckpointConfig) if f.name != "digested"}
-        known["digested"] = bool(data.get("digested", False))  # checkpoints of earlier versions do not say
+        known["digested"] = bool(data.get("digested", False))  # not in checkpoints of earlier versions
         config = CheckpointConfig(**{**known, "architecture": Architecture.from_dict(data["architecture"])})
         _check_entries(config)
         return config
@@ -93,7 +93,7 @@ def _check_entries(config: CheckpointConfig) -> None:
         if type(value) is not int or not 1 <= value <= 10**9:
             raise CheckpointError(f"{name} {value!r}: must be a whole number above 0")
     ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
-    if ranks > _MOST_RANKS:  # before anybody counts up to it
+    if ranks > _MOST_RANKS:  # before a loop runs over the ranks
         raise CheckpointError(f"{ranks} ranks hold the model, more than {_MOST_RANKS}: no checkpoint has so many")
     iteration = config.iteration
     kinds = {"ckpt_format": ("torch", "torch_dist"), "dtype": ("fp32", "bf16", "fp16")}
@@ -233,7 +233,7 @@ def check_sizes(
 
 
 def check_training_state(folder: Path, config: CheckpointConfig) -> None:
-    """Raise CheckpointError for converted weights in the classic format; whether others hold training state, their reader tells."""
+    """Raise CheckpointError for converted weights in the classic format; the reader of the others raises if they have no training state."""
     if config.ckpt_format == "torch" and not (Path(folder) / SETTINGS).is_file():
         raise no_training_state(folder)
 

@@ -115,7 +115,7 @@ def guarded(read: Callable[[], Result], folder: Path) -> Result:
     """Convert errors of the engine's file readers to a CheckpointError with the checkpoint and the remedy."""
     try:
         return read()
-    except CheckpointException as error:  # torch's own, no Exception; it holds what each failing rank met
+    except CheckpointException as error:  # of torch, not an Exception; it has the error of each failing rank
         _, first = min(error.failures.items())
         raise _unreadable(folder, first[0]) from error
     except Exception as error:

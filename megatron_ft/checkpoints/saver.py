@@ -207,7 +207,7 @@ class _Pending(NamedTuple):
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint: first its name, so that a kill leaves no half of one under it. A refusal is said, and no more."""
+    """Delete a checkpoint: first its name, so that a kill leaves no half of one under it. An error of the system is only logged."""
     try:
         aside = temporary_name(folder)
         folder.rename(aside)

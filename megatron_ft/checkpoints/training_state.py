@@ -141,7 +141,7 @@ def plan_sharded(
     buckets = writer.preload_tensors(writer.write_buckets) if writer.write_buckets else []
 
     def finish(places: list[list]) -> dict:
-        del metadata.all_local_plans  # the engine's cache of who wrote what, for a next save; as large as all the rest
+        del metadata.all_local_plans  # the engine's cache of the plan, for the next save; as large as everything else
         writer.finish(metadata, places)
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
         return digest_files(folder, [".metadata", "metadata.json"])

@@ -29,7 +29,7 @@ from megatron_ft.files import naming
 
 _PR_SET_PDEATHSIG = 1
 _PATIENCE = 10.0
-"""Seconds in which a killed writer ends, unless the system keeps it waiting for a disk that does not answer."""
+"""Seconds in which a killed writer ends, unless it waits for a disk that does not respond."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ class Option:
     default: Any
     """MISSING where there is none."""
     required: bool
-    """Must be given: the default of such a field, if any, stands for nothing."""
+    """Whether the setting must be given. A default of such a field is not used."""
     help: str
     section: type
 

@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
     def pairs(self, node: yaml.MappingNode) -> list[tuple[str, yaml.Node, str]]:
         """Yield name, value and place of each entry."""
         self._refuse_duplicates(node, _setting_name)
-        self.flatten_mapping(node)  # puts in what `<<: *anchor` stands for, before the entries that win over it
+        self.flatten_mapping(node)  # inserts the content of `<<: *anchor` before the entries that override it
         entries = {_setting_name(key.value): (value, self.where(key)) for key, value in node.value}
         return [(name, value, where) for name, (value, where) in entries.items()]
 
@@ -128,12 +128,12 @@ _MOST_VALUES = 100_000
 
 
 def _check_size(top: yaml.Node, path: str) -> None:
-    """Raise ConfigError where aliases stand for more than anybody means: nested ones multiply, one inside itself never ends."""
+    """Raise ConfigError if aliases expand to too much: nested ones multiply, one inside itself never ends."""
     sizes: dict[int, float] = {}
 
     def size(node: yaml.Node) -> float:
         if id(node) not in sizes:
-            sizes[id(node)] = math.inf  # met again before it is known: an alias inside what it stands for
+            sizes[id(node)] = math.inf  # found again before its size is known: an alias inside its own anchor
             inner = node.value if isinstance(node, yaml.CollectionNode) else []
             parts = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
             sizes[id(node)] = 1 + sum(map(size, parts))

@@ -25,7 +25,7 @@ from megatron_ft.files import read_text
 REMEDY = "choose another --chat_format"
 STAND_IN = "\ue000{}\ue001"  # characters for private use
 FOUND = re.compile("\ue000(\\d+)\ue001")
-NAMES = {"prompter": "user"}  # what templates call our speakers
+NAMES = {"prompter": "user"}  # names of roles in templates
 _PASSED = ("content", "tool_calls", "tool_call_id", "name")
 
 

@@ -24,7 +24,7 @@ class FastTokenizer:
 
     def __init__(self, path: Path, description: dict[str, Any]):
         self.path, self.description = path, description
-        # Padding, truncation and automatic special tokens are the business of whoever runs the tokenizer.
+        # Padding, truncation and automatic special tokens are settings of the caller of the tokenizer.
         plain = {**description, "padding": None, "truncation": None, "post_processor": None}
         self._start, self._behind = _build(path, plain), _build(path, _behind_a_token(plain))
         self.size = self._start.get_vocab_size(with_added_tokens=False)

@@ -66,7 +66,7 @@ def _normalizers(spec: Any) -> list[dict[str, Any]]:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
-        # SentencePiece counts its own mark as a space here.
+        # SentencePiece treats its own mark as a space here.
         steps.append({"type": "Replace", "pattern": {"String": SPACE}, "content": " "})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
         steps.append({"type": "Replace", "pattern": {"Regex": "^ | $"}, "content": ""})

@@ -17,7 +17,7 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 @dataclass(frozen=True)
 class Token:
-    """text: what the token stands for, None without a tokenizer. weight: its loss weight; the first token of a sample is
+    """text: of the token, None without a tokenizer. weight: its loss weight; the first token of a sample is
     never predicted and has none."""
 
     id: int

@@ -17,7 +17,7 @@ from megatron_ft.errors import TokenizerError
 
 # What Megatron-LM and Megatron-LLM put behind a SentencePiece vocabulary before any token of the user's.
 MEGATRON_TOKENS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>")
-# Names used in Megatron-LLM's configurations. Only the first adds tokens of its own; the file says what it is anyway.
+# Names in Megatron-LLM's configurations. Only the first adds tokens; the kind is determined from the file.
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "FalconTokenizer", "HuggingFaceTokenizer", "PretrainedFromHF")
 
 

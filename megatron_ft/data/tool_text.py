@@ -55,7 +55,7 @@ def definitions(tools: Sequence[Any]) -> str:
 def _call(call: Mapping[str, Any]) -> str:
     function = call.get("function") or call
     arguments = function.get("arguments") or {}
-    said = arguments if isinstance(arguments, str) else _json(arguments)  # a string: the model's own mistake
+    said = arguments if isinstance(arguments, str) else _json(arguments)  # a string: invalid JSON that the model wrote
     return f"{CALLED[0]}{_json(function['name'])}{CALLED[1]}{said}{CALLED[2]}"
 
 

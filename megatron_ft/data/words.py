@@ -51,7 +51,7 @@ class PieceWords(Words):
         return with_space[1:] if word[:1] == "\n" else with_space if word else with_space[:1]
 
     def encode(self, text: str) -> np.ndarray:
-        if SPACE in text:  # the model cannot tell it from a space, we could
+        if SPACE in text:  # the model treats it as a space, the table would not
             return np.array(self._encode(text), np.int32)
         if "  " in text or " \n" in text or text[:1] in " \n" or text[-1] == " ":
             words = [word[word[0] == " " :] for word in _pieces(f" {text}")] if text else []

@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]
 
 
 class KnownShapes(P2PCommunicator):
-    """The engine's exchange for the schedule without interleaving, told the shape [s, b, h] of every microbatch of a step beforehand.
+    """The engine's exchange for the schedule without interleaving, which gets the shape [s, b, h] of every microbatch of a step in advance.
 
     A stage receives activations, and gradients likewise, in the order of the microbatches.
     """

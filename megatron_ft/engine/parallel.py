@@ -39,7 +39,7 @@ class Layout:
     """Processes that share the positions of each row."""
     cp_rank: int = 0
     ep_size: int = 1
-    """Processes that share the experts of a layer; each of them is a data-parallel rank elsewhere."""
+    """Processes that share the experts of a layer; for all other parameters each is a data-parallel rank."""
     ep_rank: int = 0
 
     @property
@@ -119,7 +119,7 @@ class ParallelSizes:
     pipeline: int = 1
     context: int = 1
     expert: int = 1
-    """Ranks that share the experts of a layer. They are data-parallel to each other elsewhere, so they take no processes."""
+    """Ranks that share the experts of a layer. For all other parameters they are data-parallel, so they need no additional processes."""
     chunks: int = 1
     """Chunks of layers a pipeline stage holds; above 1 the pipeline is interleaved. They take no processes."""
     sequence_parallel: bool = False

@@ -106,7 +106,7 @@ class CauseFinder:
             code = rank.code
             if code is None or rank.killed or not failed(rank) or rank.number in lost:
                 continue
-            if rank.number in self._stacks.stopped:  # it was continued, and whatever it met then is no cause
+            if rank.number in self._stacks.stopped:  # it was continued; an error after that is no cause
                 continue
             if code >= 0:
                 return Finding(

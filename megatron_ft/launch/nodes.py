@@ -22,7 +22,7 @@ from megatron_ft.launch.places import Places
 from megatron_ft.launch.wire import ConnectionLost, Wire
 
 _MEETING = 600.0  # seconds that the first launcher waits for the last
-_WORTH_A_WORD = 20.0  # seconds after which a message says which launcher is missing
+_REPORT_AFTER = 20.0  # seconds after which a message names the missing launchers
 _AGAIN = 0.2  # seconds between two tries
 
 
@@ -320,7 +320,7 @@ class _Deadline:
     def is_over(self, who: str) -> bool:
         """Return True after the time limit. Print once who is missing if it takes long."""
         waited = time.monotonic() - self._began
-        if waited > _WORTH_A_WORD and not self._announced:
+        if waited > _REPORT_AFTER and not self._announced:
             self._announced = True
             print(f"megatron-ft: waiting for {who}", file=sys.stderr, flush=True)
         return waited > _MEETING

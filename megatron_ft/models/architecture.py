@@ -50,7 +50,7 @@ class Architecture:
     num_query_groups: int
     head_dim: int
     vocab_size: int
-    """The true size: rows that stand for a token. Padding rows are a matter of the layout (see padded_vocab_size)."""
+    """Number of tokens, without padding rows, which depend on the layout (see padded_vocab_size)."""
     max_position_embeddings: int
     norm_epsilon: float
     norm: str = "rmsnorm"
@@ -63,7 +63,7 @@ class Architecture:
     """A method and its numbers (see rope.py), as Hugging Face writes those it knows: {"rope_type": "linear", "factor": 4.0}.
     None: unscaled."""
     hf: dict[str, Any] = field(default_factory=dict)
-    """Entries of the original Hugging Face config that no field stands for (token ids, ...), carried back on export."""
+    """Entries of the original Hugging Face config that no field represents (token ids, ...), written again on export."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections; no other linear has one."""
     qk_norm: bool = False

@@ -78,7 +78,7 @@ class BuildOptions:
     recompute_modules: tuple[str, ...] = ()
     max_sequence_length: int | None = None
     variable_seq_lengths: bool = False
-    """rows differ in length between microbatches: pipeline stages tell each other the shapes first"""
+    """rows differ in length between microbatches, so pipeline stages exchange the shapes first"""
     padded_vocab_size: int | None = None
     """rows of the embedding; default: Megatron's rule for this tensor-parallel size"""
     overlap_p2p: bool = False
@@ -222,7 +222,7 @@ def build_chunks(arch: Architecture, layout: Layout, options: BuildOptions) -> l
     assert (split.stages, split.virtual_size) == (layout.pp_size, layout.vp_size), "the split is of another layout"
     check_layout(arch, layout.tp_size, expert_model_parallel_size=layout.ep_size)
     config = transformer_config(arch, layout, options)
-    # Not given to the constructor, which would ask for Transformer Engine: it is `turn` that reads it.
+    # Not passed to the constructor, which would require Transformer Engine; `turn` reads it.
     config.apply_rope_fusion = bool(options.kernels and options.kernels.fused)
     turn_by_table()
     return [_chunk(arch, layout, options, config, number) for number in range(layout.vp_size)]

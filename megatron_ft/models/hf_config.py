@@ -19,7 +19,7 @@ _FOREIGN = {
     "quantization_config": (None, "quantised weights: give the unquantised model"),
     "auto_map": (None, "code of its own (auto_map): only models that transformers itself implements are read"),
 }
-_RENAMED = (  # what an Architecture says with its own fields
+_RENAMED = (  # entries that an Architecture has as fields
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "hidden_act"),
 )

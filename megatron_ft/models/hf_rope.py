@@ -13,7 +13,7 @@ from megatron_ft.errors import CheckpointError
 from megatron_ft.models.architecture import Architecture
 
 KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
-"""Config entries that this file stands for."""
+"""Config entries that this file converts."""
 _NEEDS = {
     "default": (),
     "linear": ("factor",),

@@ -53,7 +53,7 @@ class HfSource:
         generation = read_json(path) if path.is_file() else {}
         generation = {key: value for key, value in generation.items() if key not in _NOT_CARRIED}
         name = self._config().get("_name_or_path") or ""
-        # A path on somebody's disk is nobody else's business: only its last part is kept.
+        # Only the last part of a path is stored, because it may be private.
         name = Path(name).name if os.path.isabs(name) else name
         return {
             **self.arch.hf,
@@ -138,7 +138,7 @@ class HfSource:
 
     def _check_left_over(self, keys: list[str]) -> None:
         if keys == ["lm_head.weight"] and self.arch.tied_embeddings:
-            # Some exports hold tied embeddings twice. Equal copies say nothing new; others contradict the config.
+            # Some exports contain tied embeddings twice. Equal copies are ignored; others contradict the config.
             embedding = next(rule.hf_keys[0] for rule in self.rules if rule.cut == "vocab_parallel")
             if self._tensor(keys[0]).equal(self._tensor(embedding)):
                 return

@@ -74,7 +74,7 @@ def machine() -> Machine:
 
 
 def glance() -> Machine:
-    """Return what can be told without touching the GPU, for the process that starts the others: no kernel is tried."""
+    """Return what is known without using the GPU, for the process that starts the others. No kernel is tested."""
     has_gpu = device.has_gpu()
     found = has_gpu and try_import("transformer_engine.pytorch.optimizers") is None
     return Machine(has_gpu=has_gpu, transformer_engine=found)

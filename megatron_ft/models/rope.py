@@ -106,7 +106,7 @@ def extend(arch: Architecture, method: str, factor: float) -> Architecture:
         raise ConfigError(f"the model's rope is scaled already ({arch.rope_scaling}); it cannot be scaled again")
     original = arch.max_position_embeddings
     scaling = {"rope_type": method, "factor": float(factor), "original_max_position_embeddings": original}
-    # dynamic counts its stretch from the model's positions, which stay what they were.
+    # dynamic computes its factor from the model's positions, which are unchanged.
     positions = original if method == "dynamic" else int(original * factor)
     return replace(arch, rope_scaling=scaling, max_position_embeddings=positions)
 

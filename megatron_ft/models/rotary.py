@@ -28,7 +28,7 @@ _TABLES = 32
 
 
 class Rotary(RotaryEmbedding):
-    """The model's rotary module. `positions` [s] is set by whoever calls the model; None: tokens are counted from 0.
+    """The model's rotary module. `positions` [s] is set by the caller of the model; None: tokens are counted from 0.
 
     Of methods whose frequencies depend on how long the text is (dynamic NTK, longrope), they follow the longest text of a batch, packed or
     padded, as in transformers; with a KV cache, the room in the cache, so that keys read early fit those read late.

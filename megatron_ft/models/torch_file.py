@@ -36,7 +36,7 @@ _KINDS = {
 
 
 class Inert:
-    """Stands in for an object of a type that is not ours to make: takes anything, does nothing, remembers its state."""
+    """Replaces an object of a type that is not created here: accepts any arguments, does nothing, stores its state."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return super().__new__(cls)

@@ -26,7 +26,7 @@ nodes, 30 s are left after SIGTERM by default."""
 
 
 def attempt(name: str, action: Callable[[], Any]) -> None:
-    """Do something that only observes. name: what the user knows it as. UserError goes through: a mistake told before training."""
+    """Call a function that only observes. name: its name for the user. A UserError is raised: the user can fix it before training."""
     try:
         action()
     except UserError:
@@ -43,7 +43,7 @@ def give_up(name: str, error: BaseException | str) -> None:
 class Guarded(Hook):
     """A hook whose failure is not the run's.
 
-    make: begins it. A UserError that this raises goes through, the user can put it right before training; anything else is said, and
+    make: begins it. A UserError that this raises is passed on, because the user can fix it before training; any other error is printed, and
     the hook left out.
     """
 

@@ -52,7 +52,7 @@ class Case:
     packing: bool = True
     kernels: Kernels = field(default_factory=Kernels)
     broken: bool = False
-    """Norms under sequence parallelism whose gradients nobody sums: a comparison that does not notice is worth nothing."""
+    """Norms under sequence parallelism whose gradients are not summed. The comparison must detect this."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Measured:
-    """Meaningful on rank 0: None of it elsewhere."""
+    """Set on rank 0 only; None on other ranks."""
 
     loss: float
     later_loss: float

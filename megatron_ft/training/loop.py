@@ -50,7 +50,7 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     """
     skipped = 0
     try:
-        stopping = stop.agreed()  # asked while loading: nothing is new, nothing has to be saved
+        stopping = stop.agreed()  # requested while loading: there is nothing new to save
         while progress.iteration < run.train_iters and not stopping:
             metrics = _timed_step(run, progress)
             progress = Progress(

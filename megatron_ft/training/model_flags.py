@@ -102,7 +102,7 @@ def _scaled(flags: Model, arch: Architecture) -> Architecture:
 
 
 def _extended(arch: Architecture, method: str, factor: float) -> Architecture:
-    from megatron_ft.models.rope import extend  # torch: only for those who ask
+    from megatron_ft.models.rope import extend  # imports torch, only if RoPE is scaled
 
     longer = extend(arch, method, factor)
     positions = f"{arch.max_position_embeddings} -> {longer.max_position_embeddings} positions"

@@ -30,7 +30,7 @@ def check_replicas(chunks: list, iteration: int) -> None:
     found = torch.stack(all_of_them)  # [replicas, parameters, 2]
     differs = (found != found.mode(dim=0).values).any(-1)
     odd = [rank for rank, wrong in zip(ranks, differs.any(1).tolist(), strict=True) if wrong]
-    odd = ranks if odd and len(ranks) == 2 else odd  # of two, nobody can say which is right
+    odd = ranks if odd and len(ranks) == 2 else odd  # of two replicas it is unknown which one is right
     words = f"{named[int(differs.any(0).nonzero()[0])][0]} on rank(s) {odd} of {ranks}" if odd else None
     said: list = [None] * dist.get_world_size()
     dist.all_gather_object(said, words)  # every group has its own replicas; all groups stop together

@@ -107,7 +107,7 @@ class Stepper:
         )  # fmt: skip
 
     def settle(self) -> None:
-        """Make this rank's weights those of after the last update, for whoever reads them outside a forward pass.
+        """Update this rank's weights to those after the last step, before they are read outside a forward pass.
 
         With --overlap_param_gather they would else come with the next one.
         """

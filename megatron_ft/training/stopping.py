@@ -65,7 +65,7 @@ class StopRequest:
 
         reason and exit_code then say why and how to leave.
         """
-        import torch.distributed as dist  # not above: signals are heeded from the start, before torch is there
+        import torch.distributed as dist  # not above: signals are handled from the start, before torch is imported
 
         late = self.until is not None and time.time() >= self.until
         asked = device.handed([int(self.received is not None), int(late)])

@@ -49,7 +49,7 @@ def _any_rank(mine: bool) -> bool:
     """Return whether it is so on any rank: the engine's norm is the same within a replica of the model, not over all of them."""
     found = torch.full(
         [1], int(mine), device=device.current_device()
-    )  # filled there: nothing is copied, the host goes on
+    )  # filled on the device: nothing is copied, the host does not wait
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found.item())
 

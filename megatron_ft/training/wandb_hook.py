@@ -47,7 +47,7 @@ class WeightsAndBiases(Hook):
         self.teardown()
 
     def abandon(self) -> None:
-        # It goes on to listen to what is printed, and would note in our log file, at every line, that nobody takes it.
+        # It still reads what is printed, and would write a message to our log file for every line, because its service has ended.
         logging.getLogger("wandb").propagate = False
 
 
