@@ -182,7 +182,7 @@ def claim(store: Store) -> None:
     if uuid is not None and store.add(f"GPU {socket.gethostname()} {uuid}", 1) > 1:
         raise ConfigError(
             f"two processes of this run were given the same GPU of {socket.gethostname()}: give each its own (srun --gpus-per-task=1), "
-            f"or start one process a machine with --nproc_per_node"
+            f"or start one process per machine with --nproc_per_node"
         )
 
 

@@ -119,7 +119,9 @@ def read_json(path: str | os.PathLike) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut short?") from error
     except (RecursionError, ValueError) as error:  # lists in lists in lists, numbers of thousands of digits
-        raise UserError(f"{path}: JSON that no program of ours writes ({str(error)[:80]}); restore the file") from error
+        raise UserError(
+            f"{path}: JSON that this project does not write ({str(error)[:80]}); restore the file"
+        ) from error
 
 
 def read_text(path: str | os.PathLike) -> str:

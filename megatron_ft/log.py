@@ -96,7 +96,7 @@ class _LogFile(logging.FileHandler):
         self.given_up = True
         reason = error.strerror or str(error)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            line = f"warning: {self.baseFilename}: {reason.lower()}; no more is logged there, the run goes on"
+            line = f"warning: {self.baseFilename}: {reason.lower()}; nothing more is logged there, the run continues"
             with contextlib.suppress(OSError):
                 print(line, file=sys.stderr, flush=True)
         stream, self.stream = self.stream, None

@@ -85,7 +85,7 @@ def _acquire(path: Path) -> tuple[IO, bool]:
                 break
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                log.warning(f"{path.parent} lies where files cannot be locked: take care that no other job saves there")
+                log.warning(f"{path.parent} is on a file system without locks: make sure that no other job saves there")
                 break
             holder = _holder(file)
             ours = holder.get("job") is not None and holder["job"] == os.environ.get("SLURM_JOB_ID")
@@ -117,9 +117,7 @@ def _in_use(root: Path, holder: dict, ours: bool) -> CheckpointError:
         return PassingFault(
             f"{root} is still in use by an earlier start of this job{who}: end that process, then start again"
         )
-    return CheckpointError(
-        f"{root} is in use by another job{who}: give this one a --save folder of its own, or end that one first"
-    )
+    return CheckpointError(f"{root} is in use by another job{who}: use another --save folder, or end that job first")
 
 
 def sweep(root: Path) -> None:

@@ -126,7 +126,7 @@ def _check(found: Any) -> None:
         if index.offset is not None:
             _check_sizes(index.offset)
         if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or not isinstance(info.relative_path, str):
-            raise ValueError(f"{index.fqn} lies nowhere")
+            raise ValueError(f"{index.fqn} is in no file")
 
 
 def _check_sizes(sizes: Any) -> None:

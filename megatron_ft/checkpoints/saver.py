@@ -193,7 +193,7 @@ def _check_there(folder: Path, entries: dict[str, Entry]) -> None:
         while not (path.is_file() and path.stat().st_size == entry.bytes):
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"{path} was written by a process, and the first one does not see it: --save has to lie on a disk that all "
+                    f"{path} was written by a process, but the first process does not see it: --save must be on a disk that all "
                     f"machines share"
                 )
             time.sleep(0.2)

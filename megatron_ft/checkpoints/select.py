@@ -45,8 +45,8 @@ def sources(checkpointing: Checkpointing, loudly: bool = True) -> tuple[list[Pat
     found = candidates(Path(checkpointing.load), loudly)
     if used and (checkpointing.finetune or used.resolve() not in found[0].resolve().parents):
         raise CheckpointError(
-            f"--save {checkpointing.save} holds the checkpoints of an earlier run: go on with that one (--auto_resume), "
-            f"or give this one a folder of its own"
+            f"--save {checkpointing.save} holds the checkpoints of an earlier run: continue that run (--auto_resume), "
+            f"or choose another folder"
         )
     return found, checkpointing
 
@@ -69,7 +69,7 @@ def candidates(root: Path, loudly: bool = True) -> list[Path]:
         if not numbers:
             raise
         if loudly:
-            log.warning(f"{error}; the newest that is whole is taken")
+            log.warning(f"{error}; the newest complete one is used")
         return [root / numbers[n] for n in sorted(numbers, reverse=True)]
     if tracked.name not in numbers.values():
         return [tracked]

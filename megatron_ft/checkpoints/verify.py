@@ -118,7 +118,7 @@ def _check_weights(metadata: Metadata, config: CheckpointConfig, folder: Path) -
         if size != shape and not padded:
             found = f"is {list(size)}, its config.json says {list(shape)}" if size else "is missing"
             raise CheckpointError(
-                f"{folder}: {placed.dist_key} {found}: it is of another model than it says; use another checkpoint"
+                f"{folder}: {placed.dist_key} {found}: its tensors are those of another model; use another checkpoint"
             )
 
 

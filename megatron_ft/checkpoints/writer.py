@@ -58,7 +58,7 @@ def write(part: Part) -> Written:
     """
     if not part.folder.is_dir():  # made by the main rank: not to be made again, on another disk
         raise CheckpointError(
-            f"{part.folder.parent} is not the folder that the first process writes to: --save has to lie on a disk that all machines share"
+            f"{part.folder.parent} is not the folder that the first process writes to: --save must be on a disk that all machines share"
         )
     for name, put in part.put.items():
         path = part.folder / name

@@ -92,7 +92,7 @@ def one_way_to_split(parallel: Parallelism) -> None:
         raise ConfigError(f"--{given[0]} without a pipeline: set --pipeline_model_parallel_size above 1, or drop it")
     for clash in (chunks, *((written, name) for name in (*chunks, *ends))):
         if set(clash) <= set(given):
-            raise ConfigError(f"--{clash[0]} and --{clash[1]} both say how layers are divided: give one of them")
+            raise ConfigError(f"--{clash[0]} and --{clash[1]} both define how layers are divided: give one of them")
 
 
 def microbatches_fit_chunks(
@@ -249,14 +249,14 @@ def saving_has_a_place(checkpointing: Checkpointing) -> None:
         value = getattr(checkpointing, name)
         if value and checkpointing.save is None:
             said = f"--{name}" if value is True else f"--{name} {value}"
-            raise ConfigError(f"{said} without --save: say where checkpoints go")
+            raise ConfigError(f"{said} without --save: set --save to the folder for checkpoints")
 
 
 def milestones_have_a_use(checkpointing: Checkpointing) -> None:
     if checkpointing.save_retain_interval and not checkpointing.keep_last:
         raise ConfigError(
-            f"--save_retain_interval {checkpointing.save_retain_interval} without --keep_last: all checkpoints stay anyway; "
-            f"say with --keep_last how many of the others do, or drop it"
+            f"--save_retain_interval {checkpointing.save_retain_interval} without --keep_last: all checkpoints are kept anyway; "
+            f"set --keep_last to the number of others to keep, or drop it"
         )
 
 

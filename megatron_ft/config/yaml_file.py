@@ -140,7 +140,7 @@ def _check_size(top: yaml.Node, path: str) -> None:
         return sizes[id(node)]
 
     if size(top) > _MOST_VALUES:
-        raise ConfigError(f"{path}: its aliases stand for more than {_MOST_VALUES:,} values; write out what is meant")
+        raise ConfigError(f"{path}: its aliases expand to more than {_MOST_VALUES:,} values; write the values out")
 
 
 def _settings(

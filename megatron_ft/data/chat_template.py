@@ -68,7 +68,7 @@ class OwnTemplate:
         turn = self._skeleton([{"role": "user"}, {"role": "assistant"}])[-1]
         stand_in = FOUND.search(turn_text(turn))
         if stand_in is None:
-            raise TokenizerError(f"the tokenizer's chat template leaves out what the assistant says; {REMEDY}")
+            raise TokenizerError(f"the tokenizer's chat template omits the assistant's text; {REMEDY}")
         behind = "".join(text for _, text in turn).split(stand_in[0])[-1]
         found = self._control.search(behind)
         if not found:
@@ -140,8 +140,8 @@ class OwnTemplate:
                 continue  # some templates write the system message with the question that follows
             if not now.startswith(before):
                 raise TokenizerError(
-                    "the tokenizer's chat template writes earlier turns differently once later ones are there, so "
-                    f"that roles cannot be told; {REMEDY}"
+                    "the tokenizer's chat template writes earlier turns differently when later ones follow, so "
+                    f"roles cannot be assigned; {REMEDY}"
                 )
             if system and end < len(roles) and not FOUND.search(now[len(before) :]):
                 continue
@@ -246,7 +246,7 @@ def _compile(source: str) -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
     def now(form: str) -> None:
-        raise TemplateError(f"asks for today's date ({form}), which would be another in training than in use")
+        raise TemplateError(f"contains today's date ({form}), which would differ between training and use")
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = tojson

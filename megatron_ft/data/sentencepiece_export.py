@@ -56,7 +56,7 @@ def _refuse(model: SentencePieceModel, proto: Any) -> None:
         reason = "it has user-defined pieces and a dummy prefix"
     if reason:
         raise TokenizerError(
-            f"{model.path}: {reason}, which no tokenizer.json can say; export the model without a tokenizer"
+            f"{model.path}: {reason}, which a tokenizer.json cannot express; export the model without a tokenizer"
         )
 
 

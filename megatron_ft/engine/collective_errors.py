@@ -47,5 +47,5 @@ def refusal(error: OSError) -> CheckpointError:
             f"{where}{reason}; free some space or correct the rights, then run the same command again"
         )
     return PassingFault(
-        f"{where}{reason}; what was saved before is whole: run the same command again, and if it stays so look at the disk"
+        f"{where}{reason}; earlier checkpoints are complete: run the same command again; if the error remains, check the disk"
     )

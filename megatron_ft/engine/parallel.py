@@ -196,8 +196,8 @@ def _init_process_group(dist: Any, timeout: datetime.timedelta | None) -> None:
             if "EADDRINUSE" not in str(error):
                 raise
             raise ConfigError(
-                f"port {os.environ['MASTER_PORT']} of {socket.gethostname()}, where the processes of this run are to meet, is another "
-                f"program's: name a free one with --master_port or MASTER_PORT"
+                f"port {os.environ['MASTER_PORT']} of {socket.gethostname()}, at which the processes of this run connect, is used by "
+                f"another program: choose a free one with --master_port or MASTER_PORT"
             ) from error
         device.claim(dist.distributed_c10d._get_default_store())
     else:  # one process without a launcher: no port to agree on

@@ -124,8 +124,8 @@ def _per_chunk(num_layers: int, parallel: Parallelism, virtual: int) -> list[int
         cut = f" x {virtual} chunks" if virtual > 1 else ""
         raise ConfigError(
             f"--pipeline_model_parallel_size {stages}{cut} does not divide the model's "
-            f"{'num_layers' if not ends else 'remaining layers'} {left}; sizes that do: {_divisors(left, virtual)}; or say how many "
-            f"layers the ends hold: --decoder_first_pipeline_num_layers, --decoder_last_pipeline_num_layers"
+            f"{'num_layers' if not ends else 'remaining layers'} {left}; sizes that do: {_divisors(left, virtual)}; or set the "
+            f"layers of the ends: --decoder_first_pipeline_num_layers, --decoder_last_pipeline_num_layers"
         )
     return counts
 

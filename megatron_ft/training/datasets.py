@@ -100,11 +100,11 @@ def with_chat_format(checkpoint: CheckpointConfig, train_set: ChatDataset) -> Ch
     formats = [shard.manifest.chat_format for shard in train_set.shards]
     names = {known["name"] for known in formats if known.get("name") is not None}
     if len(names) > 1:
-        log.warning(f"the shards speak several chat formats ({', '.join(sorted(names))}): none is recorded for export")
+        log.warning(f"the shards use several chat formats ({', '.join(sorted(names))}): none is recorded for export")
     if checkpoint.chat_format and any("template" in shard.manifest.chat_format for shard in train_set.shards):
         log.warning(
-            f"the shards speak the tokenizer's own chat template, the checkpoint's chat format is {checkpoint.chat_format}, which "
-            f"its export will speak: convert it without --chat_format, or pretokenize with --chat_format {checkpoint.chat_format}"
+            f"the shards use the tokenizer's own chat template, the checkpoint's chat format is {checkpoint.chat_format}, which "
+            f"its export will use: convert it without --chat_format, or pretokenize with --chat_format {checkpoint.chat_format}"
         )
     if checkpoint.chat_format or len(names) != 1:
         return checkpoint

@@ -37,7 +37,7 @@ def attempt(name: str, action: Callable[[], Any]) -> None:
 
 def give_up(name: str, error: BaseException | str) -> None:
     """Return the line about a logger that failed."""
-    log.warning(f"{name}: {_reason(error)}; no more is logged there, the run goes on", extra=FROM_ANY_RANK)
+    log.warning(f"{name}: {_reason(error)}; nothing more is logged there, the run continues", extra=FROM_ANY_RANK)
 
 
 class Guarded(Hook):

@@ -40,11 +40,11 @@ def check_model_flags(flags: Model, checkpoint: CheckpointConfig) -> CheckpointC
     wrong = [*_differences(flags, checkpoint.architecture), *_tokenizer_difference(flags, checkpoint)]
     if wrong and not flags.use_checkpoint_args:
         raise ConfigError(
-            f"the checkpoint is another model than the flags say: {'; '.join(wrong)}: "
-            f"correct the flags, or let the checkpoint win with --use_checkpoint_args"
+            f"the flags describe another model than the checkpoint: {'; '.join(wrong)}: "
+            f"correct the flags, or use the checkpoint's values with --use_checkpoint_args"
         )
     for difference in wrong:
-        log.warning(f"{difference}; the checkpoint wins (--use_checkpoint_args)")
+        log.warning(f"{difference}; the checkpoint's value is used (--use_checkpoint_args)")
     return dataclasses.replace(checkpoint, architecture=_scaled(flags, checkpoint.architecture))
 
 
@@ -95,7 +95,7 @@ def _scaled(flags: Model, arch: Architecture) -> Architecture:
     known = (arch.rope_scaling.get("rope_type"), arch.rope_scaling.get("factor"))
     if (method, factor) != known and not flags.use_checkpoint_args:
         raise ConfigError(
-            f"the checkpoint's rope is scaled already ({known[0]}, factor {known[1]}), the flags ask for "
+            f"the checkpoint's rope is scaled already ({known[0]}, factor {known[1]}), the flags request "
             f"{'none' if factor == 1 else f'{method}, factor {factor}'}: drop --rope_scaling_type and --rope_scaling_factor"
         )
     return arch

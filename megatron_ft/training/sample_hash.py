@@ -43,7 +43,7 @@ def check_resumed(saved: str, dataset: ChatDataset, consumed: int) -> str:
     saved: "" in checkpoints of earlier versions, which do not contain it.
     """
     if consumed > MOST_ROWS:
-        log.info(f"{consumed} rows were consumed, too many to prove again which: the hash goes on from the saved one")
+        log.info(f"{consumed} rows were consumed, too many to verify again: the hash continues from the saved one")
         return saved or beginning(dataset)
     ours = extend(beginning(dataset), dataset, 0, consumed)
     if saved and ours != saved:

@@ -194,7 +194,7 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|
         ("{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "ends no answer"),
         (
             LOOP.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] == 'user' }}"),
-            "leaves out what the assistant says",
+            "omits the assistant's text",
         ),
         ("{% for %}", "cannot be read"),
         (LOOP + "{{ strftime_now('%d') }}", "today's date"),

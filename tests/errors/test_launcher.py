@@ -138,7 +138,7 @@ def test_logs_that_cannot_be_written(shop, tmp_path):
     done = start(PLAIN, *words, "--log_dir", tmp_path / "logs", "--run_dir", tmp_path / "run", "--no_report")
     assert done.code == 0, done.err
     assert done.err.count("rank-000.log: no space left on device; nothing more is written to this log") == 1
-    assert done.err.count("metrics.jsonl: no space left on device; no more is logged there") == 1
+    assert done.err.count("metrics.jsonl: no space left on device; nothing more is logged there") == 1
 
 
 def test_one_rank_raises_before_any_collective(shop, tmp_path):

@@ -17,7 +17,7 @@ from tests.errors.conftest import ROOT, finetune
 from tests.errors.test_before_torch import layout
 from tests.errors.test_launcher import PLAIN, said, start
 
-LOST = "no more is logged there, the run goes on"
+LOST = "nothing more is logged there, the run continues"
 PATIENCE = 150.0  # seconds, for whatever is waited for
 
 
@@ -146,7 +146,7 @@ def test_nobody_reads_what_is_printed(shop, tmp_path):
     os.close(write)
     assert done.returncode == 0 and saved(tmp_path / "run") == 3
     log = (tmp_path / "run" / "finetune.log").read_text()
-    assert "the progress on the screen: broken pipe; no more is logged there" in log and "Traceback" not in log
+    assert "the progress on the screen: broken pipe; nothing more is logged there" in log and "Traceback" not in log
 
 
 def test_what_only_the_user_can_mend_is_an_error(shop, tmp_path):

@@ -113,7 +113,7 @@ def test_all_damaged(again):
 def test_a_tracker_that_says_nothing(again, text):
     said, folder = again(lambda folder: (folder / "latest_checkpointed_iteration.txt").write_text(text))
     assert said["error"] is None
-    assert_said(said, "the newest that is whole is taken")
+    assert_said(said, "the newest complete one is used")
     assert_said(said, "resuming at iteration 4")
     assert tracker(folder) == "6"
 
@@ -246,7 +246,7 @@ def test_the_folder_is_another_jobs(again, run, checkpoint, shards, one_rank, tm
         fcntl.flock(file, fcntl.LOCK_EX)
         before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
         said = one_rank.run(attempt, checkpoint, shards, str(copy), 6, {"auto_resume": True, "patience": 0.1})[0]
-        assert "theirs is in use by another job (process 12 on node3): give this one a --save folder" in said["error"]
+        assert "theirs is in use by another job (process 12 on node3): use another --save folder" in said["error"]
         assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
     assert one_rank.run(attempt, checkpoint, shards, str(copy), 6, {"auto_resume": True})[0]["error"] is None
 

@@ -56,7 +56,7 @@ REFUSED = [
     ),
     ({"virtual_pipeline_model_parallel_size": 3}, "is more than the model's num_layers 4"),
     ({"virtual_pipeline_model_parallel_size": 2, "packing": False, "variable_seq_lengths": True}, "rows of one length"),
-    ({"virtual_pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, "both say how layers"),
+    ({"virtual_pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, "both define how layers"),
 ]
 
 

@@ -52,7 +52,7 @@ def test_another_runs_folder_is_not_written_into(one_rank, checkpoint, shards, t
     run = str(tmp_path / "run")
     one_rank.run(keep_two, checkpoint, shards, run)
     ranks = Ranks(1)
-    with pytest.raises(RankFailed, match="holds the checkpoints of an earlier run: go on with that one"):
+    with pytest.raises(RankFailed, match="holds the checkpoints of an earlier run: continue that run"):
         ranks.run(keep_two, checkpoint, shards, run)
 
 
