@@ -23,7 +23,7 @@ def judge(nodes: int) -> tuple[Judge, Clock]:
 
 
 def test_nothing_is_wrong():
-    """Nobody speaks, and nobody leaves before the last has ended."""
+    """No launcher reports, and none ends before the last one."""
     one, _ = judge(3)
     for node in (2, 0):
         one.ended(node, Report((0, 75)))
@@ -34,24 +34,24 @@ def test_nothing_is_wrong():
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_the_surest_speaks(order):
-    """A suspect reported first does not keep the one that knows from speaking."""
+def test_the_launcher_with_the_surest_finding_reports(order):
+    """It reports even if another one reported a suspect first."""
     one, _ = judge(3)
-    told = {0: SUSPECT, 1: NOTHING, 2: SURE}
+    findings = {0: SUSPECT, 1: NOTHING, 2: SURE}
     for node in order:
         assert one.news().reporter is None
-        one.found(node, told[node])
-        if told[node] is SURE:
+        one.found(node, findings[node])
+        if findings[node] is SURE:
             break
     assert one.news().trouble and one.news().reporter == 2
 
 
-def test_a_suspect_speaks_once_all_have_looked():
+def test_a_suspect_is_reported_when_all_have_searched():
     one, clock = judge(3)
     one.found(1, SUSPECT)
     one.found(0, NOTHING)
     assert one.news().reporter is None
-    one.ended(2, Report((0, 0)))  # whose ranks are gone has no suspects
+    one.ended(2, Report((0, 0)))  # its ranks have ended, so it has no suspects
     assert one.news().reporter == 1
     late, clock = judge(2)
     late.found(1, SUSPECT)
@@ -61,7 +61,7 @@ def test_a_suspect_speaks_once_all_have_looked():
 
 
 def test_a_launcher_that_is_gone():
-    """Node 0 speaks of it, where nobody is sure; it counts as 1. One that has reported before may go."""
+    """Node 0 reports it if no finding is sure. It counts as exit code 1. A launcher that has sent its exit codes may end."""
     one, _ = judge(3)
     one.ended(2, Report((75,)))
     one.gone(2)
@@ -73,7 +73,7 @@ def test_a_launcher_that_is_gone():
     assert one.news().code == 1
 
 
-def test_where_nobody_knows_a_loss_is_told():
+def test_without_a_finding_a_loss_is_reported():
     one, _ = judge(2)
     one.found(0, NOTHING)
     one.found(1, NOTHING)
@@ -93,7 +93,7 @@ def test_where_nobody_knows_a_loss_is_told():
     ],
 )
 def test_one_code_for_all_machines(reports, expected):
-    """A rank that was killed elsewhere is not a run that was saved."""
+    """A run with a rank killed on another machine does not count as saved."""
     one, _ = judge(len(reports))
     one.trouble()
     for node, report in enumerate(reports):

@@ -26,7 +26,7 @@ from tests.errors.conftest import ROOT, copy, cut, finetune
 from tests.errors.test_before_torch import layout
 
 SLACK = 8.0
-"""Seconds allowed beyond what is promised on a quiet machine: tests share few cores with whatever else runs."""
+"""Additional seconds, because the tests share few cores with other programs."""
 
 TROUBLE = """
 import os, signal, sys, time, warnings
@@ -79,7 +79,7 @@ def trouble(what: str, tmp_path: Path, shop, *more) -> SimpleNamespace:
 
 
 def said(done) -> list[str]:
-    """Error lines and what follows them."""
+    """Return the error lines and the lines after them."""
     lines = done.err.splitlines()
     return lines[next(n for n, line in enumerate(lines) if ": error: " in line) :]
 
@@ -110,7 +110,7 @@ def test_one_rank_is_killed(shop, tmp_path):
     ids=["stopped", "hangs"],
 )
 def test_one_rank_is_silent(what, message, shop, tmp_path):
-    """The others' patience is 6 s; the first line names the rank, the next ones show where it was."""
+    """The others wait 6 s. The first line names the rank, the next ones are its stack."""
     done = trouble(what, tmp_path, shop, "--distributed_timeout_minutes", 0.1)
     lines = said(done)
     assert done.code == 1
@@ -121,7 +121,7 @@ def test_one_rank_is_silent(what, message, shop, tmp_path):
 
 
 def test_ctrl_c(shop, tmp_path):
-    """The terminal tells the launcher and the ranks: one line, no diagnosis, no stack, and everybody is gone at once."""
+    """The terminal sends SIGINT to the launcher and the ranks: one line, no diagnosis, no stack, and all end at once."""
     done = trouble("[os.kill(pid, signal.SIGINT) for pid in (os.getppid(), os.getpid())]", tmp_path, shop)
     assert done.code == 130
     assert done.err.count(": stopped by Ctrl-C") == 1
@@ -130,7 +130,7 @@ def test_ctrl_c(shop, tmp_path):
 
 
 def test_logs_that_cannot_be_written(shop, tmp_path):
-    """A full disk takes no more of rank 0's log, nor the metrics: said once each, and the run goes on to its end."""
+    """A full disk takes no more of rank 0's log, nor the metrics: one line each, and the run continues to its end."""
     for name in ("logs/rank-000.log", "run/metrics.jsonl"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).symlink_to("/dev/full")
@@ -142,7 +142,7 @@ def test_logs_that_cannot_be_written(shop, tmp_path):
 
 
 def test_one_rank_raises_before_any_collective(shop, tmp_path):
-    """A file of one rank is damaged: its line alone, exit code 2, and nobody waits for the timeout of half an hour."""
+    """A file of one rank is damaged: one line, exit code 2, and no rank waits for the timeout of half an hour."""
     broken = copy(shop.split, tmp_path / "broken")
     cut(broken / "release" / "mp_rank_01_001" / "model_optim_rng.pt")
     (broken / "release" / "manifest.json").unlink(missing_ok=True)
@@ -154,13 +154,13 @@ def test_one_rank_raises_before_any_collective(shop, tmp_path):
     assert done.ended - began < 60
 
 
-def test_mistakes_are_told_before_any_rank_is_started(shop, tmp_path):
+def test_user_errors_are_printed_before_any_rank_is_started(shop, tmp_path):
     done = start(PLAIN, *finetune(shop, tmp_path / "nowhere"), "--nproc_per_node", 4, *layout(2, 2))
     assert (done.code, len(done.err.splitlines())) == (2, 1) and "nowhere: no such folder" in done.err
 
 
 def test_time_limit_then_on_to_an_interval(shop, tmp_path):
-    """The limit saves and leaves with 75; the next start goes on to --exit_interval, with 0. Each rank has its log."""
+    """At the limit the run saves and ends with 75. The next start runs to --exit_interval and ends with 0. Each rank has a log."""
     words = finetune(
         shop, shop.split, None, tmp_path / "run", *layout(2, 2), "--nproc_per_node", 4, "--auto_resume", iters=1000
     )
@@ -201,7 +201,7 @@ def test_one_exit_code_for_all(codes, asked, expected):
     assert exit_code(codes, asked) == expected
 
 
-def test_who_is_who(monkeypatch):
+def test_ranks_of_each_launcher(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     alone = places(Launching(nproc_per_node=4))
@@ -225,7 +225,7 @@ def test_who_is_who(monkeypatch):
 
 
 def test_what_srun_started_are_ranks(monkeypatch):
-    """One task a GPU under srun, no launcher: they are one run, not as many alone; a batch script itself is no rank."""
+    """One task per GPU under srun, without a launcher, is one run with several ranks. A batch script itself is no rank."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "x")  # to be put back
         monkeypatch.delenv(name)
@@ -254,15 +254,15 @@ def test_a_stack_that_waits_for_others(tmp_path):
     assert not is_waiting(line.format(code, 2))
 
 
-def test_rank_0_that_waits_for_the_others_to_come_is_not_elsewhere():
-    """It opens torch's store, and that is one call in C++. Seen when a run was told to stop while its processes met."""
+def test_rank_0_that_waits_for_the_others_to_connect_counts_as_waiting():
+    """It opens torch's store in one C++ call. Seen when a run was stopped while its processes connected."""
     code = Path(parallel.__file__)
     number = next(n for n, line in enumerate(code.read_text().splitlines(), 1) if "dist.TCPStore(" in line)
     assert is_waiting(f'Current thread 0x1 (most recent call first):\n  File "{code}", line {number} in _held_store\n')
 
 
 def test_main_thread_first(tmp_path):
-    """Python writes the newest thread first, and the main one, where the answer is, last."""
+    """Python writes the newest thread first and the main thread, which shows the cause, last."""
     one = '{} (most recent call first):\n  File "a.py", line 1 in f'
     stack = "\n\n".join((one.format("Thread 0x2"), one.format("Current thread 0x1")))
     first, second = oldest_first(stack).split("\n\n")
@@ -270,8 +270,8 @@ def test_main_thread_first(tmp_path):
     assert oldest_first(oldest_first(stack)) == stack and oldest_first("") == ""
 
 
-def test_nobody_takes_the_port_that_ranks_meet_at():
-    """Between the launcher's choice and rank 0, which listens after it has imported torch: nobody else gets it; rank 0 does."""
+def test_no_other_program_can_take_the_port_of_the_ranks():
+    """The launcher chooses the port before rank 0 has imported torch and listens. No other program can bind it meanwhile."""
     with meeting_place(places(Launching(nproc_per_node=2))) as (here, held):
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("", here.port))

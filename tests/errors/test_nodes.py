@@ -1,4 +1,4 @@
-"""Launchers of several machines, here as several launchers on one: who names the cause, and that all leave together."""
+"""Launchers of several machines, run on one machine: one of them names the cause, and all end together."""
 
 import json
 import os
@@ -34,14 +34,14 @@ def port() -> int:
 
 
 def come(node: int, port: int, nodes: int = 2, processes: int = 1, interrupted=lambda: False):
-    """One launcher, as far as the meeting."""
+    """Connect one launcher to the others."""
     told = Launching(nproc_per_node=processes, nnodes=nodes, node_rank=node, master_addr="localhost", master_port=port)
     with meeting_place(places(told)) as (here, held):
         return meet(here, held, interrupted)
 
 
 def together(*callers):
-    """What each returns or raises, all at once."""
+    """Call all at the same time. Return the result or the error of each."""
     with ThreadPoolExecutor(len(callers)) as pool:
         futures = [pool.submit(one) for one in callers]
         return [future.exception(timeout=60) or future.result() for future in futures]
@@ -62,7 +62,7 @@ def meeting(port: int, nodes: int = 3) -> list[Alone]:
     return [link for _, link in met]
 
 
-def test_all_hear_who_speaks_and_leave_with_one_code(port):
+def test_all_learn_the_reporter_and_end_with_one_code(port):
     links = meeting(port)
     links[1].trouble()
     until(lambda: all(link.news.trouble for link in links), links)
@@ -75,7 +75,7 @@ def test_all_hear_who_speaks_and_leave_with_one_code(port):
 
 
 def test_a_launcher_that_goes(port):
-    """Node 0 says which; when node 0's goes, each of the others says that, and decides for itself."""
+    """Node 0 names it. If the launcher of node 0 ends, each of the others names it and decides for itself."""
     first, second, third = meeting(port)
     second.close()
     until(lambda: first.news.trouble and third.news.trouble, [first, third])
@@ -90,14 +90,14 @@ def test_a_launcher_that_goes(port):
 
 
 def test_launchers_that_do_not_belong_together(port):
-    """Both are told, in the same words, what differs."""
+    """Both raise the same message with the difference."""
     first, second = together(lambda: come(0, port, processes=8), lambda: come(1, port, processes=4))
     assert isinstance(first, ConfigError) and isinstance(second, ConfigError)
     assert str(first) == str(second) and "--nproc_per_node 4" in str(first) and "--nproc_per_node 8" in str(first)
 
 
-def test_strangers_at_the_port_are_left_alone(port):
-    """Somebody who says nothing, or something else, is not waited for long and is no launcher."""
+def test_other_programs_at_the_port_are_ignored(port):
+    """A connection that sends nothing, or other data, is closed soon and does not count as a launcher."""
     words = [b"", b"GET / HTTP/1.0\r\n\r\n", b'{"node": "x"}\n', b"\xff\xfe\n", b"[1]\n"]
 
     def strangers():
@@ -117,7 +117,7 @@ def test_strangers_at_the_port_are_left_alone(port):
     assert not isinstance(first, Exception) and not isinstance(second, Exception), (first, second)
 
 
-def test_told_to_stop_while_waiting_for_the_others(port):
+def test_a_stop_signal_while_waiting_for_the_others(port):
     stop = threading.Event()
     threading.Timer(0.5, stop.set).start()
     assert together(lambda: come(0, port, interrupted=stop.is_set), lambda: None)[0] is None
@@ -164,21 +164,21 @@ def run(shop, tmp_path: Path, port: int, what: str, *more) -> list[subprocess.Po
 
 
 def ends(started) -> tuple[list[int], str]:
-    """Exit codes, and all that was said."""
+    """Return the exit codes and all error output."""
     said = together(*(lambda one=one: one.communicate(timeout=120)[1] for one in started))
     return [one.returncode for one in started], "".join(said)
 
 
 def test_a_rank_killed_on_one_machine(shop, tmp_path, port):
-    """Its launcher names it; the other says nothing of its own, and does not take it for a run that was saved."""
+    """Its launcher names it. The other one prints nothing and does not count the run as saved."""
     codes, said = ends(run(shop, tmp_path, port, "os.kill(os.getpid(), signal.SIGKILL)"))
     errors = [line for line in said.splitlines() if ": error: " in line]
     assert codes == [1, 1]
     assert len(errors) == 1 and "rank 1 (process " in errors[0] and "SIGKILL" in errors[0], said
 
 
-def test_a_launcher_is_killed_while_a_rank_is_elsewhere(shop, tmp_path, port):
-    """The launcher that is gone is named, and no rank is suspected that might have come later."""
+def test_a_launcher_is_killed_while_a_rank_does_not_wait(shop, tmp_path, port):
+    """The killed launcher is named. No rank is suspected that might still reach the call."""
     here = tmp_path / "here"
     first, second = started = run(shop, tmp_path, port, f"open({str(here)!r}, 'w'), time.sleep(60)")
     deadline = time.monotonic() + 60
@@ -193,7 +193,7 @@ def test_a_launcher_is_killed_while_a_rank_is_elsewhere(shop, tmp_path, port):
 
 
 def test_a_signal_to_one_machine_s_launcher(shop, tmp_path, port):
-    """All ranks save; both launchers leave with 75, and the checkpoint is the last step's."""
+    """All ranks save. Both launchers end with 75, and the checkpoint is that of the last step."""
     started = run(shop, tmp_path, port, "pass")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
