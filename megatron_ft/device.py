@@ -28,7 +28,7 @@ def choose_cpu() -> None:
 
 
 def has_gpu() -> bool:
-    """Return whether this process computes on a GPU. MEGATRON_FT_DEVICE=cpu says no even where there is one."""
+    """Return whether this process computes on a GPU. MEGATRON_FT_DEVICE=cpu makes it False even if there is one."""
     import torch
 
     return os.environ.get("MEGATRON_FT_DEVICE", "") != "cpu" and torch.cuda.is_available()
@@ -74,7 +74,7 @@ GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
 
 def check_usable() -> None:
-    """Raise ConfigError where this machine has a GPU that torch cannot use: training would go on, on the CPU, without a word."""
+    """Raise ConfigError if this machine has a GPU that torch cannot use: training would use the CPU without a message."""
     import torch
 
     if has_gpu() or hidden() or not (driver := installed_driver()):

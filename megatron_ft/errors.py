@@ -7,7 +7,7 @@ a traceback and exit code 1.
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is all that is shown."""
+    """An error that the user can fix. Only the message is shown."""
 
     exit_code = 2
 

@@ -57,7 +57,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` if the block ends without an error, and is removed otherwise.
 
-    overwrite: replace what lies at `path`; the old folder is deleted only once the new one has its place.
+    overwrite: replace `path`; the old folder is deleted after the new one is in its place.
     Raises UserError where `path` is a file or a folder with something in it and overwrite is False.
     """
     target = Path(path)
@@ -194,11 +194,11 @@ def sync_all(folder: Path) -> None:
 
 
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
-"""What a file system answers that cannot flush a folder (or a file of another owner); a disk that fails says EIO or ENOSPC."""
+"""Errors of a file system that cannot flush a folder (or a file of another owner). A disk that fails returns EIO or ENOSPC."""
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk; skipped where the file system has no such thing."""
+    """Wait until a file, or a folder's list of names, is on the disk; skipped if the file system does not support it."""
     if path.is_symlink():
         return
     try:

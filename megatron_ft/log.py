@@ -12,7 +12,7 @@ from io import TextIOWrapper
 _ROOT = "megatron_ft"
 _screen_level = "INFO"  # until setup sets another
 FROM_ANY_RANK = {"from_any_rank": True}
-"""Given as `extra`: the line is shown on the screen whichever rank says it, since no other does."""
+"""Passed as `extra`: the line is shown on the screen from any rank, because only one rank logs it."""
 _FILE_FORMAT = "%(asctime)s %(levelname)s rank{rank} %(name)s: %(message)s"
 
 

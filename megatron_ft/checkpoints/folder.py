@@ -145,7 +145,7 @@ def _read_tracker(root: Path) -> int | str:
         raise CheckpointError(f"{path} is missing; {root} holds: {_checkpoints(root)}; name one with --iteration")
     text = path.read_text(errors="replace").strip(
         " \t\r\n"
-    )  # not all that strip() takes for blank: a flipped bit makes such
+    )  # not every character that strip() removes: a flipped bit can produce one
     if text != "release" and not text.isdigit():
         raise CheckpointError(
             f"{path} says {text[:40]!r}, not 'release' or a number; {root} holds: {_checkpoints(root)}; "

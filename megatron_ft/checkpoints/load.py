@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """Return how the engine lays sharded state out: one key a layer, optimizer state in the shape of its parameter."""
+    """Return the engine's layout of sharded state: one key per layer, optimizer state in the shape of its parameter."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "non_homogeneous_layers": True,

@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 
 def pieces(start: int, end: int, first: int, shard: int) -> list[Piece]:
-    """Return who holds which part of a parameter that lies at [start, end) of a buffer.
+    """Return the ranks that hold the parts of a parameter at [start, end) of a buffer.
 
     first: where its bucket begins in the buffer. shard: numbers of the bucket that each rank holds, in the order of ranks.
     """
@@ -62,10 +62,10 @@ def exchange(
     group: dist.ProcessGroup,
     to_owner: bool,
 ) -> None:
-    """Move a parameter between its owner, who has all of it, and the ranks that hold its pieces, in either direction.
+    """Move a parameter between its owner, which has all of it, and the ranks that hold its parts, in either direction.
 
-    whole: flat, on the owner, else None. mine: this rank's piece, or None. Only they talk; the others may call it all the same. Point to
-    point, so that a rank that is not concerned goes on; no two ranks wait for each other as long as all take parameters in one order.
+    whole: flat, on the owner, else None. mine: this rank's piece, or None. Only these ranks communicate, point to
+    point; for other ranks the call does nothing. There is no deadlock if all ranks take the parameters in the same order.
     """
     me, operations = group.rank(), []
     give, take = (dist.irecv, dist.isend) if to_owner else (dist.isend, dist.irecv)

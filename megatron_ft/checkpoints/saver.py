@@ -186,7 +186,7 @@ def _still_running(writer: Here | Forked) -> bool:
 
 
 def _check_there(folder: Path, entries: dict[str, Entry]) -> None:
-    """Raise CheckpointError unless the main rank sees every rank's files: what lies on another machine's own disk is no checkpoint."""
+    """Raise CheckpointError unless the main rank sees every rank's files. Files on the local disk of another machine cannot be loaded."""
     deadline = time.monotonic() + _PATIENCE
     for name, entry in entries.items():
         path = folder / name

@@ -41,7 +41,7 @@ class Part:
     buckets: list = field(default_factory=list)
     """The engine's: (path, name, (objects, tensors)) for each file of tensors, in host memory."""
     transforms: list = field(default_factory=list)
-    """The engine's: what is done to a stream of tensors; nothing, unless its configuration says so."""
+    """The engine's transforms of a stream of tensors; by default none."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Here:
 
 
 class Forked:
-    """The part is written by a process of its own; `problem` or `written` is set once it is not running any more."""
+    """The part is written by a separate process; `problem` or `written` is set after it has ended."""
 
     def __init__(self, part: Part):
         self.problem: Exception | None = None

@@ -76,7 +76,7 @@ def rehearse(settings: TrainingSettings, run: Callable[[TrainingSettings], int])
             _meet(meeting.wait)
         code = run(small)
         if is_rank() and not was_rank:
-            return code  # one of the processes; the launcher goes on below
+            return code  # one of the processes; the launcher continues below
         say(_verdict(code, count, settings, time.monotonic() - began), flush=True)
         return code
     finally:

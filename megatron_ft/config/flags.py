@@ -26,7 +26,7 @@ class Given:
 def read_flags(command: Command, options: dict[str, Option], argv: list[str]) -> Given:
     """Split a command line into settings; --help prints and raises SystemExit(0).
 
-    Raise ConfigError for a flag nobody knows, one without its value, and a value nothing takes.
+    Raise ConfigError for an unknown flag, one without its value, and an unexpected value.
     """
     parser = _parser(command, options)
     given = Given({})

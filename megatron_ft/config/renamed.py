@@ -17,7 +17,7 @@ RENAMED = {
 
 
 def current(name: str, known: Container[str], prefix: str = "") -> str:
-    """Return the name that a setting has now. prefix: "--" for flags, nothing for YAML keys; for the line that says so."""
+    """Return the present name of a setting. prefix: "--" for flags, nothing for YAML keys; for the line that is printed."""
     new = RENAMED.get(name)
     if name in known or new is None or new not in known:
         return name

@@ -249,7 +249,7 @@ VICUNA = ChatFormat(
     context="BEGININPUT\n{context}\nENDINPUT\nBEGININSTRUCTION\n{text}\nENDINSTRUCTION",
 )
 
-# Meta's Llama-2 chat: the system text stands inside the first instruction.
+# Meta's Llama-2 chat: the system text is inside the first instruction.
 LLAMA2 = ChatFormat(
     name="llama2",
     added_tokens=("<s>", "</s>"),

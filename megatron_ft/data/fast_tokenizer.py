@@ -79,9 +79,9 @@ class FastTokenizer:
         return self._start.token_to_id(piece)
 
     def reserve(self, tokens: dict[str, int]) -> None:
-        """Keep text from yielding these tokens: special ones are not looked for in text.
+        """Make these tokens impossible in text: special ones are not searched for in text.
 
-        Raise TokenizerError where a token has another id than the file says, or is an ordinary word of the vocabulary.
+        Raise TokenizerError if a token has another id than in the file, or is an ordinary word of the vocabulary.
         """
         from tokenizers import AddedToken
 

@@ -45,9 +45,9 @@ def pieces_of(lengths: np.ndarray, seq_length: int, over_long: str) -> Pieces:
 
 
 def pieces_per_epoch(sizes: np.ndarray, shares: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Return how many pieces each set contributes, so that their values stand in the ratio of `shares`.
+    """Return how many pieces each set contributes, so that their values have the ratio of `shares`.
 
-    sizes: pieces in each set; value: what one of its pieces is worth on average (1, or its supervised tokens). An epoch
+    sizes: pieces in each set; value: the average value of its pieces (1, or the number of supervised tokens). An epoch
     stays as long as all sets together.
     """
     wanted = np.divide(shares, value, out=np.zeros(len(shares)), where=value > 0)

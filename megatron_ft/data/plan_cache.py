@@ -28,7 +28,7 @@ Arrays = Sequence[np.ndarray]
 
 
 def cached(folder: Path, key: Any, build: Callable[[], Arrays]) -> Arrays:
-    """Return what build() returns for this key, which has to hold all that it depends on; read-only and mapped where it was kept."""
+    """Return the result of build() for this key, which must contain all its inputs; read-only, and mapped if it was stored."""
     path = folder / f"{fingerprint(key).removeprefix('xxh3:')}.npy"
     if (found := _read(path)) is not None:
         return found

@@ -176,7 +176,7 @@ class Shards:
         self._check_counts()
 
     def _check_counts(self) -> None:
-        """Check that what the manifest says of samples is true of the index: sources use it, loss and mixing use its counts."""
+        """Check that samples and counts in the manifest agree with the index: sources, loss and mixing use them."""
         counts, samples = self.manifest.counts, len(self.lengths)
         ends = [end for source in self.manifest.sources for end in source["documents"]]
         said = (counts["samples"], counts["tokens"], sum(counts["tokens_by_role"].values()))

@@ -53,7 +53,7 @@ class TokenizerFiles:
 
 
 def find(path: Path) -> TokenizerFiles:
-    """Read what lies at a path. Raise TokenizerError naming what was looked for."""
+    """Read the files at a path. Raise TokenizerError with the names of the expected files."""
     from megatron_ft.data.fast_tokenizer import read_description
 
     if not path.exists():

@@ -43,7 +43,7 @@ class Words(dict[str, bytes]):
 
 
 class PieceWords(Words):
-    """For a SentencePiece model, which adds a space in front of a text. A word stands here without the first of its spaces."""
+    """For a SentencePiece model, which adds a space in front of a text. A word is stored without the first of its spaces."""
 
     def _ids(self, word: str) -> list[int]:
         # Before a newline the added space has to go; to nothing none is added.

@@ -120,7 +120,7 @@ class CauseFinder:
     def _consequences(self, rank: Rank) -> set[int]:
         """Return the signals that may have ended a rank because another one had failed.
 
-        The libraries abort when a connection breaks. A rank that writes its stack on request reads the frames of threads that go on
+        The libraries abort when a connection breaks. A rank that writes its stack on request reads the frames of threads that are still
         running, which can crash it.
         """
         reading = {signal.SIGSEGV, signal.SIGBUS} if rank.number in self._stacks.asked else set()

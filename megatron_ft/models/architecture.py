@@ -248,9 +248,9 @@ def check_layout(
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
 ) -> None:
-    """Raise ConfigError, naming the sizes that would do, unless every tensor can be cut evenly into TP x PP parts, and experts into EP.
+    """Raise ConfigError, with the sizes that fit, unless every tensor can be cut evenly into TP x PP parts, and experts into EP.
 
-    Stages that may hold unequal numbers of layers are pipeline.py's business.
+    pipeline.py handles stages with different numbers of layers.
     """
     tp, pp, ep = tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size
     rules = (

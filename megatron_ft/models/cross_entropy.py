@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK = 1 << 21
-"""Bytes of logits in fp32 that are held at once where nothing is compiled: what a CPU's cache holds."""
+"""Bytes of logits in fp32 that are processed at once without compilation: the size of a CPU's cache."""
 CHUNK_ON_GPU = 1 << 26
 
 
@@ -133,7 +133,7 @@ def _gradient(
     out.copy_(softmax.mul_(factor[:, None]))
 
 
-# The same without a write into part of a tensor, so that each becomes one kernel that holds no [n, v] of its own.
+# The same without a write into part of a tensor, so that each becomes one kernel without its own [n, v].
 
 
 def _peak_fused(rows: Tensor, valid: int) -> Tensor:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 HF_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Our name -> torch's, which is also what a Hugging Face config.json says."""
+"""Our name -> torch's, which is also the name in a Hugging Face config.json."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

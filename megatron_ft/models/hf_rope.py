@@ -88,7 +88,7 @@ def _said(arch: Architecture) -> tuple[float, dict[str, Any] | None]:
         if kind != "ntk-yarn":
             return raised, None
         factor = rope.attention_factor(scaling, arch.max_position_embeddings)
-        # Positions equal to the original ones: else transformers would derive a factor of its own from their ratio.
+        # Positions equal to the original ones: else transformers would compute another factor from their ratio.
         same = {_ORIGINAL: arch.max_position_embeddings}
         return raised, {"rope_type": "yarn", "factor": 1.0, "attention_factor": factor, **same}
     if kind == "ntk-by-parts":

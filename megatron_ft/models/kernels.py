@@ -36,7 +36,7 @@ class Choice:
     """The chosen kernels."""
 
     packed_attention: str
-    """flash-attn, torch-varlen, or by-sample (scaled_dot_product_attention, once a sample)."""
+    """flash-attn, torch-varlen, or by-sample (scaled_dot_product_attention, once per sample)."""
     fused: bool
     """Activation, loss, rotary embedding and residual dropout as compiled kernels, each one pass over its data."""
     optimizer: str

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 FLASH_CAPABILITY = (8, 0)
-"""Compute capability from which flash kernels (flash-attn 2, torch's) run, and from which bf16 has units of its own."""
+"""Compute capability from which flash kernels (flash-attn 2, torch's) run, and from which there are hardware units for bf16."""
 
 
 @dataclass(frozen=True)

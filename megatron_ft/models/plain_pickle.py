@@ -21,10 +21,10 @@ _INSTRUCTIONS = (
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """load() raises nearly anything where the data is not a plain pickle.
+    """An unpickler. load() can raise any exception if the data is not a plain pickle.
 
-    find: (module, name) -> what stands for it; raises UnpicklingError for a name that has no business there.
-    persistent: what a persistent id stands for; torch's storages are such.
+    find: (module, name) -> its replacement; raises UnpicklingError for a name that is not allowed. persistent: persistent id -> its
+    object; torch's storages have such ids.
     """
 
     stack: list[Any]

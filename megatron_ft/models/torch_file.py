@@ -122,7 +122,7 @@ class TorchFile:
             self.value = PlainUnpickler(archive.read(pickled), self._finder(harmless), self.storage).load()
 
     def _finder(self, harmless: Callable[[str, str], bool]) -> Callable[[str, str], Any]:
-        """Return what stands here for a name that torch.save writes."""
+        """Return the replacement of a name that torch.save writes."""
         known: dict[tuple[str, str], Any] = {
             ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,

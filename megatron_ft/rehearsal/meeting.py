@@ -32,7 +32,8 @@ GONE = 10.0  # seconds after which a missing folder counts as removed, not as re
 
 
 def shared_place(places: dict[str, str]) -> tuple[str, Path]:
-    """Return (flag, nearest existing parent) of the first folder that the run will write to, usually --save: there the machines meet.
+    """Return (flag, nearest existing parent) of the first folder that the run will write to, usually --save. The machines communicate
+    there.
 
     places: flag -> folder. Raise ConfigError if it is not writable.
     """

@@ -34,7 +34,7 @@ def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset
         )
     valid = _validation(data, checkpoint, weights)
     if data.verify_data and local_rank() == 0:
-        # One process a machine, before any waits for it: the file system may show each machine other bytes.
+        # One process per machine, before others wait for it: a file system may return different bytes on each machine.
         verify_shards([*train.shards, *(valid.shards if valid else [])], "--no_verify_data")
     return train, valid
 

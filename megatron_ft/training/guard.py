@@ -21,8 +21,8 @@ from megatron_ft.training.hooks import Hook
 log = logger("training")
 
 TO_START, TO_ANSWER, TO_FINISH = 120.0, 60.0, 20.0
-"""Seconds that a logger in a thread of its own is waited for: until it has begun, with one call, and at the end. Where SLURM takes the
-nodes, 30 s are left after SIGTERM by default."""
+"""Longest waits in seconds for a logger in a separate thread: for its start, for one call, and at the end. When SLURM ends a job, 30 s are
+left after SIGTERM by default."""
 
 
 def attempt(name: str, action: Callable[[], Any]) -> None:
@@ -90,7 +90,7 @@ class Guarded(Hook):
 
 
 class Aside(Guarded):
-    """A hook that works in a thread of its own: the run hands over what there is to log, and does not wait."""
+    """A hook that works in a separate thread: the run passes the values to log and does not wait."""
 
     def _begin(self, make: Callable[[], Hook]) -> None:
         self._calls: queue.SimpleQueue = queue.SimpleQueue()

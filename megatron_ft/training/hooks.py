@@ -29,7 +29,7 @@ def numbers(metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class MetricsFile(Hook):
-    """One JSON object a line, flushed at once; resumed runs append."""
+    """One JSON object per line, flushed at once; resumed runs append."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)

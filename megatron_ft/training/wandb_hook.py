@@ -15,10 +15,10 @@ from megatron_ft.training.hooks import Hook, numbers
 
 
 class WeightsAndBiases(Hook):
-    """A wandb run with the resolved settings. Raise ConfigError where wandb is not installed, or does not know whose run it is.
+    """A wandb run with the resolved settings. Raise ConfigError if wandb is not installed or not logged in.
 
-    wandb is a process of its own beside this one. What it would do when Python ends, waiting for that process above all, is done in
-    on_end: what does not come back there must not hold the end of the program either.
+    wandb runs as a separate process. on_end does what wandb would do at the end of Python, which includes waiting for that process: if it
+    hangs, the program can still end.
     """
 
     def __init__(self, project: str, name: str | None, folder: Path | None, settings: dict[str, Any]):

@@ -14,7 +14,7 @@ from megatron_ft.training.objectives.objective import Contribution
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """The objective of fine-tuning on chats: sum(weight x -log p(label)) / sum(weight), in nats a token."""
+    """The objective of fine-tuning on chats: sum(weight x -log p(label)) / sum(weight), in nats per token."""
 
     def forward(self, model: torch.nn.Module, batch: Inputs) -> Tensor:
         """Return the loss per token [b, s] on the last stage."""
@@ -38,7 +38,7 @@ class CrossEntropy:
 def weighted_sum(losses: Tensor, weights: Tensor, groups: Tensor, sizes: list[int]) -> Contribution:
     """Return the contribution of a microbatch.
 
-    losses, weights: [b, s]. groups: [breakdowns, b, s] as the loader gives them. sizes: the number of groups in each breakdown. The log
+    losses, weights: [b, s]. groups: [breakdowns, b, s] from the loader. sizes: the number of groups in each breakdown. The log
     entry: sum of weighted losses, sum of weights, then for each breakdown the plain loss sums and token counts of its groups, tokens of
     weight 0 included.
     """

@@ -27,7 +27,7 @@ class Contribution(NamedTuple):
 
 
 class Objective(Protocol):
-    """One objective. It keeps nothing between microbatches; `dataset` says what the rows are made of."""
+    """One objective. It has no state between microbatches; `dataset` is the source of the rows."""
 
     def forward(self, model: torch.nn.Module, batch: Inputs) -> Tensor:
         """Run a chunk of this rank's stage. Return what the next stage takes, and on the last one what `contribution` takes."""
