@@ -124,7 +124,7 @@ def choices() -> list[tuple[str, str]]:
     gpu = here.has_gpu
     return [
         ("device", device.describe()),
-        ("processes", ("one a GPU" if gpu else "any number on this machine") + f", over {device.backend()}"),
+        ("processes", ("one per GPU" if gpu else "any number on this machine") + f", over {device.backend()}"),
         *choice.lines(),
         (
             "apex",

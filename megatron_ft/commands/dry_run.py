@@ -55,7 +55,7 @@ def _lines(
     yield f"would train iterations {progress.iteration + 1} to {batch.train_iters}: {steps} steps"
     micro = rows // batch.micro_batch_size // layout.dp_size
     yield (
-        f"{rows} rows x {data.seq_length} = {rows * data.seq_length:,} tokens a step, {micro} microbatches of {batch.micro_batch_size}; "
+        f"{rows} rows x {data.seq_length} = {rows * data.seq_length:,} tokens per step, {micro} microbatches of {batch.micro_batch_size}; "
         f"{epochs:.2f} epochs of {train_set.num_samples:,} samples"
     )
     if save is None:

@@ -6,15 +6,18 @@ Takes the flags of finetune. Every finding names the flag that fixes it. Needs n
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Batch, Checkpointing, Data, Numerics, Parallelism
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ft.checkpoints.folder import CheckpointConfig
 
 
 @dataclass
@@ -56,7 +59,6 @@ def run(options: Preflight, settings: TrainingSettings) -> int:
 
 
 def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Finding]:
-    from megatron_ft.checkpoints.folder import describe, find_checkpoint
     from megatron_ft.config.checks import check_settings, places_to_write
     from megatron_ft.files import check_writable
 
@@ -72,35 +74,46 @@ def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Findin
             check_writable(flag, place)
         except UserError as error:
             yield Finding("error", str(error))
-    data, described = settings.data, None
-    try:
-        folder = find_checkpoint(Path(settings.checkpointing.load))
-        described = describe(folder)
-        yield Finding("ok", f"checkpoint {folder}: {described.architecture.family}, {described.dtype}, all files exist")
-    except UserError as error:
-        yield Finding("error", f"{error} (--load)")
-    if consistent and described is not None:
-        yield from _model(settings, options.world_size)
+    data = settings.data
+    described = yield from _checkpoint(settings, options.world_size if consistent else None)
     for prefix in [*data.data_path, *data.valid_data_path]:
         yield from _shards(prefix, data, described, not (consistent and data.verify_data))
     if consistent:
         yield from _length(data, settings.batch, options.world_size, settings.parallel)
 
 
-def _model(settings: TrainingSettings, world_size: int) -> Iterator[Finding]:
-    """Yield findings on the checkpoint to start from and on the space for new ones."""
+def _checkpoint(
+    settings: TrainingSettings, world_size: int | None
+) -> Generator[Finding, None, CheckpointConfig | None]:
+    """Yield findings on the checkpoint to start from and on the space for new ones. Return its description, None if it is unusable.
+
+    world_size: None if the settings are inconsistent; then they are not compared with the model.
+    """
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.training.fit import find_start
 
+    start, problem = None, None
+    if world_size is not None:
+        try:
+            start = find_start(settings, world_size)
+        except UserError as error:
+            problem = error
     try:
-        start = find_start(settings, world_size)
+        folder = start.folder if start else find_checkpoint(Path(settings.checkpointing.load))
+        described = start.described if start else describe(folder)
     except UserError as error:
-        yield Finding("error", str(error))
-        return
-    split = split_layers(start.described.architecture.num_layers, settings.parallel)
-    tp = settings.parallel.tensor_model_parallel_size
-    yield Finding("ok", f"TP {tp} x PP {split.stages} fit the model: layers {split}")
-    yield from disk(start.folder, start.described, settings.checkpointing, settings.batch, settings.numerics)
+        yield Finding("error", f"{error} (--load)")
+        return None
+    yield Finding("ok", f"checkpoint {folder}: {described.architecture.family}, {described.dtype}, all files exist")
+    if problem:
+        yield Finding("error", str(problem))
+    if start:
+        split = split_layers(described.architecture.num_layers, settings.parallel)
+        tp = settings.parallel.tensor_model_parallel_size
+        yield Finding("ok", f"TP {tp} x PP {split.stages} fit the model: layers {split}")
+        yield from disk(folder, described, settings.checkpointing, settings.batch, settings.numerics)
+    return described
 
 
 def disk(
