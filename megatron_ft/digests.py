@@ -74,9 +74,9 @@ def read_digests(folder: Path) -> dict[str, Entry]:
     if not path.is_file():
         raise DamagedError(f"{path} is missing: the folder was not finished; make it again, or use an earlier one")
     try:
-        said = read_json(path)
-        listed = said["files"]
-        if said["format_version"] != FORMAT_VERSION or said["digest_of_files"] != _own(listed):
+        manifest = read_json(path)
+        listed = manifest["files"]
+        if manifest["format_version"] != FORMAT_VERSION or manifest["digest_of_files"] != _own(listed):
             raise ValueError("it is not what was written")
         entries = {name: Entry(**entry) for name, entry in listed.items()}
     except Exception as error:  # a damaged file raises nearly anything

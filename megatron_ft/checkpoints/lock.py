@@ -104,8 +104,8 @@ def _holder(file: IO) -> dict:
     """Return the holder that is written in it: pid, host, job; {} where there is none."""
     file.seek(0)
     try:
-        said = json.loads(file.read())
-        return {"pid": said["pid"], "host": said["host"], "job": said.get("job")}
+        holder = json.loads(file.read())
+        return {"pid": holder["pid"], "host": holder["host"], "job": holder.get("job")}
     except (ValueError, KeyError, TypeError):
         return {}
 

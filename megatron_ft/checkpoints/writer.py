@@ -77,10 +77,10 @@ def save_tensors(value: Any, path: Path) -> None:
         try:
             torch.save(value, file)
         except RuntimeError as error:
-            raise _what_the_disk_said(error, path) from error
+            raise _system_error(error, path) from error
 
 
-def _what_the_disk_said(error: BaseException, path: Path) -> BaseException:
+def _system_error(error: BaseException, path: Path) -> BaseException:
     """Return the system's error behind an error of torch's file writer, which only states that the end is missing."""
     behind: BaseException | None = error
     while behind is not None:
@@ -105,7 +105,7 @@ def _write_buckets(part: Part) -> list:
         _, found = answers.get()
         if isinstance(found, Exception):
             with naming(Path(bucket[0])):
-                raise _what_the_disk_said(found, Path(bucket[0])) from found
+                raise _system_error(found, Path(bucket[0])) from found
         places += found
     return places
 

@@ -248,8 +248,8 @@ def saving_has_a_place(checkpointing: Checkpointing) -> None:
     for name in ("save_interval", "keep_last", "save_retain_interval", "async_save", "auto_resume"):
         value = getattr(checkpointing, name)
         if value and checkpointing.save is None:
-            said = f"--{name}" if value is True else f"--{name} {value}"
-            raise ConfigError(f"{said} without --save: set --save to the folder for checkpoints")
+            flag = f"--{name}" if value is True else f"--{name} {value}"
+            raise ConfigError(f"{flag} without --save: set --save to the folder for checkpoints")
 
 
 def milestones_have_a_use(checkpointing: Checkpointing) -> None:

@@ -97,7 +97,7 @@ class ChatFormat:
         for messages in conversations:
             role: int | None = None
             for i, message in enumerate(self._folded(messages)):
-                previous, (role, content) = role, self._said(message)
+                previous, (role, content) = role, self._role_and_text(message)
                 key = (role, previous if (role, previous) in self.after else None)
                 if key not in around:
                     around[key] = self._around(tokenizer, role, previous)
@@ -134,7 +134,7 @@ class ChatFormat:
         parts: list[Part] = []
         role: int | None = None
         for message in turns:
-            previous, (role, content) = role, self._said(message)
+            previous, (role, content) = role, self._role_and_text(message)
             role_byte = role | message.get("mark_bits", 0)
             if not parts:
                 parts += self._split(self.begin, role_byte)
@@ -142,7 +142,7 @@ class ChatFormat:
             parts += [*before, Part(role_byte, content), *after] if content else [*before, *after]
         return parts + self._split(self.generation_prompt, ASSISTANT) if add_generation_prompt else parts
 
-    def _said(self, message: Mapping[str, Any]) -> tuple[int, str]:
+    def _role_and_text(self, message: Mapping[str, Any]) -> tuple[int, str]:
         """Return the role number and text of a message. Raise DataError if the format cannot express it."""
         name, content = message.get("role"), message.get("content")
         role = ROLES.get(name) if isinstance(name, str) else None

@@ -39,16 +39,16 @@ def _start(chat: Any) -> str:
     else:
         text = f"({_quoted(chat.default_system)} + ({_quoted(APART)} + ns.tools if ns.tools else ''))"
         condition = missing
-    said = _said(chat.turns[SYSTEM], text)
-    return f"{begin}{{% if {condition} %}}{{% set ns.inserted = true %}}{said}{{% endif %}}"
+    turn = _written(chat.turns[SYSTEM], text)
+    return f"{begin}{{% if {condition} %}}{{% set ns.inserted = true %}}{turn}{{% endif %}}"
 
 
 def _text(chat: Any) -> str:
     """Return code that sets ns.text to the text of a message, as tool_text.as_text."""
     own = "message['content'] or ''"
-    said = [_quoted(CALLED[0]), "(f['name'] | tojson)", _quoted(CALLED[1])]
-    said += ["(a if a is string else (a | tojson))", _quoted(CALLED[2])]
-    call = f"ns.text + ({_quoted(chr(10))} if ns.text else '') + {' + '.join(said)}"
+    call_parts = [_quoted(CALLED[0]), "(f['name'] | tojson)", _quoted(CALLED[1])]
+    call_parts += ["(a if a is string else (a | tojson))", _quoted(CALLED[2])]
+    call = f"ns.text + ({_quoted(chr(10))} if ns.text else '') + {' + '.join(call_parts)}"
     return (
         f"{{% set ns.text = {f'({own}) | trim' if chat.strip else own} %}}"
         "{% for call in message['tool_calls'] or [] %}{% set f = call['function'] or call %}"
@@ -67,14 +67,14 @@ def _turns(chat: Any) -> str:
             if later == role:
                 before = f"(loop.index0 > 0 and messages[loop.index0 - 1]['role'] in {_names(earlier)})"
                 before += " or (loop.first and ns.inserted)" if earlier == SYSTEM else ""
-                turns += f"{{% if {before} %}}{_said(variant)}{{% else %}}{_said(turn)}{{% endif %}}"
+                turns += f"{{% if {before} %}}{_written(variant)}{{% else %}}{_written(turn)}{{% endif %}}"
                 break
         else:
-            turns += _said(turn)
+            turns += _written(turn)
     return turns + "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
 
 
-def _said(turn: str, value: str = "ns.text") -> str:
+def _written(turn: str, value: str = "ns.text") -> str:
     before, after = map(_quoted, turn.split("{text}"))
     return f"{{{{ {before} + {value} + {after} }}}}"
 

@@ -81,13 +81,13 @@ class OwnTemplate:
             raise DataError(
                 f"unknown role {messages[roles.index(None)].get('role')!r}; the roles are {', '.join(ROLES)}"
             )
-        said = [
+        passed = [
             {"role": _name(message), **{key: message[key] for key in _PASSED if key in message}} for message in messages
         ]
         tools = next((message["tools"] for message in messages if message.get("tools")), None)
-        self._check_tools(tools, said)
-        turns = self._skeleton(said, tools)
-        contents = self._contents(said, tools, "".join(turn_text(turn) for turn in turns))
+        self._check_tools(tools, passed)
+        turns = self._skeleton(passed, tools)
+        contents = self._contents(passed, tools, "".join(turn_text(turn) for turn in turns))
         parts: list[Part] = []
         for turn in turns:
             for number, text in turn:
@@ -97,38 +97,38 @@ class OwnTemplate:
                 else:
                     parts += self._split(text, role_byte)
         if add_generation_prompt:
-            whole = self._render(_stand_ins(said), True, tools)
+            whole = self._render(_stand_ins(passed), True, tools)
             start = "".join(turn_text(turn) for turn in turns)
             if not whole.startswith(start):
                 raise TokenizerError(f"the tokenizer's chat template changes earlier turns for an answer; {REMEDY}")
             parts += self._split(whole[len(start) :], ASSISTANT)
         return parts
 
-    def _check_tools(self, tools: Any, said: list[dict[str, Any]]) -> None:
+    def _check_tools(self, tools: Any, passed: list[dict[str, Any]]) -> None:
         """Check definitions and calls: the template writes them within its own text, where the name of a control token would become that
         token.
         """
-        calls = [message["tool_calls"] for message in said if message.get("tool_calls")]
+        calls = [message["tool_calls"] for message in passed if message.get("tool_calls")]
         if (tools or calls) and (found := self._control.search(json.dumps([tools, calls], ensure_ascii=False))):
             raise DataError(f"a tool's definition or call holds the special token '{found[0]}'; leave the chat out")
 
-    def _contents(self, said: list[dict[str, Any]], tools: Any, skeleton: str) -> list[str]:
+    def _contents(self, passed: list[dict[str, Any]], tools: Any, skeleton: str) -> list[str]:
         """Return the contents as the template writes them: unchanged, or stripped."""
-        real = self._render(said, False, tools)
+        real = self._render(passed, False, tools)
         for change in (str, str.strip):
-            contents = [change(message["content"]) for message in said]
+            contents = [change(message["content"]) for message in passed]
             if _filled(skeleton, contents) == real:
                 return contents
         raise DataError(f"the tokenizer's chat template changes this chat's messages; leave it out, or {REMEDY}")
 
-    def _skeleton(self, said: Sequence[Mapping[str, Any]], tools: Any = None) -> list[list[tuple[int, str]]]:
+    def _skeleton(self, passed: Sequence[Mapping[str, Any]], tools: Any = None) -> list[list[tuple[int, str]]]:
         """Return the template's text for these messages, turn by turn, each as [(message, text)]; a placeholder is a separate text."""
-        roles = tuple(message["role"] for message in said)
-        plain = not tools and not any(message.keys() - {"role", "content"} for message in said)
+        roles = tuple(message["role"] for message in passed)
+        plain = not tools and not any(message.keys() - {"role", "content"} for message in passed)
         if plain and roles in self._skeletons:
             return self._skeletons[roles]
         turns, before, waiting = [], "", []
-        messages = _stand_ins(said)
+        messages = _stand_ins(passed)
         for end in range(1, len(roles) + 1):
             waiting.append(end - 1)
             system = roles[end - 1] == "system"
@@ -261,11 +261,11 @@ def _name(message: Mapping[str, Any]) -> str:
     return NAMES.get(message["role"], message["role"])
 
 
-def _stand_ins(said: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _stand_ins(passed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages with placeholders for their texts. An empty text beside tool calls stays empty, because templates test for it."""
     return [
         {**message, "content": "" if message.get("tool_calls") and not message["content"] else STAND_IN.format(number)}
-        for number, message in enumerate(said)
+        for number, message in enumerate(passed)
     ]
 
 

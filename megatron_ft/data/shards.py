@@ -179,9 +179,9 @@ class Shards:
         """Check that samples and counts in the manifest agree with the index: sources, loss and mixing use them."""
         counts, samples = self.manifest.counts, len(self.lengths)
         ends = [end for source in self.manifest.sources for end in source["documents"]]
-        said = (counts["samples"], counts["tokens"], sum(counts["tokens_by_role"].values()))
+        counted = (counts["samples"], counts["tokens"], sum(counts["tokens_by_role"].values()))
         tokens = int(self.lengths.sum(dtype=np.int64))
-        if said != (samples, tokens, tokens) or ends != sorted(ends) or (ends and ends[-1] > samples):
+        if counted != (samples, tokens, tokens) or ends != sorted(ends) or (ends and ends[-1] > samples):
             raise DataError(f"{manifest_path(self.prefix)}: counts other samples than there are in the shards; {AGAIN}")
 
     def _open(self, kind: str) -> Sequences:

@@ -55,8 +55,10 @@ def definitions(tools: Sequence[Any]) -> str:
 def _call(call: Mapping[str, Any]) -> str:
     function = call.get("function") or call
     arguments = function.get("arguments") or {}
-    said = arguments if isinstance(arguments, str) else _json(arguments)  # a string: invalid JSON that the model wrote
-    return f"{CALLED[0]}{_json(function['name'])}{CALLED[1]}{said}{CALLED[2]}"
+    written = (
+        arguments if isinstance(arguments, str) else _json(arguments)
+    )  # a string: invalid JSON that the model wrote
+    return f"{CALLED[0]}{_json(function['name'])}{CALLED[1]}{written}{CALLED[2]}"
 
 
 def _json(value: Any) -> str:

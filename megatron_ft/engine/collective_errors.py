@@ -19,13 +19,13 @@ def raise_together(problem: Exception | None) -> None:
     """
     import torch.distributed as dist
 
-    said: list = [None] * dist.get_world_size()
-    dist.all_gather_object(said, _portable(problem))
-    first = next((rank for rank, found in enumerate(said) if found is not None), None)
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, _portable(problem))
+    first = next((rank for rank, found in enumerate(gathered) if found is not None), None)
     if first is None:
         return
     if isinstance(problem, UserError | OSError) or problem is None:
-        found = said[first]
+        found = gathered[first]
         raise found if isinstance(found, UserError) else RuntimeError(f"rank {first}: {found}") from problem
     raise problem
 

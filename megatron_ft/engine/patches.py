@@ -10,15 +10,15 @@ from megatron_ft.engine.versions import patch
 
 def apply() -> None:
     """Make all changes below. megatron-core has been imported."""
-    keep_write_results_here()
-    say_nothing_of_other_writers()
+    pass_write_results_in_process()
+    remove_writer_warning()
     recompute_norms_without_fp8()
-    read_objects_without_running_them()
+    read_objects_with_restrictions()
     choose_experts_without_transformer_engine()
 
 
 @patch("0.16 to 0.19", "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue")
-def keep_write_results_here() -> None:
+def pass_write_results_in_process() -> None:
     """Pass the results of a write within this process, because checkpoints are saved synchronously.
 
     megatron-core uses a queue in a manager process. That process imports torch again, which takes seconds at the first save of every rank,
@@ -30,7 +30,7 @@ def keep_write_results_here() -> None:
 
 
 @patch("0.19 to 0.19", "megatron.core.dist_checkpointing.strategies.torch:_logged_mcore_async_deprecation")
-def say_nothing_of_other_writers() -> None:
+def remove_writer_warning() -> None:
     """Remove a warning at every rank's first save: that the engine's writer is to be replaced by that of another package.
 
     Here the engine only plans a save and writes buckets of tensors. A user cannot choose the writer.
@@ -41,7 +41,7 @@ def say_nothing_of_other_writers() -> None:
 
 
 @patch("0.16 to 0.19", "megatron.core.dist_checkpointing.strategies.torch:MCoreLoadPlanner.load_bytes")
-def read_objects_without_running_them() -> None:
+def read_objects_with_restrictions() -> None:
     """Read the objects among a checkpoint's tensors with the unpickler for tensors, which refuses all other types.
 
     torch's reader unpickles them without limits, so a malicious checkpoint could run any code.

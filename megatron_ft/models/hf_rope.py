@@ -68,7 +68,7 @@ def _entry(entry: Mapping[str, Any], config: Mapping[str, Any], positions: int) 
 
 def to_hf(arch: Architecture) -> dict[str, Any]:
     """Return rope_theta, rope_scaling and rope_parameters. Raise CheckpointError for a method that Hugging Face does not have."""
-    theta, scaling = _said(arch)
+    theta, scaling = _hf_settings(arch)
     return {
         "rope_theta": theta,
         "rope_scaling": scaling and {**scaling, "type": scaling["rope_type"]},
@@ -76,7 +76,7 @@ def to_hf(arch: Architecture) -> dict[str, Any]:
     }
 
 
-def _said(arch: Architecture) -> tuple[float, dict[str, Any] | None]:
+def _hf_settings(arch: Architecture) -> tuple[float, dict[str, Any] | None]:
     from megatron_ft.models import rope  # here: a config is read before torch is needed
 
     theta, scaling = arch.rope_theta, arch.rope_scaling

@@ -31,9 +31,9 @@ def window_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     layers, types = config.get("num_hidden_layers", 0), config.get("layer_types")
     used = bool(config.get("use_sliding_window"))
     first = config.get("max_window_layers", 28) if used else layers
-    said = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    expected = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     window = {"sliding_window": config.get("sliding_window", 4096)} if used else {}
-    if types is None or list(types) == said:
+    if types is None or list(types) == expected:
         return window and {**window, "full_attention_layers": first}
     if not used or len(types) != layers or not set(types) <= set(_TYPES):
         raise CheckpointError(

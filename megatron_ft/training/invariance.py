@@ -250,6 +250,6 @@ def _forget_norms(chunks: list) -> None:
 
 def _from_reporter(layout: Layout, values: list[float]) -> list[float]:
     """Return the values of the rank that knows the loss, on all ranks."""
-    said: list = [None] * dist.get_world_size()
-    dist.all_gather_object(said, values if layout.is_reporter else None)
-    return next(found for found in said if found is not None)
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, values if layout.is_reporter else None)
+    return next(found for found in gathered if found is not None)

@@ -50,9 +50,9 @@ def check_model_flags(flags: Model, checkpoint: CheckpointConfig) -> CheckpointC
 
 def _differences(flags: Model, arch: Architecture) -> Iterator[str]:
     for flag, field in SIZES.items():
-        said, is_ = getattr(flags, flag), getattr(arch, field)
-        if said is not None and said != is_:
-            yield f"--{flag} {said}, checkpoint {is_}"
+        given, is_ = getattr(flags, flag), getattr(arch, field)
+        if given is not None and given != is_:
+            yield f"--{flag} {given}, checkpoint {is_}"
     if flags.model_name and _family(flags.model_name) != _family(arch.family):
         yield f"--model_name {flags.model_name}, checkpoint {arch.family}"
     if flags.use_rms_norm and arch.norm != "rmsnorm":

@@ -13,8 +13,8 @@ def changes() -> dict[str, tuple[Callable, tuple[str, ...]]]:
     from megatron_ft.models import rotary
 
     functions = [
-        *(patches.keep_write_results_here, patches.say_nothing_of_other_writers),
-        *(patches.recompute_norms_without_fp8, patches.read_objects_without_running_them),
+        *(patches.pass_write_results_in_process, patches.remove_writer_warning),
+        *(patches.recompute_norms_without_fp8, patches.read_objects_with_restrictions),
         *(patches.choose_experts_without_transformer_engine, cpu_stand_in.number_tokens_of_experts),
         *(cpu_stand_in.answer_for_cpu, cpu_stand_in.gather_parts_of_any_length),
         *(optimizer.offer_to_engine, rotary.turn_by_table),
