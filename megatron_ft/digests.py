@@ -79,7 +79,7 @@ def read_digests(folder: Path) -> dict[str, Entry]:
         if manifest["format_version"] != FORMAT_VERSION or manifest["digest_of_files"] != _own(listed):
             raise ValueError("it is not what was written")
         entries = {name: Entry(**entry) for name, entry in listed.items()}
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file can raise any exception
         raise DamagedError(f"{path} is damaged ({error}); restore it, or use an earlier one") from error
     if outside := [name for name in entries if _leaves(name)]:
         raise DamagedError(f"{path} names {outside[0]!r}, outside its own folder; do not trust this folder")

@@ -136,7 +136,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all; keys keep their order."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)  # before opening: a value that is no JSON makes no file
+    text = json.dumps(value, indent=2, ensure_ascii=False)  # before opening: a value that is not JSON creates no file
     with atomic_file(path, "w") as file:
         file.write(text + "\n")
 
@@ -156,7 +156,7 @@ def _take_place(temporary: Path, target: Path, overwrite: bool) -> None:
         os.replace(temporary, target)
     else:
         old = temporary if _exchange(temporary, target) else _step_aside(temporary, target)
-        _sync(target.parent)  # before anything of the old is gone
+        _sync(target.parent)  # before anything of the old one is removed
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         else:

@@ -54,7 +54,7 @@ def setup(level: str | None = None, file: str | os.PathLike | None = None) -> No
             logging.NOTSET if rank == 0 else logging.WARNING
         )  # lines that are the same on all ranks are logged once
     _add(everything, rest)
-    ours.setLevel(min(logging.INFO, screen.level))  # the file holds information even where the screen is quieter
+    ours.setLevel(min(logging.INFO, screen.level))  # the file has level INFO even if the screen has a higher one
 
 
 def _add(log: logging.Logger, handler: logging.Handler) -> None:
@@ -68,7 +68,7 @@ class _Screen(logging.StreamHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
             return super().handleError(record)  # a line that cannot be made
-        with contextlib.suppress(OSError, ValueError):  # nor is what it did not take to be tried again when Python ends
+        with contextlib.suppress(OSError, ValueError):  # and Python must not write the rest again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -100,7 +100,7 @@ class _LogFile(logging.FileHandler):
             with contextlib.suppress(OSError):
                 print(line, file=sys.stderr, flush=True)
         stream, self.stream = self.stream, None
-        with contextlib.suppress(OSError):  # what is still to be flushed is refused again
+        with contextlib.suppress(OSError):  # the rest cannot be flushed either
             if stream is not None:
                 stream.close()
 

@@ -41,7 +41,7 @@ def load_weights(folder: Path, config: CheckpointConfig, model: Any, layout: Lay
     if not verified:
         verify(folder, config, layout)
     if config.ckpt_format == "torch":
-        (only,) = chunks_of(model)  # check_sizes has refused other splits
+        (only,) = chunks_of(model)  # check_sizes refuses other splits
         _load_classic(folder, config, only, layout)
     else:
         wanted = {"model": sharded_weights(model)}

@@ -72,7 +72,7 @@ def _acquire(path: Path) -> tuple[IO, bool]:
     while True:
         try:
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for the whole run
-        except FileNotFoundError:  # its holder took it away, with the folder that it had made
+        except FileNotFoundError:  # its holder has removed it, with the folder that it had made
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
         locked = False
@@ -80,7 +80,7 @@ def _acquire(path: Path) -> tuple[IO, bool]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(
                 os.fstat(file.fileno()), os.stat(path)
-            ):  # else it was taken away meanwhile
+            ):  # else it was removed meanwhile
                 locked = True
                 break
         except OSError as error:
@@ -113,7 +113,7 @@ def _holder(file: IO) -> dict:
 def _in_use(root: Path, holder: dict, ours: bool) -> CheckpointError:
     job = f", job {holder['job']}" if holder.get("job") else ""
     who = f" (process {holder['pid']} on {holder['host']}{job})" if holder else ""
-    if ours:  # this job was started again while a part of its last start still lives
+    if ours:  # this job was started again while a process of its last start still runs
         return PassingFault(
             f"{root} is still in use by an earlier start of this job{who}: end that process, then start again"
         )

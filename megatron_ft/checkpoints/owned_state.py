@@ -178,7 +178,7 @@ class ByOwner:
 
     def to_load(self) -> dict[str, Any]:
         """Return the state to request from the checkpoint."""
-        self.optimizer.load_state_dict(self.optimizer.state_dict())  # makes the moments where there are none yet
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # creates the moments if there are none yet
         described = [parameter.described for parameter in self.parameters]
         me, owners = self.group.rank(), self._readers()
         own = {

@@ -91,7 +91,7 @@ def read_metadata(path: Path) -> Metadata:
     try:
         found = PlainUnpickler(path.read_bytes(), _find).load()
         _check(found)
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise any exception
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint's ({str(error)[:200]}); read an earlier iteration"
         ) from error

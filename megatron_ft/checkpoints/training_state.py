@@ -104,7 +104,7 @@ class _Planner(TorchDistSaveShardedStrategy):
         """Return the engine's writer for this rank, and the metadata. All ranks call it."""
         check_parts("_Planner", f"{_STRATEGIES}:TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks")
         asks = "async_strategy" in signature(self.async_save).parameters
-        # The default of 0.19 is the writer of a package that nothing here needs.
+        # The default of 0.19 is the writer of another package, which is not needed here.
         return self.async_save(tensors, folder, **({"async_strategy": "mcore"} if asks else {}))
 
 
@@ -233,7 +233,7 @@ def _read_sharded(folder: Path, model: Any, optimizer: Any, layout: Layout) -> t
     saved = optimizer_state(optimizer, weights)
     state = {"model": weights, "optimizer": saved.to_load()}
     same_layout = common["sizes"] == layout.sizes
-    same_device = common.get("streams", sorted(streams)) == sorted(streams)  # a GPU has a stream more than a CPU
+    same_device = common.get("streams", sorted(streams)) == sorted(streams)  # a GPU has one more stream than a CPU
     if same_layout and same_device:
         state["rng"] = streams
     _check_together(metadata, state, folder)

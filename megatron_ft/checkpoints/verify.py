@@ -98,7 +98,7 @@ def read_tensors(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
         foreign = "Unsupported global" in str(error) or "GLOBAL" in str(error)
         what = "names objects that no checkpoint needs; do not trust it" if foreign else "is damaged or cut short"
         raise DamagedError(f"{path} {what}; use an earlier checkpoint") from error
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file can raise any exception
         raise DamagedError(
             f"{path} is damaged or cut short ({type(error).__name__}); use an earlier checkpoint"
         ) from error

@@ -56,7 +56,7 @@ def write(part: Part) -> Written:
     """Write all files of a part and flush them to the disk. Raise OSError if the system refuses, CheckpointError if the folder does not
     exist.
     """
-    if not part.folder.is_dir():  # made by the main rank: not to be made again, on another disk
+    if not part.folder.is_dir():  # the main rank has created it; do not create it on another disk
         raise CheckpointError(
             f"{part.folder.parent} is not the folder that the first process writes to: --save must be on a disk that all machines share"
         )
@@ -87,7 +87,7 @@ def _system_error(error: BaseException, path: Path) -> BaseException:
         if isinstance(behind, OSError):
             return behind
         behind = behind.__cause__ or behind.__context__
-    if "inline_container" in str(error):  # its words for a file that is not as long as it should be
+    if "inline_container" in str(error):  # in its message for a file that is too short
         return OSError(errno.EIO, "the disk did not take all that was written", str(path))
     return error
 
@@ -177,7 +177,7 @@ def _serve(part: Part, answer: Connection) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    gc.disable()  # what the trainer had on a GPU cannot be taken down from here
+    gc.disable()  # objects of the trainer on a GPU cannot be destroyed in this process
     try:
         found: Any = write(part)
     except UserError as error:
@@ -189,7 +189,7 @@ def _serve(part: Part, answer: Connection) -> None:
     with contextlib.suppress(BrokenPipeError):
         answer.send(found)
     answer.close()
-    os._exit(0)  # nothing that the trainer registered for its own end is run here
+    os._exit(0)  # skip the exit handlers that the trainer has registered
 
 
 def _ending(code: int | None) -> str:

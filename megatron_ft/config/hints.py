@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-# Flag of transformers' TrainingArguments and of the scripts around it -> (our flag, what is different about it).
+# Flag of transformers' TrainingArguments and of its scripts -> (our flag, what is different about it).
 HUGGING_FACE = {
     "learning_rate": ("lr", ""),
     "per_device_train_batch_size": ("micro_batch_size", ""),

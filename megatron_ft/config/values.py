@@ -40,7 +40,7 @@ def checked(option: Option, value: Any, where: str) -> Any:
     if choices and value not in choices:
         names = [str(choice) for choice in choices]
         raise ConfigError(f"{where}: {value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
-    if isinstance(value, bool) and option.bare_type in (int, float):  # pydantic would take true for 1
+    if isinstance(value, bool) and option.bare_type in (int, float):  # pydantic would convert true to 1
         raise ConfigError(f"{where}: {value!r} is not {_WORDS[option.bare_type]}")
     from pydantic import ValidationError
 

@@ -163,7 +163,7 @@ def _settings(
         elif key in options:
             _put(found, key, Entry(_value(loader, node, inverse), where))
         elif key in sections:
-            if node.tag != "tag:yaml.org,2002:null":  # a section with nothing in it is fine
+            if node.tag != "tag:yaml.org,2002:null":  # an empty section is valid
                 raise ConfigError(f"{where}: {key} is a section; write its settings below it, indented")
         elif open_keys:
             others[key] = loader.construct_object(node, deep=True)

@@ -20,7 +20,7 @@ class FastTokenizer:
     """See tokenizer.Backend. `description` is the parsed tokenizer.json."""
 
     kind = "huggingface"
-    threads = 0  # the library's own choice; TOKENIZERS_PARALLELISM rules it
+    threads = 0  # the library's setting, from TOKENIZERS_PARALLELISM
 
     def __init__(self, path: Path, description: dict[str, Any]):
         self.path, self.description = path, description
@@ -66,7 +66,7 @@ class FastTokenizer:
         except (
             UnicodeEncodeError,
             TypeError,
-        ) as error:  # a TypeError "must be str": what the binding makes of a lone surrogate
+        ) as error:  # a TypeError "must be str": the binding's error for a lone surrogate
             raise _half_a_character() from error
 
     def decode(self, ids: list[int]) -> str:

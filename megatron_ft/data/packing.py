@@ -71,7 +71,7 @@ def _rows_of(sizes: list[int], seq_length: int) -> list[int]:
     rows = []
     for size in sizes:
         if enough := rooms >> size:
-            room = size + (enough & -enough).bit_length() - 1  # the least room that is enough
+            room = size + (enough & -enough).bit_length() - 1  # the smallest free space that is sufficient
             row = by_room[room].pop()
             if not by_room[room]:
                 rooms ^= 1 << room

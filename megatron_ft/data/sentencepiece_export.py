@@ -113,7 +113,7 @@ def _merges(proto: Any) -> list[list[str]]:
 
 
 def _unigram(proto: Any) -> dict[str, Any]:
-    # Text must not spell control and byte pieces: they get a score that no way through a text takes.
+    # Text must not spell control and byte pieces: they get a score that is never chosen.
     never = min((piece.score for piece in proto.pieces if piece.type == NORMAL), default=0.0) - 1000.0
     out_of_reach = {CONTROL, BYTE, UNKNOWN}
     return {

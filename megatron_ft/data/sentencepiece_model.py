@@ -29,7 +29,7 @@ class SentencePieceModel:
         self.path, self._data = path, path.read_bytes()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self._data)
-        except Exception as error:  # the binding raises what it likes
+        except Exception as error:  # the binding can raise any exception
             raise TokenizerError(f"{path}: not a SentencePiece model ({error}); is it the whole file?") from error
         self.size = self._model.get_piece_size()
         self.highest = self.size - 1
@@ -53,7 +53,7 @@ class SentencePieceModel:
             if self._words is not None:
                 return list(map(self._words.encode, texts))
             return self._model.encode(texts, return_type="numpy", num_threads=self.threads)
-        except (UnicodeEncodeError, TypeError, RuntimeError) as error:  # what the binding makes of a lone surrogate
+        except (UnicodeEncodeError, TypeError, RuntimeError) as error:  # the binding's error for a lone surrogate
             raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
 
     def starts(self, texts: list[str], at_start: bool) -> list[tuple[np.ndarray, np.ndarray, bool]]:

@@ -133,7 +133,7 @@ class ShardWriter:
             return
         with self._stack:
             self.finish()
-            # Older shards under this prefix end here: their manifest must not stand beside new files.
+            # Older shards under this prefix end here: their manifest must not be beside new files.
             manifest_path(self.prefix).unlink(missing_ok=True)
         self._close_source()
         self.manifest.counts = self._counts()

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_ft.data import tokenizer_files
 from megatron_ft.errors import TokenizerError
 
-# What Megatron-LM and Megatron-LLM put behind a SentencePiece vocabulary before any token of the user's.
+# Tokens that Megatron-LM and Megatron-LLM add to a SentencePiece vocabulary before those of the user.
 MEGATRON_TOKENS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>")
 # Names in Megatron-LLM's configurations. Only the first adds tokens; the kind is determined from the file.
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "FalconTokenizer", "HuggingFaceTokenizer", "PretrainedFromHF")

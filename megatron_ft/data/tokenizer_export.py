@@ -60,7 +60,7 @@ def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer.backend, SentencePieceModel):
         return describe(tokenizer.backend)
     assert isinstance(tokenizer.backend, FastTokenizer)
-    # As read, but without padding and cutting, which change ids behind the user's back.
+    # As read, but without padding and cutting, which would change ids without notice.
     return {**json.loads(json.dumps(tokenizer.backend.description)), "padding": None, "truncation": None}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 MOST, LONGEST = 250_000, 32  # words remembered, about 50 MB; characters of such a word
 SPACE = "\u2581"
 _pieces = re.compile(r"\n[^ \n]*| +[^ \n]*").findall
-# A single space between two characters that are none begins a word; all other white space stays inside of one.
+# A single space between two other characters begins a word; all other white space stays inside of one.
 _between_spaces = re.compile(r"\s*\S+(?:(?! \S)\s+\S*)*|\s+").findall
 
 
@@ -46,7 +46,7 @@ class PieceWords(Words):
     """For a SentencePiece model, which adds a space in front of a text. A word is stored without the first of its spaces."""
 
     def _ids(self, word: str) -> list[int]:
-        # Before a newline the added space has to go; to nothing none is added.
+        # The added space is removed before a newline; an empty text gets none.
         with_space = self._encode(word or "\n")
         return with_space[1:] if word[:1] == "\n" else with_space if word else with_space[:1]
 
@@ -66,7 +66,7 @@ CUTS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     # Qwen
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    # GPT-2, where it is written out
+    # GPT-2, if it is written out
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 )
 

@@ -42,7 +42,7 @@ def _left_out(name: str) -> types.ModuleType:
         raise NotImplementedError(f"{name} needs triton")
 
     def named(attribute: str) -> Callable[..., None]:
-        if attribute.startswith("__"):  # what Python asks of modules
+        if attribute.startswith("__"):  # attributes that Python reads from modules
             raise AttributeError(attribute)
         return absent
 

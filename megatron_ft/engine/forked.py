@@ -30,7 +30,7 @@ def run_forked(size: int, function: Callable[[Any], Any], argument: Any) -> list
     import torch
 
     prepare_engine()
-    torch.set_num_threads(1)  # as many processes as that need no threads, and forked ones cannot have them
+    torch.set_num_threads(1)  # so many processes need no threads, and forked ones cannot have them
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         try:

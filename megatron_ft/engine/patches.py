@@ -53,7 +53,7 @@ def read_objects_with_restrictions() -> None:
 
     def load_bytes(self: Any, read_item: Any, value: Any) -> None:
         start = value.tell()
-        torch.load(value, weights_only=True)  # refuses what names more than tensors and plain containers
+        torch.load(value, weights_only=True)  # refuses other types than tensors and plain containers
         value.seek(start)
         free(self, read_item, value)
 

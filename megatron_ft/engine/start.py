@@ -20,7 +20,7 @@ def prepare_engine() -> None:
 
     Raise EngineError when the installed megatron-core is of a release this package was not tried with, or lacks what it changes.
     """
-    # torch's C++ warns of every connection that another process's end closes, with its own stack. Read when torch is imported.
+    # torch's C++ code warns with a stack about every connection that closes when another process ends. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not has_gpu():
         cpu_stand_in.do_without_triton()

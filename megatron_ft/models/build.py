@@ -286,7 +286,7 @@ def _layer_spec(
     layer.submodules.pre_mlp_layernorm = IdentityOp if parts.shared_norm else norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(module=SdpaAttention, params={"kernels": kernels})
-    if config.context_parallel_size > 1:  # kernels.check_context_parallel has seen that it is installed
+    if config.context_parallel_size > 1:  # kernels.check_context_parallel has checked that it is installed
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         attention.core_attention = TEDotProductAttention

@@ -40,7 +40,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
     config = {**old, **{key: value for key, value in config.items() if key not in _OLD_NAMES}}
     new = bool(config.get("new_decoder_architecture")) or config.get("model_type") == "RefinedWeb"
     parallel = {} if new else {"parallel_attn": (True, "attention and MLP one after the other")}
-    # The published models still name the code of before transformers had its own; without leave it is never run.
+    # The published models name code from before transformers supported them; it runs only with the user's permission.
     hf_config.refuse(config, {**_MUST_BE, **parallel}, ignore=("auto_map",))
     activation = hf_config.choice(config, "activation", _ACTIVATIONS, "gelu")
     try:

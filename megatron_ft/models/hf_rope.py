@@ -77,7 +77,7 @@ def to_hf(arch: Architecture) -> dict[str, Any]:
 
 
 def _hf_settings(arch: Architecture) -> tuple[float, dict[str, Any] | None]:
-    from megatron_ft.models import rope  # here: a config is read before torch is needed
+    from megatron_ft.models import rope  # imported here, because configs are read without torch
 
     theta, scaling = arch.rope_theta, arch.rope_scaling
     kind = scaling["rope_type"] if scaling else "default"

@@ -96,7 +96,7 @@ class TorchFile:
             raise
         except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, StopIteration, struct.error) as error:
             raise CheckpointError(f"{path} is cut short or damaged ({_text(error)}); restore it") from error
-        except Exception as error:  # a damaged pickle raises nearly anything
+        except Exception as error:  # a damaged pickle can raise any exception
             raise CheckpointError(
                 f"{path} is damaged, or holds objects other than tensors and plain values ({_text(error)})"
             ) from error

@@ -39,7 +39,7 @@ class Trainable:
                 parameter.requires_grad_(False)
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None and not any(parameter.requires_grad for parameter in embedding.parameters()):
-            # Recomputed layers give gradients only where their input asks for some.
+            # Recomputed layers compute gradients only if their input requires them.
             embedding.register_forward_hook(_ask_for_gradients)
 
 

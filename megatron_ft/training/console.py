@@ -40,7 +40,7 @@ class Console(Hook):
         self.print(f" saved checkpoint {folder}")
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # what it did not take is not to be tried again when Python ends
+        with contextlib.suppress(OSError, ValueError):  # Python must not write the rest again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())
 
     def _line(self, iteration: int) -> str:

@@ -120,11 +120,11 @@ class Aside(Guarded):
             hook = make()
         except UserError as error:
             self._mistake = error
-        except BaseException as error:  # in this thread a SystemExit is the logger's, not the user's
+        except BaseException as error:  # in this thread only the logger can raise SystemExit
             if not self._ended.is_set():
                 give_up(self.name, error)
         else:
-            if self._ended.is_set():  # too late, it has been given up
+            if self._ended.is_set():  # too late, it is not used any more
                 hook.abandon()
                 return
             self.hook = hook

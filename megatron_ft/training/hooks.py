@@ -48,7 +48,7 @@ class MetricsFile(Hook):
         self.file.close()
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # what is still to be flushed is refused again
+        with contextlib.suppress(OSError):  # the rest cannot be flushed either
             self.file.close()
 
     def _write(self, iteration: int, metrics: dict[str, Any]) -> None:

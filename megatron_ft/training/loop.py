@@ -80,7 +80,7 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             if run.saver:
                 due = _due(progress.iteration, run.save_interval)
                 _save(run, run.saver, progress, due, leaving=last or stopping)
-    except BrokenGradients:  # raised by all ranks together, and what is still being saved is of before
+    except BrokenGradients:  # raised on all ranks; a save in progress has an earlier state
         if run.saver:
             run.saver.committed(wait=True)
         raise

@@ -56,11 +56,11 @@ def start_of_run(
 
 
 def record(folder: Path, start: dict[str, Any]) -> None:
-    """Add a start to FOLDER/run.json; a file that cannot be read is begun anew."""
+    """Add a start to FOLDER/run.json; a file that cannot be read is replaced."""
     path = folder / RUN
     try:
         starts = files.read_json(path)["starts"] if path.is_file() else []
-    except Exception:  # a damaged note about the past is no reason not to train
+    except Exception:  # a damaged record must not prevent training
         starts = []
     files.write_json(path, {"format_version": FORMAT_VERSION, "starts": [*starts, start]})
 

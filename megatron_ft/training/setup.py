@@ -41,7 +41,7 @@ def make_model(
         max_sequence_length=data.seq_length,
         padded_vocab_size=rows,
         variable_seq_lengths=data.variable_seq_lengths,
-        # Over gloo, exchanges under way at the same time take each other's messages: the numbers come out wrong.
+        # With gloo, simultaneous exchanges receive each other's messages, and the numbers are wrong.
         overlap_p2p=kernels.overlap_p2p_communication and here.has_gpu,
         kernels=choose(kernels, numerics, here, attention_needs(arch)),
         split=split_layers(arch.num_layers, parallel),
@@ -57,7 +57,7 @@ def make_model(
     for chunk in chunks:
         trainable.freeze_others(chunk)
     wrapped = [
-        # Gradients of later chunks come first in the backward pass: only there are buckets worth having.
+        # Gradients of later chunks come first in the backward pass: only there buckets are useful.
         DistributedDataParallel(
             config,
             ddp,
@@ -66,7 +66,7 @@ def make_model(
         )
         for number, chunk in enumerate(chunks)
     ]
-    if kernels.overlap_grad_reduce:  # gradients of a step's earlier microbatches stay here
+    if kernels.overlap_grad_reduce:  # gradients of earlier microbatches of the step stay here
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped

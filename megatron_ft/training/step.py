@@ -172,7 +172,7 @@ class Stepper:
     ) -> tuple[torch.Tensor, Callable]:
         """Run the engine's forward step: one microbatch through one chunk of this rank's stage."""
         batch = next(batches)
-        if model is self.model[0]:  # what is counted is counted by a stage's first chunk
+        if model is self.model[0]:  # the first chunk of a stage counts
             if self.layout.cp_rank == 0:  # the others have the same rows
                 counts += batch.counts
             self.weight.add(self.objective.weight(batch))
