@@ -50,9 +50,8 @@ def setup(level: str | None = None, file: str | os.PathLike | None = None) -> No
     if file is not None:
         rest = _LogFile(file, mode="a", encoding="utf-8", delay=True)
         rest.setFormatter(logging.Formatter(_FILE_FORMAT.format(rank=rank)))
-        rest.setLevel(
-            logging.NOTSET if rank == 0 else logging.WARNING
-        )  # lines that are the same on all ranks are logged once
+        # Lines that are the same on all ranks are logged once.
+        rest.setLevel(logging.NOTSET if rank == 0 else logging.WARNING)
     _add(everything, rest)
     ours.setLevel(min(logging.INFO, screen.level))  # the file has level INFO even if the screen has a higher one
 

@@ -143,9 +143,8 @@ def _read_tracker(root: Path) -> int | str:
     path = root / TRACKER
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {root} holds: {_checkpoints(root)}; name one with --iteration")
-    text = path.read_text(errors="replace").strip(
-        " \t\r\n"
-    )  # not every character that strip() removes: a flipped bit can produce one
+    # Not every character that strip() removes: a flipped bit can produce one.
+    text = path.read_text(errors="replace").strip(" \t\r\n")
     if text != "release" and not text.isdigit():
         raise CheckpointError(
             f"{path} says {text[:40]!r}, not 'release' or a number; {root} holds: {_checkpoints(root)}; "

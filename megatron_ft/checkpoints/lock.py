@@ -78,9 +78,8 @@ def _acquire(path: Path) -> tuple[IO, bool]:
         locked = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(
-                os.fstat(file.fileno()), os.stat(path)
-            ):  # else it was removed meanwhile
+            # If this is false, it was removed meanwhile.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 locked = True
                 break
         except OSError as error:

@@ -89,9 +89,8 @@ def first_whole(
     for index, folder in enumerate(folders):
         try:
             if checkpointing.verify_checkpoint and has_digests(folder):
-                check_digests(
-                    folder, only=(CONFIG, SETTINGS)
-                )  # before they are read, because a damaged one may contain anything
+                # Before they are read, because a damaged one may contain anything.
+                check_digests(folder, only=(CONFIG, SETTINGS))
             own = describe(folder).architecture
             if origin and _sizes(own) != _sizes(origin):
                 raise CheckpointError(

@@ -84,9 +84,8 @@ def _outcome(command: Command, run: Callable[..., int | None], argv: Sequence[st
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # the terminal sends it to all processes, and the launcher forwards it once more
+        # The terminal sends it to all processes, and the launcher forwards it once more.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         line = f"megatron-ft {command.name}: stopped by Ctrl-C"
         if has_shared_folder():
             print_once(line)

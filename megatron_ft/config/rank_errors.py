@@ -69,9 +69,8 @@ def is_loss(error: BaseException) -> bool:
     if kinds & {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}:
         return True
     broken = any(words in str(error).lower() for words in _LOSS_MESSAGES)
-    if isinstance(
-        error, OSError
-    ):  # it can come from a file server or a web service, not from another process of the run
+    # It can come from a file server or a web service, not from another process of the run.
+    if isinstance(error, OSError):
         return broken and error.filename is None and _raised_in_communication(error)
     return broken and isinstance(error, RuntimeError)
 

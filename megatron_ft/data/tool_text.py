@@ -55,9 +55,8 @@ def definitions(tools: Sequence[Any]) -> str:
 def _call(call: Mapping[str, Any]) -> str:
     function = call.get("function") or call
     arguments = function.get("arguments") or {}
-    written = (
-        arguments if isinstance(arguments, str) else _json(arguments)
-    )  # a string: invalid JSON that the model wrote
+    # A string: invalid JSON that the model wrote.
+    written = arguments if isinstance(arguments, str) else _json(arguments)
     return f"{CALLED[0]}{_json(function['name'])}{CALLED[1]}{written}{CALLED[2]}"
 
 

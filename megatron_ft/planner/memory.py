@@ -144,9 +144,8 @@ def _held_at_a_save(sizes: list[int], job: Job) -> list[int]:
     """Return the bytes of each rank of a replica group; with the distributed optimizer its own parameters and one that it collects."""
     if not job.distributed_optimizer:  # the first rank writes everything
         return [sum(sizes) * (job.width + (12 if job.bf16 else 8))] + [0] * (job.replicas - 1)
-    if (
-        job.replicas == 1
-    ):  # the engine copies the state twice: measured with benchmarks/checkpoint_memory.py --ranks 1 --bf16
+    # The engine copies the state twice: measured with benchmarks/checkpoint_memory.py --ranks 1 --bf16.
+    if job.replicas == 1:
         return [sum(sizes) * 36]
     owners, loads = deal(sizes, job.replicas), [4 * max(sizes)] * job.replicas
     for size, owner in zip(sizes, owners, strict=True):

@@ -47,9 +47,8 @@ def update(optimizer: Any) -> Update:
 
 def _any_rank(mine: bool) -> bool:
     """Return whether it is so on any rank: the engine's norm is the same within a replica of the model, not over all of them."""
-    found = torch.full(
-        [1], int(mine), device=device.current_device()
-    )  # filled on the device: nothing is copied, the host does not wait
+    # Filled on the device: nothing is copied, the host does not wait.
+    found = torch.full([1], int(mine), device=device.current_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found.item())
 

@@ -46,9 +46,8 @@ def weighted_sum(losses: Tensor, weights: Tensor, groups: Tensor, sizes: list[in
     total = (losses * weights).sum()
     parts = [torch.stack([total.detach(), weights.sum()])]
     for group, size in zip(groups.flatten(1), sizes, strict=True):
-        sums = torch.zeros(
-            2, size + 1, device=losses.device
-        )  # padding (-1) is counted in the last entry, which is dropped
+        # Padding (-1) is counted in the last entry, which is dropped.
+        sums = torch.zeros(2, size + 1, device=losses.device)
         sums.index_add_(
             1, group % (size + 1), torch.stack([losses.detach().flatten(), torch.ones_like(group, dtype=sums.dtype)])
         )
