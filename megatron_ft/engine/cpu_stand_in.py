@@ -179,7 +179,7 @@ def _patch_tensor_methods(torch: Any) -> None:
 
 @patch("0.16 to 0.19", "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu")
 def number_tokens_of_experts() -> None:
-    """How many tokens go to which rank's experts is asked for as numpy's numbers; the engine makes them of a GPU's tensors only."""
+    """Return the numbers of tokens per expert as numpy arrays on a CPU too. The engine converts them only for tensors on a GPU."""
     from megatron.core.transformer.moe import token_dispatcher
 
     moved = token_dispatcher.maybe_move_tensor_to_cpu
@@ -193,7 +193,9 @@ def number_tokens_of_experts() -> None:
 
 @patch("0.16 to 0.19", "megatron.core.tensor_parallel.mappings:_gather_along_first_dim")
 def gather_parts_of_any_length() -> None:
-    """The tensor-parallel ranks of experts hold unequal numbers of tokens, and gloo gathers equal parts only: shorter ones are padded."""
+    """Pad the parts before a gather over the tensor-parallel ranks of experts: they hold different numbers of tokens, and gloo gathers
+    only equal parts.
+    """
     import torch
     from megatron.core.tensor_parallel import mappings
 

@@ -187,7 +187,7 @@ def _window(arch: Architecture) -> dict:
 
 
 def _experts(arch: Architecture, layout: Layout) -> dict:
-    """What chooses experts computes in fp32; no loss balances them. The engine's names begin with moe."""
+    """Return the engine's settings for experts (moe_...). The router computes in fp32; there is no load-balancing loss."""
     if not arch.num_experts:
         return {}
     return {

@@ -101,12 +101,14 @@ def plain_mlp(hf_up: str, hf_down: str) -> list[Rule]:
 
 
 def router(hf_key: str) -> Rule:
-    """What chooses the experts of a token."""
+    """Return the rule for the router, which chooses the experts of a token."""
     return same(LAYER + "mlp.router.weight", hf_key, lambda a: (a.num_experts, a.hidden_size), mlp="experts")
 
 
 def gated_experts(arch: Architecture, hf_gate: str, hf_up: str, hf_down: str) -> list[Rule]:
-    """Gated MLPs, of layers with experts; each has tensors of its own in Hugging Face. `{e}` in a key is the expert's number."""
+    """Return the rules for gated MLPs of layers with experts. Each expert has its own tensors in Hugging Face; `{e}` in a key is its
+    number.
+    """
     return [
         _experts(
             arch, "linear_fc1", (hf_gate, hf_up), lambda a: (a.expert_ffn_hidden_size, a.hidden_size), "gated_column_parallel"

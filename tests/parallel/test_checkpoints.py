@@ -233,7 +233,10 @@ def test_a_config_that_disagrees_with_its_tensors(run, one_rank, shards, tmp_pat
     config.write_text(json.dumps(said))
     write_digests(tmp_path / "iter_0000004")
     said = one_rank.run(attempt, str(tmp_path / "iter_0000004"), shards, None, 6, {})[0]
-    assert "linear_fc1.weight is [320, 64], its config.json says [256, 64]: its tensors are those of another model" in said["error"]
+    assert (
+        "linear_fc1.weight is [320, 64], its config.json says [256, 64]: its tensors are those of another model"
+        in said["error"]
+    )
 
 
 def test_the_folder_is_another_jobs(again, run, checkpoint, shards, one_rank, tmp_path, monkeypatch):
