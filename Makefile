@@ -11,7 +11,7 @@ ENGINE_BIN := .venv-engine/bin
 ENGINE_STAMP := .venv-engine/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-engine test-slurm rehearse lint docs clean
+.PHONY: help venv demo test test-all test-engine test-slurm coverage rehearse lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -48,6 +48,15 @@ $(ENGINE_STAMP): setup.py constraints.txt Makefile
 	@grep -v '^megatron-core==' constraints.txt > .venv-engine/constraints.txt
 	$(ENGINE_BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' megatron-core==$(ENGINE) -c .venv-engine/constraints.txt
 	@touch $@
+
+# The tests that save, load, verify and damage checkpoints. Data of all processes, also of those that are forked, is put together.
+COVERED := tests/checkpoints tests/parallel tests/errors tests/conversion
+
+coverage: $(STAMP)  ## branches of megatron_ft/checkpoints that tests run, in tests' processes too; fails below 95%
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile -m "not slurm" $(COVERED)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 test-slurm: $(STAMP)  ## jobs of a real SLURM on this machine; needs its programs (CONTRIBUTING.md) and root; half an hour
 	$(BIN)/pytest tests/slurm
