@@ -177,6 +177,7 @@ def _save(
     from benchmarks import small_saves
 
     code = 1
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # thousands of tracebacks
     try:
         small_saves.join(rank, ranks, store)
         lines.trace()
