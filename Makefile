@@ -38,8 +38,8 @@ test: $(STAMP)  ## the tests, under a quarter of an hour on 2 cores
 test-all: $(STAMP)  ## those too that show again, at more length, what others show
 	$(PYTEST) -m "not slurm"
 
-test-engine: $(ENGINE_STAMP)  ## tests/parallel with the newest megatron-core, in .venv-engine; PYTHON=python3.12 or later
-	$(ENGINE_BIN)/pytest -n 2 --dist loadfile -m "not thorough and not slurm" tests/engine tests/parallel
+test-engine: $(ENGINE_STAMP)  ## tests of engine, checkpoints and layouts with the newest megatron-core, in .venv-engine; PYTHON=python3.12 or later
+	$(ENGINE_BIN)/pytest -n 2 --dist loadfile -m "not thorough and not slurm" tests/engine tests/checkpoints tests/parallel
 
 $(ENGINE_STAMP): setup.py constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' \

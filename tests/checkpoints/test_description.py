@@ -7,11 +7,10 @@ import pytest
 
 from megatron_ft.checkpoints import verify
 from megatron_ft.errors import CheckpointError
-from tests.parallel.conftest import checkpoint, llama  # noqa: F401 - fixtures
 
 
 @pytest.fixture
-def folder(checkpoint: str, tmp_path: Path) -> Path:  # noqa: F811
+def folder(checkpoint: str, tmp_path: Path) -> Path:
     shutil.copytree(Path(checkpoint) / "release", tmp_path / "release")
     return tmp_path / "release"
 

@@ -7,7 +7,7 @@ from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.pipeline import plain_split
 from megatron_ft.planner import memory
 from megatron_ft.shares import deal
-from tests.parallel import owner_jobs as jobs
+from tests.checkpoints import owner_jobs as jobs
 
 MIX = {
     "DP4": {},
