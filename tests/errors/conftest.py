@@ -1,5 +1,6 @@
 """A tokenizer, a tiny model, checkpoints and shards, made once by the commands themselves, and damaged copies of them."""
 
+import functools
 import json
 import os
 import shutil
@@ -57,12 +58,18 @@ def desk():
     desk.close()
 
 
+@functools.cache
+def engine_desk() -> Desk:
+    """Return the desk of this test process that has imported the engine."""
+    return Desk("engine")
+
+
 @pytest.fixture(scope="session")
 def engine():
     """Commands that need torch and the engine."""
-    desk = Desk("engine")
-    yield desk
-    desk.close()
+    yield engine_desk()
+    engine_desk().close()
+    engine_desk.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Runs command lines one after another, each in a process of its own that is forked from one with the imports done.
 
 `python -m tests.errors.desk [engine]` reads requests from standard input, one JSON object a line, and answers each with
-one. What a command line meets is what it meets in the shell: its own standard streams, environment and exit code. With
+one; or the text of a program, to be run with these words.
+What a command line meets is what it meets in the shell: its own standard streams, environment and exit code. With
 `engine` torch and megatron-core are imported before; without, the answer tells whether the command imported torch.
 """
 
@@ -13,9 +14,12 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from pathlib import Path
 
-PATIENCE = 90  # seconds a command may take
+PATIENCE = 90  # seconds a command may take, unless its request says otherwise
+LAUNCHERS = ("RANK", "WORLD", "MASTER", "SLURM", "TORCHELASTIC")
+"""What a launcher's variables begin with; a command starts without them."""
 
 
 def serve() -> None:
@@ -44,7 +48,7 @@ def _in_a_fork(request: dict) -> dict:
         pid = os.fork()
         if pid == 0:
             _child(request, files)
-        timer = threading.Timer(PATIENCE, os.kill, (pid, signal.SIGKILL))
+        timer = threading.Timer(request.get("patience", PATIENCE), os.kill, (pid, signal.SIGKILL))
         timer.start()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         timer.cancel()
@@ -58,6 +62,8 @@ def _child(request: dict, files: dict[str, Path]) -> None:
     """Never returns: an exception must not reach the loop above."""
     code = 70
     try:
+        for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
+            del os.environ[name]
         os.environ.update(request.get("env", {}))
         for name, number in (("out", 1), ("err", 2)):
             os.dup2(os.open(files[name], os.O_WRONLY | os.O_CREAT), number)
@@ -65,12 +71,28 @@ def _child(request: dict, files: dict[str, Path]) -> None:
         if request.get("hook"):
             module, function = request["hook"].split(":")
             getattr(importlib.import_module(module), function)(*request.get("hook_args", ()))
-        code = _run(request["module"], request["argv"])
+        if request.get("program"):
+            code = _run_program(request["program"], request["argv"])
+        else:
+            code = _run(request["module"], request["argv"])
         files["torch"].write_text(str("torch" in sys.modules))
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def _run_program(program: str, argv: list[str]) -> int:
+    """Run it as `python -c` does; also in the ranks that it forks."""
+    sys.argv = ["-c", *argv]
+    try:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _run(module: str, argv: list[str]) -> int:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from megatron_ft.launch.judge import exit_code
 from megatron_ft.launch.meeting import meeting_place
 from megatron_ft.launch.places import is_rank, join_srun, places
 from megatron_ft.launch.stacks import is_waiting, oldest_first
-from tests.errors.conftest import ROOT, copy, cut, finetune
+from tests.errors.conftest import copy, cut, engine_desk, finetune
 from tests.errors.test_before_torch import layout
 
 SLACK = 8.0
@@ -52,19 +51,9 @@ PLAIN = "import sys; from megatron_ft.__main__ import main; sys.exit(main(sys.ar
 
 
 def start(program: str, *words, **environment) -> SimpleNamespace:
-    """code, out, err, and seconds from the trouble (a file that the rank makes) to the launcher's end."""
-    clean = {
-        name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "MASTER", "SLURM"))
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**clean, "OMP_NUM_THREADS": "1", "MEGATRON_FT_DEVICE": "cpu", **environment},
-    )  # fmt: skip
-    timer = threading.Timer(150, process.kill)
-    timer.start()
-    out, err = process.communicate()
-    timer.cancel()
-    return SimpleNamespace(code=process.returncode, out=out, err=err, ended=time.time())
+    """Run a program on the desk of the engine: code, out, err, and the time (s) at which the launcher ended."""
+    done = engine_desk()(*words, program=program, env=environment, patience=150)
+    return SimpleNamespace(code=done.code, out=done.out, err=done.err, ended=time.time())
 
 
 def trouble(what: str, tmp_path: Path, shop, *more) -> SimpleNamespace:
