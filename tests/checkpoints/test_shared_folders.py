@@ -40,7 +40,7 @@ def look_and_agree(root, late):
 
 def test_a_disk_of_ones_own_is_no_place_to_save(one_rank, tmp_path):
     ((missing, elsewhere),) = one_rank.run(commit_without_a_file, str(tmp_path))
-    assert "mp_rank_01/model_optim_rng.pt was written by a process, and the first one does not see it" in missing
+    assert "mp_rank_01/model_optim_rng.pt was written by a process, but the first process does not see it" in missing
     assert "is not the folder that the first process writes to" in elsewhere and not (tmp_path / "gone").exists()
 
 
