@@ -59,7 +59,8 @@ def compare_answers(hf: Path, opened: Opened, options: LogitOptions) -> dict[str
         _write_transformers_logits(
             hf, config.dtype, prompts, min(_rows(hf), config.architecture.vocab_size), Path(folder)
         )
-        request = Request(str(opened.folder.resolve()), *used, prompts, folder, config.architecture.vocab_size)
+        size = config.architecture.vocab_size
+        request = Request(str(opened.folder.resolve()), *used, prompts, folder, size, opened.stated)
         worst = differences_in_layout(request, Path(folder))
     if not max(worst) <= options.tolerance:
         raise CheckpointError(

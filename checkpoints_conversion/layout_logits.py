@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class Request:
     """Folder of transformers' logits: N.npy, [tokens, rows]."""
     true_vocab_size: int
     """Needed for Megatron-LLM's files; other checkpoints record it."""
+    stated: dict[str, Any] = field(default_factory=dict)
+    """Settings that the user gave for Megatron-LLM's files."""
 
 
 def differences(request: Request) -> list[float]:
@@ -70,7 +72,8 @@ def _load(request: Request, layout: Layout) -> Any:
     from megatron_ft.models.build import BuildOptions, build_model
 
     folder = Path(request.checkpoint)
-    opened = open_megatron(folder, CheckpointSource(true_vocab_size=request.true_vocab_size, verify_checkpoint=False))
+    wanted = CheckpointSource(true_vocab_size=request.true_vocab_size, verify_checkpoint=False, **request.stated)
+    opened = open_megatron(folder, wanted)
     config = opened.config
     own = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (layout.tp_size, layout.pp_size)
     if not is_dialect(folder) and (own or config.ckpt_format == "torch_dist"):

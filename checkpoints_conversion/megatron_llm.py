@@ -2,24 +2,25 @@
 
 Differences from megatron-core: names are under model.language_model; query and key rows are interleaved for its rotary embedding (row
 2j belongs to j, row 2j+1 to j + D/2); each rank has [up; gate] instead of [gate; up]; word embeddings are in a separate dict or flat.
-The architecture is in the pickled `args`, of which only plain values are read.
+The architecture is in the pickled `args` (megatron_llm_args.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoints_conversion.megatron_llm_args import Stated, architecture, harmless, plain_args, warn_of_lost
 from megatron_ft.checkpoints.folder import CheckpointConfig, rank_file
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.dtypes import name_of
 from megatron_ft.models.families import family_of
-from megatron_ft.models.torch_file import Inert, TensorRef, TorchFile
+from megatron_ft.models.torch_file import TensorRef, TorchFile
 from megatron_ft.models.weights import Placed, placed_rules
 
 _RENAMED = {
@@ -35,26 +36,30 @@ _RENAMED = {
 }
 _DEEPEST = 4  # largest depth of nested dictionaries
 _ROOTS = ("embedding", "encoder", "transformer", "lm_head")
-_NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size")
 
 
 class MegatronLlmSource:
     """Opened rank files of release/ or iter_ folders. Raises CheckpointError with the file's name if one does not match.
 
-    vocab_size: the true size, without padding, if it is known.
+    vocab_size: the true size, without padding, if it is known. stated: settings that the user gives, which overrule those of the file.
     """
 
-    def __init__(self, folder: Path, iteration: int | str, vocab_size: int | None = None):
+    def __init__(
+        self, folder: Path, iteration: int | str, vocab_size: int | None = None, stated: Stated | None = None
+    ) -> None:
         self.folder = Path(folder)
         tp_size, pp_size = _layout(self.folder)
         paths = [[rank_file(self.folder, t, p, tp_size, pp_size) for t in range(tp_size)] for p in range(pp_size)]
-        files = [[TorchFile(path, _harmless) for path in stage] for stage in paths]
-        args = _args(files[0][0])
-        arch = _architecture(args, vocab_size, files[0][0].path)
+        files = [[TorchFile(path, harmless) for path in stage] for stage in paths]
+        stages = [[dict(_tensors(file)) for file in stage] for stage in files]
+        first_path, known = files[0][0].path, stated or {}
+        saved = {**_sizes(stages[0]), **plain_args(files[0][0])}
+        warn_of_lost(first_path, saved, known)
+        args = {**saved, **known}
+        arch = architecture(args, vocab_size, first_path)
         self.rules = family_of(arch).rules(arch)
         self._parts: dict[str, list[TensorRef]] = {}
-        for stage, opened in enumerate(files):
-            ranks = [dict(_tensors(file)) for file in opened]
+        for stage, (opened, ranks) in enumerate(zip(files, stages, strict=True)):
             for placed in placed_rules(arch, self.rules, pp_size, stage):
                 if not placed.is_copy:
                     self._parts[placed.key] = [self._take(rank, placed, f) for rank, f in zip(ranks, opened)]
@@ -121,57 +126,17 @@ def _layout(folder: Path) -> tuple[int, int]:
     return tp_size, pp_size
 
 
-def _harmless(module: str, name: str) -> bool:
-    """Return True for the types of settings and random states, which are read as empty stand-ins."""
-    if name == "Namespace":
-        return True
-    random = ("_reconstruct", "ndarray", "dtype", "scalar")
-    return module.startswith("megatron.") or (
-        (module.split(".")[0] == "numpy" and name in random) or (module, name) == ("_codecs", "encode")
-    )
-
-
-def _args(file: TorchFile) -> dict[str, Any]:
-    state = file.value if isinstance(file.value, dict) else {}
-    args = state.get("args")
-    values = dict(vars(args)) if isinstance(args, Inert) else dict(args) if isinstance(args, dict) else {}
-    missing = [key for key in _NEEDED if type(values.get(key)) is not int]
-    if missing:
-        raise CheckpointError(f"{file.path}: args lacks {', '.join(missing)}; it is not a Megatron-LLM checkpoint")
-    return values
-
-
-def _architecture(args: Mapping[str, Any], vocab_size: int | None, path: Path) -> Architecture:
-    heads, padded = args["num_attention_heads"], args["padded_vocab_size"]
-    if vocab_size is not None and not 0 < vocab_size <= padded:
-        raise CheckpointError(f"{path}: vocabulary of {vocab_size} in {padded} padded rows; check the tokenizer")
-    activation = args.get("glu_activation")
-    parallel, window = bool(args.get("parallel_attn")), args.get("sliding_window_size")
-    if activation not in (None, "swiglu", "geglu", "reglu") or args.get("use_bias"):
-        what = "biases" if args.get("use_bias") else f"glu_activation {activation}"
-        raise CheckpointError(f"{path}: {what} in the linears is not supported")
-    factor = float(args.get("rope_scaling_factor") or 1.0)
-    original = args.get("max_position_embeddings") or args.get("seq_length") or 2048
-    return Architecture(
-        family="falcon" if parallel else "mistral" if window else "llama",
-        num_layers=args["num_layers"],
-        hidden_size=args["hidden_size"],
-        ffn_hidden_size=args["ffn_hidden_size"],
-        num_attention_heads=heads,
-        num_query_groups=args.get("num_attention_heads_kv") or heads,
-        head_dim=args.get("kv_channels") or args["hidden_size"] // heads,
-        vocab_size=vocab_size or padded,
-        max_position_embeddings=original,
-        norm_epsilon=args.get("layernorm_epsilon") or 1e-5,
-        norm="rmsnorm" if args.get("use_rms_norm") else "layernorm",
-        activation=activation or "gelu",
-        tied_embeddings=bool(args.get("tie_embed_logits", True)),
-        rope_theta=float(args.get("rope_theta") or 10000.0),
-        rope_scaling={"rope_type": "linear", "factor": factor} if factor != 1.0 else None,
-        parallel_block=parallel,
-        shared_norm=parallel and not args.get("parallel_layernorm"),
-        sliding_window=window or None,
-    )
+def _sizes(ranks: Sequence[Mapping[str, TensorRef]]) -> dict[str, int]:
+    """Return the settings that the first stage's tensors show; release files of Falcon have them nowhere else."""
+    shown = {
+        "padded_vocab_size": ("embedding.word_embeddings.weight", 0),
+        "ffn_hidden_size": ("decoder.layers.0.mlp.linear_fc2.weight", 1),
+    }
+    return {
+        name: ranks[0][key].shape[axis] * len(ranks)
+        for name, (key, axis) in shown.items()
+        if key in ranks[0] and len(ranks[0][key].shape) == 2
+    }
 
 
 def _tensors(file: TorchFile) -> Iterator[tuple[str, TensorRef]]:

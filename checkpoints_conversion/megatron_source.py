@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ class Opened:
     full: Callable[[Placed], Tensor]
     dtype: Callable[[Placed], torch.dtype]
     tokenizer: Tokenizer | None
+    stated: dict[str, float] = field(default_factory=dict)
+    """Settings of a Megatron-LLM checkpoint that the user gave."""
 
     def files(self) -> list[Path]:
         """Return all its files."""
@@ -48,8 +50,13 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
     root, iteration = Path(root), _parse_iteration(wanted.iteration)
     folder = root if iteration is None and root.is_dir() and is_dialect(root) else find_checkpoint(root, iteration)
     check_source(folder, wanted.verify_checkpoint)
+    stated = _stated(wanted)
     if is_dialect(folder):
-        return _open_dialect(folder, wanted.tokenizer, wanted.true_vocab_size)
+        return _open_dialect(folder, wanted.tokenizer, wanted.true_vocab_size, stated)
+    if stated:
+        raise ConfigError(
+            f"--{next(iter(stated))} is only for a Megatron-LLM checkpoint; {folder} records its own value"
+        )
     from checkpoints_conversion.tokenizer_copy import load_copy
 
     config = read_config(folder)
@@ -72,7 +79,19 @@ def open_source(folder: Path, config: CheckpointConfig) -> Any:
     return source(folder, config, family_of(config.architecture).rules(config.architecture))
 
 
-def _open_dialect(folder: Path, tokenizer: str | None, true_vocab_size: int | None) -> Opened:
+def _stated(wanted: CheckpointSource) -> dict[str, float]:
+    """Return the settings that are given. Raise ConfigError for a value that no model has."""
+    from checkpoints_conversion.megatron_llm_args import LOST
+
+    given = {name: getattr(wanted, name) for name in LOST if getattr(wanted, name) is not None}
+    for name, value in given.items():
+        least = 1 if name == "rope_scaling_factor" else 0
+        if not least <= value < float("inf") or value == 0:
+            raise ConfigError(f"--{name} {value:g}: must be {'at least 1' if least else 'above 0'}")
+    return given
+
+
+def _open_dialect(folder: Path, tokenizer: str | None, true_vocab_size: int | None, stated: dict[str, float]) -> Opened:
     from dataclasses import replace
 
     from checkpoints_conversion.megatron_llm import MegatronLlmSource
@@ -86,11 +105,11 @@ def _open_dialect(folder: Path, tokenizer: str | None, true_vocab_size: int | No
             "set --tokenizer or --true_vocab_size"
         )
     number = folder.name.removeprefix("iter_")
-    source = MegatronLlmSource(folder, int(number) if number.isdigit() else "release", size)
+    source = MegatronLlmSource(folder, int(number) if number.isdigit() else "release", size, stated)
     ends = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id} if loaded else {}
     arch = replace(source.config.architecture, hf={key: index for key, index in ends.items() if index is not None})
     config = replace(source.config, architecture=arch, tokenizer=loaded.info() if loaded else {})
-    return Opened(folder, config, source.rules, source.full, source.dtype, loaded)
+    return Opened(folder, config, source.rules, source.full, source.dtype, loaded, stated)
 
 
 def _parse_iteration(text: str | None) -> int | str | None:

@@ -51,6 +51,12 @@ class CheckpointSource:
     """Tokenizer of a Megatron-LLM checkpoint, which contains none: a tokenizer.model, a tokenizer.json or a folder."""
     true_vocab_size: int | None = None
     """Vocabulary size without padding, for a Megatron-LLM checkpoint without --tokenizer."""
+    rope_theta: float | None = None
+    """Base of the rotary embedding, for a Megatron-LLM checkpoint that lost it (its sharding tool records 10000)."""
+    layernorm_epsilon: float | None = None
+    """Epsilon of the norms, for a Megatron-LLM checkpoint that lost it (its sharding tool records 1e-5)."""
+    rope_scaling_factor: float | None = None
+    """Factor of the linear RoPE scaling, for a Megatron-LLM checkpoint that lost it (its sharding tool records 1)."""
     verify_checkpoint: bool = True
     """Compare the files that are read with their recorded digests, if there are any; --no_verify_checkpoint skips this."""
 
