@@ -57,12 +57,12 @@ def run(options: Inspect) -> int:
     import numpy as np
 
     from megatron_ft.commands import inspect_page
+    from megatron_ft.data.foreign import open_any
     from megatron_ft.data.roles import loss_weights
-    from megatron_ft.data.shards import open_shards
     from megatron_ft.data.show import source_of, tokens
     from megatron_ft.data.verify import verify_shards
 
-    shards = open_shards(options.prefix)
+    shards = open_any(options.prefix)
     if options.verify_data:
         verify_shards([shards], "--no_verify_data")
     if not len(shards):
@@ -118,6 +118,8 @@ def _head(prefix: str, shards: Any) -> list[str]:
         f"format {chat.get('name') or ('of the tokenizer' if chat else 'plain text')}, "
         f"end of turn {chat.get('stop_token', '-')}, vocabulary {shards.vocab_size}",
     ]
+    if not shards.manifest.files:
+        lines[1] = "format, end of turn and vocabulary are not recorded"
     if marked := counts.get("marked_tokens"):
         lines.append(f"marked for language-modelling loss: {marked:,} tokens")
     if len(shards.manifest.weights) > 1:

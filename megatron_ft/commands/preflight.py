@@ -145,26 +145,30 @@ def disk(
 
 
 def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Finding]:
+    from megatron_ft.data.foreign import open_any
     from megatron_ft.data.manifest import check_tokenizer
     from megatron_ft.data.plain import PlainShards, is_plain
-    from megatron_ft.data.shards import open_shards
+    from megatron_ft.data.shards import Shards
     from megatron_ft.data.verify import verify_shards
 
     try:
+        vocabulary = described.architecture.vocab_size if described is not None else 1 << 31
         if is_plain(prefix):
-            plain = PlainShards(prefix, described.architecture.vocab_size if described is not None else 1 << 31)
+            plain = PlainShards(prefix, vocabulary)
             yield Finding("ok", f"{prefix}: {len(plain):,} documents without roles, every token is trained on")
             return
-        shards = open_shards(prefix)
+        shards = open_any(prefix, vocabulary, described.tokenizer if described is not None else None)
         if not quick:
             verify_shards([shards], "--no_verify_data")
-        if described is not None:
-            vocabulary = described.architecture.vocab_size
+        if described is not None and isinstance(shards, Shards):
             check_tokenizer(shards.manifest, described.tokenizer, vocabulary, where=prefix)
     except UserError as error:
         yield Finding("error", f"{error} (--data_path)")
         return
-    yield Finding("ok", f"{prefix}: {len(shards):,} samples, made with the model's tokenizer, vocabulary fits")
+    made = "made with the model's tokenizer, vocabulary fits"
+    if not isinstance(shards, Shards):
+        made = "of another tool, without a manifest: the tokenizer cannot be checked"
+    yield Finding("ok" if isinstance(shards, Shards) else "warning", f"{prefix}: {len(shards):,} samples, {made}")
     if described is not None and described.chat_format and "name" in shards.manifest.chat_format:
         ours = shards.manifest.chat_format["name"]
         if ours != described.chat_format:

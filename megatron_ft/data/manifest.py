@@ -171,10 +171,11 @@ def check_tokenizer(
             f"{where}: made with another tokenizer ({_describe(ours)}) than the model's ({_describe(tokenizer_info)}); "
             f"{REMEDY}"
         )
-    _compare_added(ours["added_tokens"], tokenizer_info["added_tokens"], where)
+    compare_added(ours["added_tokens"], tokenizer_info["added_tokens"], where)
 
 
-def _compare_added(ours: dict[str, int], theirs: dict[str, int], where: str | Path) -> None:
+def compare_added(ours: dict[str, int], theirs: dict[str, int], where: str | Path) -> None:
+    """Raise DataError where a token has two ids, or an id two tokens."""
     names = {index: name for name, index in theirs.items()}
     for name, index in ours.items():
         if theirs.get(name, index) != index:

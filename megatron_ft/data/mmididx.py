@@ -22,6 +22,7 @@ from megatron_ft.data.fingerprint import fingerprint, fingerprint_of_file
 from megatron_ft.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
+OLD_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 # Codes 6 and 7 (floats) differ between forks of Megatron and never occur in tokens.
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -51,40 +52,68 @@ def read_index(path: Path, digest: str | None = None) -> tuple[np.dtype, np.ndar
 
 
 def parse_index(data: bytes, path: Path) -> tuple[np.dtype, np.ndarray]:
-    """Return the same from the content of a file. Memory is allocated only after the size of the file was checked."""
+    """Return the same from the content of a file."""
+    dtype, lengths, starts = _parse(data, path, shortest=1)
+    if len(starts) != len(lengths) + 1:
+        raise DataError(f"{path}: {len(lengths)} sequences and {len(starts)} documents do not fit; {REMEDY}")
+    _compare(path, "document", starts, np.arange(len(lengths) + 1))
+    return dtype, lengths.copy()  # a view would keep the five times as large file in memory
+
+
+def read_foreign_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """Return the same of another tool's file: sequences may be empty, documents may have several or none, or may never be ended.
+
+    The third array is the document index, int64: [0] where documents were never ended.
+    """
+    dtype, lengths, starts = _parse(_read_all(path), path, shortest=0)
+    if not len(starts) or starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] > len(lengths):
+        raise DataError(f"{path}: its document index is not one of {len(lengths)} sequences; {REMEDY}")
+    return dtype, lengths.copy(), starts.copy()
+
+
+def _parse(data: bytes, path: Path, shortest: int) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """Return dtype, lengths and document index. Memory is allocated only after the size of the file was checked."""
+    if data[:8] == OLD_MAGIC:
+        raise DataError(
+            f"{path}: fairseq's older format (TNTIDX), of dataset_impl lazy and cached, is not read; write it with dataset_impl mmap"
+        )
     if len(data) < HEADER.size or data[:9] != MAGIC:
         raise DataError(f"{path}: not a Megatron index; {REMEDY}")
     _, version, code, count, documents = HEADER.unpack_from(data)
     if version != 1 or code not in DTYPES:
         raise DataError(f"{path}: version {version} and number type {code} are unknown; {REMEDY}")
-    if documents != count + 1 or len(data) != HEADER.size + 12 * count + 8 * documents:
+    if len(data) != HEADER.size + 12 * count + 8 * documents:
         raise DataError(f"{path}: {len(data)} bytes do not fit {count} sequences and {documents} documents; {REMEDY}")
     dtype = np.dtype(DTYPES[code])
     lengths = np.frombuffer(data, "<i4", count, HEADER.size)
     offsets = np.frombuffer(data, "<i8", count, HEADER.size + 4 * count)
-    starts = np.frombuffer(data, "<i8", documents, HEADER.size + 12 * count)
-    if (lengths <= 0).any():
-        raise DataError(
-            f"{path}: sequence {np.argmax(lengths <= 0)} has length {lengths[np.argmax(lengths <= 0)]}; {REMEDY}"
-        )
-    right = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
-    for what, got, expected in (("offset", offsets, right), ("document", starts, np.arange(count + 1))):
-        if (got != expected).any():
-            where = int(np.argmax(got != expected))
-            raise DataError(f"{path}: {what} {where} is {got[where]}, expected {expected[where]}; {REMEDY}")
-    return dtype, lengths.copy()  # a view would keep the five times as large file in memory
+    if (short := lengths < shortest).any():
+        raise DataError(f"{path}: sequence {np.argmax(short)} has length {lengths[np.argmax(short)]}; {REMEDY}")
+    _compare(path, "offset", offsets, (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize)
+    return dtype, lengths, np.frombuffer(data, "<i8", documents, HEADER.size + 12 * count)
+
+
+def _compare(path: Path, what: str, got: np.ndarray, expected: np.ndarray) -> None:
+    if (got != expected).any():
+        where = int(np.argmax(got != expected))
+        raise DataError(f"{path}: {what} {where} is {got[where]}, expected {expected[where]}; {REMEDY}")
 
 
 class Sequences:
     """The sequences of PREFIX.bin and PREFIX.idx. Threads and forked processes may share it: reads keep no position.
 
     digests: ".bin" and ".idx" -> the files' fingerprints, where they are known. The index is compared with its own here, the
-    numbers by verify(), and again where the file is written to while it is read.
+    numbers by verify(), and again where the file is written to while it is read. foreign: written by another tool.
     """
 
-    def __init__(self, prefix: str | os.PathLike, digests: Mapping[str, str] = MappingProxyType({})):
+    def __init__(
+        self, prefix: str | os.PathLike, digests: Mapping[str, str] = MappingProxyType({}), foreign: bool = False
+    ) -> None:
         self.path, self.digest = Path(f"{prefix}.bin"), digests.get(".bin")
-        self.dtype, self.lengths = read_index(Path(f"{prefix}.idx"), digests.get(".idx"))
+        if foreign:
+            self.dtype, self.lengths, self.documents = read_foreign_index(Path(f"{prefix}.idx"))
+        else:
+            self.dtype, self.lengths = read_index(Path(f"{prefix}.idx"), digests.get(".idx"))
         self._offsets = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
         expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         try:

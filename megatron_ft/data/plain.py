@@ -20,8 +20,9 @@ class PlainShards:
 
     def __init__(self, prefix: str, vocab_size: int):
         self.prefix, self.vocab_size = prefix, vocab_size
-        self._text = Sequences(prefix)
-        self.lengths = self._text.lengths
+        self._text = Sequences(prefix, foreign=True)
+        self._starts = _document_starts(self._text)
+        self.lengths: np.ndarray = np.diff(self._starts).astype(np.int32)
         tokens = int(self.lengths.sum(dtype=np.int64))
         counts = {name: 0 for name in ROLE_NAMES} | {ROLE_NAMES[CONTEXT]: tokens}
         self.manifest = Manifest(counts={"samples": len(self.lengths), "tokens": tokens, "tokens_by_role": counts})
@@ -31,7 +32,7 @@ class PlainShards:
 
     def tokens(self, index: int) -> np.ndarray:
         """Return the ids of a document. Raise DataError for an id outside the vocabulary of the model."""
-        ids = self._text[index]
+        ids = self._text.read(int(self._starts[index]), int(self.lengths[index]))
         if len(ids) and (ids.max() >= self.vocab_size or ids.min() < 0):
             raise DataError(
                 f"{self.prefix}.bin: document {index} holds id {ids.max()}, the model's vocabulary has {self.vocab_size}: "
@@ -46,6 +47,14 @@ class PlainShards:
     def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray:
         """Return weight 1 for language modelling, whatever the weights of the roles."""
         return np.ones(256, np.float32)
+
+
+def _document_starts(text: Sequences) -> np.ndarray:
+    """Return the place of each document's first token, and the end: int64. Where documents were never ended, each sequence is one."""
+    ends = np.cumsum([0, *text.lengths], dtype=np.int64)
+    if len(text.documents) == 1:
+        return ends
+    return ends[np.unique([*text.documents, len(text)])]
 
 
 def is_plain(prefix: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ft.data.foreign import ForeignShards
 from megatron_ft.data.roles import MARKED, ROLE_BITS, ROLE_NAMES
 from megatron_ft.data.shards import Shards
 from megatron_ft.data.tokenizer import Tokenizer
@@ -28,11 +29,13 @@ class Token:
     weight: float
 
 
-def tokens(shards: Shards, sample: int, tokenizer: Tokenizer | None, weight_by_byte: np.ndarray) -> list[Token]:
+def tokens(
+    shards: Shards | ForeignShards, sample: int, tokenizer: Tokenizer | None, weight_by_byte: np.ndarray
+) -> list[Token]:
     """Return the tokens of a sample. weight_by_byte: float32 [256], from Shards.loss_weights."""
     ids, role_bytes = shards.tokens(sample), shards.role_bytes(sample)
     weights = weight_by_byte[role_bytes].copy()
-    weights[0] = 0
+    weights[:1] = 0
     names = set(tokenizer.special_tokens.values()) if tokenizer else set()
     return [
         Token(
@@ -60,7 +63,7 @@ def token_text(tokenizer: Tokenizer, index: int) -> str:
     return tokenizer.decode([index])
 
 
-def source_of(shards: Shards, sample: int) -> str:
+def source_of(shards: Shards | ForeignShards, sample: int) -> str:
     """Return the dataset that a sample comes from."""
     for source in shards.manifest.sources:
         first, end = source["documents"]

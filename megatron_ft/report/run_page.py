@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from megatron_ft import files
+from megatron_ft.data.foreign import open_any
 from megatron_ft.data.plain import is_plain
 from megatron_ft.data.roles import display_name
-from megatron_ft.data.shards import open_shards
 from megatron_ft.errors import DataError, UserError
 from megatron_ft.report import samples
 from megatron_ft.report.curves import Line, bars, picture
@@ -189,7 +189,7 @@ def _opened(prefixes: list[str]) -> Iterator[Any]:
     for prefix in prefixes:
         try:
             if not is_plain(prefix):
-                yield open_shards(prefix)
+                yield open_any(prefix)
         except UserError:
             continue
 

@@ -10,11 +10,12 @@ import numpy as np
 from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.config.checks import role_weights
 from megatron_ft.config.sections import Data
+from megatron_ft.data.foreign import open_any
 from megatron_ft.data.loader import ChatDataset, Choices, NothingFits, Samples
 from megatron_ft.data.manifest import check_tokenizer
 from megatron_ft.data.plain import PlainShards, is_plain
 from megatron_ft.data.roles import ROLE_NAMES, loss_weights
-from megatron_ft.data.shards import open_shards
+from megatron_ft.data.shards import Shards
 from megatron_ft.data.verify import verify_shards
 from megatron_ft.engine.parallel import local_rank
 from megatron_ft.errors import DataError
@@ -88,10 +89,12 @@ def _plans(data: Data) -> str | None:
 
 def _open(prefix: str, checkpoint: CheckpointConfig) -> Samples:
     """Open role-labelled shards that fit the checkpoint's tokenizer, or plain pretraining shards."""
+    vocab_size = checkpoint.architecture.vocab_size
     if is_plain(prefix):
-        return PlainShards(prefix, checkpoint.architecture.vocab_size)
-    shard = open_shards(prefix)
-    check_tokenizer(shard.manifest, checkpoint.tokenizer, checkpoint.architecture.vocab_size, where=shard.prefix)
+        return PlainShards(prefix, vocab_size)
+    shard = open_any(prefix, vocab_size, checkpoint.tokenizer)
+    if isinstance(shard, Shards):
+        check_tokenizer(shard.manifest, checkpoint.tokenizer, vocab_size, where=shard.prefix)
     return shard
 
 
