@@ -157,16 +157,15 @@ class ChatFormat:
         return role, content.strip() if self.strip else content
 
     def _folded(self, messages: Messages) -> Messages:
-        """Return the messages with tools as text. If the format has no context turns, each is added to the question that follows, or to a
-        question of its own if none follows.
-        """
+        """Return the messages with tools written as text. Context turns for which the format has no turns become part of the question
+        that follows them, or of the one before, if they are between it and its answer; else a question of their own."""
         if has_tools(messages):
             messages = as_text(messages, self.default_system, self.strip)
         if self.context is None or not any(ROLES.get(str(message.get("role"))) == CONTEXT for message in messages):
             return messages
         result: list[Mapping[str, Any]] = []
         waiting: list[Mapping[str, Any]] = []
-        for message in messages:
+        for message in _contexts_first(messages):
             if ROLES.get(str(message.get("role"))) == CONTEXT:
                 waiting.append(message)
                 continue
@@ -198,6 +197,21 @@ class ChatFormat:
     def _split(self, text: str, role_byte: int) -> list[Part]:
         """Return a piece of a template split at the control tokens."""
         return [Part(role_byte, part, kind) for part, kind in _pieces(self.added_tokens, text)]
+
+
+def _contexts_first(messages: Messages) -> Messages:
+    """Return the messages, contexts that are between a question and its answer moved before the question."""
+    result: list[Mapping[str, Any]] = []
+    question = None  # its place, while nothing but contexts is behind it
+    for number, message in enumerate(messages):
+        role = str(message.get("role"))
+        if role == "context" and question is not None:
+            result.insert(question, message)
+            question += 1
+            continue
+        question = number if ROLES.get(role) == PROMPTER else None
+        result.append(message)
+    return result
 
 
 @functools.cache

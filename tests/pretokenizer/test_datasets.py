@@ -29,7 +29,7 @@ TURNS = {
     "megacode2": "user q assistant a",
     "oa_leet10k": "user q assistant a",
     "orca-chat": "system s user q assistant a user r assistant b",
-    "dolly15k_multilingual": "context x  y user q assistant a",
+    "dolly15k_multilingual": "user q context x  y  assistant a",
     "dolphin": "system s user q assistant a",
     "text": "text a document",
 }
@@ -56,10 +56,84 @@ def test_they_are_recognised(tmp_path, name):
 def test_an_empty_system_or_context_is_no_turn():
     for name, key in (("dolphin", "instruction"), ("orca-chat", "instruction"), ("dolly15k_multilingual", "context")):
         ((chat,), _) = convert(name, RECORDS[name] | {key: ""})
-        assert chat[0]["role"] == "user"
+        assert [turn["role"] for turn in chat[:2]] == ["user", "assistant"]
     assert convert("dolly15k_multilingual", RECORDS["dolly15k_multilingual"] | {"lang": "fr"}, lang="de,en")[1] == {
         "other language": 1
     }
+
+
+NAMED = [("megacode2", "USER", "ASSISTANT"), ("dolly15k_multilingual", "instruction", "response")]
+
+
+@pytest.mark.parametrize("name, question, answer", NAMED)
+def test_refusals_and_blanks_of_named_datasets(name, question, answer):
+    """Left out by default, each switchable; files given with --input keep them."""
+    for key in (question, answer):
+        refusal, blank = RECORDS[name] | {key: "made by OPENAI"}, RECORDS[name] | {key: ""}
+        assert convert(name, refusal) == ([], {"refusal phrase": 1})
+        assert convert(name, blank) == ([], {"blank question or answer": 1})
+        assert (
+            len(convert(name, refusal, drop_refusals=False)[0]) == len(convert(name, blank, drop_blank=False)[0]) == 1
+        )
+    assert convert(name, RECORDS[name] | {answer: None})[1] == {"blank question or answer": 1}
+    with pytest.raises(DataError, match=answer):
+        convert(name, RECORDS[name] | {answer: None}, drop_blank=False)
+
+
+def test_citations_can_stay():
+    ((chat,), _) = convert("dolly15k_multilingual", RECORDS["dolly15k_multilingual"], remove_citations=False)
+    assert chat[1]["content"] == "x [1] y[citation needed] [b]"
+
+
+def test_a_given_file_is_no_published_dataset(place):  # noqa: F811
+    rows = [{"USER": f"q{i}", "ASSISTANT": "by OpenAI" if i % 2 else ""} for i in range(5)]
+    (place / "mine.jsonl").write_bytes(lines(rows))
+    assert shortcut("--val_split", 0.25, source="mine.jsonl") == 0
+    assert (len(open_shards("out/mine-train")), len(open_shards("out/mine-val"))) == (4, 1)
+    assert shortcut("--val_split", 0.25, "--drop_refusals", "true", "--overwrite", source="mine.jsonl") == 0
+    assert len(open_shards("out/mine-train")) == 2
+
+
+def test_oasst_by_the_name_of_its_repository(place):  # noqa: F811
+    finished = [tree for tree in TREES if tree["tree_state"] == "ready_for_export"]
+    folder = place / ".cache" / "OpenAssistant" / "oasst1" / "data"
+    folder.mkdir(parents=True)
+    for number, split in enumerate(("train", "validation")):
+        rows = [row for i, tree in enumerate(finished[number::2]) for row in flat(tree["prompt"], f"{split}{i}")]
+        columns = {"rank": None, "synthetic": False}  # in every row, as in a published table
+        parquet(folder / f"{split}-00000-of-00001.parquet", [columns | row for row in rows])
+    section = {"output_dir": "out", "filename_prefix": "x", "vocab_file": "tokenizer.model"}
+    keys = {"lang": "en", "val_split": 0}
+    for name, own in (
+        ("named", {"hf_dataset_name": "OpenAssistant/oasst1"}),
+        ("trees", {"input_file_path": "t.jsonl"}),
+    ):
+        (place / "t.jsonl").write_bytes(lines(finished))
+        datasets = [{"oasst_export": keys | own}]
+        flags = configure(place, mix=section | {"datasets": datasets, "filename_prefix": name})
+        assert pretokenize("--configs", "mix", *flags) == 0
+    found = [open_shards(f"out/{name}-train") for name in ("named", "trees")]
+    named, trees_ = ({tuple(shards.tokens(i)) for i in range(len(shards))} for shards in found)
+    assert named == trees_
+
+
+def test_one_file_of_a_repository(place):  # noqa: F811
+    folder = place / ".cache" / "ehartford" / "dolphin"
+    folder.mkdir(parents=True)
+    for name, count in (("flan5m-alpaca-uncensored.jsonl", 3), ("flan1m-alpaca-uncensored.jsonl", 2)):
+        rows = [{"instruction": f"{name} {i}", "input": "q", "output": "a"} for i in range(count)]
+        (folder / name).write_bytes(lines(rows))
+    section = {"output_dir": "out", "vocab_file": "tokenizer.model"}
+    for number, (own, samples) in enumerate(
+        (({}, 3), ({"data_files": "flan1m-alpaca-uncensored.jsonl"}, 2), ({"num_samples": 1}, 1))
+    ):
+        datasets = [{"dolphin-mix": {"val_split": 0, **own}}]
+        flags = configure(place, mix=section | {"datasets": datasets, "filename_prefix": f"x{number}"})
+        assert pretokenize("--configs", "mix", *flags) == 0
+        assert len(open_shards(f"out/x{number}-train")) == samples
+    datasets[0]["dolphin-mix"]["data_files"] = ["no.jsonl"]
+    flags = configure(place, mix=section | {"datasets": datasets, "filename_prefix": "y"})
+    assert pretokenize("--configs", "mix", *flags) == 2
 
 
 def test_messages_as_openai_writes_them():

@@ -1,26 +1,60 @@
 """Readers of the published datasets in Open-Assistant's configurations: one function each, from a record to conversations.
 
-readers.READERS has their published names, by which local copies are found.
+readers.READERS has their published names, by which local copies are found. What they leave out is in published.py.
 """
 
-import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.errors import DataError
-from tools.pretokenizer.fields import Conversation, get_list, get_text, keep, pair
+from tools.pretokenizer.fields import Conversation, get, get_list, get_text, keep, pair
+from tools.pretokenizer.published import PublishedOptions, without_citations
 
-# Citation marks of the original text: [12], [a], [citation needed].
-CITATIONS = re.compile(r"\[(?:\d{1,3}|[a-z]|citation needed)\]", re.IGNORECASE)
+LINKS = ("\n", "\n\n", " ")
+"""What Open-Assistant puts between an instruction and its input, chosen at random."""
+_NO_INPUT = ("no input", "noinput", "n/a")
+
+
+class Columns(NamedTuple):
+    """A published dataset of questions and answers: its repository, the keys of its records, and the file of it that is read."""
+
+    repository: str
+    question: str = "INSTRUCTION"
+    answer: str = "RESPONSE"
+    data_files: str | None = None
+
+
+INSTRUCTIONS = {
+    "megacode": Columns("rombodawg/MegaCodeTraining112k", "prompt", "completion", "RombosCodeTraining112k.json"),
+    "megacode2": Columns(
+        *("rombodawg/LosslessMegaCodeTrainingV2_1m_Evol_Uncensored", "USER", "ASSISTANT"),
+        "DeDuped_LosslessMegaCodeTrainingV2_942k_Evol_Uncensored.json",
+    ),
+    "megacode3": Columns(
+        *("rombodawg/LosslessMegaCodeTrainingV3_2.2m_Evol", "USER", "ASSISTANT"),
+        "LosslessMegaCodeTrainingV3_2.2m_Evol.json",
+    ),
+    "oa_leet10k": Columns("ehartford/oa_leet10k"),
+    "evol_instruct_code": Columns("nickrosh/Evol-Instruct-Code-80k-v1", "instruction", "output"),
+    "evol-codealpaca-v1": Columns("theblackcat102/evol-codealpaca-v1", "instruction", "output"),
+    "wizardlm_70k": Columns("ehartford/WizardLM_alpaca_evol_instruct_70k_unfiltered", "instruction", "output"),
+    "minimath": Columns("kentsui/minimath", "question", "answer"),
+    "cot_submix_original": Columns("conceptofmind/cot_submix_original", "inputs", "targets"),
+}
+"""What Open-Assistant reads with one loader, by the names in its configurations."""
 
 
 @dataclass(frozen=True)
-class DollyOptions:
-    """Languages of the multilingual copy to take."""
+class DollyOptions(PublishedOptions):
+    """Languages of the multilingual copy to take, and what is removed from it."""
 
     lang: str | list[str] = "en,de,es,fr"
     """Splits (files named en-..., de-...) of a folder; records with another language are left out."""
+    remove_citations: bool = True
+    """Remove [2, 3], [1234], [a] and [citation needed] from contexts."""
 
     @property
     def languages(self) -> list[str]:
@@ -28,14 +62,19 @@ class DollyOptions:
         return [name.strip() for name in names]
 
 
-def megacode2(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
-    """Read {"USER", "ASSISTANT"}."""
-    return pair(get_text(record, "USER", where), get_text(record, "ASSISTANT", where), left_out)
+def instruction(name: str) -> Callable[[dict[str, Any], str, PublishedOptions, Counter[str]], list[Conversation]]:
+    """Return the function that reads a dataset of INSTRUCTIONS."""
+    columns = INSTRUCTIONS[name]
 
+    def read(
+        record: dict[str, Any], where: str, options: PublishedOptions, left_out: Counter[str]
+    ) -> list[Conversation]:
+        texts = (get(record, columns.question, where), get(record, columns.answer, where))
+        if options.leaves_out(texts, left_out):
+            return []
+        return pair(get_text(record, columns.question, where), get_text(record, columns.answer, where), left_out)
 
-def oa_leet10k(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
-    """Read {"INSTRUCTION", "RESPONSE"}."""
-    return pair(get_text(record, "INSTRUCTION", where), get_text(record, "RESPONSE", where), left_out)
+    return read
 
 
 def orca_chat(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
@@ -46,20 +85,55 @@ def orca_chat(record: dict[str, Any], where: str, options: Any, left_out: Counte
             raise DataError(f"{where}: turn {number} is {type(turn).__name__}, not an object with input and output")
         turns.append({"role": "user", "content": get_text(turn, "input", where)})
         turns.append({"role": "assistant", "content": get_text(turn, "output", where)})
-    return keep(turns if len(turns) > 1 else [], left_out)
+    return keep(turns if turns and turns[-1]["role"] == "assistant" else [], left_out)
 
 
 def dolly15k(record: dict[str, Any], where: str, options: DollyOptions, left_out: Counter[str]) -> list[Conversation]:
-    """Read {"instruction", "context" (may be empty), "response"}; citation marks are removed from the context."""
+    """Read {"instruction", "context" (may be empty), "response"}. The context is a turn between question and answer."""
     language = record.get("lang") or record.get("language")
     if language and language not in options.languages:
         left_out["other language"] += 1
         return []
-    context = CITATIONS.sub("", get_text(record, "context", where)).strip() if record.get("context") else ""
-    turns = [{"role": "context", "content": context}] if context else []
-    turns.append({"role": "user", "content": get_text(record, "instruction", where)})
-    turns.append({"role": "assistant", "content": get_text(record, "response", where)})
-    return keep(turns, left_out)
+    return _dolly(record, ("instruction", "response"), record, "context", where, options, left_out)
+
+
+def dolly15k_english(
+    record: dict[str, Any], where: str, options: DollyOptions, left_out: Counter[str]
+) -> list[Conversation]:
+    """Read {"INSTRUCTION", "RESPONSE", "METADATA": {"CONTEXT"}}, the English dataset in Open-Assistant's own columns."""
+    metadata = get(record, "METADATA", where)
+    return _dolly(record, ("INSTRUCTION", "RESPONSE"), metadata, "CONTEXT", where, options, left_out)
+
+
+def _dolly(
+    record: dict[str, Any],
+    keys: tuple[str, str],
+    holder: dict[str, Any],
+    context_key: str,
+    where: str,
+    options: DollyOptions,
+    left_out: Counter[str],
+) -> list[Conversation]:
+    if options.leaves_out(tuple(get(record, key, where) for key in keys), left_out, spaces_are_blank=False):
+        return []
+    question, answer = (get_text(record, key, where) for key in keys)
+    context = get_text(holder, context_key, where) if isinstance(holder, dict) and holder.get(context_key) else ""
+    context = without_citations(context) if options.remove_citations else context
+    turns = [{"role": "user", "content": question}, {"role": "context", "content": context}]
+    return keep([*(turns if context else turns[:1]), {"role": "assistant", "content": answer}], left_out)
+
+
+def alpaca_gpt4(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
+    """Read {"instruction", "input", "output"}. An input that says that there is none, or that the instruction repeats, is left out.
+
+    Instruction and input are joined with one of LINKS, chosen by the record's hash.
+    """
+    question, given = get_text(record, "instruction", where), record.get("input") or ""
+    given = get_text(record, "input", where) if given else ""
+    if given and not any(word in given.lower() for word in _NO_INPUT) and given.lower() not in question.lower():
+        link = LINKS[int(fingerprint([question, given]).removeprefix("xxh3:"), 16) % len(LINKS)]
+        question = f"{question}{link}{given}"
+    return pair(question, get_text(record, "output", where), left_out)
 
 
 def dolphin(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
@@ -71,5 +145,6 @@ def dolphin(record: dict[str, Any], where: str, options: Any, left_out: Counter[
 
 
 def _system(record: dict[str, Any], where: str) -> Conversation:
+    """Return the system turn, [] without one. One of blanks is kept, as Open-Assistant keeps it."""
     text = get_text(record, "instruction", where) if record.get("instruction") else ""
-    return [{"role": "system", "content": text}] if text.strip() else []
+    return [{"role": "system", "content": text}] if text else []

@@ -59,6 +59,19 @@ def files_of(place: Path, splits: Sequence[str] = ("train",)) -> list[Path]:
     return [path for path in found if pattern.search(path.relative_to(place).as_posix())] or found
 
 
+def named_files(place: Path, wanted: str | Sequence[str] | None, usual: str | None) -> list[Path]:
+    """Return the files of a folder with the wanted names, else the one with the usual name; [] if neither is given or there.
+
+    Raise DataError for a wanted file that is not there.
+    """
+    names = [wanted] if isinstance(wanted, str) else list(wanted or [])
+    found = [place / name for name in names if (place / name).is_file()]
+    if len(found) < len(names):
+        missing = next(name for name in names if not (place / name).is_file())
+        raise DataError(f"{place / missing}: no such file, named in data_files; check the name")
+    return found or [path for path in [place / (usual or "")] if place.is_dir() and path.is_file()]
+
+
 def _is_data(path: Path) -> bool:
     if path.name in NOT_DATA or any(part.startswith((".", "_")) for part in path.parts):
         return False

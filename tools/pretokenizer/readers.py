@@ -12,10 +12,12 @@ from typing import Any
 from megatron_ft.data.roles import ROLES
 from megatron_ft.errors import ConfigError, DataError
 from tools.pretokenizer import named, toolcalls
+from tools.pretokenizer.dolphin_mix import MixOptions
 from tools.pretokenizer.fields import Conversation, get_list, get_text, keep, pair, weight_of
 from tools.pretokenizer.lines import records
 from tools.pretokenizer.oasst import OasstOptions, conversations
 from tools.pretokenizer.places import files_of
+from tools.pretokenizer.published import PublishedOptions
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Reader:
 
     keys: a record with all these keys has this format; empty for a format that must be named. options: a dataclass of the reader's
     own configuration keys. repositories: names of published datasets. marked: default share of the samples whose text is marked for
-    language-modelling loss.
+    language-modelling loss. data_files: the file of the repository that is read, if it is there. splits: that are read. val_rounding:
+    default of this key.
     """
 
     name: str
@@ -38,6 +41,9 @@ class Reader:
     options: type = NoOptions
     repositories: tuple[str, ...] = ()
     marked: float = 0.0
+    data_files: str | None = None
+    splits: str = "train"
+    val_rounding: str = "down"
 
 
 def recognise(path: Path) -> Reader:
@@ -149,6 +155,18 @@ def _text(record: dict[str, Any], where: str, options: NoOptions, left_out: Coun
     return keep([{"role": "text", "content": text}] if text else [], left_out)
 
 
+def _instruction(name: str) -> Reader:
+    """Return the reader of a published dataset of questions and answers."""
+    columns = named.INSTRUCTIONS[name]
+    keys = (columns.question, columns.answer) if name in ("megacode2", "oa_leet10k") else ()
+    return Reader(
+        *(name, keys, named.instruction(name), PublishedOptions),
+        repositories=(columns.repository,),
+        data_files=columns.data_files,
+        val_rounding="up",
+    )
+
+
 def _table(readers: Iterable[Reader]) -> dict[str, Reader]:
     return {reader.name: reader for reader in readers}
 
@@ -156,28 +174,44 @@ def _table(readers: Iterable[Reader]) -> dict[str, Reader]:
 # In the order of recognition, for files whose format is not given.
 READERS = _table(
     [
-        Reader("oasst_export", ("message_tree_id", "prompt"), conversations, OasstOptions),
+        Reader(
+            *("oasst_export", ("message_tree_id", "prompt"), conversations, OasstOptions),
+            repositories=("OpenAssistant/oasst1",),
+            splits="train,validation",
+        ),
         Reader("messages", ("messages",), _messages),
         Reader("sharegpt", ("conversations",), _sharegpt),
         Reader(
             *("orca-chat", ("instruction", "conversation"), named.orca_chat),
             repositories=("shahules786/orca-chat",),
+            data_files="orca-chat-gpt4.json",
+            val_rounding="up",
         ),
         Reader(
             *("dolly15k_multilingual", ("instruction", "context", "response"), named.dolly15k, named.DollyOptions),
             repositories=("argilla/databricks-dolly-15k-curated-multilingual",),
+            val_rounding="up",
         ),
         Reader("alpaca", ("instruction", "output"), _alpaca),
         Reader("prompt_completion", ("prompt", "completion"), _prompt_completion),
+        *map(_instruction, named.INSTRUCTIONS),
         Reader(
-            *("megacode2", ("USER", "ASSISTANT"), named.megacode2),
-            repositories=("rombodawg/LosslessMegaCodeTrainingV2_1m_Evol_Uncensored",),
-        ),
-        Reader(
-            *("oa_leet10k", ("INSTRUCTION", "RESPONSE"), named.oa_leet10k),
-            repositories=("ehartford/oa_leet10k",),
+            *("dolly15k", (), named.dolly15k_english, named.DollyOptions),
+            repositories=("OllieStanley/oa_dolly_15k",),
+            val_rounding="up",
         ),
         Reader("dolphin", (), named.dolphin, repositories=("ehartford/dolphin",)),  # alpaca's keys with another meaning
+        Reader(
+            *("dolphin-mix", (), named.orca_chat, MixOptions),  # of conversations that dolphin_mix.py makes
+            repositories=("ehartford/dolphin",),
+            data_files="flan5m-alpaca-uncensored.jsonl",
+            val_rounding="up",
+        ),
+        Reader(
+            *("alpaca_gpt4", (), named.alpaca_gpt4),
+            repositories=("teknium/GPT4-LLM-Cleaned",),
+            val_rounding="up",
+        ),
         Reader("text", ("text",), _text, marked=1.0),
     ]
 )

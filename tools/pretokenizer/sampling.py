@@ -4,7 +4,9 @@ Samples come in groups (a message tree, or one chat), and a group is never in bo
 counts, settings and seed give the same choice.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +23,8 @@ class SplitOptions:
 
     val_split: float = 0.2
     """Share of the groups for validation; 0: none."""
+    val_rounding: Literal["down", "up"] = "down"
+    """Rounding of their number; default: up for the named datasets, as Open-Assistant's pretokenizer does it, else down."""
     max_val_set: int | None = None
     """Largest number of validation samples."""
     fraction: float | None = None
@@ -63,7 +67,8 @@ def plan(group_sizes: np.ndarray, options: SplitOptions, rng: np.random.Generato
     With a val_split above 0, both splits have at least one group, if there are two or more.
     """
     groups = np.flatnonzero(group_sizes)
-    count = int(len(groups) * options.val_split)
+    exact = len(groups) * options.val_split
+    count = math.ceil(exact) if options.val_rounding == "up" else int(exact)
     if options.val_split > 0 and len(groups) > 1:
         count = max(count, 1)
     by_group = np.full(len(group_sizes), TRAIN, np.uint8)

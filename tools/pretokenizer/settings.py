@@ -16,6 +16,7 @@ from megatron_ft.errors import ConfigError
 from tools.pretokenizer import mixing
 from tools.pretokenizer.duplicates import minhash_library
 from tools.pretokenizer.flags import Pretokenize
+from tools.pretokenizer.published import UNPUBLISHED
 
 PACKAGED_CONFIGS = Path(__file__).parent / "configs"
 
@@ -93,7 +94,7 @@ _ALSO_KEYS = (
     *("chat_format", "output_dir", "min_assistant_tokens", "min_tokens", "max_tokens", "max_count", "role_order"),
     *("duplicates", "on_bad_record", "workers"),
 )
-_OF_DATASETS = {"lang", "split", "fraction", "size", "max_val_set", "marked_prompts"}
+_OF_DATASETS = {"lang", "split", "fraction", "size", "max_val_set", "marked_prompts", "val_rounding"}
 _OPTIONAL = {f.name for f in dataclasses.fields(Settings) if type(None) in typing.get_args(f.type)}
 
 
@@ -107,8 +108,8 @@ def _from_sections(flags: Pretokenize) -> dict[str, Any]:
     folder = flags.config_dir or PACKAGED_CONFIGS
     sections = read_sections(folder)
     keys = dict(sections.get("defaults", {}))
-    for name in flags.configs:
-        name = name.replace("-", "_")
+    for name in (part.strip() for names in flags.configs for part in names.split(",") if part.strip()):
+        name = name if name in sections else name.replace("-", "_")
         if name not in sections:
             raise ConfigError(f"{folder}: no section {name}{suggestion(name, sections)}")
         keys |= sections[name]
@@ -149,6 +150,7 @@ def _from_input(flags: Pretokenize, others: dict[str, Any]) -> dict[str, Any]:
         reader = recognise(Path(path))
         known = {f.name for f in dataclasses.fields(reader.options)} | _OF_DATASETS
         own = {key: value for key, value in others.items() if key in known}
+        own = {key: value for key, value in UNPUBLISHED.items() if key in known} | own
         datasets.append({reader.name: {"input_file_path": path, "val_split": 0.1, **own}})
     for key in {key for entry in datasets for keys in entry.values() for key in keys}:
         others.pop(key, None)

@@ -14,6 +14,7 @@ from megatron_ft import files
 from megatron_ft.data.tokenizer_files import fingerprint
 from megatron_ft.errors import ConfigError
 from tools.pretokenizer import places
+from tools.pretokenizer.dolphin_mix import MixOptions, joined
 from tools.pretokenizer.lines import Chunk, chunks, parse
 from tools.pretokenizer.oasst_flat import is_flat, trees
 from tools.pretokenizer.readers import Reader, get_reader
@@ -48,6 +49,11 @@ class Source:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks of its files, the same in every pass."""
+        if isinstance(self.job.options, MixOptions):
+            return joined(self._chunks, self.job.options)
+        return self._chunks()
+
+    def _chunks(self) -> Iterator[Chunk]:
         for path in self.files:
             found = chunks(path)
             if self.reader.name == "oasst_export" and (first := next(found, None)) is not None:
@@ -91,7 +97,9 @@ def make_sources(settings: Settings) -> list[Source]:
 
 def _source(name: str, number: int, keys: dict[str, Any], settings: Settings) -> Source:
     reader, keys = get_reader(name), {key: value for key, value in keys.items() if value is not None}
-    given, splits = keys.pop("input_file_path", None), keys.pop("split", "train")
+    given, splits = keys.pop("input_file_path", None), keys.pop("split", None)
+    repositories = (str(keys.pop("hf_dataset_name", "")),) if keys.get("hf_dataset_name") else reader.repositories
+    data_files, splits = keys.pop("data_files", None), splits or ("train" if given else reader.splits)
     where = f"dataset {name}"
     theirs = {f.name for f in dataclasses.fields(reader.options)}
     if "lang" in keys and "lang" not in theirs:  # not a key of this reader: compared with the record's language
@@ -100,9 +108,12 @@ def _source(name: str, number: int, keys: dict[str, Any], settings: Settings) ->
     select = {f.name for f in dataclasses.fields(Selection)}
     unknown = {key: value for key, value in keys.items() if key not in ours | theirs | select}
     if unknown:
-        known = (ours | theirs | select | {"input_file_path", "split", "lang"}) - {"languages"}
+        known = (ours | theirs | select | {"input_file_path", "split", "lang", "data_files", "hf_dataset_name"}) - {
+            "languages"
+        }
         build(dataclasses.make_dataclass("Known", [(key, Any, None) for key in sorted(known)]), unknown, where)
-    split = build(SplitOptions, {"max_val_set": settings.eval_size} | _only(keys, ours), where)
+    defaults = {"max_val_set": settings.eval_size, "val_rounding": reader.val_rounding}
+    split = build(SplitOptions, defaults | _only(keys, ours), where)
     split.check(name)
     if settings.mix_by and split.share is None:
         raise ConfigError(f"{where}: share is not set, but mix_by is {settings.mix_by}; set the share of each dataset")
@@ -110,9 +121,10 @@ def _source(name: str, number: int, keys: dict[str, Any], settings: Settings) ->
     common = {key: getattr(settings, key) for key in select if getattr(settings, key, None) is not None}
     selection = build(Selection, common | _only(keys, select), where)
     selection.check(where)
-    path = places.find(None if given is None else str(given), name, settings.cache_dir, reader.repositories)
+    path = places.find(None if given is None else str(given), name, settings.cache_dir, repositories)
     wanted = getattr(options, "languages", []) if reader.name == "dolly15k_multilingual" else []
     chosen = places.files_of(path, [*wanted] or [part.strip() for part in str(splits).split(",")])
+    chosen = places.named_files(path, data_files, reader.data_files) or chosen
     return Source(name, number, path, chosen, reader, split, Job(name, reader.name, options, selection))
 
 

@@ -10,6 +10,7 @@ from megatron_ft.data import packing
 from megatron_ft.data.roles import ROLE_NAMES, display_name
 from megatron_ft.files import atomic_file, write_json
 from tools.pretokenizer import mixing
+from tools.pretokenizer.original_stats import original_form
 from tools.pretokenizer.sources import Source
 from tools.pretokenizer.stats import BOUNDS, HEADINGS, Tally, report, total
 from tools.pretokenizer.writing import Written
@@ -44,6 +45,7 @@ def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: s
     write_json(Path(f"{prefix}_stats.json"), content)
     with atomic_file(Path(f"{prefix}_stats.txt"), "w") as file:
         file.write(text + "\npacking of whole samples, share of positions filled, by row length:\n" + _lines(packed))
+        file.write(original_form(prefix.name, sources, written.tallies, sampled=str(prefix).endswith("-train")))
     with atomic_file(Path(f"{prefix}_stats.html"), "w") as file:
         file.write(page(prefix.name, written, packed, mixed))
 
