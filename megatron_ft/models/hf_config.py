@@ -27,9 +27,16 @@ _RESTATED = ("model_type", "architectures", "dtype", "torch_dtype", "_name_or_pa
 
 
 def read(
-    config: Mapping[str, Any], family: str, taken: Sequence[str] = (), head_dim: int | None = None, **fields: Any
+    config: Mapping[str, Any],
+    family: str,
+    taken: Sequence[str] = (),
+    head_dim: int | None = None,
+    positions: int = 2048,
+    groups: int | None = None,
+    **fields: Any,
 ) -> Architecture:
-    """Convert a config. taken: additional keys that `fields` represent. head_dim: if the config has none; None: hidden / heads.
+    """Convert a config. taken: additional keys that `fields` represent. head_dim, positions, groups: transformers' defaults of the family
+    for entries that the config does not have. head_dim None: hidden / heads. groups None, or a null entry: as many as heads.
 
     Raise CheckpointError with the reason for what is not supported.
     """
@@ -37,7 +44,7 @@ def read(
     activation = choice(config, "hidden_act", ACTIVATIONS, "silu")
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        positions = config.get("max_position_embeddings", 2048)
+        positions = config.get("max_position_embeddings", positions)
         theta, scaling = hf_rope.from_hf(config, positions)
         return Architecture(
             family=family,
@@ -45,7 +52,7 @@ def read(
             hidden_size=hidden,
             ffn_hidden_size=config["intermediate_size"],
             num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
+            num_query_groups=config.get("num_key_value_heads", groups) or heads,
             head_dim=config.get("head_dim") or head_dim or hidden // heads,
             vocab_size=config["vocab_size"],
             max_position_embeddings=positions,

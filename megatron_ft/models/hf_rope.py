@@ -32,12 +32,18 @@ _KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL,
 
 
 def from_hf(config: Mapping[str, Any], positions: int) -> tuple[float, dict[str, Any] | None]:
-    """Return (theta, scaling or None) from either spelling; if a config has both, they must agree. Raise CheckpointError."""
+    """Return (theta, scaling or None) from either spelling; if a config has both, they must agree. Raise CheckpointError.
+
+    A rope_theta without rope_scaling says nothing about scaling, so an equal one beside rope_parameters is no contradiction.
+    """
+    _refuse_partial(config)
     found = []
     if config.get("rope_parameters"):
         found.append(_entry(config["rope_parameters"], config, positions))
-    if "rope_theta" in config or config.get("rope_scaling"):
-        found.append(_entry(config.get("rope_scaling") or {}, config, positions))
+    if config.get("rope_scaling"):
+        found.append(_entry(config["rope_scaling"], config, positions))
+    elif config.get("rope_theta") is not None:
+        found.append((float(config["rope_theta"]), found[0][1] if found else None))
     if len(found) == 2 and found[0] != found[1]:
         raise CheckpointError(
             f"config.json: rope_parameters {found[0]} and rope_theta/rope_scaling {found[1]} disagree; "
@@ -52,8 +58,7 @@ def _entry(entry: Mapping[str, Any], config: Mapping[str, Any], positions: int) 
         raise CheckpointError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(_NEEDS)}")
     if missing := [key for key in _NEEDS[kind] if entry.get(key) is None]:
         raise CheckpointError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
-    if (entry.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported")
+    _refuse_partial(entry)
     taken = (*_NEEDS[kind], *_MAY_HAVE.get(kind, ()))
     if strange := [key for key in entry if key not in _KNOWN | set(taken) and entry[key] is not None]:
         raise CheckpointError(f"config.json: rope type {kind!r} with {strange[0]} is not supported")
@@ -64,6 +69,11 @@ def _entry(entry: Mapping[str, Any], config: Mapping[str, Any], positions: int) 
     if kind in ("yarn", "longrope"):
         scaling[_ORIGINAL] = entry.get(_ORIGINAL) or config.get(_ORIGINAL) or positions
     return theta, scaling
+
+
+def _refuse_partial(entry: Mapping[str, Any]) -> None:
+    if (entry.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported")
 
 
 def to_hf(arch: Architecture) -> dict[str, Any]:

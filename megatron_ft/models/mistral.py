@@ -17,9 +17,8 @@ rules = llama.rules
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
     """Convert as llama.from_hf. Without an entry the window is transformers' default of 4096; null: none."""
-    return hf_config.read(
-        config, NAME, taken=("sliding_window",), sliding_window=config.get("sliding_window", 4096) or None
-    )
+    window = config.get("sliding_window", 4096) or None
+    return hf_config.read(config, NAME, taken=("sliding_window",), positions=131072, groups=8, sliding_window=window)
 
 
 def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:

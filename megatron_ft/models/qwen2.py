@@ -19,7 +19,7 @@ rules = llama.rules
 def from_hf(config: Mapping[str, Any]) -> Architecture:
     """Convert as llama.from_hf."""
     window = window_fields(config)
-    return hf_config.read(config, NAME, taken=window_keys(window), qkv_bias=True, **window)
+    return hf_config.read(config, NAME, taken=window_keys(window), positions=32768, groups=32, qkv_bias=True, **window)
 
 
 def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:
@@ -28,7 +28,9 @@ def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:
 
 def window_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return Architecture's fields of the window; empty where it is not used, whatever size the config gives."""
-    layers, types = config.get("num_hidden_layers", 0), config.get("layer_types")
+    if "num_hidden_layers" not in config:
+        return {}  # hf_config.read refuses it
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
     used = bool(config.get("use_sliding_window"))
     first = config.get("max_window_layers", 28) if used else layers
     expected = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]

@@ -19,7 +19,9 @@ rules = llama.rules
 def from_hf(config: Mapping[str, Any]) -> Architecture:
     """Convert as llama.from_hf."""
     window = window_fields(config)
-    return hf_config.read(config, NAME, taken=window_keys(window), head_dim=128, qk_norm=True, **window)
+    return hf_config.read(
+        config, NAME, taken=window_keys(window), positions=32768, groups=32, head_dim=128, qk_norm=True, **window
+    )
 
 
 def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:

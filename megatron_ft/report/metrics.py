@@ -6,12 +6,14 @@ from pathlib import Path
 
 from megatron_ft.errors import DataError
 
+_OF_LABELS = {"train/loss", "train/perplexity"}
 Curve = list[tuple[int, float]]  # (iteration, value), by iteration
 
 
 @dataclass
 class Metrics:
-    """curves: metric name -> its values; NaN values are counted and left out. checkpoints: iteration -> folder."""
+    """curves: metric name -> its values; NaN values are counted and left out, and so is the loss, 0, of steps without a supervised
+    token. checkpoints: iteration -> folder."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
@@ -55,5 +57,8 @@ def read_metrics(path: Path) -> Metrics:
                 found.setdefault(name, {})[iteration] = value
     for name, by_iteration in found.items():
         metrics.curves[name] = [(at, value) for at, value in sorted(by_iteration.items()) if value is not None]
+    empty = {at for at, value in found.get("train/empty", {}).items() if value}
+    for name in _OF_LABELS & metrics.curves.keys() if empty else ():
+        metrics.curves[name] = [(at, value) for at, value in metrics.curves[name] if at not in empty]
     metrics.not_finite = sum(value is None for value in found.get("train/loss", {}).values())
     return metrics

@@ -58,10 +58,15 @@ class Console(Hook):
             f"consumed samples: {last['train/consumed_samples']:8d} | "
             f"elapsed time per iteration (ms): {1000 * seconds / count:.1f} | learning rate: {last['train/lr']:.3E} | "
             f"global batch size: {last['train/global_batch_size']:5d} | "
-            f"lm loss: {sum(m['train/loss'] for m in self.window) / count:.6E} | "
+            f"lm loss: {self._mean_loss()} | "
             f"{scale}grad norm: {last['train/grad_norm']:.3f} | number of skipped iterations: {self.skipped} | "
             f"number of nan iterations: {self.nan} | tokens/s: {rates[0]:.0f} | trained tokens/s: {rates[1]:.0f} | {speed}eta: {left} |"
         )
+
+    def _mean_loss(self) -> str:
+        """The mean over the steps of the window that had a supervised token."""
+        losses = [m["train/loss"] for m in self.window if not m.get("train/empty")]
+        return f"{sum(losses) / len(losses):.6E}" if losses else "none (no supervised token)"
 
     def _rates(self) -> tuple[float, list[float]]:
         """Return (seconds, [tokens/s, trained tokens/s]) over the window."""
@@ -94,7 +99,8 @@ class LiveConsole(Console):
         self.window = [*self.window[-19:], metrics]
         _, (tokens, trained) = self._rates()
         rates = f"{_short(tokens)} tok/s ({_short(trained)} trained)"
-        text = f"loss {metrics['train/loss']:.3f}  grad {metrics['train/grad_norm']:.2f}  {rates}"
+        loss = next((f"{m['train/loss']:.3f}" for m in reversed(self.window) if not m.get("train/empty")), "none")
+        text = f"loss {loss}  grad {metrics['train/grad_norm']:.2f}  {rates}"
         self.progress.update(self.task, completed=iteration, description=text)
 
     def on_end(self) -> None:

@@ -1,6 +1,7 @@
 """The small parts of training, each against something we did not write."""
 
 import io
+import json
 import math
 
 import pytest
@@ -95,9 +96,29 @@ def test_progress_line_is_megatrons():
     assert line.count("\n") == 1
 
 
-def test_metrics_file_is_strict_json_even_for_nan(tmp_path):
-    import json
+def test_the_printed_loss_leaves_out_steps_without_a_supervised_token():
+    """Their loss is 0, of nothing."""
+    out = io.StringIO()
+    console = Console(train_iters=500, log_interval=2, out=out)
+    empty = {**step_metrics(loss=0.0, skipped=1), "train/empty": 1}
+    for iteration, metrics in enumerate((step_metrics(loss=3.0), empty, empty, empty), 1):
+        console.on_step(iteration, metrics)
+    first, second = out.getvalue().splitlines()
+    assert "| lm loss: 3.000000E+00 |" in first and "| lm loss: none (no supervised token) |" in second
 
+
+def test_a_report_leaves_them_out_too(tmp_path):
+    from megatron_ft.report.metrics import read_metrics
+
+    rows = [
+        {"iteration": 1, "train/loss": 3.0, "train/empty": 0},
+        {"iteration": 2, "train/loss": 0.0, "train/empty": 1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_metrics(tmp_path / "metrics.jsonl").curve("train/loss") == [(1, 3.0)]
+
+
+def test_metrics_file_is_strict_json_even_for_nan(tmp_path):
     metrics = MetricsFile(tmp_path)
     metrics.on_step(1, step_metrics(loss=float("nan")))
     metrics.on_end()
