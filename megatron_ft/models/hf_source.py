@@ -16,19 +16,19 @@ from torch import Tensor
 
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
+from megatron_ft.log import logger
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.dtypes import name_of
 from megatron_ft.models.families import parse_hf_config
+from megatron_ft.models.hf_files import FETCH_AGAIN, PICKLED, SAFE, loose_shards, what_is_there
+from megatron_ft.models.hf_names import renamed, state_dict_in
 from megatron_ft.models.safetensors_file import SafetensorsFile
-from megatron_ft.models.torch_file import TensorRef, TorchFile
+from megatron_ft.models.torch_file import TorchFile
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
-_SAFE = ("model.safetensors", "model.safetensors.index.json")
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _IGNORED = (".rotary_emb.inv_freq", ".rotary.inv_freq")  # a buffer that old exports hold; it follows from the config
 # With _from_model_config, transformers would replace the file's token ids by the config's.
 _NOT_CARRIED = ("transformers_version", "_from_model_config")
-_FETCH_AGAIN = "fetch the file again"
 
 
 class HfSource:
@@ -41,6 +41,7 @@ class HfSource:
         self.arch: Architecture = arch
         self.rules: list[Rule] = family.rules(self.arch)
         self.files: dict[str, Path] = self._tensor_files()
+        self._stored = self._rename()
         self.dtype = self._check_tensors()
 
     def full(self, placed: Placed) -> Tensor:
@@ -67,31 +68,53 @@ class HfSource:
             raise CheckpointError(f"{path} is missing: --input_dir must be the folder of a Hugging Face model")
         config = read_json(path)
         if not isinstance(config, dict):
-            raise CheckpointError(f"{path} is not a Hugging Face config; {_FETCH_AGAIN}")
+            raise CheckpointError(f"{path} is not a Hugging Face config; {FETCH_AGAIN}")
         return config
 
     def dtype_of(self, placed: Placed) -> torch.dtype:
         """Return the type of what `full` returns: the widest of its tensors' types."""
-        kinds = [self._handle(self.files[key]).tensors[key][0] for key in placed.hf_keys]
+        kinds = [self._entry(key)[0] for key in placed.hf_keys]
         return functools.reduce(torch.promote_types, kinds)
 
     def _tensor_files(self) -> dict[str, Path]:
         """Return tensor name -> file that holds it. Safetensors are preferred to pickled weights if a folder has both."""
-        for single, index in (_SAFE, _PICKLED):
+        for single, index in (SAFE, PICKLED):
             if (self.folder / index).is_file():
                 return self._indexed(self.folder / index)
             if (self.folder / single).is_file():
                 return dict.fromkeys(self._handle(self.folder / single).tensors, self.folder / single)
-        raise CheckpointError(f"{self.folder} holds neither {' nor '.join((*_SAFE, *_PICKLED))}; {_FETCH_AGAIN}")
+        if shards := loose_shards(self.folder):
+            return {key: path for path in shards for key in self._handle(path).tensors}
+        there = what_is_there(self.folder)
+        raise CheckpointError(f"{self.folder} holds neither {' nor '.join((*SAFE, *PICKLED))}; {there}")
+
+    def _rename(self) -> dict[str, str]:
+        """Wanted name -> name in the files, where that is another one, for all files; self.files gets the wanted names."""
+        for key, path in self.files.items():
+            if key not in self._handle(path).tensors:
+                raise CheckpointError(f"{path} does not hold {key}, though the index says so; {FETCH_AGAIN}")
+        wanted = [key for placed in placed_rules(self.arch, self.rules) for key in placed.hf_keys]
+        names = [key for key in self.files if not key.endswith(_IGNORED)]
+        stored = renamed(names, wanted) or renamed(names, [key for key in wanted if key != "lm_head.weight"])
+        if stored:
+            logger("conversion").info(
+                f"{self.folder}: tensors are named {stored[wanted[0]]} and so on; read as {wanted[0]}"
+            )
+            self.files = {name: self.files[key] for name, key in stored.items()}
+        return stored
+
+    def _entry(self, key: str) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+        """(type, shape, ...) of a tensor."""
+        return self._handle(self.files[key]).tensors[self._stored.get(key, key)]
 
     def _indexed(self, index: Path) -> dict[str, Path]:
         weight_map = read_json(index)
         weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
         if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map; {_FETCH_AGAIN}")
+            raise CheckpointError(f"{index} has no weight_map; {FETCH_AGAIN}")
         for name in weight_map.values():
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
-                raise CheckpointError(f"{index}: {name!r} is not a plain file name; {_FETCH_AGAIN}")
+                raise CheckpointError(f"{index}: {name!r} is not a plain file name; {FETCH_AGAIN}")
         return {key: self.folder / name for key, name in weight_map.items()}
 
     def _handle(self, path: Path) -> SafetensorsFile | PickledFile:
@@ -99,9 +122,9 @@ class HfSource:
         if path not in self._open:
             self._check_place(path)
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing; {_FETCH_AGAIN}")
+                raise CheckpointError(f"{path} is missing; {FETCH_AGAIN}")
             safe = path.suffix != ".bin"
-            self._open[path] = SafetensorsFile(path, _FETCH_AGAIN) if safe else PickledFile(path)
+            self._open[path] = SafetensorsFile(path, FETCH_AGAIN) if safe else PickledFile(path)
         return self._open[path]
 
     def _check_place(self, path: Path) -> None:
@@ -112,29 +135,44 @@ class HfSource:
             raise CheckpointError(f"{path} is a link out of its folder, to {real}: put the file itself there")
 
     def _tensor(self, key: str) -> Tensor:
-        return self._handle(self.files[key]).read(key)
+        return self._handle(self.files[key]).read(self._stored.get(key, key))
 
     def _check_tensors(self) -> str:
         """Check that all tensors exist, and their shapes and types. Return our name of the type of the weights (of the first tensor)."""
-        for key, path in self.files.items():
-            if key not in self._handle(path).tensors:
-                raise CheckpointError(f"{path} does not hold {key}, though the index says so; {_FETCH_AGAIN}")
         found = {key for key in self.files if not key.endswith(_IGNORED)}
         wanted: dict[str, tuple[int, ...]] = {}
         for placed in placed_rules(self.arch, self.rules):
             wanted.update(zip(placed.hf_keys, placed.rule.hf_shapes(self.arch), strict=True))
         if missing := sorted(set(wanted) - found):
-            raise CheckpointError(f"{self.folder} lacks {len(missing)} tensors, first {missing[0]}; {_FETCH_AGAIN}")
+            raise CheckpointError(self._what_is_missing(missing, found, found & set(wanted)))
         self._check_left_over(sorted(found - set(wanted)))
         kinds = {}
         for key, shape in wanted.items():
-            kinds[key], stored = self._handle(self.files[key]).tensors[key][:2]
+            kinds[key], stored = self._entry(key)[:2]
             if stored != shape:
                 raise CheckpointError(
                     f"{self.files[key]}: {key} is {list(stored)}, config.json says {list(shape)}; one of them is wrong"
                 )
             name_of(kinds[key], key)
         return name_of(next(iter(kinds.values())))
+
+    def _what_is_missing(self, missing: list[str], found: set[str], right: set[str]) -> str:
+        """Return the message about missing tensors, with the reason that the names show. right: names that are as they should be."""
+        if missing == ["lm_head.weight"]:
+            given = self._config().get("tie_word_embeddings")
+            says = "does not say" if given is None else "says"
+            return (
+                f"{self.folder} lacks lm_head.weight, and config.json {says} tie_word_embeddings{'' if given is None else ' false'}: "
+                f"if the output layer is the embedding, set it to true; else the file is of a model without an output layer"
+            )
+        text = f"{self.folder} lacks {len(missing)} tensors, first {missing[0]}"
+        if adapters := sorted(key for key in found if ".lora_" in key):
+            return (
+                f"{text}; it holds {adapters[0]}, a LoRA adapter: merge it into the base model first (merge_and_unload)"
+            )
+        if found and not right:
+            return f"{text}; its tensors have other names ({min(found)}): rename them, or correct model_type in config.json"
+        return f"{text}; {FETCH_AGAIN}"
 
     def _check_left_over(self, keys: list[str]) -> None:
         if keys == ["lm_head.weight"] and self.arch.tied_embeddings:
@@ -154,14 +192,16 @@ class HfSource:
 
 
 class PickledFile:
-    """pytorch_model.bin: a pickled dict of tensors, of which nothing but the tensors is made."""
+    """pytorch_model.bin: a pickled dict of tensors, of which nothing but the tensors is made. It may be in another dict."""
 
     def __init__(self, path: Path):
-        value = TorchFile(path).value
-        if not isinstance(value, dict) or not all(isinstance(ref, TensorRef) for ref in value.values()):
-            raise CheckpointError(f"{path} is not a plain dict of tensors; {_FETCH_AGAIN}")
-        self._refs: dict[str, TensorRef] = value
-        self.tensors = {key: (ref.dtype, ref.shape, 0, 0) for key, ref in value.items()}
+        refs = state_dict_in(TorchFile(path).value)
+        if refs is None:
+            raise CheckpointError(
+                f"{path} is not a plain dict of tensors: save the model's state_dict alone with torch.save"
+            )
+        self._refs = refs
+        self.tensors = {key: (ref.dtype, ref.shape, 0, 0) for key, ref in refs.items()}
 
     def read(self, name: str) -> Tensor:
         return self._refs[name].read()

@@ -90,6 +90,8 @@ class TorchFile:
         if not self.path.is_file():
             raise CheckpointError(f"{path} is missing; restore it, or read an earlier iteration with --iteration")
         self._handle = os.open(self.path, os.O_RDONLY)
+        if other := _other_kind(os.pread(self._handle, 300, 0)):
+            raise CheckpointError(f"{path} {other}")
         try:
             self._open(harmless)
         except CheckpointError:
@@ -98,7 +100,8 @@ class TorchFile:
             raise CheckpointError(f"{path} is cut short or damaged ({_text(error)}); restore it") from error
         except Exception as error:  # a damaged pickle can raise any exception
             raise CheckpointError(
-                f"{path} is damaged, or holds objects other than tensors and plain values ({_text(error)})"
+                f"{path} is damaged, or holds objects other than tensors and plain values ({_text(error)}): load it where its classes are, "
+                f"and save the state_dict alone with torch.save"
             ) from error
 
     def __del__(self) -> None:
@@ -207,6 +210,23 @@ def read_at(handle: int, offset: int, size: int) -> Tensor | None:
             return None
         done += count
     return data
+
+
+_OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that torch before 1.6 begins a file with
+
+
+def _other_kind(start: bytes) -> str | None:
+    """Return what a file is that begins so, and what to do, if it is no torch file of today."""
+    if start.startswith(_OLD) or start[257:262] == b"ustar":
+        return (
+            "is in the format of torch before 1.6: convert it once with "
+            "python -c \"import sys, torch; f = sys.argv[1]; torch.save(torch.load(f, 'cpu', weights_only=True), f)\" FILE"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
+    if start.lstrip()[:9].lower() in (b"<!doctype", b"<html>\n<h") or start.lstrip()[:5].lower() == b"<html":
+        return "is a web page, not the file itself: fetch the file again"
+    return None
 
 
 def _text(error: Exception) -> str:

@@ -1,0 +1,61 @@
+"""Finds the files of a Hugging Face model's weights, and says of other files what they are and what to do with them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_ft.errors import CheckpointError
+
+SAFE = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+FETCH_AGAIN = "fetch the file again"
+_SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_TO_TRANSFORMERS = "convert it with transformers first (from_pretrained, then save_pretrained)"
+_OTHERS = (  # pattern of names, what it is, what to do
+    ("consolidated.*", "Meta's or Mistral's own format", _TO_TRANSFORMERS),
+    (
+        "adapter_model.*",
+        "a PEFT adapter without its base model",
+        "merge it into the base model first (merge_and_unload)",
+    ),
+    ("*.gguf", "a GGUF file", "give the model that it was made from"),
+    ("tf_model.h5", "TensorFlow weights", _TO_TRANSFORMERS),
+    ("flax_model.msgpack", "Flax weights", _TO_TRANSFORMERS),
+    ("*.distcp", "a checkpoint of torch.distributed", "give the exported model"),
+    ("mp_rank_*", "a Megatron checkpoint", "use reshard or megatron-to-hf"),
+    ("*.pt", "a torch file of another name", f"rename it to {PICKLED[0]} if it holds the weights"),
+    ("*.pth", "a torch file of another name", f"rename it to {PICKLED[0]} if it holds the weights"),
+)
+
+
+def loose_shards(folder: Path) -> list[Path]:
+    """Return the shards of a folder without an index: all those that their names count, [] if there are none.
+
+    Raise CheckpointError naming the first that is missing.
+    """
+    for ending in ("safetensors", "bin"):
+        found = {match[0]: match for path in folder.glob(f"*.{ending}") if (match := _SHARD.fullmatch(path.name))}
+        if not found:
+            continue
+        stem, _, count, _ = next(iter(found.values())).groups()
+        if int(count) > 10_000:
+            raise CheckpointError(f"{folder}: shards that count {int(count)} files are no model's; {FETCH_AGAIN}")
+        names = [f"{stem}-{number:05d}-of-{count}.{ending}" for number in range(1, int(count) + 1)]
+        missing = [name for name in names if name not in found]
+        if missing or len(found) != len(names):
+            raise CheckpointError(
+                f"{folder} has no index of its shards, and {len(found)} of {len(names)} shards"
+                f"{f'; {missing[0]} is missing' if missing else ''}; {FETCH_AGAIN}"
+            )
+        return [folder / name for name in names]
+    return []
+
+
+def what_is_there(folder: Path) -> str:
+    """Return what a folder without weights that are read contains instead, and what to do."""
+    names = sorted(path.name for path in folder.iterdir())
+    for pattern, what, remedy in _OTHERS:
+        if found := next((name for name in names if Path(name).match(pattern)), None):
+            return f"but {found}, {what}: {remedy}"
+    return FETCH_AGAIN
