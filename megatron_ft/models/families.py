@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -29,11 +30,7 @@ def parse_hf_config(hf_config: Any) -> tuple[ModuleType, Architecture]:
     """Return (family, architecture) of the content of a config.json. Raise CheckpointError for an invalid entry."""
     if not isinstance(hf_config, dict):
         raise CheckpointError("config.json is not a Hugging Face config; fetch the file again")
-    layers = hf_config.get("num_hidden_layers", 1)
-    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:  # before a loop runs over the layers
-        raise CheckpointError(
-            f"config.json: num_hidden_layers {layers!r}: must be a whole number from 1 to {MOST_LAYERS}"
-        )
+    _check_kinds(hf_config)
     try:
         family = family_for(hf_config)
         return family, family.from_hf(hf_config)
@@ -41,6 +38,30 @@ def parse_hf_config(hf_config: Any) -> tuple[ModuleType, Architecture]:
         raise CheckpointError(
             f"config.json: an entry is of another type than it should be ({error}); fetch the file again"
         ) from error
+
+
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"),
+    *("max_position_embeddings", "n_layer", "n_head"),
+)
+_OBJECTS = ("rope_parameters", "rope_scaling")
+
+
+def _check_kinds(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for an entry of another type than calculations with it need, before a loop runs over the layers."""
+    for key in _SIZES:
+        most = MOST_LAYERS if "layer" in key else 10**9
+        value = config.get(key, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise CheckpointError(f"config.json: {key} {_shown(value)}: must be a whole number from 1 to {most}")
+    for key in _OBJECTS:
+        if not isinstance(config.get(key), dict | None):
+            raise CheckpointError(f"config.json: {key} {_shown(config[key])}: must be an object or null")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as config.json has it."""
+    return json.dumps(value, default=str)[:80]
 
 
 def family_of(arch: Architecture) -> ModuleType:

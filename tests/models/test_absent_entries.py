@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_ft.errors import CheckpointError
-from megatron_ft.models.families import FAMILIES, family_for
+from megatron_ft.models.families import FAMILIES, family_for, parse_hf_config
 from tests.conversion.builders import BASE
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -42,6 +42,22 @@ def test_a_size_that_is_absent_is_refused():
             config = {name: value for name, value in full(model_type).items() if name != key}
             with pytest.raises(CheckpointError, match=f"'{key}' is missing"):
                 family_for(config).from_hf(config)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("value", [None, "x", [], {}, 1.5, True, -1])
+def test_an_entry_of_another_type_is_named(model_type, value):
+    """As config.json has it: null, not a word of Python's."""
+    for key in (*SIZES, "max_position_embeddings", "rope_parameters", "rms_norm_eps", "num_key_value_heads"):
+        config = full(model_type) | {key: value}
+        try:
+            parse_hf_config(config)
+        except CheckpointError as error:
+            assert "NoneType" not in str(error) and "\n" not in str(error)
+            if key in SIZES:
+                assert f"{key} {json.dumps(value)}: must be a whole number" in str(error)
+        else:
+            assert key not in SIZES
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e6}

@@ -166,8 +166,8 @@ def test_models_from_files(tmp_path):
 @pytest.mark.parametrize(
     "entries, message",
     [
-        ({"hidden_size": "many"}, "another type than it should be"),
-        ({"rope_scaling": [[]]}, "another type than it should be"),
+        ({"hidden_size": "many"}, "hidden_size .many.: must be a whole number"),
+        ({"rope_scaling": [[]]}, r"rope_scaling \[\[\]\]: must be an object"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000: must be"),
     ],
 )  # fmt: skip
