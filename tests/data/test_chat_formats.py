@@ -235,3 +235,15 @@ def test_tokens_that_swallow_spaces_are_refused(tmp_path):
         token["rstrip"] = True
     with pytest.raises(TokenizerError, match="swallows the spaces"):
         own_template(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["llama2", "vicuna", "alfred"])
+def test_a_context_between_a_question_and_its_answer(name):
+    """A format without turns for it makes the same of it as of one before the question."""
+    question, context, answer = (
+        {"role": role, "content": text}
+        for role, text in (("user", "why?"), ("context", "a fact"), ("assistant", "so."))
+    )
+    chat_format = get_format(name)
+    after = chat_format.text([question, context, answer, question, context, answer])
+    assert after == chat_format.text([context, question, answer, context, question, answer]) and "a fact" in after
