@@ -200,17 +200,15 @@ class ChatFormat:
 
 
 def _contexts_first(messages: Messages) -> Messages:
-    """Return the messages, contexts that are between a question and its answer moved before the question."""
-    result: list[Mapping[str, Any]] = []
-    question = None  # its place, while nothing but contexts is behind it
+    """Return the messages, contexts between a question and its answer moved before the question."""
+    result = list(messages)
     for number, message in enumerate(messages):
-        role = str(message.get("role"))
-        if role == "context" and question is not None:
-            result.insert(question, message)
-            question += 1
-            continue
-        question = number if ROLES.get(role) == PROMPTER else None
-        result.append(message)
+        start = number
+        while start and messages[start - 1].get("role") == "context":
+            start -= 1
+        asked = start and ROLES.get(str(messages[start - 1].get("role"))) == PROMPTER
+        if start < number and asked and message.get("role") == "assistant":
+            result[start - 1 : number] = [*messages[start:number], messages[start - 1]]
     return result
 
 

@@ -101,8 +101,8 @@ def test_the_format_of_before_1_6(tmp_path, model):
     only(tmp_path, "pytorch_model.bin", model.state_dict(), _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match=r"format of torch before 1\.6: convert it once with python -c") as caught:
         convert(HfToMegatron(str(tmp_path / "hf"), str(tmp_path / "made"), verify_checkpoint=False))
-    code = re.search(r'python -c "(.*)" FILE', str(caught.value))[1]
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "hf" / "pytorch_model.bin")], check=True)
+    code = re.search(r'python -c "(.*)"', str(caught.value))[1]
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert same_tensors(model, read_back(tmp_path))
 
 
