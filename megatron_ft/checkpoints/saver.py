@@ -88,16 +88,25 @@ class Saver:
         """Begin to save; returns what was committed meanwhile. Without background writers, this one too."""
         done = self.committed(wait=True)
         folder = self._new_folder(iteration_folder(self.root, progress.iteration))
-        plan, problem = None, None
-        try:
-            plan = self.prepare(folder, progress)
-        except OSError as error:
-            problem = error
-        raise_together(problem)
-        assert plan is not None
+        plan = self._prepared(folder, progress)
         device.synchronize()
         self._pending = _Pending(progress.iteration, folder, self._writer(plan.part), plan)
         return done + self.committed(wait=self._writer is Here)
+
+    def _prepared(self, folder: Path, progress: Reached) -> Plan:
+        """Return this rank's plan. If a rank cannot make its own, whatever the reason, all ranks raise and the folder is gone."""
+        plan, problem = None, None
+        try:
+            plan = self.prepare(folder, progress)
+        except Exception as error:
+            problem = error
+        try:
+            raise_together(problem)
+        except BaseException:
+            self._drop(folder)
+            raise
+        assert plan is not None
+        return plan
 
     def committed(self, wait: bool = False) -> list[Saved]:
         """Return the current save if it is finished and committed; with `wait`, wait for it.
@@ -146,7 +155,7 @@ class Saver:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 folder = [temporary_name(target)]
                 folder[0].mkdir()
-            except OSError as error:
+            except Exception as error:
                 problem = error
         raise_together(problem)
         dist.broadcast_object_list(folder, src=0)

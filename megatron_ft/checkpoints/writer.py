@@ -134,11 +134,17 @@ class Forked:
     def __init__(self, part: Part):
         self.problem: Exception | None = None
         self.written: Written | None = None
+        try:
+            self._start(part)
+        except OSError as error:  # no memory or no process left; the other ranks have to hear of it
+            self.problem = error
+
+    def _start(self, part: Part) -> None:
         context = multiprocessing.get_context("fork")
         self._answer, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_serve, args=(part, theirs), name="checkpoint writer", daemon=True)
-        self._process.start()
-        theirs.close()
+        with theirs:
+            self._process.start()
 
     def running(self) -> bool:
         if self.problem is None and self.written is None and self._answer.poll():

@@ -35,7 +35,7 @@ def _portable(problem: Exception | None) -> UserError | str | None:
         return problem
     if isinstance(problem, OSError):
         return refusal(problem)
-    return f"{type(problem).__name__}: {problem}"
+    return f"{type(problem).__name__}: {problem}".removesuffix(": ")  # a MemoryError has no text
 
 
 def refusal(error: OSError) -> CheckpointError:
