@@ -120,11 +120,11 @@ def _check(found: Any) -> None:
                 if not len(chunk.sizes) == len(chunk.offsets) == len(entry.size):
                     raise ValueError(f"{name}: a part of another shape")
     for index, info in found.storage_data.items():
-        numbers = (info.offset, info.length)
         if not isinstance(index, MetadataIndex) or not isinstance(index.fqn, str) or type(info) is not _StorageInfo:
             raise ValueError("a place is no place")
         if index.offset is not None:
             _check_sizes(index.offset)
+        numbers = (info.offset, info.length)
         if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or not isinstance(info.relative_path, str):
             raise ValueError(f"{index.fqn} is in no file")
 
