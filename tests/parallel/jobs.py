@@ -2,8 +2,9 @@
 
 import json
 import logging
+import multiprocessing
 import os
-import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def attempt(load, shards, save, until, settings, layout=(1, 1)):
     """A run as a rank does it: {"error": the user's error or None, "log": our lines, "steps": steps done}.
 
     Of the settings, `refuse` (save, errno) lets that save's first flush fail, `kill_writer` (rank, iteration) kills the background
-    writer of that save, and `patience` is how long a lock is waited for.
+    writer of that save during the step after it, and `patience` is how long a lock is waited for.
     """
     from megatron_ft.checkpoints import lock, writer
     from megatron_ft.training import step
@@ -138,13 +139,20 @@ def attempt(load, shards, save, until, settings, layout=(1, 1)):
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("megatron_ft").addHandler(handler)
     logging.getLogger("megatron_ft").setLevel(logging.INFO)
-    steps = []
-    step.update = lambda optimizer: (steps.append(1), originals[3](optimizer))[1]
+    steps, victim = [], settings.pop("kill_writer", None)
+
+    def update(optimizer):
+        steps.append(1)
+        if victim and _is_rank(victim[0]) and len(steps) == victim[1] + 1:
+            _kill_children()
+        return originals[3](optimizer)
+
+    step.update = update
     lock._PATIENCE = settings.pop("patience", lock._PATIENCE)
     if refusal := settings.pop("refuse", None):
         writer.write = partial(_refusing, originals, refusal, [0])
-    if victim := settings.pop("kill_writer", None):
-        writer.write = partial(_deadly, originals[1], victim)
+    if victim:
+        writer.write = partial(_endless, originals[1], victim)
     try:
         finetune(layout, load=load, data_path=[shards], save=save, train_iters=until, hidden_dropout=0.1, **settings)
         error = None
@@ -167,8 +175,18 @@ def _refusing(originals, refusal, saves, part):
     return originals[1](part)
 
 
-def _deadly(write, victim, part):
-    rank, iteration = victim
-    if os.environ["RANK"] == str(rank) and f"{iteration:07d}." in part.folder.name:
-        os.kill(os.getpid(), signal.SIGKILL)
+def _endless(write, victim, part):
+    if _is_rank(victim[0]) and f"{victim[1]:07d}." in part.folder.name:
+        time.sleep(3600)
     return write(part)
+
+
+def _kill_children():
+    """Kill the background writer of this rank; returns when it is dead, so that no clock decides when the rank can know."""
+    (child,) = multiprocessing.active_children()
+    child.kill()
+    child.join()
+
+
+def _is_rank(number: int) -> bool:
+    return os.environ["RANK"] == str(number)
