@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -143,7 +143,7 @@ class Forked:
         context = multiprocessing.get_context("fork")
         self._answer, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_serve, args=(part, theirs), name="checkpoint writer", daemon=True)
-        with theirs:
+        with theirs, _without_collection():
             self._process.start()
 
     def running(self) -> bool:
@@ -178,12 +178,25 @@ class Forked:
             self.problem = found
 
 
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Fork within it. A new process in which the garbage collector is never enabled cannot destroy the trainer's objects, whose threads
+    and GPU it does not have: that ends it with SIGSEGV.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def _serve(part: Part, answer: Connection) -> None:
     """Run the writer process. It ends with its parent and ignores the signals that request a save from a trainer."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    gc.disable()  # objects of the trainer on a GPU cannot be destroyed in this process
     try:
         found: Any = write(part)
     except UserError as error:

@@ -1,6 +1,8 @@
 """What the system answers to a rank that writes reaches the user as that: which file, and why."""
 
 import errno
+import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,23 @@ def save_into_a_full_bucket(root):
         Path(part.buckets[0][0]).symlink_to(FULL)
         writer = Here(part)
     return type(writer.problem).__name__, writer.problem.errno, str(refusal(writer.problem))
+
+
+def test_a_forked_writer_never_collects_garbage(one_rank, tmp_path):
+    """Objects of the trainer that it inherits cannot be destroyed there, not even by what runs before it: that was a SIGSEGV."""
+    assert one_rank.run(fork_a_writer, str(tmp_path)) == [(None, True)]
+    assert (tmp_path / "after fork").read_text() == "False" == (tmp_path / "put").read_text()
+
+
+def fork_a_writer(root):
+    from megatron_ft.checkpoints.writer import Forked
+
+    def look(path):
+        if Path(root).is_dir():  # the hook stays, in this rank
+            path.write_text(str(gc.isenabled()))
+
+    os.register_at_fork(after_in_child=lambda: look(Path(root) / "after fork"))
+    gc.enable()
+    writer = Forked(Part(Path(root), {"put": look}))
+    writer.wait()
+    return writer.problem, gc.isenabled()
