@@ -1,7 +1,6 @@
 """What ranks do in test_saver.py: small saves in which one thing goes wrong, on one rank or on all."""
 
 import errno
-import logging
 import multiprocessing
 import os
 import time
@@ -138,7 +137,7 @@ def leave_while_saving(root: str) -> dict:
 def save_beside_one_that_stays(root: str) -> dict:
     """Of two checkpoints that are to be deleted the older one cannot be renamed."""
     from benchmarks.small_saves import _plan
-    from megatron_ft.checkpoints.saver import Keep, Saver
+    from megatron_ft.checkpoints import saver
     from megatron_ft.checkpoints.training_state import Progress
     from megatron_ft.engine.parallel import process_groups
 
@@ -150,13 +149,8 @@ def save_beside_one_that_stays(root: str) -> dict:
         return rename(self, target)
 
     lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("megatron_ft").addHandler(handler)
-    try:
-        with process_groups() as layout, mock.patch.object(Path, "rename", busy):
-            saver = Saver(Path(root), layout, partial(_plan, layout), False, Keep(last=1))
-            saved = [one.iteration for number in (1, 2, 3) for one in saver.save(Progress(number, number))]
-    finally:
-        logging.getLogger("megatron_ft").removeHandler(handler)
+    warnings = mock.patch.object(saver.log, "warning", lines.append)
+    with process_groups() as layout, mock.patch.object(Path, "rename", busy), warnings:
+        own = saver.Saver(Path(root), layout, partial(_plan, layout), False, saver.Keep(last=1))
+        saved = [one.iteration for number in (1, 2, 3) for one in own.save(Progress(number, number))]
     return {"saved": saved, "log": lines}

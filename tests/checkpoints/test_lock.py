@@ -62,7 +62,7 @@ def test_a_file_removed_between_opening_and_locking(again: bool, path: Path, mon
             if again:
                 path.touch()
         calls.append(operation)
-        flock(file, operation)  # type: ignore[arg-type]
+        flock(file, operation)
 
     monkeypatch.setattr(lock.fcntl, "flock", late)
     file, locked = lock._acquire(path)

@@ -1,10 +1,13 @@
 """What is verified before a checkpoint is loaded, one by one, and in which words it is refused; on several ranks in the same."""
 
+import contextlib
+import errno
 import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,43 +33,27 @@ def verify_here(folder: str, digests: bool) -> tuple[str, int, list[str]]:
     from megatron_ft.engine.parallel import process_groups
 
     lines: list[str] = []
-    warning, verify.log.warning = verify.log.warning, lines.append  # type: ignore[method-assign]
     try:
-        with process_groups() as layout:
+        with mock.patch.object(verify.log, "warning", lines.append), process_groups() as layout:
             verify.verify(Path(folder), describe(Path(folder)), layout, digests)
     except UserError as error:
         return str(error), error.exit_code, lines
-    finally:
-        verify.log.warning = warning  # type: ignore[method-assign]
     return "", 0, lines
 
 
-def vanishing(folder: str) -> tuple[str, int, list[str]]:
-    """A disk that stops answering between two looks at it, on rank 2."""
-    stat = Path.stat
+def verify_on_a_failing_disk(folder: str) -> tuple[str, int, list[str]]:
+    """The same, where the disk stops answering on rank 2."""
 
-    def broken(self: Path, **options: Any) -> os.stat_result:
-        if os.environ["RANK"] == "2" and self.name == "common.pt" and verifying:
-            raise OSError(116, "Stale file handle", str(self))
-        return stat(self, **options)
+    def broken(where: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(where / "common.pt"))
 
-    verifying = False
-    read, Path.stat = verify.read_description, broken  # type: ignore[method-assign]
-
-    def reading(where: Path) -> verify.Described:
-        nonlocal verifying
-        verifying = True
-        return read(where)
-
-    verify.read_description = reading
-    try:
+    fault = mock.patch.object(verify, "read_description", broken)
+    with fault if os.environ["RANK"] == "2" else contextlib.nullcontext():
         return verify_here(folder, False)
-    finally:
-        verify.read_description, Path.stat = read, stat  # type: ignore[method-assign]
 
 
 def test_a_disk_that_fails_on_one_rank(four_ranks: Any, folder: Path) -> None:
-    said = four_ranks.run(vanishing, str(folder), timeout=60)
+    said = four_ranks.run(verify_on_a_failing_disk, str(folder), timeout=60)
     assert said == [said[0]] * 4
     text, code, _ = said[0]
     assert text.startswith(f"{folder}/common.pt: stale file handle; earlier checkpoints are complete") and code == 1
