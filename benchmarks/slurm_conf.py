@@ -10,6 +10,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 _PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
@@ -66,7 +68,7 @@ class Shape:
 def configure(shape: Shape, folder: Path) -> Path:
     """Write slurm.conf, and what it names, into the folder; returns its path."""
     me = pwd.getpwuid(os.geteuid()).pw_name
-    port = 6817 if shape.apart else _free_port()
+    port = 6817 if shape.apart else free_port()
     gres = ""
     if shape.gpus:  # a count without files is refused: the node's state would be INVAL
         for n in range(shape.gpus):
@@ -117,7 +119,7 @@ def configure(shape: Shape, folder: Path) -> Path:
     ]
     for node in shape.names:
         where = f"NodeAddr={shape.address(node)} NodeHostname={node if shape.apart else shape.head}"
-        own_port = 6818 if shape.apart else _free_port()
+        own_port = 6818 if shape.apart else free_port()
         lines.append(f"NodeName={node} {where} Port={own_port} CPUs={shape.cpus} RealMemory={shape.memory} {gres}")
     limits = f"Nodes={','.join(shape.names)} MaxTime=UNLIMITED DefaultTime={shape.time_limit} State=UP"
     lines.append(f"PartitionName=low {limits} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={shape.grace}")
@@ -125,12 +127,6 @@ def configure(shape: Shape, folder: Path) -> Path:
     path = folder / "slurm.conf"
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def namespace_script(name: str, folder: Path, share: tuple[str, ...]) -> tuple[str, Path]:

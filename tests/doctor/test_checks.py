@@ -68,7 +68,7 @@ def masks(wide: bool):
     from megatron_ft.doctor import training
     from megatron_ft.models import dropout
 
-    stays = dropout._stays
+    stays = dropout._keep_mask
     with mock.patch.object(dropout, "_compiled", lambda function: function):
         if not wide:
             return training.compare_masks(0.3)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ports import free_port
 from megatron_ft.config.sections import Launching
 from megatron_ft.errors import ConfigError
 from megatron_ft.launch.blame import Sureness
@@ -29,8 +30,7 @@ DEADLINE = 20.0
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("", 0)) as found:
-        return found.getsockname()[1]
+    return free_port()
 
 
 def come(node: int, port: int, nodes: int = 2, processes: int = 1, interrupted=lambda: False):
