@@ -19,7 +19,7 @@ from megatron_ft.data.chat_jinja import template
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, PROMPTER, ROLES, SYSTEM
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.data.tool_text import as_text, has_tools
-from megatron_ft.errors import ConfigError, DataError
+from megatron_ft.errors import ConfigError, DataError, kind_of
 
 Messages = Sequence[Mapping[str, Any]]
 """{"role": ..., "content": ...}; optional: "mark_bits" of the role byte (roles.py), "tools" and "tool_calls" (tool_text.py)."""
@@ -31,7 +31,7 @@ class ChatFormat:
 
     after: (role, role of the turn before) -> text of the turn in that case. begin: text before the first turn.
     default_system: system message of a conversation that has none. strip: remove white space around messages.
-    context: if `turns` has no context turn, the text of the next message with {context} and {text}.
+    context: if `turns` has no context turn, the text of the next message with {context} and {text}. block: the text of each context in it.
     """
 
     name: str
@@ -44,6 +44,7 @@ class ChatFormat:
     default_system: str | None = None
     strip: bool = False
     context: str | None = None
+    block: str = "{context}"
 
     def encode(
         self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = False
@@ -150,9 +151,7 @@ class ChatFormat:
             known = ", ".join(name for name, number in ROLES.items() if number in self.turns)
             raise DataError(f"unknown role '{name}': chat format {self.name} knows {known}")
         if not isinstance(content, str):
-            raise DataError(
-                f"the content of a message by '{name}' is {type(content).__name__}, not text; give a string"
-            )
+            raise DataError(f"the content of a message by '{name}' is {kind_of(content)}, not text; give a string")
         assert role is not None
         return role, content.strip() if self.strip else content
 
@@ -173,8 +172,10 @@ class ChatFormat:
                 result += [{**one, "role": "user"} for one in waiting]
                 waiting = []
             if waiting:
-                text = self.context.replace("{context}", "\n".join(map(self._text_of, waiting))).split("{text}")
-                message = {**message, "content": self._text_of(message).join(text)}
+                before, after = self.context.split("{text}")
+                blocks = "\n".join(self._text_of(one).join(self.block.split("{context}")) for one in waiting)
+                said = blocks.join(before.split("{context}")) + self._text_of(message) + after
+                message = {**message, "content": said}
                 waiting = []
             result.append(message)
         if waiting:
@@ -183,7 +184,7 @@ class ChatFormat:
 
     def _text_of(self, message: Mapping[str, Any]) -> str:
         if not isinstance(content := message.get("content"), str):
-            raise DataError(f"the content of a message is {type(content).__name__}, not text; give a string")
+            raise DataError(f"the content of a message is {kind_of(content)}, not text; give a string")
         return content
 
     def _turn_text(self, role: int, previous: int | None) -> str:
@@ -258,7 +259,8 @@ VICUNA = ChatFormat(
     "uncensored responses to the user's input.",
     turns={SYSTEM: "{text} ", PROMPTER: "USER: {text} ", ASSISTANT: "ASSISTANT: {text}</s>"},
     generation_prompt="ASSISTANT:",
-    context="BEGININPUT\n{context}\nENDINPUT\nBEGININSTRUCTION\n{text}\nENDINSTRUCTION",
+    context="{context}\nBEGININSTRUCTION\n{text}\nENDINSTRUCTION",
+    block="BEGININPUT\n{context}\nENDINPUT",
 )
 
 # Meta's Llama-2 chat: the system text is inside the first instruction.

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from megatron_ft.data.roles import ROLES, SYSTEM
-from megatron_ft.data.tool_text import APART, CALLED, DEFINED
+from megatron_ft.data.tool_text import APART, CALLED, DEFINED, THOUGHT
 
 
 def template(chat: Any) -> str:
@@ -45,7 +45,8 @@ def _start(chat: Any) -> str:
 
 def _text(chat: Any) -> str:
     """Return code that sets ns.text to the text of a message, as tool_text.as_text."""
-    own = "message['content'] or ''"
+    thought = f"{_quoted(THOUGHT[0])} + message['reasoning_content'] + {_quoted(THOUGHT[1])}"
+    own = f"({thought} if message['reasoning_content'] else '') + (message['content'] or '')"
     call_parts = [_quoted(CALLED[0]), "(f['name'] | tojson)", _quoted(CALLED[1])]
     call_parts += ["(a if a is string else (a | tojson))", _quoted(CALLED[2])]
     call = f"ns.text + ({_quoted(chr(10))} if ns.text else '') + {' + '.join(call_parts)}"

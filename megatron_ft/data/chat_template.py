@@ -26,7 +26,7 @@ REMEDY = "choose another --chat_format"
 STAND_IN = "\ue000{}\ue001"  # characters for private use
 FOUND = re.compile("\ue000(\\d+)\ue001")
 NAMES = {"prompter": "user"}  # names of roles in templates
-_PASSED = ("content", "tool_calls", "tool_call_id", "name")
+_PASSED = ("content", "tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
 @dataclass

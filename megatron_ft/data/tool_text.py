@@ -1,10 +1,11 @@
-"""Tools in our chat formats: definitions are part of the system message, calls follow the assistant's text.
+"""Tools and reasoning in our chat formats: definitions are part of the system message, reasoning precedes the assistant's text, calls
+follow it.
 
     {"role": "assistant", "content": "Let me see.", "tool_calls": [{"type": "function", "function": {"name", "arguments"}}]}
 
-The definitions are the "tools" of the first message, in OpenAI's form. Everything becomes ordinary text of the messages, so it needs no
-special token. The template for transformers writes the same text (chat_jinja.py). The result of a tool is an ordinary message. Chat
-formats are in other modules.
+The "reasoning_content" of a message is between <think> and </think>, as in most models that reason. The definitions are the "tools" of the
+first message, in OpenAI's form. Everything becomes ordinary text of the messages, so it needs no special token. The template for
+transformers writes the same text (chat_jinja.py). The result of a tool is an ordinary message. Chat formats are in other modules.
 """
 
 import json
@@ -20,24 +21,30 @@ DEFINED = (
 )
 CALLED = '<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>"
 APART = "\n\n"  # between a system message and the definitions
+THOUGHT = "<think>\n", "\n</think>\n\n"
+
+
+_BESIDE = ("tools", "tool_calls", "reasoning_content")
 
 
 def has_tools(messages: Sequence[Mapping[str, Any]]) -> bool:
-    return any("tool_calls" in message or "tools" in message for message in messages)
+    """Return whether a chat says anything besides its texts."""
+    return any(not message.keys().isdisjoint(_BESIDE) for message in messages)
 
 
 def as_text(messages: Sequence[Mapping[str, Any]], default_system: str | None, strip: bool) -> list[Mapping[str, Any]]:
-    """Return the messages with "tools" and "tool_calls" as text. A system message is inserted if one is needed and there is none. strip:
-    remove white space around the text of messages.
+    """Return the messages with "tools", "tool_calls" and "reasoning_content" as text. A system message is inserted if one is needed and
+    there is none. strip: remove white space around the text of messages.
     """
     result: list[Mapping[str, Any]] = []
     tools = next((message["tools"] for message in messages if message.get("tools")), None)
     for message in messages:
         content = message.get("content")
         if isinstance(content, str):
-            own = content.strip() if strip else content
+            own = reasoned(message, content)
+            own = own.strip() if strip else own
             content = "\n".join([*([own] if own else []), *map(_call, message.get("tool_calls") or [])])
-        result.append({k: v for k, v in message.items() if k not in ("tools", "tool_calls")} | {"content": content})
+        result.append({k: v for k, v in message.items() if k not in _BESIDE} | {"content": content})
     if tools:
         if not result or ROLES.get(str(result[0].get("role"))) != SYSTEM:
             marked = result[0].get("mark_bits", 0) & MARKED if result else 0
@@ -46,6 +53,12 @@ def as_text(messages: Sequence[Mapping[str, Any]], default_system: str | None, s
         if isinstance(system, str):
             result[0] = {**result[0], "content": APART.join([*([system] if system else []), definitions(tools)])}
     return result
+
+
+def reasoned(message: Mapping[str, Any], content: str) -> str:
+    """Return a message's text after its reasoning."""
+    reasoning = message.get("reasoning_content")
+    return f"{THOUGHT[0]}{reasoning}{THOUGHT[1]}{content}" if reasoning else content
 
 
 def definitions(tools: Sequence[Any]) -> str:

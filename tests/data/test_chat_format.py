@@ -83,7 +83,7 @@ def test_mistakes_are_named(tokenizer, tmp_path):
         CHATML.encode(tokenizer, [{"role": "bot", "content": "x"}])
     with pytest.raises(DataError, match="unknown role 'system': chat format bare knows prompter, user, assistant"):
         BARE.encode(tokenizer, [{"role": "system", "content": "x"}])
-    with pytest.raises(DataError, match="NoneType, not text"):
+    with pytest.raises(DataError, match="null, not text"):
         CHATML.encode(tokenizer, [{"role": "user", "content": None}])
     with pytest.raises(TokenizerError, match=r"<\|im_start\|>"):
         CHATML.encode(load_tokenizer(sentencepiece_file(tmp_path)), CHAT)

@@ -57,7 +57,7 @@ def test_what_comes_before_an_answer():
 def test_context_becomes_part_of_the_question_where_a_format_has_no_turn_for_it():
     chat = [{"role": "context", "content": "C"}, {"role": "context", "content": "D"}, *CHAT[1:3]]
     assert "<start_user>C\nD\n\nhello fox<end_message>" in ALFRED.text(chat)
-    blocks = "USER: BEGININPUT\nC\nD\nENDINPUT\nBEGININSTRUCTION\nhello fox\nENDINSTRUCTION ASSISTANT: the dog</s>"
+    blocks = "USER: BEGININPUT\nC\nENDINPUT\nBEGININPUT\nD\nENDINPUT\nBEGININSTRUCTION\nhello fox\nENDINSTRUCTION ASSISTANT: the dog</s>"
     assert VICUNA.text(chat).endswith(blocks)
     with pytest.raises(DataError, match="ends with context"):
         ALFRED.text(chat[:1])

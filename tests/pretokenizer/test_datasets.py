@@ -11,7 +11,7 @@ from megatron_ft.errors import DataError
 from tests.pretokenizer.fixtures import TREES, lines, tar_gz
 from tests.pretokenizer.test_pretokenize import configure, place, pretokenize, shortcut  # noqa: F401 - a fixture
 from tools.pretokenizer import containers
-from tools.pretokenizer.lines import chunks, records
+from tools.pretokenizer.lines import chunks, parse, records
 from tools.pretokenizer.oasst_flat import trees
 from tools.pretokenizer.places import files_of, find
 from tools.pretokenizer.readers import READERS, recognise
@@ -303,8 +303,8 @@ def test_tables_of_messages_give_the_samples_of_the_trees(place):  # noqa: F811
 def test_a_row_whose_ids_are_no_names_is_named(tmp_path, key):
     row = {"message_tree_id": "t", "message_id": "m", "parent_id": None, "role": "prompter", "text": "x"}
     (tmp_path / "flat.jsonl").write_bytes(lines([row | {key: ["m"]}]))
-    with pytest.raises(DataError, match=rf"flat.jsonl, line 1: {key} is no name but a list"):
-        list(trees(chunks(tmp_path / "flat.jsonl")))
+    with pytest.raises(DataError, match=rf"flat.jsonl, line 1: {key} is a list, not a name"):
+        list(parse(next(trees(chunks(tmp_path / "flat.jsonl")))))
 
 
 def test_both_published_stages_run_as_they_are(place):  # noqa: F811

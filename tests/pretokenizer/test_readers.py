@@ -86,25 +86,25 @@ def test_a_chat_without_messages_is_counted():
     ("name", "record", "message"),
     [
         ("messages", {"text": "x"}, "the key 'messages' is missing"),
-        ("messages", {"messages": "x"}, "str, not a list"),
+        ("messages", {"messages": "x"}, "text, not a list"),
         ("messages", {"messages": ["x"]}, "not an object"),
         ("messages", {"messages": [{"content": "x"}]}, "the key 'role' is missing"),
         ("messages", {"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),
-        ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "'role' is list"),
-        ("messages", {"messages": [{"role": "user", "content": None}]}, "NoneType, not text"),
+        ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "'role' is a list"),
+        ("messages", {"messages": [{"role": "user", "content": None}]}, "null, not text"),
         ("sharegpt", {"conversations": [{"from": "bing", "value": "x"}]}, "unknown role 'bing'"),
-        ("alpaca", {"instruction": "x", "output": 3}, "'output' is int"),
+        ("alpaca", {"instruction": "x", "output": 3}, "'output' is a number"),
         ("oasst_export", {"message_tree_id": 1}, "lacks 'prompt'"),
         ("oasst_export", tree(1, {**ask("q"), "role": "moderator"}), "unknown role 'moderator'"),
         ("oasst_export", tree(1, ask("q", ask("again"))), "by the prompter, assistant was expected"),
         ("oasst_export", tree(1, ask("q", answer("a", rank="0"))), "rank '0' is not a number"),
-        ("oasst_export", tree(1, {**ask("q"), "replies": {"a": 1}}), "dict, not a list"),
-        ("sharegpt", {"conversations": {"from": "human"}}, "dict, not a list"),
+        ("oasst_export", tree(1, {**ask("q"), "replies": {"a": 1}}), "an object, not a list"),
+        ("sharegpt", {"conversations": {"from": "human"}}, "an object, not a list"),
         ("oasst_export", tree(1, ask("q", {"role": "assistant", "rank": 0})), "lacks 'text'"),
-        ("oasst_export", tree(1, ask("q", answer(3))), "'text' is int"),
-        ("oasst_export", tree(1, []), "prompt is list, not a message"),
+        ("oasst_export", tree(1, ask("q", answer(3))), "'text' is a number"),
+        ("oasst_export", tree(1, []), "prompt is a list, not a message"),
         ("messages", {"messages": [{"role": "user", "content": "q", "weight": 10**400}]}, "weight 1000"),
-        ("messages", {"messages": [{"role": ["user"], "content": "q"}]}, "'role' is list"),
+        ("messages", {"messages": [{"role": ["user"], "content": "q"}]}, "'role' is a list"),
     ],
 )
 def test_faulty_records_say_where(name, record, message):
@@ -122,9 +122,9 @@ GOOD = lines([SHAPES["messages"]])
         (GOOD + b'{"messages": "\xff"}\n', "line 2: byte 15 is not UTF-8"),
         (GOOD + b'{"messages": "\\ud800"}\n', "line 2: not valid JSON"),
         (GOOD + b'{"weight": NaN}\n', "line 2: not valid JSON"),
-        (GOOD + b"\n\n[1]\n", "line 4: a JSON list"),
+        (GOOD + b"\n\n[1]\n", "line 4: a list, an object was expected"),
         (GOOD + b"\0\0\0\n", "line 2: not valid JSON"),
-        (b"[{}, 3]", "entry 2: a JSON int"),
+        (b"[{}, 3]", "entry 2: a number, an object"),
         (b"[{},\n}", "line 2: not valid JSON"),
         (b"[" * 100_000, "nested"),
         (b"\x1f\x8b\x08\x00garbage", "damaged"),
@@ -173,8 +173,10 @@ def test_a_giant_line_is_skipped_by_choice(tmp_path, monkeypatch, length):
 
 def test_what_is_not_recognised(tmp_path):
     path = tmp_path / "chats.jsonl"
-    path.write_bytes(b'{"question": "x", "answer": "y"}\n')
-    with pytest.raises(DataError, match="no known format has the keys question, answer"):
+    path.write_bytes(b'{"questions": "x", "answers": "y"}\n')
+    with pytest.raises(
+        DataError, match="no known format has the keys questions, answers; the nearest are question_answer: "
+    ):
         recognise(path)
     path.write_bytes(b"")
     with pytest.raises(DataError, match="contains no chats"):

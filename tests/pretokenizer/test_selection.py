@@ -144,7 +144,7 @@ def test_everything_left_out_is_counted(place, capsys):  # noqa: F811
     (place / "chats.jsonl").write_bytes(lines(records) + b'{"messages": 3, "lang": "en"}\nnot json\n')
     flags = ("--lang", "en", "--refusal_phrases", "true", "--role_order", "reject", "--duplicates", "exact")
     assert shortcut(*flags, "--max_tokens", 60, "--val_split", 0) == 2
-    assert "chats.jsonl, line 14: 'messages' is int" in capsys.readouterr().err
+    assert "chats.jsonl, line 14: 'messages' is a number" in capsys.readouterr().err
     assert shortcut(*flags, "--max_tokens", 60, "--val_split", 0, "--on_bad_record", "skip") == 0
     said = capsys.readouterr()
     assert "chats.jsonl, line 15: not valid JSON" in said.err

@@ -1,12 +1,14 @@
-"""Compressed and packed files: gzip, zstd, tar. Opens a file and yields the plain streams in it.
+"""Compressed and packed files: gzip, zstd, xz, bzip2, tar. Opens a file and yields the plain streams in it.
 
 The type of a file is determined by its first bytes, never by its name: some files called .tar.gz are gzipped text. Nothing is unpacked
 to disk, and streams are read only as far as needed.
 """
 
+import bz2
 import contextlib
 import gzip
 import io
+import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -15,8 +17,32 @@ from typing import IO, Any
 
 from megatron_ft.errors import DataError
 
-GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-MEMBERS = (".jsonl", ".json", ".ndjson", ".txt")  # members of an archive that are read; all others are ignored
+ZSTD = b"\x28\xb5\x2f\xfd"
+STANDARD: dict[bytes, Any] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    **{b"BZh%d1AY&SY" % level: bz2.BZ2File for level in range(1, 10)},
+}
+"""What Python's own library unpacks, by how it begins."""
+MEMBERS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".tar", ".tgz", ".zip")
+"""Members of an archive that are data, or are refused with advice; all others are ignored."""
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+FOREIGN = {
+    b"PK\x03\x04": "a zip archive (or a spreadsheet, which is one); unpack it and give the files in it, a spreadsheet saved as CSV",
+    b"7z\xbc\xaf": "a 7z archive; unpack it and give the files in it",
+    b"Rar!": "a RAR archive; unpack it and give the files in it",
+    b"\xd0\xcf\x11\xe0": "an old spreadsheet or document; save it as CSV",
+    b"%PDF": "a PDF; write its text as JSON lines",
+    b"SQLite format 3": "an SQLite database; export a table as CSV or JSON lines",
+    b"\x89HDF": "an HDF5 file; export it as JSON lines or Parquet",
+    b"\x93NUMPY": "a NumPy array; give the chats as JSON lines",
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file; fetch the file with git lfs pull",
+    b"<!doctype html": "a web page, not the file behind it; download the file itself",
+    b"<html": "a web page, not the file behind it; download the file itself",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+}
+"""Files of other kinds by how they begin: what they are, and what to do. Pickles are in _foreign, by their first bytes."""
 DEEPEST = 4  # largest depth of nested compression, a limit against malicious files
 
 Stream = tuple[str, io.BufferedReader]  # its name in messages; a stream at its start, for its peek()
@@ -43,7 +69,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:  # BadGzipFile is one too
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (EOFError, zlib.error, tarfile.TarError, zstd_error) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zstd_error) as error:
         raise DataError(f"{path}: damaged archive ({error}); copy or download it again") from error
 
 
@@ -63,8 +89,9 @@ def _unwrap(file: io.BufferedReader, name: str, depth: int) -> Iterator[Stream]:
     start = start_of(file, 512)
     if depth > DEEPEST:
         raise DataError(f"{name}: compressed {depth} times in a row; unpack it and give the data file")
-    if start[:2] == GZIP:
-        yield from _unwrap(io.BufferedReader(gzip.GzipFile(fileobj=file, mode="rb")), name, depth + 1)
+    packed = next((unpack for mark, unpack in STANDARD.items() if start.startswith(mark)), None)
+    if packed is not None:
+        yield from _unwrap(io.BufferedReader(packed(file)), name, depth + 1)
     elif start[:4] == ZSTD:
         zstandard = optional("zstandard", f"{name}: reading zstd")
         plain = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
@@ -72,11 +99,22 @@ def _unwrap(file: io.BufferedReader, name: str, depth: int) -> Iterator[Stream]:
     elif start[257:262] == b"ustar":
         yield from _archive(file, name, depth)
     else:
+        _refuse_foreign(start, name)
         yield name, file
 
 
+def _refuse_foreign(start: bytes, name: str) -> None:
+    """Raise DataError for a file of a kind that holds no chats we can read, with what it is and what to do."""
+    plain = start.lstrip().lower()
+    found = next((what for mark, what in FOREIGN.items() if start.startswith(mark) or plain.startswith(mark)), None)
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        found = "a pickle, which is never opened because it can run code; write the chats as JSON lines"
+    if found:
+        raise DataError(f"{name}: {found}")
+
+
 def _archive(file: IO[bytes], name: str, depth: int) -> Iterator[Stream]:
-    found = False
+    found, others = False, list[str]()
     with tarfile.open(fileobj=file, mode="r|") as archive:
         for member in archive:
             where = f"{name}, member {member.name}"
@@ -86,13 +124,21 @@ def _archive(file: IO[bytes], name: str, depth: int) -> Iterator[Stream]:
                 raise DataError(f"{where}: a link, a device or a path outside the archive; pack the plain data file")
             if Path(member.name).name.startswith("."):
                 continue  # added by macOS
-            if member.name.removesuffix(".gz").removesuffix(".zst").endswith(MEMBERS):
+            if _is_member(member.name):
                 content = archive.extractfile(member)
                 assert content is not None
                 found = True
                 yield from _unwrap(io.BufferedReader(content), where, depth + 1)  # type: ignore[arg-type]
+            elif len(others) < 3:
+                others.append(member.name)
     if not found:
-        raise DataError(f"{name}: no .jsonl file in this archive; pack the data as JSON lines")
+        inside = f" (it holds {', '.join(others)})" if others else ""
+        raise DataError(f"{name}: no .jsonl file in this archive{inside}; pack the data as JSON lines")
+
+
+def _is_member(name: str) -> bool:
+    name = name.lower()
+    return name.removesuffix(next((end for end in COMPRESSED if name.endswith(end)), "")).endswith(MEMBERS)
 
 
 def _zstd_error() -> type[BaseException]:

@@ -9,18 +9,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_ft.data.roles import weight_table
-from megatron_ft.log import logger
+from tools.pretokenizer.chunk import Chunk
 from tools.pretokenizer.duplicates import NearIndex, first_of_each
-from tools.pretokenizer.lines import Chunk
 from tools.pretokenizer.pool import Pool
-from tools.pretokenizer.progress import Progress
+from tools.pretokenizer.progress import SHOWN, Progress, warn_skipped
 from tools.pretokenizer.sampling import cap, plan
 from tools.pretokenizer.settings import Settings
 from tools.pretokenizer.sources import Source
+from tools.pretokenizer.unread import merge
 from tools.pretokenizer.work import Counted, Job
 
-SHOWN = 5  # number of faulty records listed
-log = logger("pretokenize")
+FAULTY = "faulty record"  # reason for leaving out
 
 
 def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progress) -> list[float]:
@@ -48,8 +47,7 @@ def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progr
             progress.read(len(chunk.sizes))
         hashes.append(np.concatenate(own) if own else np.empty(0, np.uint64))
         counted.append((source, _joined(sizes, np.int32), _joined(fresh, bool)))
-        if source.bad:
-            _warn(source)
+        warn_skipped(source.bad, source.left_out[FAULTY], source.name)
     first = first_of_each(np.concatenate(hashes)) if settings.duplicates != "keep" else None
     at = 0
     for source, lengths, unlike in counted:
@@ -87,17 +85,10 @@ def _plan(source: Source, sizes: np.ndarray, keep: np.ndarray, seed: int) -> Non
 
 def _note(source: Source, chunk: Counted) -> None:
     source.left_out += chunk.left_out
+    merge(source.unread, chunk.unread)
     if chunk.bad:
-        source.left_out["faulty record"] += len(chunk.bad)
+        source.left_out[FAULTY] += len(chunk.bad)
         source.bad += chunk.bad[: SHOWN - len(source.bad)]
-
-
-def _warn(source: Source) -> None:
-    for message in source.bad:
-        log.warning("skipped: %s", message)
-    more = source.left_out["faulty record"] - len(source.bad)
-    if more > 0:
-        log.warning("skipped: %d more faulty records of %s", more, source.name)
 
 
 def _joined(arrays: list[np.ndarray], kind: type) -> np.ndarray:

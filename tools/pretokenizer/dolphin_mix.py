@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tools.pretokenizer.chunk import ROWS, Chunk
 from tools.pretokenizer.fields import Conversation, get_text
-from tools.pretokenizer.lines import ROWS, Chunk, parse
+from tools.pretokenizer.lines import parse
 
 Entry = tuple[str, str, str]
 """System message, question, answer."""

@@ -92,7 +92,7 @@ def _missing_file(folder: Path, names: list[str]) -> str | None:
 
 def _other_input(manifest: Manifest, sources: list[Source]) -> str | None:
     before = [(source["name"], source["file"], source["digest"]) for source in manifest.sources]
-    if [entry[:2] for entry in before] != [(source.name, str(source.path)) for source in sources]:
+    if [entry[:2] for entry in before] != [(source.label, str(source.path)) for source in sources]:
         return "made from other files"
     changed = next((s for s, entry in zip(sources, before, strict=True) if s.digest() != entry[2]), None)
     return f"{changed.path} has changed since" if changed else None

@@ -18,6 +18,9 @@ class Pretokenize:
     """Folder of the YAML configuration files; default: the packaged tools/pretokenizer/configs."""
     input: list[str] = field(default_factory=list)
     """Chat files to tokenize without a YAML configuration; their format is recognised."""
+    keys: list[str] = field(default_factory=list)
+    """With --input: what the keys of the files mean, as MEANING=KEY: question=prompt answer=completion system=..., or messages=..., or
+    text=...; default: recognised."""
     tokenizer: str | None = None
     """Tokenizer: a tokenizer.model, a tokenizer.json, or a folder with one of them (vocab_file in YAML)."""
     chat_format: str | None = None

@@ -1,4 +1,4 @@
-"""Records of a data file in constant memory: JSON lines, JSON arrays, Parquet and Arrow tables, plain text.
+"""Records of a data file in constant memory: JSON lines, JSON arrays, CSV, Parquet and Arrow tables, plain text.
 
 A file is read in chunks, which are sent to other processes and parsed there. The same file always gives the same chunks. Errors in the
 data have the file's name and the line. containers.py opens compressed files, readers.py interprets the records.
@@ -7,28 +7,19 @@ data have the file's name and the line. containers.py opens compressed files, re
 import codecs
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
-from megatron_ft.errors import DataError
-from tools.pretokenizer.containers import optional, readable, start_of, streams
+from megatron_ft.errors import DataError, kind_of
+from tools.pretokenizer import tables
+from tools.pretokenizer.chunk import MAX_LINE, ROWS, Chunk, Faulty
+from tools.pretokenizer.containers import readable, start_of, streams
 
 CHUNK = 1 << 20  # approximate bytes of lines
-ROWS = 500  # parsed records per chunk
-MAX_LINE = 256 << 20  # bytes; a longer line is not a conversation but a damaged file
 
 Record = tuple[str, dict[str, Any]]  # its location, for messages; its content
-
-
-class Chunk(NamedTuple):
-    """A part of a file. lines: JSON lines, parsed later. rows: parsed objects, or other values in place of an object."""
-
-    name: str
-    unit: str  # unit of the numbers: line, entry, row, document
-    first: int
-    lines: bytes | None
-    rows: list[Any] | None
 
 
 def chunks(path: Path) -> Iterator[Chunk]:
@@ -41,23 +32,26 @@ def chunks(path: Path) -> Iterator[Chunk]:
 def _chunks(path: Path, name: str, stream: io.BufferedReader) -> Iterator[Chunk]:
     start = start_of(stream, 64)
     plain = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    ending = next(iter(Path(name.split(", member ")[-1]).suffixes[:1]), "").lower()
     if start[:4] == b"PAR1":
-        yield from _parquet(path, name)
+        yield from tables.parquet(path, name)
     elif start[:6] == b"ARROW1" or start[:4] == b"\xff\xff\xff\xff":
-        yield from _arrow(path, name)
+        yield from tables.arrow(path, name)
     elif plain == b"[":
         yield from _array(stream, name)
-    elif plain != b"{" and Path(name.split(", member ")[-1]).suffixes[:1] == [".txt"]:
+    elif plain != b"{" and ending == ".txt":
         yield _document(stream, name)
+    elif plain != b"{" and ending in tables.DELIMITED:
+        yield from tables.delimited(stream, name, ending)
     else:
         yield from _lines(stream, name)
 
 
-def records(path: Path) -> Iterator[Record]:
+def records(path: Path, bad: list[str] | None = None) -> Iterator[Record]:
     """Yield the JSON objects of a file. Raise DataError for an unreadable file or archive, invalid UTF-8, invalid JSON, and values
-    that are not objects."""
+    that are not objects. bad: takes the messages of faulty records instead."""
     for chunk in chunks(path):
-        yield from parse(chunk)
+        yield from parse(chunk, bad)
 
 
 def parse(chunk: Chunk, bad: list[str] | None = None) -> Iterator[Record]:
@@ -69,9 +63,10 @@ def parse(chunk: Chunk, bad: list[str] | None = None) -> Iterator[Record]:
         where = f"{chunk.name}, {chunk.unit} {number}"
         try:
             content = entry if chunk.lines is None else _loads(entry, where)
+            if isinstance(content, Faulty):
+                raise DataError(content if content.startswith(chunk.name) else f"{where}: {content}")
             if not isinstance(content, dict):
-                kind = type(content).__name__
-                raise DataError(f"{where}: a JSON {kind}, an object was expected; write one chat per line")
+                raise DataError(f"{where}: {kind_of(content)}, an object was expected; write one chat per line")
         except DataError as error:
             if bad is None:
                 raise
@@ -86,13 +81,22 @@ def _loads(line: bytes, where: str) -> Any:
     if len(line) >= MAX_LINE:
         raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB; write one JSON object per line")
     try:
-        return orjson.loads(line)
+        value = orjson.loads(line)
+        return json.loads(line) if _has_rounded(line) else value
     except orjson.JSONDecodeError as error:
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as wrong:
             raise DataError(f"{where}: byte {wrong.start + 1} is not UTF-8; save the file as UTF-8") from wrong
         raise DataError(f"{where}: not valid JSON ({error.msg}); repair or remove the line") from error
+
+
+_LONG, _TOOLS = re.compile(rb"\d{19}"), re.compile(rb'"(?:arguments|parameters|function)"')
+
+
+def _has_rounded(line: bytes) -> bool:
+    """Return whether a line may hold a tool's integer of more than 64 bits, which orjson rounds."""
+    return _TOOLS.search(line) is not None and _LONG.search(line) is not None
 
 
 def _lines(stream: IO[bytes], name: str) -> Iterator[Chunk]:
@@ -180,39 +184,3 @@ def _document(stream: IO[bytes], name: str) -> Chunk:
         return Chunk(name, "document", 1, None, [{"text": data.decode("utf-8-sig")}])
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-
-
-def _parquet(path: Path, name: str) -> Iterator[Chunk]:
-    if name != str(path):
-        raise DataError(f"{name}: a Parquet file inside another; unpack it and give the Parquet file itself")
-    parquet = optional("pyarrow.parquet", f"{name}: reading Parquet")
-    yield from _tables(lambda: parquet.ParquetFile(path).iter_batches(batch_size=ROWS), name)
-
-
-def _arrow(path: Path, name: str) -> Iterator[Chunk]:
-    if name != str(path):
-        raise DataError(f"{name}: an Arrow file inside another file; unpack it and give the Arrow file")
-    ipc = optional("pyarrow.ipc", f"{name}: reading Arrow")
-
-    def batches() -> Iterator[Any]:
-        with path.open("rb") as file:
-            if file.read(6) == b"ARROW1":
-                reader = ipc.open_file(path)
-                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                file.seek(0)
-                yield from ipc.open_stream(file)
-
-    yield from _tables(batches, name)
-
-
-def _tables(batches: Any, name: str) -> Iterator[Chunk]:
-    pyarrow, first = optional("pyarrow", f"{name}: reading tables"), 1
-    try:
-        for batch in batches():
-            for start in range(0, batch.num_rows, ROWS):
-                rows = batch.slice(start, ROWS).to_pylist()
-                yield Chunk(name, "row", first, None, rows)
-                first += len(rows)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: damaged table ({' '.join(str(error).split())[:200]}); copy it again") from error

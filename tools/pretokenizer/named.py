@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_ft.data.fingerprint import fingerprint
-from megatron_ft.errors import DataError
+from megatron_ft.errors import DataError, kind_of
 from tools.pretokenizer.fields import Conversation, get, get_list, get_text, keep, pair
 from tools.pretokenizer.published import PublishedOptions, without_citations
 
@@ -69,8 +69,7 @@ def instruction(name: str) -> Callable[[dict[str, Any], str, PublishedOptions, C
     def read(
         record: dict[str, Any], where: str, options: PublishedOptions, left_out: Counter[str]
     ) -> list[Conversation]:
-        texts = (get(record, columns.question, where), get(record, columns.answer, where))
-        if options.leaves_out(texts, left_out):
+        if options.leaves_out(_texts(record, (columns.question, columns.answer), where), left_out):
             return []
         return pair(get_text(record, columns.question, where), get_text(record, columns.answer, where), left_out)
 
@@ -82,7 +81,7 @@ def orca_chat(record: dict[str, Any], where: str, options: Any, left_out: Counte
     turns = _system(record, where)
     for number, turn in enumerate(get_list(record, "conversation", where), 1):
         if not isinstance(turn, dict):
-            raise DataError(f"{where}: turn {number} is {type(turn).__name__}, not an object with input and output")
+            raise DataError(f"{where}: turn {number} is {kind_of(turn)}, not an object with input and output")
         turns.append({"role": "user", "content": get_text(turn, "input", where)})
         turns.append({"role": "assistant", "content": get_text(turn, "output", where)})
     return keep(turns if turns and turns[-1]["role"] == "assistant" else [], left_out)
@@ -114,7 +113,7 @@ def _dolly(
     options: DollyOptions,
     left_out: Counter[str],
 ) -> list[Conversation]:
-    if options.leaves_out(tuple(get(record, key, where) for key in keys), left_out, spaces_are_blank=False):
+    if options.leaves_out(_texts(record, keys, where), left_out, spaces_are_blank=False):
         return []
     question, answer = (get_text(record, key, where) for key in keys)
     context = get_text(holder, context_key, where) if isinstance(holder, dict) and holder.get(context_key) else ""
@@ -142,6 +141,14 @@ def dolphin(record: dict[str, Any], where: str, options: Any, left_out: Counter[
     turns.append({"role": "user", "content": get_text(record, "input", where)})
     turns.append({"role": "assistant", "content": get_text(record, "output", where)})
     return keep(turns, left_out)
+
+
+def _texts(record: dict[str, Any], keys: tuple[str, str], where: str) -> tuple[object, object]:
+    """Return question and answer, None for the one that a record lacks: tables have no key where a value is null."""
+    first, second = keys
+    if first not in record and second not in record:
+        get(record, first, where)
+    return record.get(first), record.get(second)
 
 
 def _system(record: dict[str, Any], where: str) -> Conversation:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ft.errors import DataError
+from megatron_ft.errors import DataError, kind_of
 from tools.pretokenizer.fields import get_text
 
 Message = dict[str, Any]
@@ -42,7 +42,7 @@ def conversations(tree: dict[str, Any], where: str, options: OasstOptions, left_
     prompt = _field(tree, "prompt", where)
     if not isinstance(prompt, dict):
         raise DataError(
-            f"{where}: the prompt is {type(prompt).__name__}, not a message; check that this is an Open-Assistant export"
+            f"{where}: the prompt is {kind_of(prompt)}, not a message; check that this is an Open-Assistant export"
         )
     reason = _unwanted_tree(tree, prompt, options)
     if reason:
@@ -77,7 +77,7 @@ def _threads(root: Message, where: str) -> Iterator[Thread]:
         replies = thread[-1].get("replies") or []
         if not isinstance(replies, list):
             raise DataError(
-                f"{where}: replies are {type(replies).__name__}, not a list; check that this is an Open-Assistant export"
+                f"{where}: replies are {kind_of(replies)}, not a list; check that this is an Open-Assistant export"
             )
         if not replies:
             yield thread

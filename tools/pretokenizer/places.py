@@ -9,8 +9,9 @@ from pathlib import Path
 
 from megatron_ft.errors import DataError
 
-ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".txt")
-WRAPPERS = ("", ".gz", ".zst", ".tar.gz", ".tgz", ".tar")
+ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".txt")
+ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.xz", ".tar.zst", ".tar.bz2")
+WRAPPERS = ("", ".gz", ".zst", ".xz", ".bz2", *ARCHIVES)
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "README.txt", "LICENSE.txt"}
 
 
@@ -27,7 +28,7 @@ def find(given: str | None, name: str, cache_dir: str | None, repositories: Sequ
         folders = [name, *repositories, *(repository.split("/")[-1] for repository in repositories)]
         places = [cache / folder for folder in folders]
         places += [cache / f"{name}{end}{wrap}" for end in ENDINGS for wrap in WRAPPERS]
-        places += [cache / f"{name}{wrap}" for wrap in WRAPPERS[3:]]
+        places += [cache / f"{name}{wrap}" for wrap in ARCHIVES]
         for repository in repositories:  # the cache of the Hugging Face hub's client
             snapshots = cache / f"datasets--{repository.replace('/', '--')}" / "snapshots"
             places += sorted(snapshots.glob("*"))
@@ -76,5 +77,5 @@ def _is_data(path: Path) -> bool:
     if path.name in NOT_DATA or any(part.startswith((".", "_")) for part in path.parts):
         return False
     name = path.name.lower()
-    wrapper = next((wrap for wrap in WRAPPERS[1:] if name.endswith(wrap)), "")
-    return "tar" in wrapper or wrapper == ".tgz" or name.removesuffix(wrapper).endswith(ENDINGS)
+    wrapper = next((wrap for wrap in sorted(WRAPPERS[1:], key=len, reverse=True) if name.endswith(wrap)), "")
+    return wrapper in ARCHIVES or name.removesuffix(wrapper).endswith(ENDINGS)

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_ft.log import logger
 
+SHOWN = 5  # number of faulty records listed
 EVERY = 15  # seconds between lines without a terminal
 log = logger("pretokenize")
 
@@ -62,3 +63,11 @@ class Progress:
 
 def _short(number: float) -> str:
     return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}K" if number >= 1e3 else f"{number:.0f}"
+
+
+def warn_skipped(messages: list[str], count: int, name: str) -> None:
+    """Log the first of a dataset's skipped records, each with file and line, and the number of the others."""
+    for message in messages[:SHOWN]:
+        log.warning("skipped: %s", message)
+    if count > SHOWN:
+        log.warning("skipped: %d more faulty records of %s", count - SHOWN, name)

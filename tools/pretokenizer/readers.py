@@ -3,21 +3,25 @@
 A new format is a function and a row in READERS. lines.py reads the files.
 """
 
+import difflib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ft.data.roles import ROLES
 from megatron_ft.errors import ConfigError, DataError
-from tools.pretokenizer import named, toolcalls
+from tools.pretokenizer import custom, messages, named, pairs
 from tools.pretokenizer.dolphin_mix import MixOptions
-from tools.pretokenizer.fields import Conversation, get_list, get_text, keep, pair, weight_of
+from tools.pretokenizer.fields import Conversation, get_text, keep
 from tools.pretokenizer.lines import records
 from tools.pretokenizer.oasst import OasstOptions, conversations
 from tools.pretokenizer.places import files_of
 from tools.pretokenizer.published import PublishedOptions
+from tools.pretokenizer.unread import ALL, LANGUAGE, Reads, chat_reads, pair_reads
+
+FIRST = 10_000  # records at a file's start among which its format is looked for
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Reader:
     keys: a record with all these keys has this format; empty for a format that must be named. options: a dataclass of the reader's
     own configuration keys. repositories: names of published datasets. marked: default share of the samples whose text is marked for
     language-modelling loss. data_files: the file of the repository that is read, if it is there. splits: that are read. val_rounding:
-    default of this key.
+    default of this key. reads: the keys it knows (unread.py), or a function of the options that returns them.
     """
 
     name: str
@@ -44,19 +48,54 @@ class Reader:
     data_files: str | None = None
     splits: str = "train"
     val_rounding: str = "down"
+    reads: Reads | Callable[[Any], Reads] = field(default_factory=dict)
+
+    def known(self, options: Any) -> Reads:
+        return self.reads(options) if callable(self.reads) else self.reads
 
 
-def recognise(path: Path) -> Reader:
-    """Return the reader for a file or a folder, from its first record. Raise DataError with the known formats."""
-    first = files_of(path)[0]
-    where, record = next(iter(records(first)), (str(first), None))
-    if record is None:
-        raise DataError(f"{first}: contains no chats; write one JSON object per line")
-    for reader in READERS.values():
-        if reader.keys and all(key in record for key in reader.keys):
+def recognise(path: Path, skip_bad: bool = False) -> Reader:
+    """Return the reader for a file or a folder, from its first record. Raise DataError with the nearest known shapes.
+
+    skip_bad: pass over records at the start that are faulty or have no known shape.
+    """
+    first, problem = files_of(path)[0], ""
+    bad: list[str] | None = [] if skip_bad else None
+    for where, record in itertools.islice(records(first, bad), FIRST):
+        if reader := _of_shape(record):
             return reader
-    formats = "; ".join(f"{reader.name}: {', '.join(reader.keys)}" for reader in READERS.values() if reader.keys)
-    raise DataError(f"{where}: no known format has the keys {', '.join(record) or '(none)'} (known: {formats})")
+        problem = problem or _unknown(where, record)
+        if not skip_bad:
+            break
+    if problem or bad:
+        raise DataError(problem or (bad or [""])[0])
+    raise DataError(f"{first}: contains no chats; write one JSON object per line")
+
+
+def _of_shape(record: dict[str, Any]) -> Reader | None:
+    return next((r for r in READERS.values() if r.keys and all(key in record for key in r.keys)), None)
+
+
+def _unknown(where: str, record: dict[str, Any]) -> str:
+    shapes = "; ".join(f"{reader.name}: {', '.join(reader.keys)}" for reader in _nearest(record))
+    keys = ", ".join(itertools.islice(record, 12)) or "(none)"
+    return (
+        f"{where}: no known format has the keys {keys}; the nearest are {shapes}; rename the keys, or say what they mean: "
+        "--keys question=KEY answer=KEY, or --keys messages=KEY"
+    )
+
+
+def _nearest(record: dict[str, Any]) -> list[Reader]:
+    """Return the three readers that have most keys in common with a record; of equal ones those with the most similar names."""
+
+    def likeness(reader: Reader) -> tuple[float, float]:
+        common = sum(key in record for key in reader.keys) / len(reader.keys)
+        known = sum(key in record for key in reader.known(reader.options()))
+        similar = sum(bool(difflib.get_close_matches(key, record, 1, 0.7)) for key in reader.keys)
+        return common + similar / len(reader.keys), known
+
+    shaped = [reader for reader in READERS.values() if reader.keys]
+    return sorted(shaped, key=likeness, reverse=True)[:3]
 
 
 def get_reader(name: str) -> Reader:
@@ -66,87 +105,13 @@ def get_reader(name: str) -> Reader:
     return READERS[name]
 
 
-def _messages(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """Read {"messages": [{"role", "content"}], "tools"}, OpenAI's format. A message's "context" becomes a separate turn before it; its
-    "weight" and "tool_calls" are kept."""
-    messages = get_list(record, "messages", where)
-    turns = [turn for message in messages for turn in _message_turns(message, where)]
-    return keep(toolcalls.with_tools(turns, record, where), left_out)
+def _chat(key: str) -> pairs.Convert:
+    """Return the reader of {KEY: [{"role", "content"} or {"from", "value"}], "system", "tools"}."""
 
+    def convert(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
+        return keep(messages.chat(record, key, where), left_out)
 
-def _message_turns(message: Any, where: str) -> Conversation:
-    if isinstance(message, dict) and len(message) == 2:  # the common case, which must be fast
-        role, content = message.get("role"), message.get("content")
-        if isinstance(role, str) and role in ROLES and isinstance(content, str):
-            return [message]
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: a message is {type(message).__name__}, not an object with role and content")
-    role = _OTHER_NAMES.get(name := get_text(message, "role", where), name)
-    if role not in ROLES:
-        raise DataError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLES)}")
-    calls = toolcalls.tool_keys(message, where)
-    content = _content(message, where, bool(calls))
-    turn = {"role": role, "content": content, **weight_of(message, where), **calls}
-    if not message.get("context"):
-        return [turn]
-    return [{"role": "context", "content": get_text(message, "context", where)}, turn]
-
-
-_OTHER_NAMES = {"developer": "system", "function": "tool"}  # other names in OpenAI's APIs
-
-
-def _content(message: dict[str, Any], where: str, may_be_empty: bool) -> str:
-    """Return a message's text: from a string or OpenAI's list of parts; it may be missing beside tool calls."""
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text":
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise DataError(f"{where}: a message has a part of type {kind}; only text can be tokenized")
-        return "".join(get_text(part, "text", where) for part in content)
-    return "" if content is None and may_be_empty else get_text(message, "content", where)
-
-
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
-}
-
-
-def _sharegpt(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """Read {"conversations": [{"from": "human"|"gpt"|"system"|"tool"|"function_call", "value"}], "tools"}."""
-    turns = []
-    for message in get_list(record, "conversations", where):
-        name = get_text(message, "from", where)
-        if name not in _SHAREGPT_ROLES:
-            raise DataError(f"{where}: unknown role {name!r} in 'from'; use one of {', '.join(_SHAREGPT_ROLES)}")
-        content = get_text(message, "value", where)
-        turn = {"role": _SHAREGPT_ROLES[name], "content": content, **weight_of(message, where)}
-        turns.append(toolcalls.from_json_text(turn, where) if name == "function_call" else turn)
-    return keep(toolcalls.with_tools(turns, record, where), left_out)
-
-
-def _alpaca(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
-    """Read {"instruction", "input" (may be missing or empty), "output"}. Instruction and input are joined with an empty line."""
-    question = [get_text(record, "instruction", where)]
-    if record.get("input"):
-        question.append(get_text(record, "input", where))
-    return pair("\n\n".join(question), get_text(record, "output", where), left_out)
-
-
-def _prompt_completion(
-    record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]
-) -> list[Conversation]:
-    """Read {"prompt", "completion"}."""
-    return pair(get_text(record, "prompt", where), get_text(record, "completion", where), left_out)
+    return convert
 
 
 def _text(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
@@ -164,11 +129,30 @@ def _instruction(name: str) -> Reader:
         repositories=(columns.repository,),
         data_files=columns.data_files,
         val_rounding="up",
+        reads=_columns(columns.question, columns.answer),
     )
 
 
 def _table(readers: Iterable[Reader]) -> dict[str, Reader]:
     return {reader.name: reader for reader in readers}
+
+
+def _columns(*keys: str) -> Reads:
+    return dict.fromkeys(keys, ALL)
+
+
+_ORCA: Reads = {"instruction": ALL, "conversation": _columns("input", "output")}
+_TREE_MESSAGE: dict[str, Any] = dict.fromkeys(
+    *(("text", "role", "rank", "lang", "review_result", "deleted", "synthetic", "message_id", "parent_id"), ALL)
+)
+_TREE_MESSAGE["replies"] = _TREE_MESSAGE
+_TREE: Reads = {"message_tree_id": ALL, "tree_state": ALL, "prompt": _TREE_MESSAGE}
+
+
+def _pair(name: str, *, repositories: tuple[str, ...] = ()) -> Reader:
+    shape = pairs.SHAPES[name]
+    keys = (shape.question[0], shape.answer)
+    return Reader(name, keys, pairs.reader(shape), repositories=repositories, reads=pair_reads(shape))
 
 
 # In the order of recognition, for files whose format is not given.
@@ -178,40 +162,62 @@ READERS = _table(
             *("oasst_export", ("message_tree_id", "prompt"), conversations, OasstOptions),
             repositories=("OpenAssistant/oasst1",),
             splits="train,validation",
+            reads=_TREE,
         ),
-        Reader("messages", ("messages",), _messages),
-        Reader("sharegpt", ("conversations",), _sharegpt),
+        Reader("messages", ("messages",), _chat("messages"), reads=chat_reads("messages")),
+        Reader("sharegpt", ("conversations",), _chat("conversations"), reads=chat_reads("conversations")),
         Reader(
             *("orca-chat", ("instruction", "conversation"), named.orca_chat),
             repositories=("shahules786/orca-chat",),
             data_files="orca-chat-gpt4.json",
             val_rounding="up",
+            reads=_ORCA,
+        ),
+        Reader("conversation", ("conversation",), _chat("conversation"), reads=chat_reads("conversation")),
+        Reader(
+            *("seed_tasks", ("instruction", "instances"), pairs.self_instruct),
+            reads={**pair_reads(pairs.ALPACA), "instances": pair_reads(pairs.ALPACA)},
         ),
         Reader(
             *("dolly15k_multilingual", ("instruction", "context", "response"), named.dolly15k, named.DollyOptions),
             repositories=("argilla/databricks-dolly-15k-curated-multilingual",),
             val_rounding="up",
+            reads={**_columns("instruction", "context", "response"), **LANGUAGE},
         ),
-        Reader("alpaca", ("instruction", "output"), _alpaca),
-        Reader("prompt_completion", ("prompt", "completion"), _prompt_completion),
+        _pair("alpaca"),
+        _pair("gpteacher", repositories=("teknium/GPTeacher-General-Instruct", "jondurbin/airoboros-gpt4-1.4.1")),
+        _pair("prompt_completion"),
         *map(_instruction, named.INSTRUCTIONS),
         Reader(
             *("dolly15k", (), named.dolly15k_english, named.DollyOptions),
             repositories=("OllieStanley/oa_dolly_15k",),
             val_rounding="up",
+            reads={**_columns("INSTRUCTION", "RESPONSE"), "METADATA": _columns("CONTEXT")},
         ),
-        Reader("dolphin", (), named.dolphin, repositories=("ehartford/dolphin",)),  # alpaca's keys with another meaning
+        Reader(  # alpaca's keys with another meaning
+            *("dolphin", (), named.dolphin),
+            repositories=("ehartford/dolphin",),
+            reads=_columns("instruction", "input", "output"),
+        ),
         Reader(
             *("dolphin-mix", (), named.orca_chat, MixOptions),  # of conversations that dolphin_mix.py makes
             repositories=("ehartford/dolphin",),
             data_files="flan5m-alpaca-uncensored.jsonl",
             val_rounding="up",
+            reads=_ORCA,
         ),
         Reader(
             *("alpaca_gpt4", (), named.alpaca_gpt4),
             repositories=("teknium/GPT4-LLM-Cleaned",),
             val_rounding="up",
+            reads=_columns("instruction", "input", "output"),
         ),
-        Reader("text", ("text",), _text, marked=1.0),
+        _pair("critiques"),
+        _pair("question_answer"),
+        _pair("question_response", repositories=("Open-Orca/OpenOrca",)),
+        _pair("query_response"),
+        _pair("sled", repositories=("tau/sled",)),
+        Reader("text", ("text",), _text, marked=1.0, reads={"text": ALL}),
+        Reader("custom", (), custom.convert, custom.KeysOptions, reads=custom.reads),
     ]
 )

@@ -13,6 +13,7 @@ from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.log import logger
 from tools.pretokenizer.sources import Source
 from tools.pretokenizer.stats import total
+from tools.pretokenizer.unread import line
 from tools.pretokenizer.writing import Written
 
 SHOWN, TURNS = 160, 6  # characters of a turn, turns of the chat
@@ -50,6 +51,8 @@ def show_result(prefix: Path, split: str, written: Written | None, sources: list
         for source in sources:
             for reason, count in sorted(source.left_out.items()):
                 print(f"       left out of {source.name}: {reason}: {count:,}")
+            if source.unread:
+                print(f"       keys of {source.path.name} that were not read: {line(source.unread)}")
 
 
 def show_sample(prefix: Path, tokenizer: Tokenizer) -> None:

@@ -121,7 +121,7 @@ def _repair(chat: Conversation) -> Conversation:
     result: Conversation = []
     for message in chat:
         side = _SIDES.get(message["role"])
-        if result and side in ("user", "assistant") and _SIDES.get(result[-1]["role"]) == side:
+        if result and side in ("user", "assistant") and _can_join(result[-1], message):
             texts = [text for one in (result[-1], message) if (text := one["content"])]
             calls = [call for one in (result[-1], message) for call in one.get("tool_calls", [])]
             result[-1] = {**result[-1], "content": "\n\n".join(texts), **({"tool_calls": calls} if calls else {})}
@@ -130,6 +130,13 @@ def _repair(chat: Conversation) -> Conversation:
     while result and _SIDES.get(result[-1]["role"]) != "assistant":
         result.pop()
     return result
+
+
+def _can_join(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Return True for turns of one side that count the same, the second without reasoning of its own, which belongs before its text."""
+    same = _SIDES.get(first["role"]) == _SIDES.get(second["role"])
+    alike = first.get("weight", 1) == second.get("weight", 1) and first.get("marked") == second.get("marked")
+    return same and alike and "reasoning_content" not in second
 
 
 def refuses(chat: Conversation, phrases: tuple[str, ...]) -> bool:

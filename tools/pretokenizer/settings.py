@@ -101,6 +101,8 @@ _OPTIONAL = {f.name for f in dataclasses.fields(Settings) if type(None) in typin
 def _from_sections(flags: Pretokenize) -> dict[str, Any]:
     if flags.input:
         return {}
+    if flags.keys:
+        raise ConfigError("--keys needs --input; in YAML write `- custom: {keys: {question: KEY, answer: KEY}}`")
     if not flags.configs:
         raise ConfigError(
             "nothing to do: give --input FILE --tokenizer PATH --output_prefix DIR/NAME, or --configs SECTION ..."
@@ -136,7 +138,7 @@ def read_sections(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _from_input(flags: Pretokenize, others: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration for --input. Flags that are keys of the file's reader are removed from others."""
-    from tools.pretokenizer.readers import recognise
+    from tools.pretokenizer.readers import get_reader, recognise
 
     if flags.configs:
         raise ConfigError(
@@ -145,13 +147,13 @@ def _from_input(flags: Pretokenize, others: dict[str, Any]) -> dict[str, Any]:
     for name in ("tokenizer", "output_prefix"):
         if getattr(flags, name) is None:
             raise ConfigError(f"--input needs --{name}; see --help")
-    datasets = []
+    datasets, meanings = [], {"keys": flags.keys} if flags.keys else {}
     for path in flags.input:
-        reader = recognise(Path(path))
+        reader = get_reader("custom") if flags.keys else recognise(Path(path), flags.on_bad_record == "skip")
         known = {f.name for f in dataclasses.fields(reader.options)} | _OF_DATASETS
         own = {key: value for key, value in others.items() if key in known}
         own = {key: value for key, value in UNPUBLISHED.items() if key in known} | own
-        datasets.append({reader.name: {"input_file_path": path, "val_split": 0.1, **own}})
+        datasets.append({reader.name: {"input_file_path": path, "val_split": 0.1, **own, **meanings}})
     for key in {key for entry in datasets for keys in entry.values() for key in keys}:
         others.pop(key, None)
     prefix = Path(str(flags.output_prefix))

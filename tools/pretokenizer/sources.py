@@ -14,8 +14,9 @@ from megatron_ft import files
 from megatron_ft.data.tokenizer_files import fingerprint
 from megatron_ft.errors import ConfigError
 from tools.pretokenizer import places
+from tools.pretokenizer.chunk import Chunk
 from tools.pretokenizer.dolphin_mix import MixOptions, joined
-from tools.pretokenizer.lines import Chunk, chunks, parse
+from tools.pretokenizer.lines import chunks, parse
 from tools.pretokenizer.oasst_flat import is_flat, trees
 from tools.pretokenizer.readers import Reader, get_reader
 from tools.pretokenizer.sampling import MARK, Plan, SplitOptions
@@ -23,10 +24,13 @@ from tools.pretokenizer.selection import Selection
 from tools.pretokenizer.settings import Settings, build
 from tools.pretokenizer.work import Job
 
+MOST_LABELS = 32  # datasets of one name that are told apart
+
 
 @dataclass
 class Source:
-    """One dataset. number: index among datasets of the same name, from 0. left_out: number of records left out, by reason.
+    """One dataset. number: index among datasets of the same name, from 0. label: its name in the manifest. left_out: number of records
+    left out, by reason. unread: keys that the reader does not know, with their numbers.
 
     plan and per_chunk (samples of each chunk) are set by the first pass.
     """
@@ -38,8 +42,10 @@ class Source:
     reader: Reader
     split: SplitOptions
     job: Job
+    label: str
     left_out: Counter[str] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
     plan: Plan | None = None
     per_chunk: list[int] = field(default_factory=list)
 
@@ -58,7 +64,7 @@ class Source:
             found = chunks(path)
             if self.reader.name == "oasst_export" and (first := next(found, None)) is not None:
                 found = itertools.chain([first], found)
-                _, record = next(parse(first), ("", {}))
+                _, record = next(parse(first, []), ("", {}))
                 found = trees(found) if is_flat(record) else found
             yield from found
 
@@ -92,7 +98,27 @@ def make_sources(settings: Settings) -> list[Source]:
     for name, keys in settings.datasets:
         sources.append(_source(name, seen[name], keys, settings))
         seen[name] += 1
+    _label(sources)
     return sources
+
+
+def _label(sources: list[Source]) -> None:
+    """Tell datasets of the same name apart, by the ends of their paths: `messages:critiques`. Training shows the loss by these names.
+    Of more than MOST_LABELS, which are the parts of one dataset, all keep the name."""
+    for name, count in Counter(source.name for source in sources).items():
+        same = [source for source in sources if source.name == name]
+        paths = [_parts(source.path) for source in same]
+        if 1 < count <= MOST_LABELS:
+            for source, own in zip(same, paths, strict=True):
+                end = next((n for n in range(1, len(own)) if sum(path[-n:] == own[-n:] for path in paths) == 1), 1)
+                again = paths.count(own) > 1
+                source.label = f"{name}:{'/'.join(own[-end:])}" + (f".{source.number + 1}" if again else "")
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    """Return the parts of a path, the last without a file's endings."""
+    parts = path.absolute().parts
+    return (*parts[:-1], parts[-1] if path.is_dir() else parts[-1].split(".")[0] or parts[-1])
 
 
 def _source(name: str, number: int, keys: dict[str, Any], settings: Settings) -> Source:
@@ -125,7 +151,7 @@ def _source(name: str, number: int, keys: dict[str, Any], settings: Settings) ->
     wanted = getattr(options, "languages", []) if reader.name == "dolly15k_multilingual" else []
     chosen = places.files_of(path, [*wanted] or [part.strip() for part in str(splits).split(",")])
     chosen = places.named_files(path, data_files, reader.data_files) or chosen
-    return Source(name, number, path, chosen, reader, split, Job(name, reader.name, options, selection))
+    return Source(name, number, path, chosen, reader, split, Job(name, reader.name, options, selection), name)
 
 
 def _only(keys: dict[str, Any], names: set[str]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: s
     rows = [tally.as_json() for tally in written.tallies]
     for row, source in zip(rows, sources, strict=True):
         row["left_out_by_reader"] = dict(sorted(source.left_out.items()))
+        if source.unread:
+            row["keys_not_read"] = dict(sorted(source.unread.items()))
     packed = packing_table(written.lengths)
     content: dict[str, Any] = {"datasets": rows, "total": total(written.tallies).as_json(), "packing": packed}
     text, mixed = report(written.tallies), ""

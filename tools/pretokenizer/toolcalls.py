@@ -6,17 +6,24 @@ text. Arguments that are a string of JSON, as in that API, are parsed.
 
 import contextlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_ft.errors import DataError
+from megatron_ft.errors import DataError, kind_of
 from tools.pretokenizer.fields import Conversation
 
 REMEDY = "see docs/pretokenizer.md for the format of tools"
+CALL_KEYS = {"name", "arguments", "id", "type", "function"}
 
 
-def with_tools(turns: Conversation, record: dict[str, Any], where: str) -> Conversation:
+def with_tools(
+    turns: Conversation, record: dict[str, Any], where: str, names: Mapping[str, str] | None = None
+) -> Conversation:
     """Return the turns with the record's "tools" (or "functions"), if there are any, in the first turn."""
-    found = record.get("tools") or record.get("functions")
+    own, functions = record.get((names or {}).get("tools", "tools")), record.get("functions")
+    if own and functions:
+        raise DataError(f"{where}: has both 'tools' and 'functions'; keep one of them")
+    found = own or functions
     if isinstance(found, str):
         found = (_loads(found) or "invalid") if found.strip() not in ("", "[]") else None
     if not found or not turns:
@@ -35,31 +42,38 @@ def tool_keys(message: dict[str, Any], where: str) -> dict[str, Any]:
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
     if not isinstance(calls, list) or not all(_has_name(call) for call in calls):
         raise DataError(f"{where}: a tool call has no function name; {REMEDY}")
-    result = {"tool_calls": [_call(call) for call in calls]} if calls else {}
-    result |= {key: message[key] for key in ("tool_call_id", "name") if isinstance(message.get(key), str)}
-    if calls:
+    result: dict[str, Any] = {"tool_calls": [_call(call, where) for call in calls]} if calls else {}
+    for key in ("tool_call_id", "name"):
+        if (value := message.get(key)) is not None:
+            if not isinstance(value, str):
+                raise DataError(f"{where}: a message's '{key}' is {kind_of(value)}, not text; write it as a string")
+            result[key] = value
+    if result:
         _check_text(result, where)
     return result
 
 
 def from_json_text(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a turn whose text is a call, {"name", "arguments"}, or a list of calls, with "tool_calls"; others unchanged."""
+    """Return a turn whose text is a call, {"name", "arguments"}, or a list of calls, with "tool_calls". A turn with another text is
+    returned unchanged, and so is one whose call says more than these."""
     found = _loads(turn["content"])
     found = found if isinstance(found, list) else [found]
-    if not found or not all(_has_name(call) for call in found):
+    if not found or not all(_has_name(call) and call.keys() <= CALL_KEYS for call in found):
         return turn
     _check_text(found, where)
-    return {**turn, "content": "", "tool_calls": [_call(call) for call in found]}
+    return {**turn, "content": "", "tool_calls": [_call(call, where) for call in found]}
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
+def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     function = call.get("function") or call
-    arguments = function.get("arguments") or {}
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
         read = _loads(arguments)
         arguments = read if isinstance(read, dict) else arguments  # invalid arguments of a model are kept as text
+    if arguments is not None and not isinstance(arguments, dict | str):
+        raise DataError(f"{where}: the arguments of a tool call are {kind_of(arguments)}, not an object; {REMEDY}")
     known = {key: call[key] for key in ("id", "type") if isinstance(call.get(key), str)}
-    return {"type": "function", **known, "function": {"name": function["name"], "arguments": arguments}}
+    return {"type": "function", **known, "function": {"name": function["name"], "arguments": arguments or {}}}
 
 
 def _has_name(value: Any) -> bool:
@@ -68,16 +82,23 @@ def _has_name(value: Any) -> bool:
 
 
 def _loads(text: str) -> Any:
+    """Return the JSON in a text; None for other texts, and for an object that says a key twice."""
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     return None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(result := dict(pairs)) < len(pairs):
+        raise ValueError("a key is said twice")
+    return result
 
 
 def _check_text(value: Any, where: str) -> None:
     """Raise DataError for what cannot be written as JSON and UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+    except (ValueError, TypeError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise DataError(
-            f"{where}: tools contain a lone surrogate, NaN or infinity, or are nested too deeply; {REMEDY}"
+            f"{where}: tools contain what JSON cannot say (a lone surrogate, NaN, infinity, a date), or are nested too deeply; {REMEDY}"
         ) from error

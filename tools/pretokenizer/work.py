@@ -8,20 +8,23 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_ft.data.chat_encoding import Encoded
 from megatron_ft.data.chat_format import get_format
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, MARKED, ROLES, WEIGHT_SHIFT
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.errors import DataError, TokenizerError
 from tools.pretokenizer import duplicates
+from tools.pretokenizer.chunk import Chunk
 from tools.pretokenizer.fields import Conversation
-from tools.pretokenizer.lines import Chunk, parse
+from tools.pretokenizer.lines import parse
 from tools.pretokenizer.readers import get_reader
 from tools.pretokenizer.sampling import MARK, SPLITS
 from tools.pretokenizer.selection import Selection, in_order, language_fault, refuses, token_faults
+from tools.pretokenizer.unread import LANGUAGE, count_unread, count_unwritten, not_written
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class WorkerSettings:
 
 @dataclass
 class Counted:
-    """The counted samples of a chunk. sizes: samples per record. left_out, bad: records that were left out."""
+    """The counted samples of a chunk. sizes: samples per record. left_out, bad: records that were left out. unread: keys that were not
+    read."""
 
     sizes: np.ndarray
     hashes: np.ndarray | None
@@ -57,11 +61,12 @@ class Counted:
     left_out: Counter[str]
     bad: list[str]
     weights: set[float]
+    unread: Counter[str]
 
 
 @dataclass
 class Tokenized:
-    """A chunk's samples of one split, concatenated."""
+    """A chunk's samples of one split, concatenated. bad: messages about the chats that could not be encoded, which skipped counts."""
 
     ids: np.ndarray
     role_bytes: np.ndarray
@@ -69,6 +74,18 @@ class Tokenized:
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_tokens: int = 0
     text: bytes = b""
+    bad: list[str] = field(default_factory=list)
+
+
+class _Refused(NamedTuple):
+    """A chat that cannot be encoded. reason: under which it is counted."""
+
+    reason: str
+    message: str
+
+
+class _HalfCharacter(DataError):
+    """A chat with a lone surrogate."""
 
 
 class Worker:
@@ -83,9 +100,12 @@ class Worker:
         self.dtype = np.uint16 if self.tokenizer.vocab_size <= 65535 else np.int32
 
     def count(self, job: Job, chunk: Chunk) -> Counted:
-        left_out, bad = Counter[str](), list[str]()
-        groups = [samples for _, samples in self._read(job, chunk, left_out, bad)]
+        left_out, bad, unread = Counter[str](), list[str](), Counter[str]()
+        groups = [samples for _, samples in self._read(job, chunk, left_out, bad, unread)]
         chats = [chat for group in groups for chat in group]
+        if names := not_written(self.chat_format):
+            for chat in chats:
+                count_unwritten(chat, names, unread)
         kind = self.settings.duplicates
         return Counted(
             sizes=np.array([len(group) for group in groups], np.int32),
@@ -94,6 +114,7 @@ class Worker:
             left_out=left_out,
             bad=bad,
             weights={message["weight"] for chat in chats for message in chat if "weight" in message},
+            unread=unread,
         )
 
     def tokenize(self, job: Job, chunk: Chunk, wanted: np.ndarray, weights: Sequence[float]) -> dict[int, Tokenized]:
@@ -113,12 +134,13 @@ class Worker:
         return result
 
     def _read(
-        self, job: Job, chunk: Chunk, left_out: Counter[str], bad: list[str]
+        self, job: Job, chunk: Chunk, left_out: Counter[str], bad: list[str], unread: Counter[str] | None = None
     ) -> list[tuple[str, list[Conversation]]]:
-        """Return every record's samples with its location."""
+        """Return every record's samples with its location. unread: takes the keys that the reader does not know."""
         reader, skip = get_reader(job.reader), bad if self.settings.skip_bad else None
         languages, phrases = job.selection.wanted_languages, job.selection.phrases
         plain = job.selection.role_order == "keep" and not phrases
+        known = {**reader.known(job.options), **(LANGUAGE if languages else {})}
         result = []
         for where, record in parse(chunk, skip):
             if languages and (fault := language_fault(record, languages)):
@@ -131,6 +153,8 @@ class Worker:
                     raise
                 bad.append(str(error))
                 continue
+            if unread is not None:
+                count_unread(record, known, unread)
             result.append((where, samples if plain else self._select(samples, job.selection, phrases, left_out)))
         return result
 
@@ -150,27 +174,29 @@ class Worker:
 
     def _with_mark_bits(self, chat: Conversation, marked: bool, weights: Sequence[float]) -> Conversation:
         """Return the chat with `mark_bits` in its messages: mark and weight, as bits of the role byte."""
-        if not marked and len(weights) == 1:
+        if not marked and len(weights) == 1 and not any("marked" in message for message in chat):
             return chat
         result = []
         for message in chat:
-            mark_bits = MARKED if marked and ROLES.get(message["role"]) != ASSISTANT else 0
+            to_mark = (marked or "marked" in message) and ROLES.get(message["role"]) != ASSISTANT
+            mark_bits = MARKED if to_mark else 0
             mark_bits |= weights.index(message.get("weight", 1.0)) << WEIGHT_SHIFT
-            result.append({**message, "mark_bits": mark_bits})
+            result.append({**{key: value for key, value in message.items() if key != "marked"}, "mark_bits": mark_bits})
         return result
 
     def _tokenize(self, job: Job, samples: list[tuple[str, Conversation]]) -> Tokenized:
-        samples, bad = self._without_surrogates(samples)
+        bad: list[_Refused] = []
         try:
+            _check_characters(samples)
             ids, role_bytes, lengths = self._encode([chat for _, chat in samples])
-        except DataError:
-            samples, bad = self._encodable(samples, bad)
-            ids, role_bytes, lengths = self._encode([chat for _, chat in samples])
+        except (DataError, TokenizerError):
+            samples, (ids, role_bytes, lengths), bad = self._one_by_one(samples)
         faults, reasons = token_faults(role_bytes, lengths, job.selection)
         accepted = faults == 0
         skipped = Counter({reasons[i]: int(n) for i, n in enumerate(np.bincount(faults)) if i and n})
-        skipped.update(bad)
+        skipped.update(refused.reason for refused in bad)
         result = Tokenized(ids, role_bytes, lengths, skipped, int(lengths[~accepted].sum()))
+        result.bad = [refused.message for refused in bad]
         if not accepted.all():
             by_token = np.repeat(accepted, lengths)
             result.ids, result.role_bytes, result.lengths = ids[by_token], role_bytes[by_token], lengths[accepted]
@@ -181,43 +207,24 @@ class Worker:
             result.text = "".join(text + "\n" for text in texts).encode()
         return result
 
-    def _without_surrogates(
-        self, samples: list[tuple[str, Conversation]]
-    ) -> tuple[list[tuple[str, Conversation]], Counter[str]]:
-        """Return the samples without those that contain a lone surrogate; raise DataError for the first, unless they are skipped."""
-        try:
-            for _, chat in samples:
-                for message in chat:
-                    if not message["content"].isascii():
-                        message["content"].encode()
-            return samples, Counter()
-        except UnicodeEncodeError:
-            pass
-        valid = []
+    def _one_by_one(self, samples: list[tuple[str, Conversation]]) -> tuple[list[Any], Encoded, list[_Refused]]:
+        """Return the samples that can be encoded, encoded, and what is wrong with the others. Raise DataError for the first of these,
+        unless they are skipped."""
+        valid, encoded, refused = [], [], []
         for where, chat in samples:
             try:
-                "".join(message["content"] for message in chat).encode()
+                _check_characters([(where, chat)])
+                encoded.append(self._encode([chat]))
                 valid.append((where, chat))
-            except UnicodeEncodeError:
+            except (DataError, TokenizerError) as error:
+                message = str(error) if str(error).startswith(where) else f"{where}: {error}"
                 if not self.settings.skip_bad:
-                    raise DataError(
-                        f"{where}: the text contains a lone surrogate (half a character); repair or remove it"
-                    ) from None
-        return valid, Counter({"half a character": len(samples) - len(valid)})
-
-    def _encodable(
-        self, samples: list[tuple[str, Conversation]], bad: Counter[str]
-    ) -> tuple[list[tuple[str, Conversation]], Counter[str]]:
-        """Return the samples without those that the chat format cannot encode; raise DataError for the first, unless they are skipped."""
-        valid = []
-        for where, chat in samples:
-            try:
-                self._encode([chat])
-                valid.append((where, chat))
-            except DataError as error:
-                if not self.settings.skip_bad:
-                    raise DataError(f"{where}: {error}; --on_bad_record skip leaves such chats out") from error
-        return valid, bad + Counter({"not sayable in the chat format": len(samples) - len(valid)})
+                    raise DataError(f"{message}; --on_bad_record skip leaves such chats out") from error
+                reason = "half a character" if isinstance(error, _HalfCharacter) else "not sayable in the chat format"
+                refused.append(_Refused(reason, message))
+        nothing = (np.empty(0, np.int32), np.empty(0, np.uint8), np.empty(0, np.int64))
+        ids, role_bytes, lengths = (np.concatenate(parts) for parts in zip(nothing, *encoded, strict=True))
+        return valid, (ids, role_bytes, lengths), refused
 
     def _encode(self, chats: list[Conversation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if chats and chats[0][0]["role"] == "text":
@@ -229,6 +236,18 @@ class Worker:
 
     def _text(self, chat: Conversation) -> str:
         return chat[0]["content"] if chat[0]["role"] == "text" else self.chat_format.text(chat)
+
+
+def _check_characters(samples: list[tuple[str, Conversation]]) -> None:
+    """Raise DataError for a text with a lone surrogate."""
+    for where, chat in samples:
+        for message in chat:
+            if not message["content"].isascii():
+                try:
+                    message["content"].encode()
+                except UnicodeEncodeError:
+                    problem = "the text contains a lone surrogate (half a character); repair or remove it"
+                    raise _HalfCharacter(f"{where}: {problem}") from None
 
 
 __all__ = ["Counted", "Job", "Tokenized", "TokenizerError", "Worker", "WorkerSettings"]

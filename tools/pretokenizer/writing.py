@@ -24,7 +24,7 @@ from megatron_ft.files import atomic_file
 from megatron_ft.log import logger
 from tools.pretokenizer import mixing
 from tools.pretokenizer.pool import Pool
-from tools.pretokenizer.progress import Progress
+from tools.pretokenizer.progress import Progress, warn_skipped
 from tools.pretokenizer.sampling import SPLITS
 from tools.pretokenizer.settings import Settings
 from tools.pretokenizer.sources import Source
@@ -86,11 +86,14 @@ def write(
             digest = source.digest()
             for name, number in SPLITS.items():
                 splits[number].begin(source, digest, source.plan.available[name])
+            refused: list[str] = []
             for results in pool.map("tokenize", _tasks(source, weights)):
                 for number, tokenized in results.items():
                     splits[number].add(tokenized)
+                    refused += tokenized.bad
                 done = [(len(one.lengths) + one.skipped.total(), len(one.ids)) for one in results.values()]
                 progress.done(sum(n for n, _ in done), sum(n for _, n in done))
+            warn_skipped(refused, len(refused), source.name)
         train = splits[SPLITS["train"]]
         if not train.accepted:
             raise DataError(_nothing_left(sources, train.tallies))
@@ -189,7 +192,7 @@ class _Split:
 
     def begin(self, source: Source, digest: str, available: int) -> None:
         """Begin the samples of a source."""
-        self.writer.source(source.name, str(source.path), digest)
+        self.writer.source(source.label, str(source.path), digest)
         self.tallies.append(Tally(source.name, available))
         self.sizes.append([])
         self.digests.append(digest)
@@ -246,7 +249,7 @@ def _mix(
     )
     shards, first, tallies = open_shards(spool), 0, []
     for source, digest, portion, own in zip(sources, train.digests, portions, units, strict=True):
-        writer.source(source.name, str(source.path), digest)
+        writer.source(source.label, str(source.path), digest)
         tallies.append(Tally(source.name, len(own)))
         writer.copy(shards, portion.picks + first, tallies[-1].accept)
         first += len(own)
