@@ -5,6 +5,7 @@ data have the file's name and the line. containers.py opens compressed files, re
 """
 
 import codecs
+import contextlib
 import io
 import json
 import re
@@ -37,7 +38,7 @@ def _chunks(path: Path, name: str, stream: io.BufferedReader) -> Iterator[Chunk]
         yield from tables.parquet(path, name)
     elif start[:6] == b"ARROW1" or start[:4] == b"\xff\xff\xff\xff":
         yield from tables.arrow(path, name)
-    elif plain == b"[":
+    elif plain == b"[" and not _is_list_line(stream):
         yield from _array(stream, name)
     elif plain != b"{" and ending == ".txt":
         yield _document(stream, name)
@@ -45,6 +46,16 @@ def _chunks(path: Path, name: str, stream: io.BufferedReader) -> Iterator[Chunk]
         yield from tables.delimited(stream, name, ending)
     else:
         yield from _lines(stream, name)
+
+
+def _is_list_line(stream: io.BufferedReader) -> bool:
+    """Return whether a file that begins with a list has lines: the list ends on its first line, and others follow."""
+    line, _, rest = start_of(stream, 1 << 13).partition(b"\n")
+    if not line.rstrip().endswith(b"]") or not rest.strip():
+        return False
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(line), list)
+    return False
 
 
 def records(path: Path, bad: list[str] | None = None) -> Iterator[Record]:

@@ -25,6 +25,7 @@ def trees(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     for chunk in chunks:
         name, bad = chunk.name, list[str]()
         for where, row in parse(chunk, bad):
+            found += _taken(bad)
             if problem := _no_name(row):
                 bad.append(f"{where}: {problem}; correct the row")
                 continue
@@ -40,11 +41,18 @@ def trees(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
                     yield Chunk(name, "tree", count + 1, None, found)
                     count, found = count + len(found), []
             rows.append(row)
-        found += map(Faulty, bad)
+        found += _taken(bad)
     if rows:
         found.append(_tree(rows, name))
     if found:
         yield Chunk(name, "tree", count + 1, None, found)
+
+
+def _taken(bad: list[str]) -> list[Faulty]:
+    """Return the messages and empty the list."""
+    taken = list(map(Faulty, bad))
+    bad.clear()
+    return taken
 
 
 def _no_name(row: dict[str, Any]) -> str | None:

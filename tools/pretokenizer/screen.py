@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ft.data.roles import ASSISTANT
-from megatron_ft.data.shards import open_shards
+from megatron_ft.data.roles import loss_weights
+from megatron_ft.data.shards import Shards, open_shards
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.log import logger
 from tools.pretokenizer.sources import Source
@@ -26,8 +26,10 @@ def show_result(prefix: Path, split: str, written: Written | None, sources: list
         print(f"{split + ':':6} no samples, nothing written")
         return
     all_datasets = total(written.tallies)
-    counts = open_shards(prefix).manifest.counts
-    trained = 100 * counts["tokens_by_role"]["assistant"] / counts["tokens"]
+    shards = open_shards(prefix)
+    counts = shards.manifest.counts
+    tallies = total(written.mixed) if written.mixed else all_datasets
+    trained = 100 * tallies.by_role_byte[_trained(shards)].sum() / counts["tokens"]
     skipped = all_datasets.skipped.total()
     share = f"{trained:.0f}% trained on, {skipped:,} skipped"
     print(
@@ -55,14 +57,20 @@ def show_result(prefix: Path, split: str, written: Written | None, sources: list
                 print(f"       keys of {source.path.name} that were not read: {line(source.unread)}")
 
 
+def _trained(shards: Shards) -> np.ndarray:
+    """Return which role bytes are trained on by default: the assistant's and marked ones, unless their message has the weight 0."""
+    return shards.loss_weights(loss_weights()) > 0
+
+
 def show_sample(prefix: Path, tokenizer: Tokenizer) -> None:
-    """Print the first training chat, shortened, with «» around the assistant's turns, which are trained on by default."""
+    """Print the first training chat, shortened, with «» around what is trained on by default."""
     shards = open_shards(f"{prefix}-train")
-    ids, roles = shards.tokens(0), shards.roles(0)
-    starts = [0, *(np.flatnonzero(np.diff(roles)) + 1).tolist()]
+    ids, role_bytes = shards.tokens(0), shards.role_bytes(0)
+    starts = [0, *(np.flatnonzero(np.diff(role_bytes)) + 1).tolist()]
+    trained = _trained(shards)
     print()
     for start, end in list(zip(starts, [*starts[1:], len(ids)], strict=True))[:TURNS]:
         words = " ".join(tokenizer.decode(ids[start:end], skip_special=True).split())
         shown = words if len(words) <= SHOWN else words[:SHOWN] + " ..."
-        print(f"  «{shown}»" if roles[start] == ASSISTANT else f"  {shown}")
+        print(f"  «{shown}»" if trained[role_bytes[start]] else f"  {shown}")
     print("  «» = trained on" + (f", {len(starts) - TURNS} more turns" if len(starts) > TURNS else ""))

@@ -31,6 +31,8 @@ class Tally:
     marked_tokens: int = 0
     untrained: int = 0
     """Accepted samples without assistant tokens and without marked tokens."""
+    by_role_byte: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    """Tokens by their byte in the role shard."""
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(BOUNDS), np.int64))
     """Accepted samples by length: at least BOUNDS[i] and below BOUNDS[i + 1] tokens."""
 
@@ -51,6 +53,7 @@ class Tally:
         self.shortest = min(int(lengths.min()), self.shortest or int(lengths.min()))
         self.longest = max(self.longest or 0, int(lengths.max()))
         self.tokens_by_role += np.bincount(roles, minlength=len(ROLE_NAMES))
+        self.by_role_byte += np.bincount(role_bytes, minlength=256)
         self.marked_tokens += int(marked.sum())
         self.untrained += int((trained == 0).sum())
         self.histogram += np.bincount(np.searchsorted(BOUNDS, lengths, side="right") - 1, minlength=len(BOUNDS))
@@ -105,6 +108,7 @@ def total(tallies: list[Tally]) -> Tally:
         result.skipped_tokens += tally.skipped_tokens
         result.tokens_by_role = result.tokens_by_role + tally.tokens_by_role
         result.untrained += tally.untrained
+        result.by_role_byte = result.by_role_byte + tally.by_role_byte
         result.marked_tokens += tally.marked_tokens
         result.histogram = result.histogram + tally.histogram
     shortest = [t.shortest for t in tallies if t.shortest is not None]

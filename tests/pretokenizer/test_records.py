@@ -1,0 +1,361 @@
+"""What a record says besides its texts is honoured or listed, and a table says what the JSON lines say that it was made of."""
+
+import bz2
+import json
+import lzma
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megatron_ft.data.roles import ASSISTANT, MARKED, ROLE_BITS
+from megatron_ft.data.shards import open_shards
+from megatron_ft.errors import DataError
+from tests.pretokenizer.fixtures import lines, tar_gz
+from tests.pretokenizer.test_pretokenize import place, pretokenize, shortcut  # noqa: F401 - a fixture
+from tools.pretokenizer.lines import records
+from tools.pretokenizer.readers import READERS, recognise
+from tools.pretokenizer.unread import count_unread
+
+FRENCH = {"system": "ANSWER IN FRENCH"}
+PAIR = [("user", "q"), ("assistant", "a")]
+SYSTEM = [("system", "ANSWER IN FRENCH")]
+PAST = [("user", "q0"), ("assistant", "a0")]
+LISTS = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}
+CHATS = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+SHAPES = [
+    ("sharegpt", {**FRENCH, **CHATS}, SYSTEM + PAIR),
+    ("sharegpt", {"conversations": MESSAGES["messages"]}, PAIR),
+    ("messages", {"messages": CHATS["conversations"]}, PAIR),
+    ("messages", {"system_prompt": "ANSWER IN FRENCH", **MESSAGES}, SYSTEM + PAIR),
+    ("conversation", {"conversation": MESSAGES["messages"]}, PAIR),
+    ("alpaca", {**FRENCH, "history": [["q0", "a0"]], "instruction": "q", "input": "", "output": "a"}, SYSTEM + PAST + PAIR),
+    ("alpaca", {"instruction": "q", "input": "x", "output": "a"}, [("user", "q\n\nx"), ("assistant", "a")]),
+    ("alpaca", {"history": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"}],
+                "instruction": "q", "output": "a"}, PAST + PAIR),
+    ("gpteacher", {"instruction": "q", "input": "x", "response": "a"}, [("user", "q\n\nx"), ("assistant", "a")]),
+    ("gpteacher", {"instruction": "q", "response": "a", **FRENCH, "category": "c"}, SYSTEM + PAIR),
+    ("sled", {"id": "1", "pid": "1_0", "input": "q", "output": "a"}, PAIR),
+    ("sled", {"id": "1", "pid": "1_0", "input_prefix": "p", "input": "q", "output": "a"}, [("user", "p\n\nq"), ("assistant", "a")]),
+    ("critiques", {"prompt": "q", "response": "a"}, PAIR),
+    ("question_answer", {"question": "q", "answer": "a"}, PAIR),
+    ("question_answer", {"question": "q", "answer": "a", "context": "c"}, [("context", "c"), *PAIR]),
+    ("question_response", {"id": "niv.1", "system_prompt": "ANSWER IN FRENCH", "question": "q", "response": "a"}, SYSTEM + PAIR),
+    ("query_response", {"query": "q", "response": "a", "history": [["q0", "a0"]]}, PAST + PAIR),
+    ("prompt_completion", LISTS, PAIR),
+    ("prompt_completion", {**LISTS, "completion": "a"}, PAIR),
+    ("seed_tasks", {"id": "seed_task_0", "instruction": "q", "instances": [{"input": "", "output": "a"}]}, PAIR),
+]  # fmt: skip
+
+
+def convert(name, record, **options):
+    reader = READERS[name]
+    return reader.convert(record, "here", reader.options(**options), Counter())
+
+
+def said(chat):
+    return [(turn["role"], turn["content"]) for turn in chat]
+
+
+def not_read(name, record, **options):
+    counted = Counter()
+    count_unread(record, READERS[name].known(READERS[name].options(**options)), counted)
+    return dict(counted)
+
+
+@pytest.mark.parametrize(("name", "record", "turns"), SHAPES)
+def test_shapes_in_use(tmp_path, name, record, turns):
+    (tmp_path / "x.jsonl").write_bytes(lines([record]))
+    assert recognise(tmp_path / "x.jsonl").name == name
+    (chat,) = convert(name, record)
+    assert said(chat) == turns
+    assert not_read(name, record).keys() <= {"id", "pid", "category"}
+
+
+def test_every_reader_says_what_it_reads():
+    assert [name for name, reader in READERS.items() if not reader.reads] == []
+
+
+def test_a_task_is_a_chat_for_each_instance():
+    task = {"instruction": "add", "instances": [{"input": "1", "output": "2"}, {"input": "3", "output": "4"}]}
+    first, second = convert("seed_tasks", task)
+    assert said(first) == [("user", "add\n\n1"), ("assistant", "2")]
+    assert said(second) == [("user", "add\n\n3"), ("assistant", "4")]
+
+
+@pytest.mark.parametrize(
+    ("more", "weight"),
+    [
+        ({"loss": False}, 0), ({"train": False}, 0), ({"weight": 0}, 0), ({"loss": True}, 1), ({"train": True}, 1),
+        ({"loss": None}, 1), ({}, 1), ({"loss": False, "weight": 0.5}, 0), ({"train": True, "weight": 0.5}, 0.5), ({"loss": 0}, 0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("style", ["openai", "sharegpt"])
+def test_what_a_message_counts(more, weight, style):
+    answer = {"role": "assistant", "content": "a"} if style == "openai" else {"from": "gpt", "value": "a"}
+    (chat,) = convert("messages", {"messages": [{**answer, **more}]})
+    assert chat[0].get("weight", 1) == weight
+
+
+def test_a_prompt_of_messages_is_not_trained_on():
+    """As TRL: of prompt and completion, only the completion."""
+    few = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "one"}, *LISTS["prompt"]]
+    (chat,) = convert("prompt_completion", {**LISTS, "prompt": few})
+    assert [turn.get("weight", 1) for turn in chat] == [1, 0, 1, 1]
+
+
+def test_reasoning_stands_before_the_text():
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, key: "r"}]}
+        assert convert("messages", record)[0][1] == {"role": "assistant", "content": "", "reasoning_content": "r"}
+    (chat,) = convert("question_answer", {"question": "q", "answer": "a", "reasoning_content": "r"})
+    assert chat[-1]["reasoning_content"] == "r"
+
+
+def test_contexts_with_what_is_known_of_them():
+    """Airoboros' blocks: lines of key and value between two marks, then the text."""
+    context = [
+        {"date": "2021-01-01", "url": "https://web.site/123", "text": "Blueberries are green."},
+        "Plums are purple.",
+    ]
+    record = {"messages": [{"role": "user", "content": "q", "context": context}, {"role": "assistant", "content": "a"}]}
+    first = "BEGINCONTEXT\ndate: 2021-01-01\nurl: https://web.site/123\nENDCONTEXT\nBlueberries are green."
+    assert said(convert("messages", record)[0]) == [("context", first), ("context", "Plums are purple."), *PAIR]
+
+
+def test_keys_that_were_not_read_are_counted():
+    call = {
+        "index": 0,
+        "id": "1",
+        "type": "function",
+        "function": {"name": "f", "arguments": {"any": {"thing": 1}}, "strict": True},
+    }
+    record = {
+        "id": 7, "source": None,
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "q", "cache_control": {}}], "mood": "calm"},
+            {"role": "assistant", "content": "", "tool_calls": [call], "refusal": None},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    }  # fmt: skip
+    expected = ("id", "messages.mood", "messages.content.cache_control", "messages.tool_calls.index")
+    assert not_read("messages", record) == {key: 1 for key in (*expected, "messages.tool_calls.function.strict")}
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({**FRENCH, "messages": [{"role": "system", "content": "other"}]}, "different system messages"),
+        ({"messages": [{"role": "assistant", "content": "a", "loss": "no"}]}, "'loss' is text; give true or false"),
+        ({"messages": [{"role": "assistant", "content": "a", "name": 3}]}, "'name' is a number"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "reasoning_content": ["x"]}]},
+            "'reasoning_content' is a list",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "reasoning": "x", "thinking": "y"}]},
+            "different reasonings",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "reasoning_content": "x"}]}, "reasoning by the user"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}]}, "only the assistant can"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}]},
+            "arguments of a tool call are a list",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "context": {"url": "x"}}]}, "without a text"),
+        ({**MESSAGES, "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "both 'tools' and 'functions'"),
+        ({"messages": [None]}, "a message is null, not an object"),
+        ({"messages": [{"role": "user", "content": [None]}]}, "a part that is null"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(record, problem):
+    with pytest.raises(DataError, match=f"here: .*{problem}") as caught:
+        convert("messages", record)
+    assert "NoneType" not in str(caught.value)
+
+
+def test_a_call_in_json_text_that_says_more_stays_text():
+    for text in ('{"name": "f", "arguments": {}, "thought": "x"}', '{"name": "f", "arguments": {"a": 1, "a": 2}}'):
+        record = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": text}]}
+        assert convert("sharegpt", record)[0][1] == {"role": "assistant", "content": text}
+
+
+LONG = 123456789012345678901234567890
+
+
+def test_a_long_integer_in_a_call_stays_what_it_is(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"id": LONG}}}
+    (tmp_path / "x.jsonl").write_bytes(
+        lines([{"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}])
+    )
+    ((_, record),) = records(tmp_path / "x.jsonl")
+    assert record["messages"][0]["tool_calls"] == [call]
+
+
+CALLS = [
+    {"messages": [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+        {"role": "tool", "content": "1", "name": name},
+        {"role": "assistant", "content": "a", "loss": False} if name == "add" else {"role": "assistant", "content": "a"},
+    ], "tools": [{"function": {"name": name, "parameters": {"properties": {key: {"type": "x"} for key in arguments}}}}]}
+    for name, arguments in (("weather", {"city": "Paris", "when": {"day": 1}}), ("add", {"a": 1, "b": [{"c": 2}, {"d": 3}]}))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "stream"])
+def test_a_table_says_what_its_json_lines_say(tmp_path, form):
+    """Written by pyarrow, whose struct columns give every object all keys."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table, path = pyarrow.Table.from_pylist(CALLS), tmp_path / f"x.{form}"
+    if form == "parquet":
+        parquet.write_table(table, path)
+    else:
+        make = pyarrow.ipc.new_file if form == "arrow" else pyarrow.ipc.new_stream
+        with make(str(path), table.schema) as writer:
+            writer.write_table(table)
+    (tmp_path / "x.jsonl").write_bytes(lines(CALLS))
+    assert [record for _, record in records(path)] == [record for _, record in records(tmp_path / "x.jsonl")] == CALLS
+
+
+def test_a_null_in_json_lines_stays():
+    call = {"function": {"name": "f", "arguments": {"a": None}}}
+    (chat,) = convert("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]})
+    assert chat[0]["tool_calls"][0]["function"]["arguments"] == {"a": None}
+
+
+ROWS = [{"instruction": 'Hi, "you"', "output": "Hello;\nthere"}, {"instruction": "Who é?", "output": ""}]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_csv(tmp_path, delimiter, bom):
+    """Written by Python's csv."""
+    import csv
+
+    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
+        file.write(bom)
+        writer = csv.DictWriter(file, ["instruction", "output"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    assert [record for _, record in records(tmp_path / "x.csv")] == ROWS
+    assert recognise(tmp_path / "x.csv").name == "alpaca"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"instruction,output\na,b,c\nd,e\n", "row 2: has 3 cells"),
+        (b"instruction,output\na,\xff\nd,e\n", "row 2: holds bytes that are not UTF-8"),
+        (b'instruction,output\nd,e\na,"b\n', "row 3: not valid CSV"),
+    ],
+)
+def test_a_bad_row_of_csv_is_that_rows(tmp_path, content, problem):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(DataError, match=rf"x\.csv, {problem}"):
+        list(records(tmp_path / "x.csv"))
+    bad = []
+    assert [record for _, record in records(tmp_path / "x.csv", bad)] == [{"instruction": "d", "output": "e"}]
+    assert len(bad) == 1
+
+
+@pytest.mark.parametrize("pack", [lzma.compress, bz2.compress], ids=["xz", "bz2"])
+def test_compressed_with_what_python_has(tmp_path, pack):
+    (tmp_path / "x").write_bytes(pack(lines([MESSAGES] * 3)))
+    assert len(list(records(tmp_path / "x"))) == 3
+    (tmp_path / "x").write_bytes(pack(lines([MESSAGES] * 3))[:-20])
+    with pytest.raises(DataError, match="damaged"):
+        list(records(tmp_path / "x"))
+    (tmp_path / "x.tar.gz").write_bytes(tar_gz([("a.jsonl.xz", lzma.compress(lines([MESSAGES])))]))
+    assert len(list(records(tmp_path / "x.tar.gz"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"PK\x03\x04....", "a zip archive"), (b"7z\xbc\xaf", "a 7z archive"), (b"SQLite format 3\0", "an SQLite database"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"), (b"<!DOCTYPE html>", "a web page"),
+        (b"\x80\x04\x95", "a pickle"), ("é".encode("utf-16"), "UTF-16"), (b"%PDF-1.4", "a PDF"),
+        (tar_gz([("b.zip", b"PK\x03\x04")]), "member b.zip: a zip archive"),
+        (tar_gz([("b.parquet", b"PAR1")]), "member b.parquet: a Parquet file inside another"),
+        (tar_gz([("b.md", b"x")]), "no .jsonl file in this archive \\(it holds b.md\\)"),
+    ],
+)  # fmt: skip
+def test_files_of_other_kinds_are_named(tmp_path, content, problem):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        list(records(tmp_path / "x.jsonl"))
+
+
+def test_the_three_nearest_shapes(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(lines([{"question": "x", "answers": "y"}]))
+    with pytest.raises(DataError) as caught:
+        recognise(tmp_path / "x.jsonl")
+    nearest = str(caught.value).split("the nearest are ")[1].split("; rename")[0].split("; ")
+    assert len(nearest) == 3 and nearest[0] == "question_answer: question, answer"
+
+
+@pytest.mark.parametrize(
+    ("record", "keys", "turns"),
+    [
+        ({"p": "q", "c": "a", "s": "ANSWER IN FRENCH"}, "question=p answer=c system=s", SYSTEM + PAIR),
+        (
+            {"p": "q", "c": "a", "d": "x"},
+            ["question=p", "input=d", "answer=c"],
+            [("user", "q\n\nx"), ("assistant", "a")],
+        ),
+        (
+            {"talk": [{"who": "human", "what": "q"}, {"who": "gpt", "what": "a"}]},
+            {"messages": "talk", "role": "who", "content": "what"},
+            PAIR,
+        ),
+        ({"body": "a"}, "text=body", [("text", "a")]),
+    ],
+)
+def test_own_keys(record, keys, turns):
+    assert said(convert("custom", record, keys=keys)[0]) == turns
+    assert not_read("custom", {**record, "id": 1}, keys=keys) == {"id": 1}
+
+
+def test_own_keys_on_the_command_line(place, capsys):  # noqa: F811
+    (place / "x.jsonl").write_bytes(lines([{"p": f"q{i}", "c": "a", "id": i} for i in range(5)]))
+    assert shortcut("--keys", "question=p", "answer=c", "--val_split", 0, source="x.jsonl") == 0
+    assert "keys of x.jsonl that were not read: id (5)" in capsys.readouterr().out
+    for wrong, problem in (
+        ("questoin=p", "did you mean question"),
+        ("question=p", "answer is not"),
+        ("p", "write MEANING=KEY"),
+    ):
+        assert shortcut("--keys", wrong, "--output_prefix", "out/other", source="x.jsonl") == 2
+        assert problem in capsys.readouterr().err
+    assert shortcut("--keys", "question=nix", "answer=c", "--output_prefix", "out/other", source="x.jsonl") == 2
+    assert "line 1: the key 'nix' is missing" in capsys.readouterr().err
+
+
+def test_weights_and_marks_reach_the_shards(place, capsys):  # noqa: F811
+    turns = [("human", None), ("gpt", False), ("human", True), ("gpt", True)]
+    chat = {
+        "conversations": [{"from": who, "value": f"text {i}", "train": train} for i, (who, train) in enumerate(turns)]
+    }
+    (place / "x.jsonl").write_bytes(lines([chat] * 2))
+    assert shortcut("--val_split", 0, source="x.jsonl") == 0
+    shards = open_shards("out/mine-train", verify=True)
+    role_bytes = shards.role_bytes(0)
+    by_role_byte = shards.loss_weights(np.array([0, 0, 1, 0], "f4"))[role_bytes]
+    starts = [i for i in range(len(role_bytes)) if not i or role_bytes[i] != role_bytes[i - 1]]
+    assert [float(by_role_byte[i]) for i in starts] == [0, 0, 1, 1]
+    assert role_bytes[starts[2]] & MARKED and role_bytes[starts[1]] & ROLE_BITS == ASSISTANT
+    out = capsys.readouterr().out
+    assert "«assistant text 1»" not in out and "«assistant text 3»" in out and "«user text 2»" in out
+
+
+def test_two_datasets_of_one_kind_have_names_of_their_own(place):  # noqa: F811
+    (place / "more").mkdir()
+    for name in ("chats.jsonl", "critiques.jsonl", "more/chats.jsonl"):
+        (place / name).write_bytes(lines([MESSAGES] * 3))
+    flags = ("--tokenizer", "tokenizer.model", "--output_prefix", "out/mine", "--val_split", 0)
+    assert pretokenize("--input", "chats.jsonl", "critiques.jsonl", "more/chats.jsonl", *flags) == 0
+    names = [source["name"] for source in open_shards("out/mine-train").manifest.sources]
+    assert names == [f"messages:{place.name}/chats", "messages:critiques", "messages:more/chats"]
+    assert json.loads((place / "out/mine-train_stats.json").read_text())["datasets"][0]["name"] == "messages"
