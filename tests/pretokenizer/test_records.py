@@ -15,7 +15,7 @@ from tests.pretokenizer.fixtures import lines, tar_gz
 from tests.pretokenizer.test_pretokenize import place, pretokenize, shortcut  # noqa: F401 - a fixture
 from tools.pretokenizer.lines import records
 from tools.pretokenizer.readers import READERS, recognise
-from tools.pretokenizer.unread import count_unread
+from tools.pretokenizer.unread import Unread
 
 FRENCH = {"system": "ANSWER IN FRENCH"}
 PAIR = [("user", "q"), ("assistant", "a")]
@@ -59,9 +59,9 @@ def said(chat):
 
 
 def not_read(name, record, **options):
-    counted = Counter()
-    count_unread(record, READERS[name].known(READERS[name].options(**options)), counted)
-    return dict(counted)
+    unread = Unread(READERS[name].known(READERS[name].options(**options)))
+    unread.add(record)
+    return dict(unread.counted)
 
 
 @pytest.mark.parametrize(("name", "record", "turns"), SHAPES)

@@ -67,13 +67,14 @@ def records(path: Path, bad: list[str] | None = None) -> Iterator[Record]:
 
 def parse(chunk: Chunk, bad: list[str] | None = None) -> Iterator[Record]:
     """Yield the records of a chunk. For a faulty one raise DataError, or append its message to `bad` and continue."""
+    exact = chunk.lines is not None and any(key in chunk.lines for key in _OF_TOOLS)
     numbered = enumerate(chunk.rows or [] if chunk.lines is None else chunk.lines.split(b"\n"), chunk.first)
     for number, entry in numbered:
         if chunk.lines is not None and len(entry) < MAX_LINE and not entry.strip():
             continue
         where = f"{chunk.name}, {chunk.unit} {number}"
         try:
-            content = entry if chunk.lines is None else _loads(entry, where)
+            content = entry if chunk.lines is None else _loads(entry, where, exact)
             if isinstance(content, Faulty):
                 raise DataError(content if content.startswith(chunk.name) else f"{where}: {content}")
             if not isinstance(content, dict):
@@ -86,14 +87,15 @@ def parse(chunk: Chunk, bad: list[str] | None = None) -> Iterator[Record]:
         yield where, content
 
 
-def _loads(line: bytes, where: str) -> Any:
+def _loads(line: bytes, where: str, exact: bool) -> Any:
+    """Return the JSON of a line. exact: integers of more than 64 bits, which orjson rounds, stay what they are."""
     import orjson
 
     if len(line) >= MAX_LINE:
         raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB; write one JSON object per line")
     try:
         value = orjson.loads(line)
-        return json.loads(line) if _has_rounded(line) else value
+        return json.loads(line) if exact and _LONG.search(line) else value
     except orjson.JSONDecodeError as error:
         try:
             line.decode("utf-8")
@@ -102,12 +104,7 @@ def _loads(line: bytes, where: str) -> Any:
         raise DataError(f"{where}: not valid JSON ({error.msg}); repair or remove the line") from error
 
 
-_LONG, _TOOLS = re.compile(rb"\d{19}"), re.compile(rb'"(?:arguments|parameters|function)"')
-
-
-def _has_rounded(line: bytes) -> bool:
-    """Return whether a line may hold a tool's integer of more than 64 bits, which orjson rounds."""
-    return _TOOLS.search(line) is not None and _LONG.search(line) is not None
+_LONG, _OF_TOOLS = re.compile(rb"\d{19}"), (b'"arguments"', b'"parameters"', b'"function"')
 
 
 def _lines(stream: IO[bytes], name: str) -> Iterator[Chunk]:

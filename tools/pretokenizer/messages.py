@@ -31,6 +31,8 @@ OTHER_NAMES = {
 CALLS = ("function_call", "tool_call")  # speakers whose text is a call
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SYSTEM = ("system", "system_prompt", "system_message")
+BESIDE = frozenset((*SYSTEM, "tools", "functions"))
+"""What a record may say besides its messages."""
 CONTEXT_TEXT = ("text", "content", "document", "passage")
 
 
@@ -39,8 +41,9 @@ def chat(record: dict[str, Any], key: str, where: str, names: Mapping[str, str] 
 
     names: what the file calls "role", "content", "system" and "tools", where it calls them something else.
     """
-    names = names or {}
     turns = [turn for message in get_list(record, key, where) for turn in message_turns(message, where, names)]
+    if not names and BESIDE.isdisjoint(record):
+        return turns
     return toolcalls.with_tools(with_system(turns, record, where, names), record, where, names)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ft.errors import DataError, kind_of
 from tools.pretokenizer import messages, toolcalls
-from tools.pretokenizer.fields import Conversation, get, get_list, get_text, given, keep
+from tools.pretokenizer.fields import Conversation, get, get_list, get_text, given, keep, pair
 
 Convert = Callable[[dict[str, Any], str, Any, Counter[str]], list[Conversation]]
 APART = "\n\n"  # between the parts of a question
@@ -45,7 +45,14 @@ class Pair:
 def reader(shape: Pair) -> Convert:
     """Return the reader of a shape."""
 
+    first, *others = shape.question
+    special = frozenset(shape.optional) - frozenset(others)
+
     def convert(record: dict[str, Any], where: str, options: Any, left_out: Counter[str]) -> list[Conversation]:
+        if special.isdisjoint(record):  # the common case, which must be fast
+            question, reply = record.get(first), record.get(shape.answer)
+            if isinstance(question, str) and isinstance(reply, str) and not any(map(record.get, others)):
+                return pair(question, reply, left_out)
         return keep(turns(record, shape, where), left_out)
 
     return convert

@@ -26,13 +26,11 @@ MESSAGE: Reads = {
     **dict.fromkeys(("content", "value"), PART),
     **dict.fromkeys(("tool_calls", "function_call"), CALL),
 }
-BESIDE: Reads = dict.fromkeys((*messages.SYSTEM, "tools", "functions"), ALL)
-"""What is read beside a list of messages."""
 LANGUAGE: Reads = {"lang": ALL, "language": ALL}
 
 
 def chat_reads(key: str) -> Reads:
-    return {key: MESSAGE, **BESIDE}
+    return {key: MESSAGE, **dict.fromkeys(messages.BESIDE, ALL)}
 
 
 def pair_reads(shape: pairs.Pair) -> Reads:
@@ -40,9 +38,31 @@ def pair_reads(shape: pairs.Pair) -> Reads:
     return {**dict.fromkeys(shape.optional, ALL), shape.context: ALL, **sides}
 
 
-def count_unread(record: dict[str, Any], reads: Reads, counted: Counter[str]) -> None:
-    """Add the record's unknown keys to the counts, each with its path: `id`, `messages.name`."""
-    _walk(record, reads, "", counted)
+class Unread:
+    """Counts keys that a reader does not know, each with its path: `id`, `messages.name`."""
+
+    def __init__(self, reads: Reads):
+        self.counted: Counter[str] = Counter()
+        self._reads = reads
+        self._plans: dict[tuple[str, ...], Any] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Count the unknown keys of a record. Records mostly have the same keys, for which is looked up what there is to do."""
+        keys = tuple(record)
+        if (plan := self._plans.get(keys)) is None:
+            plan = (
+                [key for key in keys if key not in self._reads],
+                [(key, known, f"{key}.") for key in keys if (known := self._reads.get(key))],
+            )
+            if len(self._plans) < MOST:
+                self._plans[keys] = plan
+        unknown, inside = plan
+        for key in unknown:
+            if record[key] is not None:
+                _add(key, self.counted)
+        for key, known, path in inside:
+            if type(value := record[key]) is not str:
+                _walk(value, known, path, self.counted)
 
 
 def _walk(value: Any, reads: Reads, path: str, counted: Counter[str]) -> None:
@@ -70,18 +90,17 @@ def merge(counted: Counter[str], more: Counter[str]) -> None:
         counted[name if name in counted or len(counted) < MOST else OTHERS] += count
 
 
-def not_written(chat_format: Any) -> tuple[str, ...]:
-    """Return what a turn may say that a chat format has no place for. A tokenizer's own template is given everything."""
-    return ("name",) if isinstance(chat_format, ChatFormat) else ()
+def written(reads: Reads, chat_format: Any) -> Reads:
+    """Return what is read and has a place in a chat format: formats of ours have none for names. A tokenizer's own template is given
+    everything."""
+    if not isinstance(chat_format, ChatFormat):
+        return reads
+    without = {key: known for key, known in MESSAGE.items() if key != "name"}
+    return {key: {**without, **_others(known)} if "tool_call_id" in known else known for key, known in reads.items()}
 
 
-def count_unwritten(chat: list[dict[str, Any]], keys: tuple[str, ...], counted: Counter[str]) -> None:
-    """Add what the turns say under these keys, which no shard will hold."""
-    for turn in chat:
-        if len(turn) > 2:
-            for key in keys:
-                if key in turn:
-                    _add(f"a message's {key}", counted)
+def _others(known: Reads) -> Reads:
+    return {key: value for key, value in known.items() if key not in MESSAGE}
 
 
 def line(counted: Counter[str]) -> str:

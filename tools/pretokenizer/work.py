@@ -24,7 +24,7 @@ from tools.pretokenizer.lines import parse
 from tools.pretokenizer.readers import get_reader
 from tools.pretokenizer.sampling import MARK, SPLITS
 from tools.pretokenizer.selection import Selection, in_order, language_fault, refuses, token_faults
-from tools.pretokenizer.unread import LANGUAGE, count_unread, count_unwritten, not_written
+from tools.pretokenizer.unread import LANGUAGE, Reads, Unread, written
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,10 @@ class Worker:
         self.dtype = np.uint16 if self.tokenizer.vocab_size <= 65535 else np.int32
 
     def count(self, job: Job, chunk: Chunk) -> Counted:
-        left_out, bad, unread = Counter[str](), list[str](), Counter[str]()
+        left_out, bad = Counter[str](), list[str]()
+        unread = Unread(self._known(job))
         groups = [samples for _, samples in self._read(job, chunk, left_out, bad, unread)]
         chats = [chat for group in groups for chat in group]
-        if names := not_written(self.chat_format):
-            for chat in chats:
-                count_unwritten(chat, names, unread)
         kind = self.settings.duplicates
         return Counted(
             sizes=np.array([len(group) for group in groups], np.int32),
@@ -114,7 +112,7 @@ class Worker:
             left_out=left_out,
             bad=bad,
             weights={message["weight"] for chat in chats for message in chat if "weight" in message},
-            unread=unread,
+            unread=unread.counted,
         )
 
     def tokenize(self, job: Job, chunk: Chunk, wanted: np.ndarray, weights: Sequence[float]) -> dict[int, Tokenized]:
@@ -134,13 +132,12 @@ class Worker:
         return result
 
     def _read(
-        self, job: Job, chunk: Chunk, left_out: Counter[str], bad: list[str], unread: Counter[str] | None = None
+        self, job: Job, chunk: Chunk, left_out: Counter[str], bad: list[str], unread: Unread | None = None
     ) -> list[tuple[str, list[Conversation]]]:
         """Return every record's samples with its location. unread: takes the keys that the reader does not know."""
         reader, skip = get_reader(job.reader), bad if self.settings.skip_bad else None
         languages, phrases = job.selection.wanted_languages, job.selection.phrases
         plain = job.selection.role_order == "keep" and not phrases
-        known = {**reader.known(job.options), **(LANGUAGE if languages else {})}
         result = []
         for where, record in parse(chunk, skip):
             if languages and (fault := language_fault(record, languages)):
@@ -154,9 +151,13 @@ class Worker:
                 bad.append(str(error))
                 continue
             if unread is not None:
-                count_unread(record, known, unread)
+                unread.add(record)
             result.append((where, samples if plain else self._select(samples, job.selection, phrases, left_out)))
         return result
+
+    def _known(self, job: Job) -> Reads:
+        known = written(get_reader(job.reader).known(job.options), self.chat_format)
+        return {**known, **LANGUAGE} if job.selection.wanted_languages else known
 
     def _select(
         self, samples: list[Conversation], selection: Selection, phrases: tuple[str, ...], left_out: Counter[str]
