@@ -53,7 +53,7 @@ class TestPretokenize:
         "line, message",
         [
             ('{"messages": [', r"bad\.jsonl, line 41: not valid JSON .*repair or remove"),
-            ('["a"]', r"bad\.jsonl, line 41: a JSON list, an object was expected"),
+            ('["a"]', r"bad\.jsonl, line 41: a list, an object was expected"),
             ('{"messages": [{"role": "cat", "content": "meow"}]}', r"bad\.jsonl, line 41: .*'cat'"),
             ('{"messages": [{"role": "user", "content": 3}]}', r"bad\.jsonl, line 41: .*not text"),
         ],
