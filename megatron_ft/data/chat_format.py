@@ -174,8 +174,8 @@ class ChatFormat:
             if waiting:
                 before, after = self.context.split("{text}")
                 blocks = "\n".join(self._text_of(one).join(self.block.split("{context}")) for one in waiting)
-                said = blocks.join(before.split("{context}")) + self._text_of(message) + after
-                message = {**message, "content": said}
+                text = blocks.join(before.split("{context}")) + self._text_of(message) + after
+                message = {**message, "content": text}
                 waiting = []
             result.append(message)
         if waiting:

@@ -296,6 +296,41 @@ def test_the_three_nearest_shapes(tmp_path):
     assert len(nearest) == 3 and nearest[0] == "question_answer: question, answer"
 
 
+def test_chats_inside_something_else_are_found(tmp_path):
+    (tmp_path / "x.json").write_bytes(lines([{"version": 1, "data": [MESSAGES]}]))
+    with pytest.raises(DataError, match=r"line 1: the chats are in a list under 'data'; .*jq -c '\.data\[\]' FILE"):
+        recognise(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text(json.dumps(MESSAGES, indent=1))
+    with pytest.raises(DataError, match=r"line 1: an object over several lines; .*jq -c"):
+        recognise(tmp_path / "x.json")
+
+
+BLOCKS = (
+    "BEGININPUT\nBEGINCONTEXT\ndate: 2021-01-01\nurl: https://web.site/123\nENDCONTEXT\nBlueberries are now green.\nENDINPUT\n"
+    "BEGININPUT\nBEGINCONTEXT\nurl: https://web.site/5\nENDCONTEXT\nPlums stay purple.\nENDINPUT\n"
+    "BEGININSTRUCTION\nWhat colour are blueberries? Source?\nENDINSTRUCTION"
+)
+
+
+def test_airoboros_blocks_by_the_text_or_by_the_parts_are_the_same(place):  # noqa: F811
+    """The published text of a prompt with two inputs, and the same from contexts with what is known of them."""
+    contexts = [
+        {"date": "2021-01-01", "url": "https://web.site/123", "text": "Blueberries are now green."},
+        {"url": "https://web.site/5", "text": "Plums stay purple."},
+    ]
+    question = {"role": "user", "content": "What colour are blueberries? Source?", "context": contexts}
+    (place / "parts.jsonl").write_bytes(lines([{"messages": [question, {"role": "assistant", "content": "Green."}]}]))
+    (place / "text.jsonl").write_bytes(lines([{"category": "contextual", "instruction": BLOCKS, "response": "Green."}]))
+    found = []
+    for name in ("parts", "text"):
+        flags = ("--chat_format", "vicuna", "--val_split", 0, "--write_json", "--output_prefix", f"out/{name}")
+        assert shortcut(*flags, source=f"{name}.jsonl") == 0
+        found.append(open_shards(f"out/{name}-train").tokens(0).tolist())
+    assert found[0] == found[1]
+    text = json.loads((place / "out/text-train.jsonl").read_text())["text"]
+    assert f" USER: {BLOCKS} ASSISTANT: Green.</s>" in text
+
+
 @pytest.mark.parametrize(
     ("record", "keys", "turns"),
     [

@@ -101,6 +101,8 @@ def _loads(line: bytes, where: str, exact: bool) -> Any:
             line.decode("utf-8")
         except UnicodeDecodeError as wrong:
             raise DataError(f"{where}: byte {wrong.start + 1} is not UTF-8; save the file as UTF-8") from wrong
+        if line.strip() == b"{":
+            raise DataError(f"{where}: an object over several lines; write one chat per line: jq -c . FILE") from error
         raise DataError(f"{where}: not valid JSON ({error.msg}); repair or remove the line") from error
 
 

@@ -77,6 +77,10 @@ def _of_shape(record: dict[str, Any]) -> Reader | None:
 
 
 def _unknown(where: str, record: dict[str, Any]) -> str:
+    """Return the message about a record of no known shape."""
+    for key, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and _of_shape(value[0]):
+            return f"{where}: the chats are in a list under '{key}'; write one chat per line: jq -c '.{key}[]' FILE"
     shapes = "; ".join(f"{reader.name}: {', '.join(reader.keys)}" for reader in _nearest(record))
     keys = ", ".join(itertools.islice(record, 12)) or "(none)"
     return (
@@ -94,7 +98,7 @@ def _nearest(record: dict[str, Any]) -> list[Reader]:
         similar = sum(bool(difflib.get_close_matches(key, record, 1, 0.7)) for key in reader.keys)
         return common + similar / len(reader.keys), known
 
-    shaped = [reader for reader in READERS.values() if reader.keys]
+    shaped = sorted((r for r in READERS.values() if r.keys), key=lambda reader: reader.options is OasstOptions)
     return sorted(shaped, key=likeness, reverse=True)[:3]
 
 
