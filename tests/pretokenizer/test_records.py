@@ -241,6 +241,8 @@ def test_csv(tmp_path, delimiter, bom):
         writer.writerows(ROWS)
     assert [record for _, record in records(tmp_path / "x.csv")] == ROWS
     assert recognise(tmp_path / "x.csv").name == "alpaca"
+    (tmp_path / "v1.2.csv.xz").write_bytes(lzma.compress((tmp_path / "x.csv").read_bytes()))
+    assert [record for _, record in records(tmp_path / "v1.2.csv.xz")] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -394,3 +396,23 @@ def test_two_datasets_of_one_kind_have_names_of_their_own(place):  # noqa: F811
     names = [source["name"] for source in open_shards("out/mine-train").manifest.sources]
     assert names == [f"messages:{place.name}/chats", "messages:critiques", "messages:more/chats"]
     assert json.loads((place / "out/mine-train_stats.json").read_text())["datasets"][0]["name"] == "messages"
+
+
+def test_chats_that_differ_in_their_reasoning_are_no_duplicates(place):  # noqa: F811
+    question, answer = MESSAGES["messages"]
+    chats = [{"messages": [question, {**answer, "reasoning_content": reasoning}]} for reasoning in ("r", "s", "r")]
+    (place / "x.jsonl").write_bytes(lines(chats))
+    assert shortcut("--val_split", 0, "--duplicates", "exact", source="x.jsonl") == 0
+    assert len(open_shards("out/mine-train")) == 2
+
+
+def test_turns_that_count_differently_are_not_joined():
+    from tools.pretokenizer.selection import in_order
+
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "weight": 0.0},
+        {"role": "assistant", "content": "b"},
+    ]
+    assert in_order(turns, "repair") == (turns, "roles out of order, beyond repair")
+    assert len(in_order([{**turn, "weight": 0.0} for turn in turns], "repair")[0]) == 2

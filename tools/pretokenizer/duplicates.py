@@ -26,7 +26,7 @@ def fingerprints(chats: Sequence[Conversation]) -> np.ndarray:
 
     hashes = np.empty(len(chats), np.uint64)
     for i, chat in enumerate(chats):
-        text = "\0".join(part for message in _written(chat) for part in (message["role"], *_said(message)))
+        text = "\0".join(part for message in _written(chat) for part in (message["role"], message["content"]))
         hashes[i] = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
     return hashes
 
@@ -34,16 +34,10 @@ def fingerprints(chats: Sequence[Conversation]) -> np.ndarray:
 def signatures(chats: Sequence[Conversation]) -> np.ndarray:
     """Return the MinHash of each conversation's texts: uint32 [chats, PERMUTATIONS]. Raise ConfigError without `rensa`."""
     rensa = minhash_library()
-    sets = [_runs(" ".join(part for message in _written(chat) for part in _said(message))) for chat in chats]
+    sets = [_runs(" ".join(message["content"] for message in _written(chat))) for chat in chats]
     if not sets:
         return np.empty((0, PERMUTATIONS), np.uint32)
     return np.array(rensa.RMinHash.digests_from_token_sets(sets, PERMUTATIONS, 1), np.uint32)
-
-
-def _said(message: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a message's reasoning, if it has some, and its text."""
-    reasoning = message.get("reasoning_content")
-    return (message["content"],) if reasoning is None else (reasoning, message["content"])
 
 
 def _written(chat: Conversation) -> Sequence[Mapping[str, Any]]:

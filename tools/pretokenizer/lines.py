@@ -16,7 +16,7 @@ from typing import IO, Any
 from megatron_ft.errors import DataError, kind_of
 from tools.pretokenizer import tables
 from tools.pretokenizer.chunk import MAX_LINE, ROWS, Chunk, Faulty
-from tools.pretokenizer.containers import readable, start_of, streams
+from tools.pretokenizer.containers import COMPRESSED, readable, start_of, streams
 
 CHUNK = 1 << 20  # approximate bytes of lines
 
@@ -33,7 +33,7 @@ def chunks(path: Path) -> Iterator[Chunk]:
 def _chunks(path: Path, name: str, stream: io.BufferedReader) -> Iterator[Chunk]:
     start = start_of(stream, 64)
     plain = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    ending = next(iter(Path(name.split(", member ")[-1]).suffixes[:1]), "").lower()
+    ending = _ending(name.split(", member ")[-1].lower())
     if start[:4] == b"PAR1":
         yield from tables.parquet(path, name)
     elif start[:6] == b"ARROW1" or start[:4] == b"\xff\xff\xff\xff":
@@ -46,6 +46,11 @@ def _chunks(path: Path, name: str, stream: io.BufferedReader) -> Iterator[Chunk]
         yield from tables.delimited(stream, name, ending)
     else:
         yield from _lines(stream, name)
+
+
+def _ending(name: str) -> str:
+    """Return the ending of a file's name without that of its compression."""
+    return Path(name.removesuffix(next((end for end in COMPRESSED if name.endswith(end)), ""))).suffix
 
 
 def _is_list_line(stream: io.BufferedReader) -> bool:
