@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import fuzz_chats
 from megatron_ft.data.chat_format import FORMATS
 from megatron_ft.data.roles import ROLES, loss_weights, weight_table
 from megatron_ft.data.shards import ShardWriter, open_shards
 from tests.data.helpers import fast_file
+from tools.pretokenizer import messages
 from tools.pretokenizer.chunk import Chunk
 from tools.pretokenizer.readers import READERS
 from tools.pretokenizer.selection import Selection
@@ -223,3 +225,14 @@ def test_any_record_is_read_or_refused_by_its_line(workers, tmp_path_factory, na
             if weights == [None, None, None]:
                 assert text in trained
                 trained = trained[trained.index(text) + len(text) :]
+
+
+def test_the_campaign_in_its_short_form(tmp_path):
+    result = fuzz_chats.campaign(tmp_path, 2000, seed=11)
+    assert result.total() == 2000 and result["accepted"] > 1000 and result["refused"] > 200
+
+
+def test_the_campaign_sees_a_text_that_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(messages, "_reasoning", lambda *arguments: {})
+    with pytest.raises(AssertionError):
+        fuzz_chats.campaign(tmp_path, 2000, seed=11)
