@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def too_large_a_layout(shop, tmp_path) -> list:
 
 def no_known_format(shop, tmp_path) -> list:
     (tmp_path / "x.jsonl").write_text('{"weather": "fine"}\n')
+    return pretokenize(shop, tmp_path, tmp_path / "x.jsonl")
+
+
+def zip_archive(shop, tmp_path) -> list:
+    with zipfile.ZipFile(tmp_path / "x.jsonl", "w") as archive:
+        archive.write(shop.chats)
     return pretokenize(shop, tmp_path, tmp_path / "x.jsonl")
 
 
@@ -76,6 +83,7 @@ MISTAKES = {
     "earlier run": an_earlier_run,
     "no known format": no_known_format,
     "not valid JSON": broken_line,
+    "a zip archive": zip_archive,
     "exist already": finished_shards,
     "for a vocabulary of": lambda shop, _: finetune(shop, shop.bare),
     "no supervised token": lambda shop, _: finetune(shop, data=shop.questions),
