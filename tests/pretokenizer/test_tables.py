@@ -1,0 +1,102 @@
+"""Tables and packed files: Parquet, Arrow and CSV against pyarrow and Python's csv, compression, files of other kinds."""
+
+import bz2
+import lzma
+
+import pytest
+
+from megatron_ft.errors import DataError
+from tests.pretokenizer.fixtures import lines, tar_gz
+from tests.pretokenizer.test_records import MESSAGES
+from tools.pretokenizer.lines import records
+from tools.pretokenizer.readers import recognise
+
+CALLS = [
+    {"messages": [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+        {"role": "tool", "content": "1", "name": name},
+        {"role": "assistant", "content": "a", "loss": False} if name == "add" else {"role": "assistant", "content": "a"},
+    ], "tools": [{"function": {"name": name, "parameters": {"properties": {key: {"type": "x"} for key in arguments}}}}]}
+    for name, arguments in (("weather", {"city": "Paris", "when": {"day": 1}}), ("add", {"a": 1, "b": [{"c": 2}, {"d": 3}]}))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "stream"])
+def test_a_table_says_what_its_json_lines_say(tmp_path, form):
+    """Written by pyarrow, whose struct columns give every object all keys."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table, path = pyarrow.Table.from_pylist(CALLS), tmp_path / f"x.{form}"
+    if form == "parquet":
+        parquet.write_table(table, path)
+    else:
+        make = pyarrow.ipc.new_file if form == "arrow" else pyarrow.ipc.new_stream
+        with make(str(path), table.schema) as writer:
+            writer.write_table(table)
+    (tmp_path / "x.jsonl").write_bytes(lines(CALLS))
+    assert [record for _, record in records(path)] == [record for _, record in records(tmp_path / "x.jsonl")] == CALLS
+
+
+ROWS = [{"instruction": 'Hi, "you"', "output": "Hello;\nthere"}, {"instruction": "Who é?", "output": ""}]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_csv(tmp_path, delimiter, bom):
+    """Written by Python's csv."""
+    import csv
+
+    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
+        file.write(bom)
+        writer = csv.DictWriter(file, ["instruction", "output"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    assert [record for _, record in records(tmp_path / "x.csv")] == ROWS
+    assert recognise(tmp_path / "x.csv").name == "alpaca"
+    (tmp_path / "v1.2.csv.xz").write_bytes(lzma.compress((tmp_path / "x.csv").read_bytes()))
+    assert [record for _, record in records(tmp_path / "v1.2.csv.xz")] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"instruction,output\na,b,c\nd,e\n", "row 2: has 3 cells"),
+        (b"instruction,output\na,\xff\nd,e\n", "row 2: holds bytes that are not UTF-8"),
+        (b'instruction,output\nd,e\na,"b\n', "row 3: not valid CSV"),
+    ],
+)
+def test_a_bad_row_of_csv_is_that_rows(tmp_path, content, problem):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(DataError, match=rf"x\.csv, {problem}"):
+        list(records(tmp_path / "x.csv"))
+    bad = []
+    assert [record for _, record in records(tmp_path / "x.csv", bad)] == [{"instruction": "d", "output": "e"}]
+    assert len(bad) == 1
+
+
+@pytest.mark.parametrize("pack", [lzma.compress, bz2.compress], ids=["xz", "bz2"])
+def test_compressed_with_what_python_has(tmp_path, pack):
+    (tmp_path / "x").write_bytes(pack(lines([MESSAGES] * 3)))
+    assert len(list(records(tmp_path / "x"))) == 3
+    (tmp_path / "x").write_bytes(pack(lines([MESSAGES] * 3))[:-20])
+    with pytest.raises(DataError, match="damaged"):
+        list(records(tmp_path / "x"))
+    (tmp_path / "x.tar.gz").write_bytes(tar_gz([("a.jsonl.xz", lzma.compress(lines([MESSAGES])))]))
+    assert len(list(records(tmp_path / "x.tar.gz"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"PK\x03\x04....", "a zip archive"), (b"7z\xbc\xaf", "a 7z archive"), (b"SQLite format 3\0", "an SQLite database"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"), (b"<!DOCTYPE html>", "a web page"),
+        (b"\x80\x04\x95", "a pickle"), ("é".encode("utf-16"), "UTF-16"), (b"%PDF-1.4", "a PDF"),
+        (tar_gz([("b.zip", b"PK\x03\x04")]), "member b.zip: a zip archive"),
+        (tar_gz([("b.parquet", b"PAR1")]), "member b.parquet: a Parquet file inside another"),
+        (tar_gz([("b.md", b"x")]), "no .jsonl file in this archive \\(it holds b.md\\)"),
+    ],
+)  # fmt: skip
+def test_files_of_other_kinds_are_named(tmp_path, content, problem):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        list(records(tmp_path / "x.jsonl"))
