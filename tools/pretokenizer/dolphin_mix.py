@@ -3,17 +3,21 @@
 The records are shuffled first, as `datasets` does it with the same seed. All records that are taken are kept in memory.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from tools.pretokenizer.chunk import ROWS, Chunk
+from megatron_ft.errors import DataError
+from tools.pretokenizer.chunk import ROWS, Chunk, Faulty
 from tools.pretokenizer.fields import Conversation, get_text
 from tools.pretokenizer.lines import parse
+from tools.pretokenizer.unread import ALL, Unread
 
 Entry = tuple[str, str, str]
 """System message, question, answer."""
+KEYS = ("instruction", "input", "output")
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,18 @@ class MixOptions:
     """Seed of the order of records."""
 
 
-def joined(read: Callable[[], Iterator[Chunk]], options: MixOptions) -> Iterator[Chunk]:
-    """Yield chunks of {"instruction", "conversation"}, as orca-chat has them. read: starts reading the records, which happens twice."""
+def joined(read: Callable[[], Iterator[Chunk]], options: MixOptions, unread: Counter[str]) -> Iterator[Chunk]:
+    """Yield chunks of {"instruction", "conversation"}, as orca-chat has them, after chunks of Faulty for records that cannot be read.
+
+    read: starts reading the records, which happens twice. unread: is set to the keys of records that are not read.
+    """
+    faulty: list[Chunk] = []
+    entries = _taken(read, options, unread, faulty)
+    yield from faulty
     number, name = 0, "dolphin-mix"
     rows: list[dict[str, object]] = []
-    for system, entries in _by_system(_taken(read, options)):
-        for part in _conversations(system, entries, options.max_char_len):
+    for system, own in _by_system(entries):
+        for part in _conversations(system, own, options.max_char_len):
             rows.append({"instruction": system, "conversation": part})
             if len(rows) == ROWS:
                 yield Chunk(name, "conversation", number + 1, None, rows)
@@ -42,17 +52,31 @@ def joined(read: Callable[[], Iterator[Chunk]], options: MixOptions) -> Iterator
         yield Chunk(name, "conversation", number + 1, None, rows)
 
 
-def _taken(read: Callable[[], Iterator[Chunk]], options: MixOptions) -> list[Entry]:
+def _taken(
+    read: Callable[[], Iterator[Chunk]], options: MixOptions, unread: Counter[str], faulty: list[Chunk]
+) -> list[Entry]:
     """Return the records that are taken, in the shuffled order."""
-    count = sum(1 for chunk in read() for _ in parse(chunk))
+    count = sum(1 for chunk in read() for _ in parse(chunk, []))
     order = np.random.default_rng(options.seed).permutation(count)[: options.num_samples]
     places = {int(record): place for place, record in enumerate(order)}
-    entries: list[Entry] = [("", "", "")] * len(order)
-    for index, (where, record) in enumerate(record for chunk in read() for record in parse(chunk)):
-        if index in places:
-            system, question, answer = (get_text(record, key, where) for key in ("instruction", "input", "output"))
-            entries[places[index]] = (system, question, answer)
-    return entries
+    entries: dict[int, Entry] = {}
+    seen, index = Unread(dict.fromkeys(KEYS, ALL)), 0
+    for chunk in read():
+        bad: list[str] = []
+        for where, record in parse(chunk, bad):
+            place, index = places.get(index), index + 1
+            if place is not None:
+                seen.add(record)
+                try:
+                    system, question, answer = (get_text(record, key, where) for key in KEYS)
+                    entries[place] = (system, question, answer)
+                except DataError as error:
+                    bad.append(str(error))
+        if bad:
+            faulty.append(Chunk(chunk.name, chunk.unit, chunk.first, None, list(map(Faulty, bad))))
+    unread.clear()
+    unread.update(seen.counted)
+    return [entry for _, entry in sorted(entries.items())]
 
 
 def _by_system(entries: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:

@@ -100,14 +100,13 @@ def dolly15k_english(
     record: dict[str, Any], where: str, options: DollyOptions, left_out: Counter[str]
 ) -> list[Conversation]:
     """Read {"INSTRUCTION", "RESPONSE", "METADATA": {"CONTEXT"}}, the English dataset in Open-Assistant's own columns."""
-    metadata = get(record, "METADATA", where)
-    return _dolly(record, ("INSTRUCTION", "RESPONSE"), metadata, "CONTEXT", where, options, left_out)
+    return _dolly(record, ("INSTRUCTION", "RESPONSE"), record.get("METADATA"), "CONTEXT", where, options, left_out)
 
 
 def _dolly(
     record: dict[str, Any],
     keys: tuple[str, str],
-    holder: dict[str, Any],
+    holder: Any,
     context_key: str,
     where: str,
     options: DollyOptions,

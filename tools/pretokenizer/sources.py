@@ -56,7 +56,7 @@ class Source:
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks of its files, the same in every pass."""
         if isinstance(self.job.options, MixOptions):
-            return joined(self._chunks, self.job.options)
+            return joined(self._chunks, self.job.options, self.unread)
         return self._chunks()
 
     def _chunks(self) -> Iterator[Chunk]:
