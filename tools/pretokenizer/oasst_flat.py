@@ -12,7 +12,8 @@ TREES = 50  # per chunk
 
 
 def is_flat(record: dict[str, Any]) -> bool:
-    return "message_id" in record and "parent_id" in record and "prompt" not in record
+    """Return whether a record is a row of a table. A first message has no parent_id there, or null."""
+    return "message_id" in record and "prompt" not in record
 
 
 def trees(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
