@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fuzz_readers
 from benchmarks.fuzz_readers import change_json, damaged
-from checkpoints_conversion.megatron_llm import _harmless
+from checkpoints_conversion.megatron_llm_args import harmless
 from checkpoints_conversion.torch_dist import plan_torch_dist
 from megatron_ft.checkpoints.folder import CheckpointConfig, read_config, write_config
 from megatron_ft.checkpoints.restricted import read_metadata
@@ -109,7 +109,7 @@ def make_archive(rng: random.Random) -> bytes:
 
 
 def read_torch(data: bytes) -> None:
-    value = TorchFile(put("model.pt", data), _harmless).value
+    value = TorchFile(put("model.pt", data), harmless).value
     for key in list(value.values())[:20] if isinstance(value, dict) else []:
         for entry in list(key.values())[:20] if isinstance(key, dict) else [key]:
             if isinstance(entry, TensorRef):
