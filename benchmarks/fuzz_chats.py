@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.data.chat_format import FORMATS
-from megatron_ft.data.roles import loss_weights, weight_table
+from megatron_ft.data.roles import all_weights, weight_table
 from megatron_ft.data.shards import ShardWriter, open_shards
 from tests.data.helpers import fast_file
 from tools.pretokenizer.chunk import Chunk
@@ -101,13 +101,13 @@ def _through(worker: Worker, job: Job, records: list[dict[str, Any]], prefix: Pa
     counted = worker.count(job, chunk)
     table = weight_table(sorted(counted.weights))
     done = worker.tokenize(job, chunk, np.ones(int(counted.sizes.sum()), np.uint8), table)[1]
-    with ShardWriter(prefix, worker.tokenizer.vocab_size, worker.tokenizer.info(), weights=table) as writer:
+    with ShardWriter(prefix, worker.tokenizer.vocab_size, worker.tokenizer.info(), weights=table, parts=True) as writer:
         writer.add_many(done.ids, done.role_bytes, done.lengths)
     refused = {int(message.removeprefix("x, line ").split(":")[0]) for message in counted.bad + done.bad}
     kept = [record for number, record in enumerate(records, 1) if number not in refused and record["messages"]]
     shards = open_shards(prefix)
     assert len(kept) == len(shards), (len(kept), len(shards))
-    by_role_byte = shards.loss_weights(loss_weights())
+    by_role_byte = shards.loss_weights(all_weights(0, {}))
     for i, record in enumerate(kept):
         _check(worker, shards.tokens(i)[by_role_byte[shards.role_bytes(i)] > 0], record)
     return Counter(accepted=len(kept), refused=len(refused), empty=len(records) - len(kept) - len(refused))

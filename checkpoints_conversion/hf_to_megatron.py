@@ -99,6 +99,7 @@ def convert(options: HfToMegatron) -> Report:
     from checkpoints_conversion.stream import identity
     from checkpoints_conversion.tokenizer_copy import load_before_and_after
     from checkpoints_conversion.vocabulary import plan_growth
+    from megatron_ft.data.tokenizer_check import check_vocabulary
     from megatron_ft.models.architecture import check_layout
     from megatron_ft.models.dtypes import cast, torch_dtype
     from megatron_ft.models.hf_source import HfSource
@@ -108,6 +109,8 @@ def convert(options: HfToMegatron) -> Report:
     check_layout(source.arch, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     path = Path(options.tokenizer) if options.tokenizer else None
     before, tokenizer = load_before_and_after(path, source.folder, _tokens(options))
+    if before is not None:
+        check_vocabulary(before, source.arch.vocab_size, source.folder)
     growth = plan_growth(source.arch, before, tokenizer, _noise(options, source))
     config = _checkpoint_config(options, source, growth.vocab_size, tokenizer)
     note_sizes(options, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)

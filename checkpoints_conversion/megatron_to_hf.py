@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoints_conversion.options import CheckpointSource, Folders, Written, check_folders
 from megatron_ft.config.cli import Command, run_script
@@ -58,6 +58,7 @@ def convert(options: MegatronToHf) -> Report:
     from checkpoints_conversion.model_card import MODEL_CARD, model_card
     from checkpoints_conversion.report import Report, count
     from checkpoints_conversion.stream import identity, resumable_folder, seal, write_units
+    from megatron_ft.data.tokenizer_export import special_names
     from megatron_ft.log import logger
     from megatron_ft.models.dtypes import HF_NAMES, cast, torch_dtype
     from megatron_ft.models.families import family_of
@@ -67,6 +68,7 @@ def convert(options: MegatronToHf) -> Report:
     source = open_megatron(Path(options.input_dir), options)
     folder, config, tokenizer, rules = source.folder, source.config, source.tokenizer, source.rules
     arch, family, dtype = config.architecture, family_of(config.architecture), options.params_dtype or config.dtype
+    chat_format = _spoken(config, tokenizer)
     trained = config.iteration != "release"
     problem = _certificate_problem(folder, trained, options.require_certificate)
     kind = torch_dtype(options.params_dtype) if options.params_dtype else None
@@ -79,11 +81,14 @@ def convert(options: MegatronToHf) -> Report:
             units, lambda one: cast(source.full(one), options.params_dtype, one.key), f"writing {target.name}:"
         )
         write_index(export, units)
-        hf_config, generation = _configs(family.to_hf(arch, HF_NAMES[dtype]), config, tokenizer)
+        names = special_names(tokenizer, chat_format.stop_token if chat_format else None) if tokenizer else {}
+        ids = {key: tokenizer.token_id(name) for key, name in names.items()} if tokenizer else {}
+        stop_id = ids.get("eos_token") if chat_format else None
+        hf_config, generation = _configs(family.to_hf(arch, HF_NAMES[dtype]), stop_id, ids.get("pad_token"))
         write_json(export / "config.json", hf_config)
         write_json(export / "generation_config.json", generation)
         if tokenizer is not None:
-            _export_tokenizer(export, folder, config, tokenizer)
+            _export_tokenizer(export, folder, config, tokenizer, chat_format, names)
         card = model_card(target.name, config, dtype, folder, certified=problem is None)
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, weights, but=[MODEL_CARD])
@@ -104,33 +109,57 @@ def _certificate_problem(folder: Path, trained: bool, required: bool) -> str | N
     return problem
 
 
-def _configs(hf_config: dict, config: CheckpointConfig, tokenizer: Tokenizer | None) -> tuple[dict, dict]:
+def _configs(hf_config: dict, stop_id: int | None, pad_id: int | None) -> tuple[dict, dict]:
     """Return config.json and generation_config.json. Generation ends at the format's stop token and at the model's own."""
-    from megatron_ft.data.chat_format import get_format
-
     generation = dict(hf_config.pop("generation_config", {}))
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if hf_config.get(key) is not None:
             generation.setdefault(key, hf_config[key])
-    if config.chat_format and tokenizer is not None:
-        stop = tokenizer.token_id(get_format(config.chat_format).stop_token)
-        old = generation.get("eos_token_id")
-        old = old if isinstance(old, list) else [] if old is None else [old]
-        generation["eos_token_id"] = [stop, *(token for token in old if token != stop)]
+    if stop_id is not None:
+        generation["eos_token_id"] = _first(stop_id, generation.get("eos_token_id"))
+        ends = hf_config.get("eos_token_id")
+        hf_config["eos_token_id"] = _first(stop_id, ends) if isinstance(ends, list) else stop_id
+    if pad_id is not None:
+        generation["pad_token_id"] = hf_config["pad_token_id"] = pad_id
     return hf_config, generation
 
 
-def _export_tokenizer(export: Path, folder: Path, config: CheckpointConfig, tokenizer: Tokenizer) -> None:
-    from checkpoints_conversion.tokenizer_copy import original_template
+def _first(stop_id: int, others: int | list[int] | None) -> list[int]:
+    others = others if isinstance(others, list) else [] if others is None else [others]
+    return [stop_id, *(index for index in others if index != stop_id)]
+
+
+def _spoken(config: CheckpointConfig, tokenizer: Tokenizer | None) -> Any:
+    """Return the recorded chat format, else the template of the tokenizer, None without one that says where answers end."""
     from megatron_ft.data.chat_format import get_format
+    from megatron_ft.data.chat_template import NoTemplate, own_template, today
+    from megatron_ft.errors import DataError, TokenizerError
+    from megatron_ft.log import logger
+
+    if tokenizer is None or config.chat_format:
+        return get_format(config.chat_format) if config.chat_format else None
+    try:
+        return own_template(tokenizer, today())
+    except NoTemplate:
+        return None
+    except (TokenizerError, DataError) as error:
+        logger("conversion").warning(
+            "the stop token of the chat template is unknown, the model's own is kept: %s", error
+        )
+        return None
+
+
+def _export_tokenizer(
+    export: Path, folder: Path, config: CheckpointConfig, tokenizer: Tokenizer, chat_format: Any, names: dict[str, str]
+) -> None:
+    from checkpoints_conversion.tokenizer_copy import original_templates
     from megatron_ft.data.tokenizer_export import export_tokenizer
 
-    chat_format = get_format(config.chat_format) if config.chat_format else None
     export_tokenizer(
         tokenizer,
         export,
-        chat_template=chat_format.jinja if chat_format else original_template(folder),
-        stop_token=chat_format.stop_token if chat_format else None,
+        chat_template=chat_format.exported if chat_format else original_templates(folder),
+        stop_token=names.get("eos_token"),
         model_max_length=config.architecture.max_position_embeddings,
     )
 

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ft.checkpoints.folder import TOKENIZER_FOLDER, CheckpointConfig
-from megatron_ft.data.chat_template import template_source
+from megatron_ft.data.template_files import read_object, template_sources, write_templates
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import write_json
-
-_TEMPLATE = "chat_template.jinja"
 
 
 def load_before_and_after(
@@ -36,10 +34,12 @@ def copy_tokenizer(tokenizer: Tokenizer, checkpoint: Path) -> None:
     for file in tokenizer.source_files:
         # A SentencePiece model may have any name; in a folder it must be tokenizer.model.
         shutil.copyfile(file, folder / ("tokenizer.model" if file.suffix == ".model" else file.name))
-    if template := template_source(tokenizer.source_files[0].parent):
-        (folder / _TEMPLATE).write_text(template, encoding="utf-8")
+    if model_type := read_object(tokenizer.source_files[0].parent / "config.json").get("model_type"):
+        write_json(folder / "config.json", {"model_type": model_type})  # it decides which class reads the files
+    write_templates(folder, template_sources(tokenizer.source_files[0].parent))
     write_json(folder / "added_tokens.json", tokenizer.added_tokens)
-    if load_tokenizer(folder, list(tokenizer.added_tokens)).fingerprint != tokenizer.fingerprint:
+    copied = load_tokenizer(folder, list(tokenizer.added_tokens), tokenizer.fingerprint)
+    if copied.fingerprint != tokenizer.fingerprint:
         raise RuntimeError(f"the copy of {tokenizer.source_files[0]} reads differently from the original")
 
 
@@ -48,12 +48,13 @@ def load_copy(checkpoint: Path, config: CheckpointConfig) -> Tokenizer | None:
     if not config.tokenizer:
         return None
     folder = checkpoint / TOKENIZER_FOLDER
-    tokenizer = load_tokenizer(folder, list(config.tokenizer.get("added_tokens", {})))
-    if tokenizer.fingerprint != config.tokenizer.get("fingerprint"):
+    recorded = config.tokenizer.get("fingerprint")
+    tokenizer = load_tokenizer(folder, list(config.tokenizer.get("added_tokens", {})), recorded)
+    if tokenizer.fingerprint != recorded:
         raise CheckpointError(f"{folder} is not the tokenizer recorded in config.json; restore the folder")
     return tokenizer
 
 
-def original_template(checkpoint: Path) -> str | None:
-    """Return the chat template of the source model, None if it had none."""
-    return template_source(checkpoint / TOKENIZER_FOLDER)
+def original_templates(checkpoint: Path) -> dict[str, str]:
+    """Return the chat templates of the source model by name, {} if it had none."""
+    return template_sources(checkpoint / TOKENIZER_FOLDER)

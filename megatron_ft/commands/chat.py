@@ -26,6 +26,8 @@ class Chat:
     """system message at the start of the conversation; default: none"""
     chat_format: str | None = None
     """chat format of the prompts; default: the one recorded in the folder"""
+    template_arguments: list[str] = field(default_factory=list)
+    """variables for the tokenizer's own chat template, such as enable_thinking=false; values are read as JSON, else as text"""
     verify_checkpoint: bool = True
     """compare the folder's files with their recorded digests, if there are any; --no_verify_checkpoint skips this"""
     max_new_tokens: int = 256
@@ -59,7 +61,9 @@ def run(chat: Chat) -> int:
     with process_groups() as layout:
         from megatron_ft.generation.loading import open_chat_model
 
-        model = open_chat_model(Path(chat.load), layout, chat.chat_format, chat.bf16, chat.verify_checkpoint)
+        model = open_chat_model(
+            Path(chat.load), layout, chat.chat_format, chat.bf16, chat.verify_checkpoint, chat.template_arguments
+        )
         chat_format = model.chat_format.name if model.chat_format else "plain text"
         print(f"{chat.load}, {chat_format}. /new starts a new conversation, /quit ends.")
         _converse(chat, model)

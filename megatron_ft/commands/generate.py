@@ -31,6 +31,8 @@ class Generation:
     """file for the answers, one JSON object per prompt with the key "answer"; default: print them"""
     chat_format: str | None = None
     """chat format of the prompts; default: the one recorded in the checkpoint"""
+    template_arguments: list[str] = field(default_factory=list)
+    """variables for the tokenizer's own chat template, such as enable_thinking=false; values are read as JSON, else as text"""
     verify_checkpoint: bool = True
     """compare the folder's files with their recorded digests, if there are any; --no_verify_checkpoint skips this"""
 
@@ -156,8 +158,9 @@ def _answer(generation: Generation, options: SamplingOptions, layout: Layout, co
     from megatron_ft.generation.sampling import Sampling
 
     model = open_chat_model(
-        Path(generation.load), layout, generation.chat_format, options.bf16, generation.verify_checkpoint
-    )
+        Path(generation.load), layout, generation.chat_format, options.bf16, generation.verify_checkpoint,
+        generation.template_arguments,
+    )  # fmt: skip
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     mine = conversations[layout.dp_rank :: layout.dp_size]
     answers = model.answers(mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank)

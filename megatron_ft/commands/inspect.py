@@ -58,7 +58,7 @@ def run(options: Inspect) -> int:
 
     from megatron_ft.commands import inspect_page
     from megatron_ft.data.foreign import open_any
-    from megatron_ft.data.roles import loss_weights
+    from megatron_ft.data.roles import all_weights
     from megatron_ft.data.show import source_of, tokens
     from megatron_ft.data.verify import verify_shards
 
@@ -72,7 +72,7 @@ def run(options: Inspect) -> int:
         if not 0 <= sample < len(shards):
             raise ConfigError(f"--sample {sample}: {options.prefix} has samples 0 to {len(shards) - 1}")
     tokenizer = _tokenizer(options, shards)
-    weight_by_byte = shards.loss_weights(loss_weights(options.scalar_loss_mask), options.marked_loss_weight)
+    weight_by_byte = shards.loss_weights(all_weights(options.scalar_loss_mask, {}), options.marked_loss_weight)
     samples = [
         (sample, source_of(shards, sample), tokens(shards, sample, tokenizer, weight_by_byte)) for sample in chosen
     ]
@@ -99,7 +99,7 @@ def _tokenizer(options: Inspect, shards: Any) -> Any:
         problem = f"{place} does not exist" if place else "the manifest records no tokenizer"
         logger("inspect").warning("%s: only token ids are shown; set --tokenizer", problem)
         return None
-    tokenizer = load_tokenizer(place, list(recorded.get("added_tokens", {})))
+    tokenizer = load_tokenizer(place, list(recorded.get("added_tokens", {})), recorded.get("fingerprint"))
     if recorded.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(f"{place}: not the tokenizer of {options.prefix}; set --tokenizer to the one it was made with")
     return tokenizer
@@ -146,7 +146,15 @@ def _row(seed: int, seq_length: int, lengths: Any) -> list[tuple[int, int, int, 
     ]
 
 
-COLOURS = {"system": "33", "prompter": "34", "assistant": "32", "context": "90"}
+COLOURS = {
+    "system": "33",
+    "prompter": "34",
+    "assistant": "32",
+    "context": "90",
+    "reasoning": "36",
+    "tool_call": "35",
+    "empty_reasoning": "36",
+}
 
 
 def _print(head: list[str], samples: list, row: list | None, tokens: bool) -> None:

@@ -183,17 +183,18 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
 
 def supervision(prefix: str, shards: Any, data: Data) -> Iterator[Finding]:
     """Yield findings on the supervised tokens and ends of turns that remain after cutting. Read every token."""
-    from megatron_ft.config.checks import role_weights
-    from megatron_ft.data.roles import ASSISTANT, ROLE_BITS, loss_weights
+    from megatron_ft.data.roles import ASSISTANT, ROLE_BITS, last_turn
+    from megatron_ft.data.trained_on import weights_of
 
-    weights_by_role = loss_weights(data.scalar_loss_mask, role_weights(data))
-    weight_by_byte = shards.loss_weights(weights_by_role, data.marked_loss_weight)
+    weight_by_byte = shards.loss_weights(weights_of(data), data.marked_loss_weight)
     stop = shards.manifest.tokenizer.get("added_tokens", {}).get(shards.manifest.chat_format.get("stop_token"))
     cut = silent = silent_whole = endless = unlearnt = 0
     for sample in range(len(shards)):
         role_bytes, ids = shards.role_bytes(sample), shards.tokens(sample)
         limit = data.seq_length + 1
         weights = weight_by_byte[role_bytes[1:]]
+        if data.last_turn_only:
+            weights[: max(0, last_turn(role_bytes) - 1)] = 0
         cut += len(role_bytes) > limit
         if not (weights[: limit - 1] > 0).any():
             silent += 1

@@ -80,6 +80,14 @@ class Data:
     """loss weight of all tokens that are not the assistant's; assistant tokens have weight 1"""
     role_loss_weights: list[str] = field(default_factory=list)
     """loss weights of single roles, such as user=0.1 system=0; default: 1 for the assistant, --scalar_loss_mask for all others"""
+    train_on_reasoning: bool = True
+    """train on the assistant's reasoning, such as <think> blocks; --no_train_on_reasoning: only on what follows it"""
+    train_on_empty_reasoning: bool = True
+    """train on reasoning blocks without text, which some chat templates add; --no_train_on_empty_reasoning: not on these"""
+    train_on_tool_calls: bool = True
+    """train on the assistant's tool calls; --no_train_on_tool_calls: only on its other text"""
+    last_turn_only: bool = False
+    """train on the last assistant turn of each sample only"""
     marked_loss_weight: float = 1.0
     """loss weight of tokens that the shards mark for language modelling, in any role; 0: ignore the marks"""
     seed: int = 1234

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode_parts, join, split
-from megatron_ft.data.chat_jinja import template
-from megatron_ft.data.roles import ASSISTANT, CONTEXT, PROMPTER, ROLES, SYSTEM
+from megatron_ft.data.chat_jinja import MARKS, template
+from megatron_ft.data.roles import ASSISTANT, CONTEXT, PROMPTER, ROLE_BITS, ROLES, SYSTEM
+from megatron_ft.data.spoken import segments
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.data.tool_text import as_text, has_tools
 from megatron_ft.errors import ConfigError, DataError, kind_of
@@ -80,6 +81,20 @@ class ChatFormat:
         """The chat template for transformers' apply_chat_template."""
         return template(self)
 
+    @property
+    def exported(self) -> str:
+        """Return the template with {% generation %} around the assistant's turns, from which transformers and TRL make their masks."""
+        return template(self, marks=MARKS)
+
+    def is_said_by(self, source: str) -> bool:
+        """Return whether an exported template is this format's, also in the forms of earlier releases."""
+        forms = (self.jinja, self.exported, template(self, reasoning=False))
+        return source.rstrip("\n") in forms
+
+    def samples(self, messages: Messages) -> list[Messages]:
+        """Return the chat as the samples that are made of it: one, since nothing is written differently later."""
+        return [messages]
+
     @cached_property
     def _closed(self) -> bool:
         """Return whether text never touches text across turns: then a turn's tokens depend on the turn alone."""
@@ -107,6 +122,13 @@ class ChatFormat:
                 if not i:
                     pieces += begin
                     role_bytes += [role_byte] * len(begin)
+                parts = self._content_parts(role_byte, content)
+                if len(parts) > 1 or parts[0].role_byte != role_byte:
+                    run = [Part(role_byte, head), *parts, Part(role_byte, tail)]
+                    cut = tokenizer.encode_cut([[part.text for part in run]], at_start=False)[0]
+                    pieces += (before, *cut, behind)
+                    role_bytes += (role_byte, *(part.role_byte for part in run), role_byte)
+                    continue
                 text = head + content + tail
                 if text:
                     texts.append(text)
@@ -140,7 +162,7 @@ class ChatFormat:
             if not parts:
                 parts += self._split(self.begin, role_byte)
             before, after = self._cut(self._turn_text(role, previous), role_byte)
-            parts += [*before, Part(role_byte, content), *after] if content else [*before, *after]
+            parts += [*before, *self._content_parts(role_byte, content), *after] if content else [*before, *after]
         return parts + self._split(self.generation_prompt, ASSISTANT) if add_generation_prompt else parts
 
     def _role_and_text(self, message: Mapping[str, Any]) -> tuple[int, str]:
@@ -155,8 +177,13 @@ class ChatFormat:
         assert role is not None
         return role, content.strip() if self.strip else content
 
+    def _content_parts(self, code: int, content: str) -> list[Part]:
+        """Return a message's text as parts; the assistant's reasoning and tool calls have roles of their own."""
+        role = code & ROLE_BITS
+        return [Part(code - role + part, text) for part, text in segments(content, role)]
+
     def _folded(self, messages: Messages) -> Messages:
-        """Return the messages with tools written as text. Context turns for which the format has no turns become part of the question
+        """Return the messages with reasoning and tools as text. Context turns for which the format has no turns become part of the question
         that follows them, or of the one before, if they are between it and its answer; else a question of their own."""
         if has_tools(messages):
             messages = as_text(messages, self.default_system, self.strip)
@@ -300,14 +327,14 @@ OWN_TEMPLATE = "tokenizer"
 ALIASES = {"vicuna_v1.1": "vicuna", "vicuna-1.1": "vicuna", "llama-2": "llama2", "llama-3": "llama3"}
 
 
-def get_format(name: str, tokenizer: Tokenizer | None = None) -> Any:
-    """Return a format by its name; with a tokenizer, "tokenizer" is the tokenizer's own chat template. Raise ConfigError with the known
-    names.
+def get_format(name: str, tokenizer: Tokenizer | None = None, options: Any = None) -> Any:
+    """Return a format by its name; with a tokenizer, "tokenizer" is the tokenizer's own chat template, with TemplateOptions. Raise
+    ConfigError with the known names.
     """
     if name == OWN_TEMPLATE and tokenizer is not None:
         from megatron_ft.data.chat_template import own_template
 
-        return own_template(tokenizer)
+        return own_template(tokenizer, options)
     name = ALIASES.get(name, name)
     if name == OWN_TEMPLATE:
         raise ConfigError(
@@ -319,7 +346,7 @@ def get_format(name: str, tokenizer: Tokenizer | None = None) -> Any:
 
 
 def describe(chat_format: Any) -> dict[str, Any]:
-    """Return what a manifest keeps of a format: {name, stop_token}, and of a tokenizer's own template {template, stop_token}."""
+    """Return what a manifest keeps of a format: {name, stop_token}, and of a tokenizer's own template {template, stop_token} and more."""
     if isinstance(chat_format, ChatFormat):
         return {"name": chat_format.name, "stop_token": chat_format.stop_token}
-    return {"template": chat_format.digest, "stop_token": chat_format.stop_token}
+    return chat_format.described

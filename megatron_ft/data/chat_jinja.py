@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_ft.data.roles import ROLES, SYSTEM
+from megatron_ft.data.roles import ASSISTANT, ROLES, SYSTEM
 from megatron_ft.data.tool_text import APART, CALLED, DEFINED, THOUGHT
 
+MARKS = ("{% generation %}", "{% endgeneration %}")
 
-def template(chat: Any) -> str:
-    """Return a Jinja template for a ChatFormat."""
+
+def template(chat: Any, marks: tuple[str, str] = ("", ""), reasoning: bool = True) -> str:
+    """Return a Jinja template for a ChatFormat. marks: around the assistant's turns. reasoning: False for the form of earlier releases,
+    which had none.
+    """
     return (
         "{% set ns = namespace(text='', tools='', inserted=false) %}" + _tools() + _start(chat)
-        + "{% for message in messages %}" + _text(chat) + _turns(chat) + "{% endfor %}"
+        + "{% for message in messages %}" + _text(chat, reasoning) + _turns(chat, marks) + "{% endfor %}"
         + f"{{% if add_generation_prompt %}}{{{{ {_quoted(chat.generation_prompt)} }}}}{{% endif %}}"
     )  # fmt: skip
 
@@ -43,36 +47,43 @@ def _start(chat: Any) -> str:
     return f"{begin}{{% if {condition} %}}{{% set ns.inserted = true %}}{turn}{{% endif %}}"
 
 
-def _text(chat: Any) -> str:
+def _text(chat: Any, reasoning: bool) -> str:
     """Return code that sets ns.text to the text of a message, as tool_text.as_text."""
-    thought = f"{_quoted(THOUGHT[0])} + message['reasoning_content'] + {_quoted(THOUGHT[1])}"
-    own = f"({thought} if message['reasoning_content'] else '') + (message['content'] or '')"
+    own = "message['content'] or ''"
     call_parts = [_quoted(CALLED[0]), "(f['name'] | tojson)", _quoted(CALLED[1])]
     call_parts += ["(a if a is string else (a | tojson))", _quoted(CALLED[2])]
     call = f"ns.text + ({_quoted(chr(10))} if ns.text else '') + {' + '.join(call_parts)}"
+    thought = f"{_quoted(THOUGHT[0])} + message['reasoning_content'] + {_quoted(THOUGHT[1])} + ns.text"
+    thought = f"({thought}) | trim" if chat.strip else thought
+    if_any = "{% if message['reasoning_content'] and message['role'] == 'assistant' %}"
+    if_any += f"{{% set ns.text = {thought} %}}{{% endif %}}"
     return (
         f"{{% set ns.text = {f'({own}) | trim' if chat.strip else own} %}}"
-        "{% for call in message['tool_calls'] or [] %}{% set f = call['function'] or call %}"
+        + (if_any if reasoning else "")
+        + "{% for call in message['tool_calls'] or [] %}{% set f = call['function'] or call %}"
         f"{{% set a = f['arguments'] or {{}} %}}{{% set ns.text = {call} %}}{{% endfor %}}"
         "{% if loop.first and ns.tools and message['role'] == 'system' %}"
         f"{{% set ns.text = ns.text + ({_quoted(APART)} if ns.text else '') + ns.tools %}}{{% endif %}}"
     )
 
 
-def _turns(chat: Any) -> str:
+def _turns(chat: Any, marks: tuple[str, str]) -> str:
     """Return code that writes the turn of ns.text by the role of the message."""
     turns = ""
     for role, turn in chat.turns.items():
-        turns += f"{{% {'elif' if turns else 'if'} message['role'] in {_names(role)} %}}"
-        for (later, earlier), variant in chat.after.items():
-            if later == role:
-                before = f"(loop.index0 > 0 and messages[loop.index0 - 1]['role'] in {_names(earlier)})"
-                before += " or (loop.first and ns.inserted)" if earlier == SYSTEM else ""
-                turns += f"{{% if {before} %}}{_written(variant)}{{% else %}}{_written(turn)}{{% endif %}}"
-                break
-        else:
-            turns += _written(turn)
+        said = _turn(chat, role, turn)
+        said = said.join(marks) if role == ASSISTANT else said
+        turns += f"{{% {'elif' if turns else 'if'} message['role'] in {_names(role)} %}}{said}"
     return turns + "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
+
+
+def _turn(chat: Any, role: int, turn: str) -> str:
+    for (later, earlier), variant in chat.after.items():
+        if later == role:
+            before = f"(loop.index0 > 0 and messages[loop.index0 - 1]['role'] in {_names(earlier)})"
+            before += " or (loop.first and ns.inserted)" if earlier == SYSTEM else ""
+            return f"{{% if {before} %}}{_written(variant)}{{% else %}}{_written(turn)}{{% endif %}}"
+    return _written(turn)
 
 
 def _written(turn: str, value: str = "ns.text") -> str:

@@ -20,7 +20,7 @@ from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.data.manifest import Manifest
 from megatron_ft.data.pieces import draw, pieces_of, pieces_per_epoch
 from megatron_ft.data.plan_cache import cached
-from megatron_ft.data.roles import ROLE_BITS, ROLE_NAMES
+from megatron_ft.data.roles import ALL_NAMES, PART_NAMES, ROLE_BITS, ROLE_NAMES, last_turn
 from megatron_ft.errors import DataError
 
 
@@ -88,6 +88,7 @@ class Choices:
     over_long: str = "cut"
     variable: bool = False
     marked_loss_weight: float = 1.0
+    last_turn_only: bool = False
     shares: tuple[float, ...] | None = None
     shares_by: str = "samples"
     cache: str | None = None
@@ -113,7 +114,7 @@ class Samples(Protocol):
 
 
 class ChatDataset:
-    """Rows of chat samples from one or more shards, shuffled anew each epoch. loss_weights: float32 [4], by role."""
+    """Rows of chat samples from one or more shards, shuffled anew each epoch. loss_weights: float32 [7] or [4], by role."""
 
     def __init__(self, shards: Sequence[Samples], loss_weights: np.ndarray, choices: Choices):
         self.shards, self.choices, self.seq_length = list(shards), choices, choices.seq_length
@@ -153,7 +154,7 @@ class ChatDataset:
         counts = self.shards[shard].manifest.counts["tokens_by_role"]
         by_role = self._weight_by_byte[shard]
         return float(
-            sum(count for role, name in enumerate(ROLE_NAMES) if by_role[role] and (count := counts.get(name, 0)))
+            sum(count for role, name in enumerate(ALL_NAMES) if by_role[role] and (count := counts.get(name, 0)))
         )
 
     def _name_groups(self) -> tuple[dict[str, tuple[str, ...]], np.ndarray]:
@@ -167,7 +168,9 @@ class ChatDataset:
                 source_of[first + begin : first + end] = names.setdefault(source["name"], len(names))
         ends = [f"-{end - 1}" for end in STRETCHES[1:]] + ["+"]
         stretches = tuple(f"{begin}{end}" for begin, end in zip(STRETCHES, ends, strict=True))
-        return {"role": ROLE_NAMES, "source": tuple(names), "position": stretches}, source_of
+        counts = [shard.manifest.counts.get("tokens_by_role", {}) for shard in self.shards]
+        roles = ALL_NAMES if any(part in count for count in counts for part in PART_NAMES) else ROLE_NAMES
+        return {"role": roles, "source": tuple(names), "position": stretches}, source_of
 
     def epoch_rows(self, epoch: int) -> packing.Rows:
         """Return the rows of one epoch. With packing, the emptiest row is left out and packed with the samples of the next epoch."""
@@ -187,6 +190,7 @@ class ChatDataset:
         if self.choices.cache is None or len(self._pieces) < WORTH_KEEPING:
             return self._new_plan(epoch, held)
         choices = dataclasses.asdict(self.choices) | {"cache": None}
+        del choices["last_turn_only"]  # it changes no row
         sizes = [fingerprint(array.tobytes()) for array in (self._sizes, self._first, self._counts, held)]
 
         def build() -> list[np.ndarray]:
@@ -241,11 +245,11 @@ class ChatDataset:
         for i, row in enumerate(pieces):
             at = 0
             for piece in row.tolist():
-                text, role_bytes, weight_by_byte, source = self._read(piece)
+                text, role_bytes, weight, source = self._read(piece)
                 size = len(text) - 1
                 here = slice(at, at + size)
                 tokens[i, here], labels[i, here] = text[:-1], text[1:]
-                weights[i, here] = weight_by_byte[role_bytes[1:]]
+                weights[i, here] = weight[1:]
                 groups[0, i, here], groups[1, i, here] = role_bytes[1:] & ROLE_BITS, source
                 groups[2, i, here] = np.searchsorted(STRETCHES, np.arange(size), side="right") - 1
                 segments.append(size)
@@ -269,17 +273,16 @@ class ChatDataset:
         return min(self.seq_length, -(-longest // 16) * 16)
 
     def _read(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Return a piece's tokens and role bytes, [size + 1] each, the weight of each role byte, and its source."""
+        """Return a piece's tokens, role bytes and loss weights, [size + 1] each, and its source."""
         sample = int(self._pieces.sample[piece])
         shard = int(np.searchsorted(self._first, sample, side="right")) - 1
         here = slice(int(self._pieces.start[piece]), int(self._pieces.start[piece] + self._sizes[piece] + 1))
         opened, local = self.shards[shard], sample - int(self._first[shard])
-        return (
-            opened.tokens(local)[here],
-            opened.role_bytes(local)[here],
-            self._weight_by_byte[shard],
-            int(self._source_of[sample]),
-        )
+        role_bytes = opened.role_bytes(local)
+        weights = self._weight_by_byte[shard][role_bytes]
+        if self.choices.last_turn_only:
+            weights[: last_turn(role_bytes)] = 0
+        return opened.tokens(local)[here], role_bytes[here], weights[here], int(self._source_of[sample])
 
 
 def step_rows(

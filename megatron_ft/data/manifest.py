@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft.data.fingerprint import fingerprint
-from megatron_ft.data.roles import MOST_WEIGHTS, ROLE_NAMES
+from megatron_ft.data.roles import ALL_NAMES, MOST_WEIGHTS, ROLE_NAMES
 from megatron_ft.errors import DataError
 from megatron_ft.files import write_json
 
-FORMAT_VERSION = 2  # 1, without marks and weights, is still written where there are none, and read
+# 1 holds bare roles of speakers, 2 marks and weights too, 3 also parts of what an assistant says. The lowest that does is written.
+FORMAT_VERSION = 3
 MOST_BYTES = 64 << 20  # of a manifest; one of a hundred thousand sources has a third of that
 AGAIN = "run pretokenize again"
 REMEDY = "pretokenize again with the model's tokenizer"
@@ -97,12 +98,12 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     )
     if digest != fingerprint(content) or set(content) != expected:
         raise DataError(f"{path}: has been changed since it was written; {AGAIN}")
-    if (wrong := _wrong_kind(content)) is not None:
+    if (wrong := _wrong_kind(content, version)) is not None:
         raise DataError(f"{path}: its entry {wrong} is not what a manifest holds; {AGAIN}")
     return Manifest(**content, format_version=version)
 
 
-def _wrong_kind(content: dict[str, Any]) -> str | None:
+def _wrong_kind(content: dict[str, Any], version: int) -> str | None:
     """Return the first entry of another type than write_manifest writes."""
     tokenizer, counts, files, roles = (content[key] for key in ("tokenizer", "counts", "files", "roles"))
     text = ("kind", "fingerprint", "model_fingerprint", "file")
@@ -119,7 +120,7 @@ def _wrong_kind(content: dict[str, Any]) -> str | None:
         "files": _is_table(files, lambda entry: _is_table(entry) and _is_count(entry.get("bytes"))
                            and isinstance(entry.get("digest"), str))
         and {"-text.bin", "-text.idx", "-role.bin", "-role.idx"} <= set(files),
-        "roles": roles == list(ROLE_NAMES),
+        "roles": roles == list(ALL_NAMES if version > 2 else ROLE_NAMES),
         "weights": _are_weights(content.get("weights", [1.0])),
     }  # fmt: skip
     return next((key for key, good in sound.items() if not good), None)

@@ -35,12 +35,17 @@ def describe(model: SentencePieceModel) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [],
-        "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec)},
+        "normalizer": normalizer(proto),
         "pre_tokenizer": None,  # the model sees a whole text: pieces may span words
         "post_processor": None,  # nothing is added around a text
         "decoder": {"type": "Sequence", "decoders": _decoders(proto.normalizer_spec)},
         "model": _bpe(proto) if proto.trainer_spec.model_type == BPE else _unigram(proto),
     }
+
+
+def normalizer(proto: Any) -> dict[str, Any]:
+    """Return the normalizer of a SentencePiece model (a ModelProto) as tokenizer.json has it; it adds the space before a text."""
+    return {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec)}
 
 
 def _refuse(model: SentencePieceModel, proto: Any) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_ft import files
 from megatron_ft.data.manifest import AGAIN, FORMAT_VERSION, Manifest, manifest_path, read_manifest, write_manifest
 from megatron_ft.data.mmididx import Sequences, write_index
-from megatron_ft.data.roles import MARKED, ROLE_BITS, ROLE_NAMES, WEIGHT_SHIFT, byte_weights
+from megatron_ft.data.roles import ALL_NAMES, MARKED, PART_NAMES, ROLE_BITS, ROLE_NAMES, WEIGHT_SHIFT, byte_weights
 from megatron_ft.errors import DataError
 
 COPY = f"copy it again, or {AGAIN}"
@@ -31,6 +31,7 @@ class ShardWriter:
 
     vocab_size: ids must be below it. tokenizer: Tokenizer.info(); chat_format: {name, stop_token}.
     weights: the messages' own weights that the samples' role bytes refer to, see roles.py.
+    parts: whether role bytes may hold parts of the assistant's text.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ShardWriter:
         tokenizer: Mapping[str, Any] | None = None,
         chat_format: Mapping[str, Any] | None = None,
         weights: Sequence[float] = (1.0,),
+        parts: bool = False,
     ):
         self.prefix, self.vocab_size = str(prefix), vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= 65535 else np.int32)
@@ -48,6 +50,8 @@ class ShardWriter:
             chat_format=dict(chat_format or {}),
             weights=list(weights),
         )
+        self._valid = _valid_bytes(len(self.manifest.weights), FORMAT_VERSION if parts else 2)
+        self._last_role = len(ALL_NAMES if parts else ROLE_NAMES) - 1
         self._lengths = array.array("i")
         self._finished = False
         self._counts_by_byte = np.zeros(256, np.int64)
@@ -87,11 +91,11 @@ class ShardWriter:
                 f"{where} has ids {ids.min()} to {ids.max()}, the vocabulary {self.vocab_size}; another tokenizer?"
             )
         if role_bytes.min() < 0 or role_bytes.max() > 255:
-            raise DataError(f"{where} holds a role outside 0..{len(ROLE_NAMES) - 1}; see roles.py")
+            raise DataError(f"{where} holds a role outside 0..{self._last_role}; see roles.py")
         role_bytes = role_bytes.astype(np.uint8, copy=False)
         counts = np.bincount(role_bytes, minlength=256)
-        if counts[~_valid_bytes(len(self.manifest.weights))].any():
-            raise DataError(f"{where} holds a role outside 0..{len(ROLE_NAMES) - 1} or an unknown weight; see roles.py")
+        if counts[~self._valid].any():
+            raise DataError(f"{where} holds a role outside 0..{self._last_role} or an unknown weight; see roles.py")
         self._files["-text.bin"].write(np.ascontiguousarray(ids, self.dtype).data)
         self._files["-role.bin"].write(np.ascontiguousarray(role_bytes).data)
         self._lengths.frombytes(np.asarray(lengths).astype(np.intc).tobytes())
@@ -137,19 +141,21 @@ class ShardWriter:
             manifest_path(self.prefix).unlink(missing_ok=True)
         self._close_source()
         self.manifest.counts = self._counts()
-        if self._counts_by_byte[len(ROLE_NAMES) :].any():
-            self.manifest.format_version = FORMAT_VERSION
+        if any(self.manifest.counts["tokens_by_role"].get(name) for name in PART_NAMES):
+            self.manifest.format_version, self.manifest.roles = FORMAT_VERSION, list(ALL_NAMES)
+        elif self._counts_by_byte[len(ROLE_NAMES) :].any():
+            self.manifest.format_version = 2
         self.manifest.files = {ending: _describe(Path(self.prefix + ending)) for ending in ENDINGS}
         write_manifest(self.manifest, manifest_path(self.prefix))
 
     def _counts(self) -> dict[str, Any]:
         role_bytes = np.arange(256)
-        by_role = np.bincount(role_bytes & ROLE_BITS, self._counts_by_byte, len(ROLE_NAMES)).astype(int).tolist()
+        by_role = np.bincount(role_bytes & ROLE_BITS, self._counts_by_byte, len(ALL_NAMES)).astype(int).tolist()
         marked = int(self._counts_by_byte[role_bytes & MARKED > 0].sum())
         return {
             "samples": len(self._lengths),
             "tokens": int(self._counts_by_byte.sum()),
-            "tokens_by_role": dict(zip(ROLE_NAMES, by_role, strict=False)),
+            "tokens_by_role": named_counts(by_role),
             **({"marked_tokens": marked} if marked else {}),
         }
 
@@ -170,7 +176,7 @@ class Shards:
         self._text, self._role = (self._open(kind) for kind in ("-text", "-role"))
         self.lengths: np.ndarray = self._text.lengths  # int32 [samples], in tokens
         self.vocab_size: int = self.manifest.tokenizer["vocab_size"]
-        self._valid = _valid_bytes(len(self.manifest.weights), extended=self.manifest.format_version > 1)
+        self._valid = _valid_bytes(len(self.manifest.weights), self.manifest.format_version)
         if not np.array_equal(self.lengths, self._role.lengths) or self._role.dtype != np.uint8:
             raise DataError(f"{self.prefix}: text and role shards do not belong together; {AGAIN}")
         self._check_counts()
@@ -206,7 +212,7 @@ class Shards:
         return ids
 
     def roles(self, index: int) -> np.ndarray:
-        """Return the roles of a sample's tokens, without mark bits: uint8 [tokens], 0 to 3."""
+        """Return the roles of a sample's tokens, without mark bits: uint8 [tokens], 0 to 6."""
         return self.role_bytes(index) & ROLE_BITS
 
     def role_bytes(self, index: int) -> np.ndarray:
@@ -243,11 +249,19 @@ def remove_shards(prefix: str | os.PathLike) -> None:
         path.unlink(missing_ok=True)
 
 
-def _valid_bytes(weights: int, extended: bool = True) -> np.ndarray:
-    """Return which role bytes are valid in shards with so many weights: bool [256]. extended: with mark bits."""
+def named_counts(by_role: Sequence[int]) -> dict[str, int]:
+    """Return the tokens of each role by its name; parts of the assistant's text only if there are any."""
+    counts = dict(zip(ALL_NAMES, by_role, strict=False))
+    return {name: count for name, count in counts.items() if count or name in ROLE_NAMES}
+
+
+def _valid_bytes(weights: int, version: int = FORMAT_VERSION) -> np.ndarray:
+    """Return which role bytes are valid in shards of a format version with so many weights: bool [256]."""
     role_bytes = np.arange(256)
-    valid = (role_bytes & ROLE_BITS < len(ROLE_NAMES)) & (role_bytes >> WEIGHT_SHIFT < weights)
-    return valid if extended else role_bytes < len(ROLE_NAMES)
+    if version == 1:
+        return role_bytes < len(ROLE_NAMES)
+    roles = len(ALL_NAMES if version > 2 else ROLE_NAMES)
+    return (role_bytes & ROLE_BITS < roles) & (role_bytes >> WEIGHT_SHIFT < weights)
 
 
 def _translation(old: Sequence[float], new: Sequence[float]) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ft.data.foreign import ForeignShards
-from megatron_ft.data.roles import MARKED, ROLE_BITS, ROLE_NAMES
+from megatron_ft.data.roles import ALL_NAMES, MARKED, ROLE_BITS
 from megatron_ft.data.shards import Shards
 from megatron_ft.data.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def tokens(
         Token(
             int(index),
             None if tokenizer is None else token_text(tokenizer, int(index)),
-            ROLE_NAMES[role_byte & ROLE_BITS],
+            ALL_NAMES[role_byte & ROLE_BITS],
             bool(role_byte & MARKED),
             int(index) in names,
             float(weight),

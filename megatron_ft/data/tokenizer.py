@@ -52,6 +52,9 @@ class Tokenizer:
         self.base_vocab_size = backend.size
         self.vocab_size = max([backend.highest, *self.added_tokens.values()]) + 1
         self._special = {**backend.controls, **self.added_tokens}
+        listed = getattr(backend, "description", {}).get("added_tokens", [])
+        # Tokens that text may spell, which a template may name all the same.
+        self._matched = {token["content"]: token["id"] for token in listed if token["content"] not in self._special}
         self._names = {index: name for name, index in self._special.items()}
         self._controls = {name: np.array([index], np.int32) for name, index in self._special.items()}
         self._literals: dict[tuple[str, bool], np.ndarray] = {}
@@ -107,12 +110,18 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """Return the id of a control token. Raise TokenizerError if there is none of that name."""
+        if token in self._matched:
+            return self._matched[token]
         if token not in self._special:
             known = ", ".join(self.added_tokens) or "none"
             raise TokenizerError(
                 f"{self.source_files[0]}: no special token '{token}' (added: {known}); name it as an extra token"
             )
         return self._special[token]
+
+    def has(self, token: str) -> bool:
+        """Return whether token_id knows a token."""
+        return token in self._special or token in self._matched
 
     def id_to_token(self, index: int) -> str:
         """Return the name of a control token, else the piece of the vocabulary. Raise TokenizerError outside the vocabulary."""
@@ -160,16 +169,25 @@ def extra_tokens(tokenizer_type: str | None, names: str | Sequence[str] | None, 
     return list(dict.fromkeys([*first, *(name.strip() for name in listed if name.strip())]))
 
 
-def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokenizer:
+def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = (), recorded: str | None = None) -> Tokenizer:
     """Read a tokenizer: a SentencePiece model, a tokenizer.json, or a folder with one of them.
 
-    Where a folder has both and they agree on every piece, the SentencePiece model does the work (it is faster). Added
-    tokens named in the folder's files are known. extra_tokens that are not there yet get the next free ids, in their
-    order.
+    Where a folder has both and they agree on every piece and on spaces, the SentencePiece model does the work (it is
+    faster). Added tokens named in the folder's files are known. extra_tokens that are not there yet get the next free
+    ids, in their order. recorded: the fingerprint that a checkpoint or shards recorded; if it is that of an earlier
+    release's way to read the same files, they are read in that way.
     Raise TokenizerError: no such file, neither format, or an extra token that ordinary text can spell.
     """
     found = tokenizer_files.find(Path(path))
-    backend, known = found.backend(), found.added_tokens()
+    tokenizer = _with_tokens(found, found.backend(), extra_tokens)
+    if recorded is not None and tokenizer.fingerprint != recorded:
+        earlier = _with_tokens(found, found.earlier_backend(), extra_tokens)
+        tokenizer = earlier if earlier.fingerprint == recorded else tokenizer
+    return tokenizer
+
+
+def _with_tokens(found: tokenizer_files.TokenizerFiles, backend: Backend, extra_tokens: Sequence[str]) -> Tokenizer:
+    known = found.added_tokens()
     added = {name: index for name, index in known.items() if backend.controls.get(name) != index}
     following = max([backend.highest, *added.values()]) + 1
     for token in dict.fromkeys(extra_tokens):

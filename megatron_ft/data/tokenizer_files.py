@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.data import tokenizer_spaces
 from megatron_ft.data.fingerprint import fingerprint
+from megatron_ft.data.template_files import named_tokens
 from megatron_ft.errors import TokenizerError
 
 __all__ = ["TokenizerFiles", "find", "fingerprint"]
@@ -24,14 +26,34 @@ class TokenizerFiles:
     description: dict[str, Any] | None
     config: dict[str, Any]
     added: dict[str, Any]
+    model_type: str | None = None  # of a config.json beside them
 
     def backend(self) -> Any:
-        """Return the base vocabulary; of two that agree the SentencePiece model."""
+        """Return the base vocabulary; of two that agree, also on spaces, the SentencePiece model."""
         from megatron_ft.data.fast_tokenizer import FastTokenizer
 
-        if self.model is not None and (self.description is None or _agree(self.model, self.description)):
+        rule = tokenizer_spaces.rule_of_class(self.config, self.description, self.model_type)
+        if rule is not None:
+            description = self.description or _said_as_json(self.model)
+            return FastTokenizer(self.files[0], tokenizer_spaces.with_rule(description, rule))
+        if self.model is not None and (self.description is None or self._agree()):
             return self.model
         return FastTokenizer(self.files[0], self.description or {})
+
+    def earlier_backend(self) -> Any:
+        """Return the base vocabulary as earlier releases chose it, without regard to spaces."""
+        from megatron_ft.data.fast_tokenizer import FastTokenizer
+
+        if self.model is not None and (self.description is None or _have_the_same_pieces(self.model, self.description)):
+            return self.model
+        return FastTokenizer(self.files[0], self.description or {})
+
+    def _agree(self) -> bool:
+        from megatron_ft.data.sentencepiece_export import normalizer
+
+        if self.description is None or not _have_the_same_pieces(self.model, self.description):
+            return False
+        return tokenizer_spaces.are_before_each_text(self.description, normalizer(self.model.proto()))
 
     def added_tokens(self) -> dict[str, int]:
         """Return name -> id. If the files differ, the newest kind of file is used, as in transformers."""
@@ -48,7 +70,8 @@ class TokenizerFiles:
     def ends(self) -> tuple[str | None, str | None]:
         """Return the names of the tokens that begin and end a document, if the files contain them."""
         inner = (self.model.bos, self.model.eos) if self.model is not None else (None, None)
-        bos, eos = (_name(self.config.get(key)) for key in ("bos_token", "eos_token"))
+        named = named_tokens(self.files[0].parent) if self.config else {}
+        bos, eos = (_name(self.config.get(key)) or named.get(key) for key in ("bos_token", "eos_token"))
         return inner[0] or bos, inner[1] or eos
 
 
@@ -83,6 +106,7 @@ def find(path: Path) -> TokenizerFiles:
         description,
         _read(path / "tokenizer_config.json"),
         _read(path / "added_tokens.json"),
+        _read(path / "config.json").get("model_type"),
     )
 
 
@@ -98,7 +122,16 @@ def _model(path: Path, needed: bool = True) -> Any:
         return None
 
 
-def _agree(model: Any, description: dict[str, Any]) -> bool:
+def _said_as_json(model: Any) -> dict[str, Any]:
+    """Return a SentencePiece model as a tokenizer.json with its control tokens."""
+    from megatron_ft.data.sentencepiece_export import describe
+
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": index, "content": name, **flags} for name, index in model.controls.items()]
+    return {**describe(model), "added_tokens": added}
+
+
+def _have_the_same_pieces(model: Any, description: dict[str, Any]) -> bool:
     vocabulary = description["model"].get("vocab")
     if isinstance(vocabulary, list):  # Unigram: [piece, score] in the order of ids
         return [piece for piece, _ in vocabulary] == model.pieces()

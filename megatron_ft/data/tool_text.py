@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_ft.data.roles import MARKED, ROLES, SYSTEM
+from megatron_ft.data.roles import ASSISTANT, MARKED, ROLES, SYSTEM
 
 DEFINED = (
     "You can call these functions:\n<tools>",
@@ -20,11 +20,10 @@ DEFINED = (
     + ('<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>'),
 )
 CALLED = '<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>"
+THOUGHT = ("<think>\n", "\n</think>\n\n")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # in messages; the first is the standard name
 APART = "\n\n"  # between a system message and the definitions
-THOUGHT = "<think>\n", "\n</think>\n\n"
-
-
-_BESIDE = ("tools", "tool_calls", "reasoning_content")
+_BESIDE = ("tools", "tool_calls", *REASONING_KEYS)
 
 
 def has_tools(messages: Sequence[Mapping[str, Any]]) -> bool:
@@ -41,7 +40,7 @@ def as_text(messages: Sequence[Mapping[str, Any]], default_system: str | None, s
     for message in messages:
         content = message.get("content")
         if isinstance(content, str):
-            own = reasoned(message, content)
+            own = reasoned(message, content.strip() if strip else content)
             own = own.strip() if strip else own
             content = "\n".join([*([own] if own else []), *map(_call, message.get("tool_calls") or [])])
         result.append({k: v for k, v in message.items() if k not in _BESIDE} | {"content": content})
@@ -56,9 +55,10 @@ def as_text(messages: Sequence[Mapping[str, Any]], default_system: str | None, s
 
 
 def reasoned(message: Mapping[str, Any], content: str) -> str:
-    """Return a message's text after its reasoning."""
-    reasoning = message.get("reasoning_content")
-    return f"{THOUGHT[0]}{reasoning}{THOUGHT[1]}{content}" if reasoning else content
+    """Return a message's text, the assistant's after its reasoning."""
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
+    said = reasoning and ROLES.get(str(message.get("role"))) == ASSISTANT
+    return f"{THOUGHT[0]}{reasoning}{THOUGHT[1]}{content}" if said else content
 
 
 def definitions(tools: Sequence[Any]) -> str:

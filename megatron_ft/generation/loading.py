@@ -5,6 +5,7 @@ Both kinds of folder contain the architecture, so no flag about the model is nee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from megatron_ft.checkpoints.load import load_weights
 from megatron_ft.checkpoints.verify import verify
 from megatron_ft.data.chat_format import FORMATS, ChatFormat, get_format
 from megatron_ft.data.chat_template import NoTemplate, OwnTemplate, own_template
+from megatron_ft.data.template_options import TemplateOptions, parse_arguments, today
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.digests import check_digests, has_digests
 from megatron_ft.engine.collective_errors import raise_together
 from megatron_ft.engine.parallel import Layout
-from megatron_ft.errors import DamagedError, TokenizerError
+from megatron_ft.errors import DamagedError, DataError, TokenizerError
 from megatron_ft.files import read_json, read_text
 from megatron_ft.generation.decoding import Decoder
 from megatron_ft.generation.sampling import Sampling
@@ -72,33 +74,42 @@ class ChatModel:
 
 
 def open_chat_model(
-    folder: Path, layout: Layout, chat_format: str | None = None, bf16: bool = False, digests: bool = True
+    folder: Path,
+    layout: Layout,
+    chat_format: str | None = None,
+    bf16: bool = False,
+    digests: bool = True,
+    template_arguments: Sequence[str] = (),
 ) -> ChatModel:
     """Load the checkpoint or export in `folder`. All ranks call it. Raise CheckpointError if it is neither.
 
     chat_format: overrides the one recorded in the folder. digests: first compare the files with digests.json, if it exists.
+    template_arguments: variables for the tokenizer's own chat template, as name=value.
     """
+    template = replace(today(), arguments=parse_arguments(template_arguments))
     check_folder(folder)
     options = _options(bf16)
     is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
     read = _from_export if is_export else _from_checkpoint
     model, arch, tokenizer, recorded = read(folder, layout, options, digests)
-    chat = _select_chat_format(chat_format or recorded, tokenizer)
+    chat = _select_chat_format(chat_format or recorded, tokenizer, template)
     stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     if chat:
         stops.add(tokenizer.token_id(chat.stop_token))
     return ChatModel(Decoder(model, layout, stops, arch.max_position_embeddings), tokenizer, chat)
 
 
-def _select_chat_format(name: str | None, tokenizer: Tokenizer) -> ChatFormat | OwnTemplate | None:
+def _select_chat_format(
+    name: str | None, tokenizer: Tokenizer, template: TemplateOptions
+) -> ChatFormat | OwnTemplate | None:
     """Return the chat format of that name, else the tokenizer's own template, else None for plain text."""
     if name:
-        return get_format(name, tokenizer)
+        return get_format(name, tokenizer, template)
     try:
-        return own_template(tokenizer)
+        return own_template(tokenizer, template)
     except NoTemplate:
         return None
-    except TokenizerError as error:
+    except (TokenizerError, DataError) as error:
         log.warning(f"prompts are plain text without a chat format: {error}")
         return None
 
@@ -121,7 +132,9 @@ def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests:
     load_weights(folder, config, model, layout, verified=True)
     if not config.tokenizer:
         raise TokenizerError(f"{folder}: the checkpoint has no tokenizer; convert it again with --tokenizer")
-    tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER, list(config.tokenizer["added_tokens"]))
+    tokenizer = load_tokenizer(
+        folder / TOKENIZER_FOLDER, list(config.tokenizer["added_tokens"]), config.tokenizer.get("fingerprint")
+    )
     return model, config.architecture, tokenizer, config.chat_format
 
 
@@ -139,7 +152,6 @@ def _from_export(folder: Path, layout: Layout, options: BuildOptions, digests: b
     model = build_model(arch, layout, options)
     fill_from(model, arch, source.rules, source.full, layout)
     template = folder / "chat_template.jinja"
-    recorded = next(
-        (f.name for f in FORMATS.values() if template.is_file() and f.jinja == read_text(template).rstrip("\n")), None
-    )
+    said = read_text(template) if template.is_file() else ""
+    recorded = next((one.name for one in FORMATS.values() if one.is_said_by(said)), None)
     return model, arch, load_tokenizer(folder), recorded

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ft.data.roles import ROLE_NAMES, SYSTEM, display_name
+from megatron_ft.data.roles import ALL_NAMES, SYSTEM, display_name
 from megatron_ft.data.shards import Shards
 from megatron_ft.data.show import Token, tokens
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,12 +21,15 @@ _LONGEST = 1500  # largest number of tokens shown of a sample
 
 
 def by_role(shards: Sequence[Any], weight_by_byte: Sequence[np.ndarray]) -> str:
-    """Return bars of the tokens of each role. weight_by_byte: loss weight of each role byte, float32 [256], of each set of shards."""
-    counts = dict.fromkeys(ROLE_NAMES, 0)
+    """Return bars of the tokens of each role. weight_by_byte: for each set of shards the loss weight of every role byte, float32 [256]."""
+    counts = dict.fromkeys(ALL_NAMES, 0)
     for shard in shards:
         for role in counts:
             counts[role] += shard.manifest.counts["tokens_by_role"].get(role, 0)
-    weight = {name: max(float(weights[role]) for weights in weight_by_byte) for role, name in enumerate(ROLE_NAMES)}
+    weight = {
+        name: max(float(role_bytes[role_byte]) for role_bytes in weight_by_byte)
+        for role_byte, name in enumerate(ALL_NAMES)
+    }
     return bars(
         [(display_name(role), count, f"{count:,} {_training(weight[role])}") for role, count in counts.items() if count]
     )
@@ -51,7 +54,7 @@ def by_length(shards: Sequence[Any], unit: str = "samples") -> str:
 
 def legend(shards: Sequence[Any]) -> str:
     """Return the roles that occur, each in its colour."""
-    found = [r for r in ROLE_NAMES if any(shard.manifest.counts["tokens_by_role"].get(r, 0) for shard in shards)]
+    found = [r for r in ALL_NAMES if any(shard.manifest.counts["tokens_by_role"].get(r, 0) for shard in shards)]
     return " ".join(f'<span class="role {role}">{display_name(role)}</span>' for role in found)
 
 
@@ -98,7 +101,7 @@ def tokenizer_of(shards: Shards, *places: Path) -> Tokenizer | None:
     recorded = shards.manifest.tokenizer
     for place in filter(None, (recorded.get("file"), *places)):
         try:
-            tokenizer = load_tokenizer(place, list(recorded.get("added_tokens", {})))
+            tokenizer = load_tokenizer(place, list(recorded.get("added_tokens", {})), recorded.get("fingerprint"))
         except UserError:
             continue
         if tokenizer.fingerprint == recorded.get("fingerprint"):

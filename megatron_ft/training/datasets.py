@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ft.checkpoints.folder import CheckpointConfig
-from megatron_ft.config.checks import role_weights
 from megatron_ft.config.sections import Data
 from megatron_ft.data.foreign import open_any
 from megatron_ft.data.loader import ChatDataset, Choices, NothingFits, Samples
 from megatron_ft.data.manifest import check_tokenizer
 from megatron_ft.data.plain import PlainShards, is_plain
-from megatron_ft.data.roles import ROLE_NAMES, loss_weights
+from megatron_ft.data.roles import ALL_NAMES
 from megatron_ft.data.shards import Shards
+from megatron_ft.data.trained_on import weights_of
 from megatron_ft.data.verify import verify_shards
 from megatron_ft.engine.parallel import local_rank
 from megatron_ft.errors import DataError
@@ -26,7 +26,7 @@ log = logger("training")
 
 def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset, ChatDataset | None]:
     """Return (training set, validation set or None). Raise DataError when shards and model do not belong together."""
-    weights = loss_weights(data.scalar_loss_mask, role_weights(data))
+    weights = weights_of(data)
     train = _dataset(data.data_path, data, checkpoint, weights, shuffle=True)
     if train.over_long:
         log.warning(
@@ -75,7 +75,7 @@ def _dataset(
         data.seq_length, data.seed, packed=data.packing, shuffle=shuffle, over_long=data.over_long,
         variable=data.variable_seq_lengths, marked_loss_weight=data.marked_loss_weight,
         shares=tuple(data.data_weights) if shuffle and data.data_weights else None, shares_by=data.data_weights_by,
-        cache=_plans(data),
+        cache=_plans(data), last_turn_only=data.last_turn_only,
     )  # fmt: skip
     return ChatDataset(shards, weights, choices)
 
@@ -118,7 +118,7 @@ def loss_weight_of(shard: Samples, weights: np.ndarray, marked_loss_weight: floa
     """Sum of the loss weights of all tokens of some shards, by their manifest; marks count once at their weight."""
     weight_by_byte = shard.loss_weights(weights, marked_loss_weight)
     counts = shard.manifest.counts
-    by_role = sum(weight_by_byte[role] * counts["tokens_by_role"].get(name, 0) for role, name in enumerate(ROLE_NAMES))
+    by_role = sum(weight_by_byte[role] * counts["tokens_by_role"].get(name, 0) for role, name in enumerate(ALL_NAMES))
     return float(by_role + marked_loss_weight * counts.get("marked_tokens", 0))
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from megatron_ft import __version__, device, files
 from megatron_ft.checkpoints.folder import CheckpointConfig
-from megatron_ft.config.checks import role_weights
 from megatron_ft.config.command import command_line
 from megatron_ft.config.sections import Data
 from megatron_ft.data.loader import ChatDataset
-from megatron_ft.data.roles import ROLE_NAMES, loss_weights
+from megatron_ft.data.roles import ALL_NAMES
+from megatron_ft.data.trained_on import weights_of
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.training.datasets import FATE_OF_OVER_LONG
 
@@ -94,7 +94,7 @@ def _ranks(chunks: Sequence[Any], layout: Layout) -> list[dict[str, Any]]:
 
 
 def _data(data: Data, train_set: ChatDataset, valid_set: ChatDataset | None) -> dict[str, Any]:
-    weights = loss_weights(data.scalar_loss_mask, role_weights(data))
+    weights = weights_of(data)
     return {
         "train": [str(shard.prefix) for shard in train_set.shards],
         "valid": [str(shard.prefix) for shard in valid_set.shards] if valid_set else [],
@@ -105,6 +105,6 @@ def _data(data: Data, train_set: ChatDataset, valid_set: ChatDataset | None) -> 
         "packed": train_set.packed,
         "over_long": train_set.over_long,
         "fate_of_over_long": FATE_OF_OVER_LONG[data.over_long],
-        "loss_weights": dict(zip(ROLE_NAMES, weights.tolist(), strict=True)),
+        "loss_weights": dict(zip(ALL_NAMES, weights.tolist(), strict=True)),
         "marked_loss_weight": data.marked_loss_weight,
     }

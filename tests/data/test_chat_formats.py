@@ -189,8 +189,7 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ messages[-1]['content'] }}<|im_end|>", "writes earlier turns differently"),
-        (LOOP.replace("m['content'] }}", "m['content'] }}{% if loop.last %}!{% endif %}"), "writes earlier turns"),
+        ("{{ messages[-1]['content'] }}<|im_end|>", "leaves out message 1, of the role system"),
         ("{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "ends no answer"),
         (
             LOOP.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] == 'user' }}"),
@@ -201,13 +200,13 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|
         (None, "no chat template"),
     ],
 )
-def test_templates_whose_roles_cannot_be_told_are_refused(tmp_path, source, message):
+def test_templates_that_do_not_do_are_refused(tmp_path, source, message):
     tokenizer = with_template(tmp_path, source)
     with pytest.raises((TokenizerError, DataError), match=message):
-        own_template(tokenizer).encode(tokenizer, CHAT)
+        [own_template(tokenizer).encode(tokenizer, sample) for sample in own_template(tokenizer).samples(CHAT)]
 
 
-def test_an_own_template_strips_or_refuses(tmp_path):
+def test_an_own_template_changes_messages(tmp_path):
     tokenizer = with_template(tmp_path, LOOP.replace("m['content']", "m['content'] | trim"))
     template = own_template(tokenizer)
     ids, _ = template.encode(tokenizer, say("user:  hi ", "assistant:  <|im_end|> "))
@@ -215,9 +214,9 @@ def test_an_own_template_strips_or_refuses(tmp_path):
     assert np.count_nonzero(ids == tokenizer.token_id("<|im_end|>")) == 2
     assert template.text(say("prompter: x")) == "<|im_start|>user\nx<|im_end|>\n"
     shouting = own_template(with_template(tmp_path, LOOP.replace("m['content']", "m['content'] | replace('x', 'y')")))
-    assert shouting.encode(tokenizer, say("user: hi"))[0].size
-    with pytest.raises(DataError, match="changes this chat's messages"):
-        shouting.encode(tokenizer, say("user: x"))
+    ids, roles = shouting.encode(tokenizer, say("user: x x", "assistant: axe"))
+    assert tokenizer.decode(ids[roles == PROMPTER]) == "<|im_start|>user\ny y<|im_end|>\n"
+    assert tokenizer.decode(ids[roles == ASSISTANT]) == "<|im_start|>assistant\naye<|im_end|>\n"
     with pytest.raises(DataError, match="unknown role 'bot'"):
         shouting.encode(tokenizer, say("bot: x"))
 
@@ -229,12 +228,12 @@ def test_a_template_that_refuses_a_chat(tmp_path):
         own_template(tokenizer).encode(tokenizer, say("assistant: x"))
 
 
-def test_tokens_that_swallow_spaces_are_refused(tmp_path):
+def test_tokens_that_swallow_spaces_do_so_here_too(tmp_path):
     tokenizer = with_template(tmp_path, LOOP)
     for token in tokenizer.backend.description["added_tokens"]:
         token["rstrip"] = True
-    with pytest.raises(TokenizerError, match="swallows the spaces"):
-        own_template(tokenizer)
+    ids, _ = own_template(tokenizer).encode(tokenizer, say("user: hi", "assistant: x "))
+    assert tokenizer.decode(ids) == "<|im_start|>user\nhi<|im_end|><|im_start|>assistant\nx <|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["llama2", "vicuna", "alfred"])

@@ -7,10 +7,10 @@ import pytest
 
 from megatron_ft.data.chat_format import ALFRED, CHATML, FORMATS, VICUNA, get_format
 from megatron_ft.data.chat_template import OwnTemplate, own_template
-from megatron_ft.data.roles import ASSISTANT
+from megatron_ft.data.roles import ASSISTANT, TOOL_CALL
+from megatron_ft.data.template_text import TemplateText
 from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.data.tokenizer_export import export_tokenizer
-from megatron_ft.errors import DataError
 from tests.data.helpers import fast_file, sentencepiece_file
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "sum «é»", "parameters": {"type": "object"}}}]
@@ -69,8 +69,9 @@ def test_transformers_gives_our_ids(tmp_path, make, name):
             assert chat_format.encode(tokenizer, chat, prompt)[0].tolist() == ids, (chat, prompt)
             assert own.encode(tokenizer, chat, prompt)[0].tolist() == ids, (chat, prompt)
     ids, role_bytes = own.encode(tokenizer, CHAT)
-    spoken = tokenizer.decode(ids[role_bytes == ASSISTANT]).replace("▁", " ")
-    assert spoken.count("<tool_call>") == 3 and "You can call" not in spoken
+    called = tokenizer.decode(ids[role_bytes == TOOL_CALL]).replace("▁", " ")
+    assert called.count("<tool_call>") == 3 and "You can call" not in called
+    assert "Let me see" in tokenizer.decode(ids[role_bytes == ASSISTANT]).replace("▁", " ")
 
 
 TEMPLATE = (
@@ -83,7 +84,7 @@ TEMPLATE = (
 
 def test_a_tokenizers_own_template_renders_them(tmp_path):
     tokenizer = load_tokenizer(sentencepiece_file(tmp_path), CHATML.added_tokens)
-    own = OwnTemplate(TEMPLATE, {}, list(tokenizer.special_tokens))
+    own = OwnTemplate(TemplateText({"default": TEMPLATE}, {}, list(tokenizer.special_tokens)))
     text = own.text([*CHAT[:2], {"role": "tool", "content": "2", "tool_call_id": "1"}])
     assert text == (
         f"<|im_start|>system\nadd: {json.dumps(TOOLS[0], ensure_ascii=False)};<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n"
@@ -92,10 +93,11 @@ def test_a_tokenizers_own_template_renders_them(tmp_path):
     )
     ids, role_bytes = own.encode(tokenizer, CHAT[2:])
     assert np.count_nonzero(ids == tokenizer.token_id("<|im_end|>")) == 2
-    assert '[add({"a": 1' in tokenizer.decode(ids[role_bytes == ASSISTANT])
+    assert '[add({"a": 1' in tokenizer.decode(ids[role_bytes == TOOL_CALL])
     forged = {"type": "function", "function": {"name": "add", "arguments": {"a": "<|im_end|>"}}}
-    with pytest.raises(DataError, match=r"call holds the special token '<\|im_end\|>'; leave the chat out"):
-        own.encode(tokenizer, [CHAT[0], {**CHAT[1], "tool_calls": [forged]}])
+    ids, _ = own.encode(tokenizer, [CHAT[0], {**CHAT[1], "tool_calls": [forged]}])
+    assert np.count_nonzero(ids == tokenizer.token_id("<|im_end|>")) == 3
+    assert "<|im_end|>" in tokenizer.decode(ids[ids != tokenizer.token_id("<|im_end|>")])
 
 
 def test_a_control_token_in_a_call_stays_text_in_our_formats(tmp_path):

@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from megatron_ft.data.chat_template import own_template
 from megatron_ft.data.shards import open_shards
 from megatron_ft.data.tokenizer import load_tokenizer
 from tests.errors.conftest import Desk, train_tokenizer, write_chats
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant {% endif %}"
+
+CHAT = [{"role": "user", "content": "plum fox"}, {"role": "assistant", "content": "a bird"}]
 
 
 def record(path: str) -> None:
@@ -55,7 +58,9 @@ def test_trained_with_and_spoken_with(engine, tmp_path):
         *("--train_iters", 1, "--global_batch_size", 2, "--save", tmp_path / "tuned"),
     )
     must("megatron-to-hf", tmp_path / "tuned", tmp_path / "exported")
-    assert (tmp_path / "exported/chat_template.jinja").read_text().rstrip("\n") == TEMPLATE
+    exported = (tmp_path / "exported/chat_template.jinja").read_text().rstrip("\n")
+    assert exported.count("{% generation %}") == 1
+    assert own_template(load_tokenizer(tmp_path / "exported")).text(CHAT) == own_template(load_tokenizer(hf)).text(CHAT)
     model = load_tokenizer(hf)
     start, end = model.token_id("<s>"), model.token_id("</s>")
     asked = [start, *model.encode("user plum fox"), end, start, *model.encode("assistant ")]

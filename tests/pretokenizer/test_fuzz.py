@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz_chats
 from megatron_ft.data.chat_format import FORMATS
-from megatron_ft.data.roles import ROLES, loss_weights, weight_table
+from megatron_ft.data.roles import ROLES, all_weights, weight_table
 from megatron_ft.data.shards import ShardWriter, open_shards
 from tests.data.helpers import fast_file
 from tools.pretokenizer import messages
@@ -127,7 +127,9 @@ def through(worker, records, folder):
     table = weight_table(sorted(counted.weights))
     found = worker.tokenize(job, chunk, wanted, table).get(1)
     bad = counted.bad + (found.bad if found else [])
-    with ShardWriter(folder / "x", worker.tokenizer.vocab_size, worker.tokenizer.info(), weights=table) as writer:
+    with ShardWriter(
+        folder / "x", worker.tokenizer.vocab_size, worker.tokenizer.info(), weights=table, parts=True
+    ) as writer:
         if found:
             writer.add_many(found.ids, found.role_bytes, found.lengths)
     return open_shards(folder / "x"), bad, counted
@@ -179,7 +181,7 @@ def test_what_a_record_says_comes_back(workers, tmp_path_factory, records):
     shards, bad, counted = through(worker, records, tmp_path_factory.mktemp("shards"))
     assert bad == [] and len(shards) == len(records)
     start, end = (worker.tokenizer.token_id(token) for token in ("<|im_start|>", "<|im_end|>"))
-    by_role_byte = shards.loss_weights(loss_weights())
+    by_role_byte = shards.loss_weights(all_weights(0, {}))
     for i, record in enumerate(records):
         ids, role_bytes = shards.tokens(i), shards.role_bytes(i)
         starts, ends = np.flatnonzero(ids == start), np.flatnonzero(ids == end)
@@ -217,7 +219,7 @@ def test_any_record_is_read_or_refused_by_its_line(workers, tmp_path_factory, na
     refused = refused_lines(bad)
     kept = [record for number, record in enumerate(records, 1) if number not in refused]
     assert len(shards) + counted.left_out.total() == len(kept)
-    by_role_byte = shards.loss_weights(loss_weights())
+    by_role_byte = shards.loss_weights(all_weights(0, {}))
     read = [record for record in kept if record["messages"]]
     for i, record in enumerate(read if len(read) == len(shards) else []):
         trained = worker.tokenizer.decode(shards.tokens(i)[by_role_byte[shards.role_bytes(i)] > 0])

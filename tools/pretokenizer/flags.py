@@ -25,6 +25,13 @@ class Pretokenize:
     """Tokenizer: a tokenizer.model, a tokenizer.json, or a folder with one of them (vocab_file in YAML)."""
     chat_format: str | None = None
     """Chat format that converts chats to text; default: the YAML configuration's, else chatml."""
+    template_date: str | None = None
+    """Date that the tokenizer's own chat template takes for today, such as 2024-07-26; default: a template that asks is refused."""
+    template_arguments: list[str] = field(default_factory=list)
+    """Variables for the tokenizer's own chat template, such as enable_thinking=false; values are read as JSON, else as text."""
+    rewritten_turns: Literal["samples", "one"] | None = None
+    """If the tokenizer's own chat template writes earlier answers differently once later turns follow (Qwen3's drops reasoning): a sample
+    for each form that inference will see (samples, the default), or one sample per chat (one)."""
     output_prefix: str | None = None
     """With --input: prefix of the shards, which are named OUTPUT_PREFIX-train-text.bin and so on."""
     output_dir: str | None = None

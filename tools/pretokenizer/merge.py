@@ -78,7 +78,7 @@ def run(options: Merge) -> int:
     first, settings = parts[0].manifest, _settings(options)
     _settings_file(options).unlink(missing_ok=True)  # an earlier run's settings, which are no longer valid
     weights = weight_table(sorted({weight for part in parts for weight in part.manifest.weights}))
-    with ShardWriter(options.output, parts[0].vocab_size, first.tokenizer, first.chat_format, weights) as writer:
+    with ShardWriter(options.output, parts[0].vocab_size, first.tokenizer, first.chat_format, weights, True) as writer:
         for part, keep in zip(parts, selected, strict=True):
             for source in part.manifest.sources or [{"name": "unknown", "file": part.prefix, "digest": ""}]:
                 writer.source(source["name"], source["file"], source["digest"])

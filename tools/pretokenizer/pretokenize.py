@@ -28,6 +28,7 @@ from tools.pretokenizer.screen import show_result, show_sample
 from tools.pretokenizer.settings import Settings, resolve
 from tools.pretokenizer.sources import Source, make_sources
 from tools.pretokenizer.statistics_files import write_stats
+from tools.pretokenizer.tokenizer_checks import begin_checks
 from tools.pretokenizer.work import Worker, WorkerSettings
 from tools.pretokenizer.writing import Written, clean, write
 
@@ -50,7 +51,7 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
     settings = resolve(flags, others)
     extra = _extra_tokens(settings)
     tokenizer = load_tokenizer(str(settings.vocab_file), extra)
-    chat_format = get_format(settings.chat_format, tokenizer)
+    chat_format = get_format(settings.chat_format, tokenizer, settings.template_options)
     sources = make_sources(settings)
     text = (".jsonl.gz" if flags.compress else ".jsonl") if flags.write_json or flags.compress else None
     if text and settings.mix_by:
@@ -65,18 +66,15 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
             )
         print(f"{settings.prefix}-train: already made from the same input with the same settings; nothing to do")
         return
+    here = Worker(worker_settings := _worker_settings(settings, sources, extra, text), tokenizer)
+    finish_checks = begin_checks(tokenizer, sources, here)
     clean(settings.prefix)
-    worker_settings = WorkerSettings(
-        [source.job for source in sources], str(settings.vocab_file), extra, settings.chat_format,
-        settings.on_bad_record == "skip", settings.duplicates, text is not None,
-    )  # fmt: skip
     with (
-        Pool(
-            _workers(settings, sources), Worker, worker_settings, None, 1, here=Worker(worker_settings, tokenizer)
-        ) as pool,
+        Pool(_workers(settings, sources), Worker, worker_settings, None, 1, here=here) as pool,
         Progress() as progress,
     ):
         weights = count(sources, settings, pool, progress)
+        finish_checks()
         progress.begin(sum(int(np.count_nonzero(s.plan.split & 3)) for s in sources if s.plan is not None))
 
         def beside(written: dict[str, Written]) -> None:
@@ -93,6 +91,13 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
     for split in SPLITS:
         show_result(Path(f"{settings.prefix}-{split}"), split, written.get(split), sources)
     show_sample(settings.prefix, tokenizer)
+
+
+def _worker_settings(settings: Settings, sources: list[Source], extra: list[str], text: str | None) -> WorkerSettings:
+    return WorkerSettings(
+        [source.job for source in sources], str(settings.vocab_file), extra, settings.chat_format,
+        settings.on_bad_record == "skip", settings.duplicates, text is not None, settings.template_options,
+    )  # fmt: skip
 
 
 def _extra_tokens(settings: Settings) -> list[str]:

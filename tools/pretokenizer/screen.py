@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ft.data.roles import loss_weights
+from megatron_ft.data.roles import ASSISTANT, ROLE_BITS, all_weights, are_spoken
 from megatron_ft.data.shards import Shards, open_shards
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.log import logger
@@ -59,14 +59,17 @@ def show_result(prefix: Path, split: str, written: Written | None, sources: list
 
 def _trained(shards: Shards) -> np.ndarray:
     """Return which role bytes are trained on by default: the assistant's and marked ones, unless their message has the weight 0."""
-    return shards.loss_weights(loss_weights()) > 0
+    return shards.loss_weights(all_weights(0, {})) > 0
 
 
 def show_sample(prefix: Path, tokenizer: Tokenizer) -> None:
     """Print the first training chat, shortened, with «» around what is trained on by default."""
     shards = open_shards(f"{prefix}-train")
     ids, role_bytes = shards.tokens(0), shards.role_bytes(0)
-    starts = [0, *(np.flatnonzero(np.diff(role_bytes)) + 1).tolist()]
+    turns = np.where(
+        are_spoken(role_bytes), role_bytes - (role_bytes & ROLE_BITS) + ASSISTANT, role_bytes
+    )  # an answer is one turn
+    starts = [0, *(np.flatnonzero(np.diff(turns)) + 1).tolist()]
     trained = _trained(shards)
     print()
     for start, end in list(zip(starts, [*starts[1:], len(ids)], strict=True))[:TURNS]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_ft.data.roles import ASSISTANT, ROLE_BITS
+from megatron_ft.data.roles import are_spoken
 from megatron_ft.errors import ConfigError
 from tools.pretokenizer.fields import Conversation
 
@@ -154,7 +154,7 @@ def token_faults(role_bytes: np.ndarray, lengths: np.ndarray, selection: Selecti
     reasons, faults = ["", "no tokens"], (lengths == 0).astype(np.int64)
     limits: list[tuple[str, np.ndarray | None]] = []
     if selection.min_assistant_tokens is not None:
-        assistant = np.concatenate([[0], np.cumsum(role_bytes & ROLE_BITS == ASSISTANT)])
+        assistant = np.concatenate([[0], np.cumsum(are_spoken(role_bytes))])
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         few = np.diff(assistant[bounds]) < selection.min_assistant_tokens
         limits.append((f"fewer than {selection.min_assistant_tokens} assistant tokens", few))

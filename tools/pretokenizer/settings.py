@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from megatron_ft.config.hints import suggestion
 from megatron_ft.config.yaml_file import read_settings
+from megatron_ft.data.template_options import TemplateOptions, parse_arguments
 from megatron_ft.errors import ConfigError
 from tools.pretokenizer import mixing
 from tools.pretokenizer.duplicates import minhash_library
@@ -35,6 +36,9 @@ class Settings:
     vocab_extra_ids_list: str | list[str] | None = None
     new_tokens: bool = True
     chat_format: str = "chatml"
+    template_date: str | None = None
+    template_arguments: list[str] = field(default_factory=list)
+    rewritten_turns: Literal["samples", "one"] = "samples"
     min_assistant_tokens: int | None = None
     max_count: int | None = None
     eval_size: int | None = None
@@ -55,6 +59,11 @@ class Settings:
     workers: int | None = None
 
     @property
+    def template_options(self) -> TemplateOptions:
+        """Return what the tokenizer's own chat template is given."""
+        return TemplateOptions(self.template_date, parse_arguments(self.template_arguments), self.rewritten_turns)
+
+    @property
     def prefix(self) -> Path:
         """Return the prefix of the shards, without the name of the split."""
         return Path(f"{self.output_dir}{self.output_dir_suffix or ''}") / str(self.filename_prefix)
@@ -67,6 +76,7 @@ def resolve(flags: Pretokenize, others: dict[str, Any]) -> Settings:
     """
     keys = {**_from_sections(flags), **(_from_input(flags, others) if flags.input else {})}
     given = {"vocab_file": flags.tokenizer} | {name: getattr(flags, name) for name in _ALSO_KEYS}
+    given |= {"template_arguments": flags.template_arguments or None}
     keys |= {name: value for name, value in given.items() if value is not None} | others
     defaults = {name: value for name, value in keys.items() if value is not None or name in _OPTIONAL}
     settings = build(Settings, defaults, "the configuration")
@@ -92,7 +102,7 @@ def build(kind: type, values: dict[str, Any], where: str) -> Any:
 
 _ALSO_KEYS = (
     *("chat_format", "output_dir", "min_assistant_tokens", "min_tokens", "max_tokens", "max_count", "role_order"),
-    *("duplicates", "on_bad_record", "workers"),
+    *("duplicates", "on_bad_record", "workers", "template_date", "rewritten_turns"),
 )
 _OF_DATASETS = {"lang", "split", "fraction", "size", "max_val_set", "marked_prompts", "val_rounding"}
 _OPTIONAL = {f.name for f in dataclasses.fields(Settings) if type(None) in typing.get_args(f.type)}

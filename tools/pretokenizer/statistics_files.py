@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.data import packing
-from megatron_ft.data.roles import ROLE_NAMES, display_name
+from megatron_ft.data.roles import ALL_NAMES, display_name
 from megatron_ft.files import atomic_file, write_json
 from tools.pretokenizer import mixing
 from tools.pretokenizer.original_stats import original_form
@@ -88,7 +88,7 @@ table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.2rem .7rem;b
 td:first-child,th:first-child{text-align:left}svg{display:block;margin:.3rem 0 1.2rem}h1{font-size:1.4rem}h2{font-size:1.1rem}
 .bar{display:flex;height:1.3rem;width:100%;margin:.3rem 0 1.2rem}.bar span{overflow:hidden;color:#fff;font-size:.75rem;
 padding:.1rem .3rem}pre{overflow:auto}"""
-COLOURS = ("#8a6d3b", "#2b6cb0", "#2f855a", "#718096")
+COLOURS = ("#8a6d3b", "#2b6cb0", "#2f855a", "#718096", "#6b46c1", "#b83280", "#a0aec0")
 
 
 def page(name: str, written: Written, packed: list[dict[str, Any]], mixed: str) -> str:
@@ -139,7 +139,7 @@ def _table(head: Any, rows: Any) -> str:
 
 def _roles(tally: Tally) -> str:
     spans = ""
-    for name, count, colour in zip(ROLE_NAMES, tally.tokens_by_role.tolist(), COLOURS, strict=True):
+    for name, count, colour in zip(ALL_NAMES, tally.tokens_by_role.tolist(), COLOURS, strict=True):
         if count:
             share = 100 * count / tally.tokens
             spans += f'<span style="width:{share:.2f}%;background:{colour}">{display_name(name)} {share:.1f}%</span>'

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ft.data.roles import ASSISTANT, MARKED, ROLE_BITS, ROLE_NAMES, display_name
+from megatron_ft.data.roles import ALL_NAMES, MARKED, ROLE_BITS, are_spoken, display_name
+from megatron_ft.data.shards import named_counts
 
 HEADINGS = ("dataset", "samples (fraction)", "accepted", "accepted tokens", "skipped", "min", "max", "avg")
 BOUNDS = np.unique(np.round(2.0 ** (np.arange(61) / 2)).astype(np.int64))  # two bars per doubling of the length
@@ -27,7 +28,7 @@ class Tally:
     longest: int | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_tokens: int = 0
-    tokens_by_role: np.ndarray = field(default_factory=lambda: np.zeros(len(ROLE_NAMES), np.int64))
+    tokens_by_role: np.ndarray = field(default_factory=lambda: np.zeros(len(ALL_NAMES), np.int64))
     marked_tokens: int = 0
     untrained: int = 0
     """Accepted samples without assistant tokens and without marked tokens."""
@@ -46,13 +47,13 @@ class Tally:
             return np.empty(0, np.int64)
         roles, marked = role_bytes & ROLE_BITS, role_bytes & MARKED > 0
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        assistant = np.diff(np.concatenate([[0], np.cumsum(roles == ASSISTANT)])[bounds])
-        trained = np.diff(np.concatenate([[0], np.cumsum((roles == ASSISTANT) | marked)])[bounds])
+        assistant = np.diff(np.concatenate([[0], np.cumsum(are_spoken(role_bytes))])[bounds])
+        trained = np.diff(np.concatenate([[0], np.cumsum(are_spoken(role_bytes) | marked)])[bounds])
         self.accepted += len(lengths)
         self.tokens += len(role_bytes)
         self.shortest = min(int(lengths.min()), self.shortest or int(lengths.min()))
         self.longest = max(self.longest or 0, int(lengths.max()))
-        self.tokens_by_role += np.bincount(roles, minlength=len(ROLE_NAMES))
+        self.tokens_by_role += np.bincount(roles, minlength=len(ALL_NAMES))
         self.by_role_byte += np.bincount(role_bytes, minlength=256)
         self.marked_tokens += int(marked.sum())
         self.untrained += int((trained == 0).sum())
@@ -91,7 +92,7 @@ class Tally:
             "min": self.shortest,
             "max": self.longest,
             "avg": round(self.tokens / self.accepted, 3) if self.accepted else None,
-            "tokens_by_role": dict(zip(ROLE_NAMES, self.tokens_by_role.tolist(), strict=True)),
+            "tokens_by_role": named_counts(self.tokens_by_role.tolist()),
             "marked_tokens": self.marked_tokens,
             "without_assistant": int(self.untrained),
             "lengths": {str(BOUNDS[i]): int(self.histogram[i]) for i in np.flatnonzero(self.histogram)},
@@ -127,7 +128,7 @@ def report(tallies: list[Tally]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     lines += ["", "tokens by role:"]
-    for name, count in zip(ROLE_NAMES, whole.tokens_by_role.tolist(), strict=True):
+    for name, count in named_counts(whole.tokens_by_role.tolist()).items():
         lines.append(f"  {display_name(name)}: {count} ({_percent(count, whole.tokens)})")
     if whole.marked_tokens:
         lines.append(f"  marked: {whole.marked_tokens} ({_percent(whole.marked_tokens, whole.tokens)}), in any role")

@@ -7,7 +7,9 @@ samples in the same order. It writes nothing.
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from megatron_ft.data.chat_encoding import Encoded
 from megatron_ft.data.chat_format import get_format
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, MARKED, ROLES, WEIGHT_SHIFT
+from megatron_ft.data.template_options import TemplateOptions
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.errors import DataError, TokenizerError
 from tools.pretokenizer import duplicates
@@ -48,6 +51,7 @@ class WorkerSettings:
     skip_bad: bool
     duplicates: str
     text: bool
+    template: TemplateOptions = field(default_factory=TemplateOptions)
 
 
 @dataclass
@@ -66,7 +70,8 @@ class Counted:
 
 @dataclass
 class Tokenized:
-    """A chunk's samples of one split, concatenated. bad: messages about the chats that could not be encoded, which skipped counts."""
+    """A chunk's samples of one split, concatenated. bad: messages about the chats that could not be encoded, which skipped counts.
+    more: samples that chats became beyond one each."""
 
     ids: np.ndarray
     role_bytes: np.ndarray
@@ -75,6 +80,7 @@ class Tokenized:
     skipped_tokens: int = 0
     text: bytes = b""
     bad: list[str] = field(default_factory=list)
+    more: int = 0
 
 
 class _Refused(NamedTuple):
@@ -96,7 +102,7 @@ class Worker:
         self.tokenizer = tokenizer or load_tokenizer(settings.tokenizer, settings.extra_tokens)
         if threads is not None:
             self.tokenizer.backend.threads = threads
-        self.chat_format = get_format(settings.chat_format, self.tokenizer)
+        self.chat_format = get_format(settings.chat_format, self.tokenizer, settings.template)
         self.dtype = np.uint16 if self.tokenizer.vocab_size <= 65535 else np.int32
 
     def count(self, job: Job, chunk: Chunk) -> Counted:
@@ -131,6 +137,17 @@ class Worker:
                 result[number] = self._tokenize(job, picked)
         return result
 
+    def texts(self, job: Job, chunk: Chunk, count: int) -> list[str]:
+        """Return what is said in the first chats of a chunk."""
+        found = []
+        for where, record in islice(parse(chunk, []), count):
+            with suppress(DataError):
+                chats = get_reader(job.reader).convert(record, where, job.options, Counter())
+                found += [
+                    message["content"] for chat in chats for message in chat if isinstance(message["content"], str)
+                ]
+        return found
+
     def _read(
         self, job: Job, chunk: Chunk, left_out: Counter[str], bad: list[str], unread: Unread | None = None
     ) -> list[tuple[str, list[Conversation]]]:
@@ -145,6 +162,7 @@ class Worker:
                 continue
             try:
                 samples = reader.convert(record, where, job.options, left_out)
+                samples = samples if plain else self._select(samples, job.selection, phrases, left_out)
             except DataError as error:
                 if skip is None:
                     raise
@@ -152,7 +170,7 @@ class Worker:
                 continue
             if unread is not None:
                 unread.add(record)
-            result.append((where, samples if plain else self._select(samples, job.selection, phrases, left_out)))
+            result.append((where, samples))
         return result
 
     def _known(self, job: Job) -> Reads:
@@ -185,38 +203,45 @@ class Worker:
             result.append({**{key: value for key, value in message.items() if key != "marked"}, "mark_bits": mark_bits})
         return result
 
-    def _tokenize(self, job: Job, samples: list[tuple[str, Conversation]]) -> Tokenized:
+    def _tokenize(self, job: Job, chats: list[tuple[str, Conversation]]) -> Tokenized:
         bad: list[_Refused] = []
         try:
-            _check_characters(samples)
+            _check_characters(chats)
+            samples = [(where, sample) for where, chat in chats for sample in self._samples(chat)]
             ids, role_bytes, lengths = self._encode([chat for _, chat in samples])
         except (DataError, TokenizerError):
-            samples, (ids, role_bytes, lengths), bad = self._one_by_one(samples)
+            samples, (ids, role_bytes, lengths), bad = self._one_by_one(chats)
         faults, reasons = token_faults(role_bytes, lengths, job.selection)
         accepted = faults == 0
         skipped = Counter({reasons[i]: int(n) for i, n in enumerate(np.bincount(faults)) if i and n})
         skipped.update(refused.reason for refused in bad)
         result = Tokenized(ids, role_bytes, lengths, skipped, int(lengths[~accepted].sum()))
         result.bad = [refused.message for refused in bad]
+        result.more = len(samples) + len(bad) - len(chats)
         if not accepted.all():
             by_token = np.repeat(accepted, lengths)
             result.ids, result.role_bytes, result.lengths = ids[by_token], role_bytes[by_token], lengths[accepted]
         result.ids = result.ids.astype(self.dtype)
         if self.settings.text:
-            chats = (chat for (_, chat), keep in zip(samples, accepted, strict=True) if keep)
-            texts = (json.dumps({"text": self._text(chat)}, ensure_ascii=False) for chat in chats)
+            kept = (sample for (_, sample), keep in zip(samples, accepted, strict=True) if keep)
+            texts = (json.dumps({"text": self._text(sample)}, ensure_ascii=False) for sample in kept)
             result.text = "".join(text + "\n" for text in texts).encode()
         return result
 
-    def _one_by_one(self, samples: list[tuple[str, Conversation]]) -> tuple[list[Any], Encoded, list[_Refused]]:
-        """Return the samples that can be encoded, encoded, and what is wrong with the others. Raise DataError for the first of these,
-        unless they are skipped."""
+    def _samples(self, chat: Conversation) -> Sequence[Conversation]:
+        """Return the samples that the chat format makes of a chat."""
+        return [chat] if _is_plain(chat) else self.chat_format.samples(chat)
+
+    def _one_by_one(self, chats: list[tuple[str, Conversation]]) -> tuple[list[Any], Encoded, list[_Refused]]:
+        """Return the samples of chats that can be encoded, encoded, and what is wrong with the others. Raise DataError for the first of
+        these, unless they are skipped."""
         valid, encoded, refused = [], [], []
-        for where, chat in samples:
+        for where, chat in chats:
             try:
                 _check_characters([(where, chat)])
-                encoded.append(self._encode([chat]))
-                valid.append((where, chat))
+                samples = self._samples(chat)
+                encoded.append(self._encode(list(samples)))
+                valid += [(where, sample) for sample in samples]
             except (DataError, TokenizerError) as error:
                 message = str(error) if str(error).startswith(where) else f"{where}: {error}"
                 if not self.settings.skip_bad:
@@ -228,7 +253,7 @@ class Worker:
         return valid, (ids, role_bytes, lengths), refused
 
     def _encode(self, chats: list[Conversation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if chats and chats[0][0]["role"] == "text":
+        if chats and _is_plain(chats[0]):
             found = self.tokenizer.encode_batch([chat[0]["content"] for chat in chats])
             lengths = np.array([len(ids) for ids in found], np.int64)
             role_bytes = np.array([CONTEXT | chat[0].get("mark_bits", 0) for chat in chats], np.uint8)
@@ -236,7 +261,12 @@ class Worker:
         return self.chat_format.encode_flat(self.tokenizer, chats)
 
     def _text(self, chat: Conversation) -> str:
-        return chat[0]["content"] if chat[0]["role"] == "text" else self.chat_format.text(chat)
+        return chat[0]["content"] if _is_plain(chat) else self.chat_format.text(chat)
+
+
+def _is_plain(chat: Conversation) -> bool:
+    """Return whether a sample is a document without a chat format."""
+    return chat[0]["role"] == "text"
 
 
 def _check_characters(samples: list[tuple[str, Conversation]]) -> None:

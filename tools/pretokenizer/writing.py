@@ -65,7 +65,9 @@ def write(
 
     def writer(prefix: Path | str) -> ShardWriter:
         file = {"file": str(settings.vocab_file)}
-        return ShardWriter(prefix, tokenizer.vocab_size, {**tokenizer.info(), **file}, describe(chat_format), weights)
+        return ShardWriter(
+            prefix, tokenizer.vocab_size, {**tokenizer.info(), **file}, describe(chat_format), weights, parts=True
+        )
 
     train_prefix = Path(f"{settings.prefix}-train")
     spool = settings.prefix.parent / f".{settings.prefix.name}-spool.tmp-{os.getpid()}" if settings.mix_by else None
@@ -91,7 +93,7 @@ def write(
                 for number, tokenized in results.items():
                     splits[number].add(tokenized)
                     refused += tokenized.bad
-                done = [(len(one.lengths) + one.skipped.total(), len(one.ids)) for one in results.values()]
+                done = [(len(one.lengths) + one.skipped.total() - one.more, len(one.ids)) for one in results.values()]
                 progress.done(sum(n for n, _ in done), sum(n for _, n in done))
             warn_skipped(refused, len(refused), source.name)
         train = splits[SPLITS["train"]]
@@ -199,6 +201,7 @@ class _Split:
 
     def add(self, samples: Tokenized) -> None:
         """Write samples; count them and the skipped ones."""
+        self.tallies[-1].available += samples.more
         self.tallies[-1].skip(samples.skipped, samples.skipped_tokens)
         assistant = self.tallies[-1].accept(samples.role_bytes, samples.lengths)
         if self._keep:

@@ -1,0 +1,154 @@
+"""A chat as the samples in which each answer stands as a model is to give it: mostly one, the chat itself.
+
+Some templates write earlier turns differently once later ones follow: Qwen3's drops their reasoning, Mistral's puts the system message
+into the last question. Then an answer is trained on in the sample that ends with it, or in a later one that begins in the same way.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ft.data.template_environment import REASONING_KEYS
+from megatron_ft.data.template_text import AS_ASKED, ONLY_READ, OURS, REMEDY, Run, TemplateText, text_of
+from megatron_ft.errors import DataError
+
+_THINKS = re.compile(r"<think>\s*$")
+_CALL = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"a": 1}}}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
+_ASKED, _ANSWERED = {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}
+PROBES: tuple[list[dict[str, Any]], ...] = tuple(
+    [*first, _ASKED, _ANSWERED]
+    for first in (
+        [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}],
+        [{"role": "system", "content": "s1"}, {"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}],
+        [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "<think>\nr\n</think>\n\na1"}],
+        [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1", "reasoning_content": "r"}],
+        [{"role": "user", "content": "q1", "documents": [{"title": "t", "text": "d"}]}, {"role": "assistant", "content": "a1"}],
+        [{"role": "user", "content": "q1", "tools": [_TOOL]}, {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+         {"role": "tool", "content": "1", "tool_call_id": "call00001", "name": "f"}, {"role": "assistant", "content": "a1"}],
+    )
+)  # fmt: skip
+"""Chats of every kind; no template takes all of them."""
+
+
+def rewrites(template: TemplateText) -> bool:
+    """Return whether the template writes some turns differently once others follow."""
+    return any(_rewrites(template, probe) for probe in PROBES)
+
+
+def samples(template: TemplateText, messages: Any, known: bool) -> list[Any]:
+    """Return the samples that a chat becomes. known: the template rewrites no turns of ordinary chats."""
+    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    plain = not any(message.keys() - {"role", "content", *OURS} for message in messages)
+    if template.options.rewritten == "one" or not answers or (plain and known):
+        return [messages]
+    found: list[_Sample] = []
+    for answer in reversed(answers):
+        _add(found, template, messages, answer)
+    whole = len(found) == 1 and found[0].end == len(messages) and len(found[0].trained) == len(answers)
+    if whole and not found[0].as_asked:
+        return [messages]
+    return [_only(messages[: one.end], answers, one) for one in reversed(found)]
+
+
+@dataclass
+class _Sample:
+    """The first messages of a chat. trained: answers that are written in it as the model should give them."""
+
+    text: str
+    end: int
+    trained: set[int]
+    as_asked: bool = False
+
+
+def _add(found: list[_Sample], template: TemplateText, messages: Any, answer: int) -> None:
+    """Find the sample in which an answer is trained on; answers come last one first."""
+    asked = as_asked(template, messages[: answer + 1])
+    if asked is not None:
+        found.append(_Sample(text_of(asked), answer + 1, {answer}, True))
+        return
+    start = template.turns(messages[: answer + 1])
+    ways = found or [_Sample(template.render(messages), len(messages), set())]
+    holder = next((one for one in ways if one.text.startswith(start)), None) or _Sample(start, answer + 1, set())
+    if holder not in found:
+        found.append(holder)
+    holder.trained.add(answer)
+
+
+def as_asked(template: TemplateText, messages: Any) -> list[Run] | None:
+    """Return the prompt of the last message and this answer, if the template writes the prompt differently in the whole chat: the text
+    before the answer, or the beginning of the answer. Else None.
+    """
+    if len(messages) < 2:
+        return None
+    asked, before = template.render(messages[:-1], True), template.render(messages[:-1])
+    runs, last = template.runs(messages), len(messages) - 1
+    if text_of(runs).startswith(asked) or not asked.startswith(before):
+        return None
+    header = asked[len(before) :]
+    turn = [run for run in runs if run.message == last and not run.behind]
+    prompt = template.runs(messages[:-1], add_generation_prompt=True)
+    prompt = [run if run.message is not None else run._replace(message=last, behind=False) for run in prompt]
+    if _THINKS.search(header):
+        return [*prompt, *thought] if turn and (thought := _thought(messages[-1], turn)) else None
+    if text_of(runs).startswith(before) or not text_of(turn).startswith(header):
+        return None
+    return [*_up_to(prompt, len(before)), *turn]
+
+
+def _thought(message: Any, turn: list[Run]) -> list[Run]:
+    """Return an answer with its reasoning, for a prompt that begins the reasoning; [] if the message has none."""
+    content, reasoning = (
+        message.get("content") or "",
+        next((message[key] for key in REASONING_KEYS if message.get(key)), None),
+    )
+    if reasoning is None and not (content.lstrip().startswith("<think>") and "</think>" in content):
+        return []
+    text = content.lstrip().removeprefix("<think>") if reasoning is None else f"{reasoning}\n</think>\n\n{content}"
+    end = next((i for i in reversed(range(len(turn))) if not turn[i].literal), len(turn) - 1)
+    return [turn[end]._replace(text=text.lstrip("\n"), literal=False), *turn[end + 1 :]]
+
+
+def _up_to(runs: list[Run], length: int) -> list[Run]:
+    result = []
+    for run in runs:
+        result.append(run._replace(text=run.text[: max(0, length)]))
+        length -= len(run.text)
+    return [run for run in result if run.text]
+
+
+def _rewrites(template: TemplateText, probe: list[dict[str, Any]]) -> bool:
+    answers = [i for i, message in enumerate(probe) if message["role"] == "assistant"]
+    try:
+        whole = template.render(probe)
+        return not all(
+            whole.startswith(template.turns(probe[: i + 1])) and as_asked(template, probe[: i + 1]) is None
+            for i in answers
+        )
+    except DataError:
+        return False  # it does not take such chats
+
+
+def _only(messages: Any, answers: list[int], sample: _Sample) -> Any:
+    result = [
+        {**message, ONLY_READ: True} if i in answers and i not in sample.trained else message
+        for i, message in enumerate(messages)
+    ]
+    return [*result[:-1], {**result[-1], AS_ASKED: True}] if sample.as_asked else result
+
+
+def check_complete(messages: Any, runs: Any) -> None:
+    """Raise DataError for a message of which nothing was written."""
+    present = {run.message for run in runs if not run.literal}
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if number in present or not isinstance(content, str) or not content.strip():
+            continue
+        if content.strip() not in text_of(runs):
+            raise DataError(
+                f"the tokenizer's chat template leaves out message {number + 1}, of the role {message['role']}; "
+                f"leave the chat out, or {REMEDY}"
+            )

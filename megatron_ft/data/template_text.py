@@ -1,0 +1,201 @@
+"""What a chat template writes of a chat: the text that transformers renders, cut by messages.
+
+A chat is rendered by an environment that tells of each character whose text it is and in whose turn the template wrote it
+(template_environment.py). The template's own text belongs to the message that follows in its turn, after the last one to that. The
+text is compared with what the template gives without labels. Knows no tokenizer and no roles.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from megatron_ft.data.roles import ROLES
+from megatron_ft.data.template_environment import (
+    FAULTS,
+    as_passed,
+    compile_template,
+    compile_traced,
+    marked,
+)
+from megatron_ft.data.template_files import DEFAULT, TOOLS
+from megatron_ft.data.template_options import TemplateOptions
+from megatron_ft.data.traced import Label, runs_of, written
+from megatron_ft.errors import DataError, TokenizerError
+
+REMEDY = "choose another --chat_format"
+NAMES = {"prompter": "user"}  # what templates call our speakers
+ONLY_READ = "only_read"  # key of an answer that is not trained on in this sample
+AS_ASKED = "as_asked"  # key of an answer before which the chat stands as in its prompt
+OURS = (
+    "mark_bits",
+    "weight",
+    "tools",
+    "documents",
+    ONLY_READ,
+    AS_ASKED,
+)  # keys of messages that are not the template's business
+_BREAK = "\ue0ff"  # a character for private use, which keeps control tokens in messages from being one
+
+
+class Run(NamedTuple):
+    """A stretch of what a template wrote. message: the number of the one it belongs to, None for the start of an answer to come.
+    literal: the template's own. trained: inside of {% generation %}. behind: after the last turn, in none."""
+
+    text: str
+    message: int | None
+    kind: int
+    literal: bool
+    trained: bool
+    behind: bool = False
+
+
+def text_of(runs: Sequence[Run]) -> str:
+    return "".join(run.text for run in runs)
+
+
+@dataclass
+class TemplateText:
+    """sources: Jinja by name. tokens: variables such as bos_token. specials: control tokens."""
+
+    sources: Mapping[str, str]
+    tokens: Mapping[str, str]
+    specials: Sequence[str]
+    options: TemplateOptions = field(default_factory=TemplateOptions)
+    _compiled: dict[tuple[str, bool], Any] = field(default_factory=dict)
+
+    def source(self, tools: Any) -> str:
+        """Return the template for a chat, chosen as transformers does."""
+        name = TOOLS if tools is not None and TOOLS in self.sources else DEFAULT
+        if name not in self.sources:
+            raise TokenizerError(
+                f"the tokenizer's chat templates are {', '.join(self.sources)}, none is default; {REMEDY}"
+            )
+        return self.sources[name]
+
+    def render(self, messages: Any, add_generation_prompt: bool = False) -> str:
+        """Return the text that transformers renders."""
+        return self._run(False, *_passed(messages), add_generation_prompt)
+
+    def runs(self, messages: Any, add_generation_prompt: bool = False) -> list[Run]:
+        """Return the template's text, split by messages. Raise DataError if it refuses the chat or cannot be followed."""
+        passed = _passed(messages)
+        forged = self.control.search(json.dumps(passed, ensure_ascii=False, default=str))
+        if forged:
+            passed = _broken(passed, self.control)
+        chat, tools, documents = passed
+        runs = _by_message(self._run(True, marked(chat), tools, documents, add_generation_prompt))
+        if forged:
+            runs = [run._replace(text=run.text.replace(_BREAK, "")) for run in runs]
+        whole = self.render(messages, add_generation_prompt)
+        if text_of(runs) != whole:
+            reason = (
+                f"decides by the special token '{forged[0]}' in it"
+                if forged
+                else "writes it in a way that roles cannot follow"
+            )
+            raise DataError(f"the tokenizer's chat template {reason}; leave the chat out, or {REMEDY}")
+        if add_generation_prompt and whole.startswith(before := self.render(messages)):
+            runs = _from(runs, len(before))
+        return [run for run in runs if run.text]
+
+    def turns(self, messages: Any) -> str:
+        """Return the template's text up to the end of the last turn."""
+        return text_of([run for run in self.runs(messages) if not run.behind])
+
+    @cached_property
+    def has_marks(self) -> bool:
+        return any(re.search(r"\{%[-+]?\s*generation\s*-?%\}", source) for source in self.sources.values())
+
+    @cached_property
+    def control(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)")
+
+    def _run(self, traced: bool, messages: Any, tools: Any, documents: Any, add_generation_prompt: bool) -> str:
+        variables = {
+            **self.tokens, **self.options.arguments, "messages": messages, "tools": tools, "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }  # fmt: skip
+        template = self._template(self.source(tools), traced)
+        try:
+            pieces = template.root_render_func(template.new_context(variables))
+            return written(pieces) if traced else "".join(pieces)
+        except FAULTS as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"the tokenizer's chat template refuses this chat ({reason}); see --role_order") from error
+        except RecursionError as error:
+            raise DataError("the tokenizer's chat template nests too deeply on this chat; leave it out") from error
+
+    def _template(self, source: str, traced: bool) -> Any:
+        if (source, traced) not in self._compiled:
+            compiled = compile_traced if traced else compile_template
+            self._compiled[source, traced] = compiled(source, self.options.now)
+        return self._compiled[source, traced]
+
+
+def _passed(messages: Any) -> tuple[list[dict[str, Any]], Any, Any]:
+    """(messages, tools, documents) as a template takes them."""
+    unknown = next((message for message in messages if str(message.get("role")) not in ROLES), None)
+    if unknown is not None:
+        raise DataError(f"unknown role {unknown.get('role')!r}; the roles are {', '.join(ROLES)}")
+    tools, documents = (
+        next((message[key] for message in messages if message.get(key)), None) for key in ("tools", "documents")
+    )
+    kept = ({key: value for key, value in message.items() if key not in OURS} for message in messages)
+    named = ({**message, "role": NAMES.get(message["role"], message["role"])} for message in kept)
+    return as_passed(named), tools, documents
+
+
+def _by_message(text: str) -> list[Run]:
+    """Give the template's own text to messages: in each turn to the message that follows, after the last one to that. Text outside of
+    all turns belongs to the message before it, at the start to the first one."""
+    runs: list[Run] = []
+    stretches = list(_stretches(text))
+    turns = any(label.owner is not None for _, label in stretches)
+    for owner, turn in groupby(stretches, key=lambda one: one[1].owner):
+        parts = list(turn)
+        anchors = [label.message for _, label in parts if label.message is not None]
+        for part, label in parts:
+            message = label.message if label.message is not None else anchors[0] if anchors else owner
+            if label.message is not None and len(anchors) > 1:
+                anchors = anchors[1:]
+            behind = turns and owner is None and not anchors
+            runs.append(Run(part, message, label.kind, label.message is None, label.trained, behind))
+    before = next((run.message for run in runs if run.message is not None), None)
+    started = False
+    for i, run in enumerate(runs):
+        before = run.message if run.message is not None else before
+        started = started or not run.behind
+        runs[i] = run._replace(message=before, behind=run.behind and started)
+    return runs
+
+
+def _stretches(text: str) -> Iterator[tuple[str, Label]]:
+    at, plain = 0, "".join((text,))
+    for length, label in runs_of(text):
+        yield plain[at : at + length], label
+        at += length
+
+
+def _from(runs: list[Run], start: int) -> list[Run]:
+    """Return the runs; text from `start` on belongs to no message: it begins an answer that does not exist yet."""
+    result = []
+    for run in runs:
+        known = run.text[: max(0, start)]
+        result += [run._replace(text=known), run._replace(text=run.text[len(known) :], message=None, literal=True)]
+        start -= len(run.text)
+    return result
+
+
+def _broken(value: Any, control: re.Pattern[str]) -> Any:
+    """Return the value with a separator in every control token of its texts."""
+    if isinstance(value, str):
+        return control.sub(lambda found: found[0][0] + _BREAK + found[0][1:], value)
+    if isinstance(value, list | tuple):
+        return [_broken(item, control) for item in value]
+    if isinstance(value, dict):
+        return {key: _broken(item, control) for key, item in value.items()}
+    return value

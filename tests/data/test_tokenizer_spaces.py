@@ -1,0 +1,147 @@
+"""Tokenizers of the SentencePiece kind whose files say more than one thing of spaces: the ids are transformers'."""
+
+import json
+import re
+
+import pytest
+
+from checkpoints_conversion.tokenizer_copy import copy_tokenizer
+from megatron_ft.data.sentencepiece_export import describe
+from megatron_ft.data.sentencepiece_model import SentencePieceModel
+from megatron_ft.data.tokenizer import load_tokenizer
+from megatron_ft.data.tokenizer_check import TransformersIds, can_differ, check_text, check_vocabulary
+from megatron_ft.data.tokenizer_files import find
+from megatron_ft.data.tokenizer_spaces import with_rule
+from megatron_ft.errors import TokenizerError
+from tests.data.helpers import fast_file, sentencepiece_file
+
+transformers = pytest.importorskip("transformers")
+TEXT = "<s>the quick</s>brown  fox<s> a\n lazy é"
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+CONFIGS = [
+    {}, LLAMA, LLAMA | {"legacy": False}, LLAMA | {"legacy": True}, LLAMA | {"tokenizer_class": "LlamaTokenizerFast", "legacy": False},
+    LLAMA | {"add_prefix_space": False}, {"tokenizer_class": "PreTrainedTokenizerFast"},
+]  # fmt: skip
+
+
+def files(folder, rule, config, model_type="llama", model=True):
+    """A folder with a tokenizer.model, and a tokenizer.json by another rule for spaces."""
+    sentencepiece_file(folder)
+    made = SentencePieceModel(folder / "tokenizer.model")
+    if rule is not None:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        added = [{"id": index, "content": name, **flags} for name, index in made.controls.items()]
+        description = describe(made) if rule == "model's" else with_rule(describe(made), rule)
+        (folder / "tokenizer.json").write_text(json.dumps(description | {"added_tokens": added}))
+    if not model:
+        (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def ours(tokenizer, text):
+    ids = []
+    for i, part in enumerate(re.split("(<s>|</s>)", text)):
+        ids += (
+            [tokenizer.token_id(part)]
+            if part in ("<s>", "</s>")
+            else tokenizer.encode(part, not i).tolist()
+            if part
+            else []
+        )
+    return ids
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("rule", ["model's", "first", "always", "never", None])
+@pytest.mark.parametrize("config", CONFIGS, ids=json.dumps)
+def test_transformers_gives_our_ids(tmp_path, rule, config, model_type):
+    if rule is None and (config in (CONFIGS[0], CONFIGS[-1]) or model_type == "mistral"):
+        pytest.skip("nothing says a rule; the model's own is taken")
+    folder = files(tmp_path, rule, config, model_type)
+    expected = transformers.AutoTokenizer.from_pretrained(folder).encode(TEXT, add_special_tokens=False)
+    assert ours(load_tokenizer(folder), TEXT) == expected
+
+
+def test_a_copy_in_a_checkpoint_reads_the_same(tmp_path):
+    for number, (rule, model_type) in enumerate(
+        (rule, kind) for rule in ("model's", "first") for kind in ("llama", "mistral")
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tokenizer = load_tokenizer(files(folder, rule, LLAMA, model_type), ["<x>"])
+        (folder / "checkpoint").mkdir()
+        copy_tokenizer(tokenizer, folder / "checkpoint")
+        again = load_tokenizer(folder / "checkpoint/tokenizer", ["<x>"])
+        assert again.fingerprint == tokenizer.fingerprint
+        assert ours(again, TEXT) == ours(tokenizer, TEXT)
+
+
+def test_what_an_earlier_release_recorded_is_read_as_it_did(tmp_path):
+    folder = files(tmp_path, "first", LLAMA)
+    earlier = find(folder).earlier_backend()
+    assert earlier.kind == "sentencepiece"
+    now = load_tokenizer(folder)
+    alone = load_tokenizer(folder / "tokenizer.model")
+    assert now.fingerprint != alone.fingerprint
+    assert load_tokenizer(folder, recorded=alone.fingerprint).fingerprint == alone.fingerprint
+    assert load_tokenizer(folder, recorded="other").fingerprint == now.fingerprint
+
+
+def test_text_that_vanishes_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    empty = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    empty.pre_tokenizer = pre_tokenizers.ByteLevel()
+    empty.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert not len(tokenizer.encode("hello"))
+    with pytest.raises(TokenizerError, match=r"tokenizer.json: 100% of the text is lost in its tokens"):
+        check_text(tokenizer, ["hello", "the fox"])
+    check_text(load_tokenizer(fast_file(tmp_path)), ["Hello  the fox", "é 二"])
+    with pytest.raises(TokenizerError, match=r"3 tokens, the model of .* has 32000"):
+        check_vocabulary(tokenizer, 32000, tmp_path)
+
+
+def test_vocabularies_of_published_models_are_near_enough(tmp_path):
+    class Of:
+        source_files = ("tokenizer.json",)
+
+        def __init__(self, size):
+            self.vocab_size = size
+
+    for tokens, rows in (
+        (151646, 152064),
+        (32011, 32064),
+        (50295, 51200),
+        (32007, 32000),
+        (64794, 65024),
+        (300, 307),
+        (50265, 50272),
+    ):
+        check_vocabulary(Of(tokens), rows, tmp_path)
+    for tokens, rows in ((3, 32000), (32000, 128256), (50257, 32000), (20, 300)):
+        with pytest.raises(TokenizerError, match="give the model's own tokenizer"):
+            check_vocabulary(Of(tokens), rows, tmp_path)
+
+
+def test_other_ids_than_transformers_are_refused(tmp_path):
+    """A class that cuts text in a way of its own, whatever tokenizer.json says."""
+    path = fast_file(tmp_path)
+    description = json.loads(path.read_text())
+    description["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(description))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<eos>"})
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert can_differ(tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).encode("the fox", add_special_tokens=False)
+    assert theirs != tokenizer.encode("the fox").tolist()
+    with pytest.raises(
+        TokenizerError, match="transformers gives other ids from these files, for 'the fox' from token 0 on"
+    ):
+        TransformersIds(tokenizer, ["the fox"]).check()
+    same = files(tmp_path, "first", LLAMA)
+    TransformersIds(load_tokenizer(same), ["the fox", "  a", "é\n"]).check()
