@@ -32,7 +32,7 @@ demo: $(STAMP)  ## a tiny model learns to answer, split as on a cluster; minutes
 # Two workers, each with whole files: a file's tests share the processes it starts.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-test: $(STAMP)  ## the tests, 8 to 10 minutes on 2 cores
+test: $(STAMP)  ## the tests, about 11 minutes on 2 cores
 	$(PYTEST) -m "not thorough and not slurm"
 
 test-all: $(STAMP)  ## those too that show again, at more length, what others show
