@@ -23,8 +23,11 @@ from megatron_ft.data.template_environment import (
 )
 from megatron_ft.data.template_files import DEFAULT, TOOLS
 from megatron_ft.data.template_options import TemplateOptions
-from megatron_ft.data.traced import Label, runs_of, written
+from megatron_ft.data.traced import Label, Traced, runs_of, written
 from megatron_ft.errors import DataError, TokenizerError
+
+_TRACED = re.compile(rf"(?:{re.escape(Traced.__module__)}\.)?\b{Traced.__name__}\b")
+"""Our kind of str, in the words of Python and Jinja."""
 
 REMEDY = "choose another --chat_format"
 NAMES = {"prompter": "user"}  # what templates call our speakers
@@ -124,7 +127,7 @@ class TemplateText:
             pieces = template.root_render_func(template.new_context(variables))
             return written(pieces) if traced else "".join(pieces)
         except FAULTS as error:
-            reason = " ".join(str(error).split())
+            reason = _TRACED.sub("str", " ".join(str(error).split()))
             raise DataError(f"the tokenizer's chat template refuses this chat ({reason}); see --role_order") from error
         except RecursionError as error:
             raise DataError("the tokenizer's chat template nests too deeply on this chat; leave it out") from error

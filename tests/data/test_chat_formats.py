@@ -228,6 +228,15 @@ def test_a_template_that_refuses_a_chat(tmp_path):
         own_template(tokenizer).encode(tokenizer, say("assistant: x"))
 
 
+@pytest.mark.parametrize("fault", ["messages[0]['content'].missing.more", "messages[0]['content'] + 1"])
+def test_a_fault_of_a_template_is_said_of_a_str(fault, tmp_path):
+    """Not of our kind of str, which a reader does not know."""
+    tokenizer = with_template(tmp_path, "{{ messages|length > 5 and " + fault + " }}" + LOOP)
+    with pytest.raises(DataError, match=r"refuses this chat \(.*\bstr\b") as raised:
+        own_template(tokenizer).encode(tokenizer, say(*["user: x", "assistant: y"] * 3))
+    assert "Traced" not in str(raised.value) and "megatron_ft" not in str(raised.value)
+
+
 def test_tokens_that_swallow_spaces_do_so_here_too(tmp_path):
     tokenizer = with_template(tmp_path, LOOP)
     for token in tokenizer.backend.description["added_tokens"]:
