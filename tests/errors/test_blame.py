@@ -163,14 +163,20 @@ def test_the_rank_that_does_not_wait_is_the_suspect(tmp_path, process):
     assert found.stack.startswith("Current thread") and "in <module>" in found.stack.split("\n\n")[0]
 
 
-def test_a_stopped_rank_is_the_suspect(tmp_path, process):
-    """It is continued to write its stack. If it then loses the others or ends, it remains the suspect."""
+def asked_while_stopped(tmp_path, process) -> tuple[Rank, CauseFinder]:
+    """Stop rank 1; rank 0 has lost another one, so the stack of rank 1 is requested."""
     stopped = process(1)
     os.kill(stopped.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
     finder = begun([Rank(0, 0, code=1), stopped], tmp_path)
     lost(tmp_path, 0)
     assert finder.look(1.0) is None
+    return stopped, finder
+
+
+def test_a_stopped_rank_is_the_suspect(tmp_path, process):
+    """It is continued to write its stack. If it then loses the others or ends, it remains the suspect."""
+    _, finder = asked_while_stopped(tmp_path, process)
     lost(tmp_path, 1)
     deadline = time.monotonic() + 30
     while not (tmp_path / "stack-1").read_text():
@@ -184,12 +190,7 @@ def test_a_stopped_rank_is_the_suspect(tmp_path, process):
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_rank_that_ends_when_it_is_continued(number, tmp_path, process):
-    stopped = process(1)
-    os.kill(stopped.pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
-    finder = begun([Rank(0, 0, code=1), stopped], tmp_path)
-    lost(tmp_path, 0)
-    assert finder.look(1.0) is None
+    stopped, finder = asked_while_stopped(tmp_path, process)
     stopped.send(number)
     os.waitid(os.P_PID, stopped.pid, os.WEXITED | os.WNOWAIT)
     stopped.poll()
