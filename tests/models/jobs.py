@@ -17,9 +17,6 @@ def many(roots: list[str], layout: tuple[int, int], sequence_parallel: bool, tok
 
 
 def _one(root: Path, here, ids, decode: int):
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
     from megatron_ft.checkpoints.folder import describe, find_checkpoint
     from megatron_ft.checkpoints.load import load_weights
     from megatron_ft.generation.decoding import Decoder
@@ -32,14 +29,22 @@ def _one(root: Path, here, ids, decode: int):
     if decode:
         decoder = Decoder(model, here, (), config.architecture.max_position_embeddings)
         return None, decoder.generate([ids[0, :20].numpy()], max_new_tokens=decode)[0]
+    return logits(model, ids, config.architecture.vocab_size, here), []
+
+
+def logits(model, ids, vocab_size: int, here):
+    """Return logits [b, s, vocab_size] on the last stage, gathered over tensor-parallel ranks; None elsewhere. ids: [b, s]."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
     output = get_forward_backward_func()(
         forward_step_func=lambda _, m: (m(ids, torch.arange(ids.shape[1]).expand_as(ids), None), _same),
         data_iterator=iter(()), model=[model], num_microbatches=1, seq_length=ids.shape[1],
         micro_batch_size=ids.shape[0], forward_only=True, collect_non_loss_data=True,
     )  # fmt: skip
     if not here.is_last_stage:
-        return None, []
-    return gather_from_tensor_model_parallel_region(output[0])[..., : config.architecture.vocab_size].numpy(), []
+        return None
+    return gather_from_tensor_model_parallel_region(output[0])[..., :vocab_size].numpy()
 
 
 def _same(output, non_loss_data=False):

@@ -14,6 +14,7 @@ from megatron_ft.models import rules as r
 from megatron_ft.models.architecture import Architecture, check_layout
 from megatron_ft.models.parts import ExpertsPart, MlpPart
 from megatron_ft.models.weights import placed_rules
+from tests.models import jobs
 from tests.ranks import Ranks
 
 SIZES = {
@@ -141,9 +142,6 @@ def logits(models, sizes):
 
 
 def _logits(kind, arch, weights, here, ids):
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
     from megatron_ft.checkpoints.fill import fill_from
     from megatron_ft.models.build import build_model
 
@@ -152,18 +150,7 @@ def _logits(kind, arch, weights, here, ids):
 
     model = build_model(arch, here).eval()
     fill_from(model, arch, rules_of(kind, arch), full, here)
-    output = get_forward_backward_func()(
-        forward_step_func=lambda _, m: (m(ids, torch.arange(ids.shape[1]).expand_as(ids), None), _same),
-        data_iterator=None, model=[model], num_microbatches=1, seq_length=ids.shape[1], micro_batch_size=len(ids),
-        forward_only=True, collect_non_loss_data=True,
-    )  # fmt: skip
-    if not here.is_last_stage:
-        return None
-    return gather_from_tensor_model_parallel_region(output[0])[..., : arch.vocab_size].numpy()
-
-
-def _same(output, non_loss_data=False):
-    return output
+    return jobs.logits(model, ids, arch.vocab_size, here)
 
 
 DENSE = dataclasses.replace(ARCH, num_experts=0, experts_per_token=0, expert_ffn_hidden_size=0)

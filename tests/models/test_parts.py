@@ -12,6 +12,7 @@ from megatron_ft.errors import CheckpointError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.families import family_for, family_of
 from megatron_ft.models.weights import placed_rules
+from tests.models import jobs
 from tests.ranks import Ranks
 
 SIZES = {
@@ -123,9 +124,6 @@ def measure(arch, case):
 
 def logits(arch, weights, layout):
     """[b, s, vocabulary] on the last stage, gathered over tensor-parallel ranks; None elsewhere."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
     from megatron_ft.checkpoints.fill import fill_from
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.models.build import build_model
@@ -138,18 +136,7 @@ def logits(arch, weights, layout):
     with process_groups(ParallelSizes(*layout)) as here, torch.no_grad():
         model = build_model(arch, here).eval()
         fill_from(model, arch, family_of(arch).rules(arch), full, here)
-        output = get_forward_backward_func()(
-            forward_step_func=lambda _, m: (m(ids, torch.arange(ids.shape[1]).expand_as(ids), None), same),
-            data_iterator=None, model=[model], num_microbatches=1, seq_length=ids.shape[1], micro_batch_size=len(ids),
-            forward_only=True, collect_non_loss_data=True,
-        )  # fmt: skip
-        if not here.is_last_stage:
-            return None
-        return gather_from_tensor_model_parallel_region(output[0])[..., : arch.vocab_size].numpy()
-
-
-def same(output, non_loss_data=False):
-    return output
+        return jobs.logits(model, ids, arch.vocab_size, here)
 
 
 def test_parts_of_a_layer_and_their_way_to_disk(tmp_path: Path):
