@@ -43,6 +43,7 @@ setup(
         "sentencepiece>=0.2",
         "protobuf>=5,<8",  # sentencepiece's model files
         "tokenizers>=0.21",
+        'gigatoken>=0.10; platform_machine in "x86_64 aarch64 arm64"',  # faster; without it the libraries above do its work
         "safetensors>=0.5",
         "pydantic>=2",
         "pyyaml>=6",

@@ -42,6 +42,10 @@ class DamagedError(CheckpointError):
     """A file of a checkpoint or export that is not what was written: missing, cut short, or with other content."""
 
 
+def half_a_character() -> TokenizerError:
+    return TokenizerError("text with a lone surrogate (half a character) cannot be tokenized")
+
+
 def kind_of(value: object) -> str:
     """Return what kind of value of a data file this is, in JSON's words: null, text, a number, a list, an object, true, false."""
     if value is None or isinstance(value, bool):

@@ -6,14 +6,16 @@ tokenizers that put a space before the first word of a document and nowhere else
 
 import copy
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_ft.data import bulk
 from megatron_ft.data.fingerprint import fingerprint
-from megatron_ft.data.words import Words, are_between_spaces
-from megatron_ft.errors import TokenizerError
+from megatron_ft.errors import TokenizerError, half_a_character
 
 
 class FastTokenizer:
@@ -25,7 +27,7 @@ class FastTokenizer:
     def __init__(self, path: Path, description: dict[str, Any]):
         self.path, self.description = path, description
         # Padding, truncation and automatic special tokens are settings of the caller of the tokenizer.
-        plain = {**description, "padding": None, "truncation": None, "post_processor": None}
+        self._plain = plain = {**description, "padding": None, "truncation": None, "post_processor": None}
         self._start, self._behind = _build(path, plain), _build(path, _behind_a_token(plain))
         self.size = self._start.get_vocab_size(with_added_tokens=False)
         # Added tokens that are not special are found in text, as words of the vocabulary are, and may lie above it.
@@ -38,17 +40,29 @@ class FastTokenizer:
             if t.get("special") and t["id"] < self.size
         }
         self.fingerprint = fingerprint(_essence(description))
-        self._words = Words(self._alone) if are_between_spaces(description) else None
-
-    def _alone(self, word: str) -> list[int]:
-        return self._behind.encode(word, add_special_tokens=False).ids
+        self._reserved: set[str] = set()
+        self._bulk: dict[bool, bulk.Bulk] = {}  # by whether text is at the start
 
     def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]:
-        if self._words is not None:
+        if self._bulk:
             try:
-                return list(map(self._words.encode, texts))
-            except (UnicodeEncodeError, TypeError) as error:
-                raise _half_a_character() from error
+                return self._bulk[at_start].encode(texts)
+            except bulk.Failed:
+                self._bulk = {}
+        return self._by_reference(texts, at_start)
+
+    def hasten(self, texts: Sequence[str]) -> bool:
+        """See tokenizer.Tokenizer.hasten."""
+        added = self.description.get("added_tokens", [])
+        in_text = [token for token in added if not token.get("special") and token["content"] not in self._reserved]
+        start = {**self._plain, "added_tokens": in_text}
+        behind = _behind_a_token(start)
+        first = bulk.agreeing(start, partial(self._by_reference, at_start=True), texts)
+        later = first if behind == start else bulk.agreeing(behind, partial(self._by_reference, at_start=False), texts)
+        self._bulk = {True: first, False: later} if first and later else {}
+        return bool(self._bulk)
+
+    def _by_reference(self, texts: list[str], at_start: bool) -> list[np.ndarray]:
         found = self._encode(texts, at_start, "encode_batch_fast")
         return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
 
@@ -67,7 +81,7 @@ class FastTokenizer:
             UnicodeEncodeError,
             TypeError,
         ) as error:  # a TypeError "must be str": the binding's error for a lone surrogate
-            raise _half_a_character() from error
+            raise half_a_character() from error
 
     def decode(self, ids: list[int]) -> str:
         return self._start.decode(ids, skip_special_tokens=False) if ids else ""
@@ -97,12 +111,8 @@ class FastTokenizer:
                     raise TokenizerError(
                         f"{self.path}: '{name}' is an ordinary word of this vocabulary; choose another special token"
                     )
-        if self._words is not None:
-            self._words.clear()
-
-
-def _half_a_character() -> TokenizerError:
-    return TokenizerError("text with a lone surrogate (half a character) cannot be tokenized")
+        self._reserved.update(tokens)
+        self._bulk = {}
 
 
 def read_description(path: Path) -> dict[str, Any]:

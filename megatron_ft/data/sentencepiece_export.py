@@ -26,7 +26,7 @@ def describe(model: SentencePieceModel) -> dict[str, Any]:
     """Return a tokenizer.json without added tokens. Raise TokenizerError for what it cannot express."""
     proto = model.proto()
     _refuse(model, proto)
-    if proto.trainer_spec.model_type == UNIGRAM or proto.normalizer_spec.precompiled_charsmap:
+    if not is_exact(proto):
         log.warning(
             "%s: in rare texts the exported tokenizer may cut words in another way than in training", model.path
         )
@@ -41,6 +41,11 @@ def describe(model: SentencePieceModel) -> dict[str, Any]:
         "decoder": {"type": "Sequence", "decoders": _decoders(proto.normalizer_spec)},
         "model": _bpe(proto) if proto.trainer_spec.model_type == BPE else _unigram(proto),
     }
+
+
+def is_exact(proto: Any) -> bool:
+    """Return whether the tokenizer.json of a SentencePiece model (a ModelProto) gives the same ids for every text."""
+    return proto.trainer_spec.model_type == BPE and not proto.normalizer_spec.precompiled_charsmap
 
 
 def normalizer(proto: Any) -> dict[str, Any]:

@@ -4,15 +4,17 @@ SentencePiece puts a space (its "dummy prefix") before every text, so the text b
 Megatron-LLM. Tokens outside its vocabulary are handled by tokenizer.py.
 """
 
+import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_ft.data import bulk
 from megatron_ft.data.fingerprint import fingerprint
-from megatron_ft.data.words import SPACE, PieceWords
-from megatron_ft.errors import TokenizerError
+from megatron_ft.errors import TokenizerError, half_a_character
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces in sentencepiece_model.proto
 
@@ -36,7 +38,7 @@ class SentencePieceModel:
         inner = [i for i in range(self.size) if self._model.is_control(i) or self._model.is_unknown(i)]
         self.controls = {self._model.id_to_piece(i): i for i in inner}
         self.fingerprint = fingerprint(self._data)
-        self._words = self._word_table()
+        self._bulk: bulk.Bulk | None = None
 
     @property
     def bos(self) -> str | None:
@@ -49,12 +51,28 @@ class SentencePieceModel:
 
     def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]:
         del at_start  # every text gets the dummy prefix
+        if self._bulk is not None:
+            try:
+                return self._bulk.encode(texts)
+            except bulk.Failed:
+                self._bulk = None
+        return self._by_reference(texts)
+
+    def hasten(self, texts: Sequence[str]) -> bool:
+        """See tokenizer.Tokenizer.hasten."""
+        from megatron_ft.data import sentencepiece_export as export
+
+        proto = self.proto()
+        if export.is_exact(proto) and not any(piece.type == USER_DEFINED for piece in proto.pieces):
+            with contextlib.suppress(TokenizerError):  # what a tokenizer.json cannot express
+                self._bulk = bulk.agreeing(export.describe(self), self._by_reference, texts)
+        return self._bulk is not None
+
+    def _by_reference(self, texts: list[str]) -> list[np.ndarray]:
         try:
-            if self._words is not None:
-                return list(map(self._words.encode, texts))
             return self._model.encode(texts, return_type="numpy", num_threads=self.threads)
         except (UnicodeEncodeError, TypeError, RuntimeError) as error:  # the binding's error for a lone surrogate
-            raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
+            raise half_a_character() from error
 
     def starts(self, texts: list[str], at_start: bool) -> list[tuple[np.ndarray, np.ndarray, bool]]:
         """Return (ids, the byte of the text at which each token begins, True) of each text."""
@@ -62,7 +80,7 @@ class SentencePieceModel:
         try:
             found = self._model.encode(texts, return_type="proto", num_threads=self.threads)
         except (UnicodeEncodeError, TypeError) as error:
-            raise TokenizerError("text with a lone surrogate (half a character) cannot be tokenized") from error
+            raise half_a_character() from error
         return [
             (
                 np.fromiter((piece.id for piece in one.pieces), np.int32, len(one.pieces)),
@@ -108,31 +126,8 @@ class SentencePieceModel:
         for index in inside:
             message.pieces[index].type = CONTROL
         self._model = sentencepiece.SentencePieceProcessor(model_proto=message.SerializeToString())
-        self._words = self._word_table()
-
-    def _word_table(self) -> PieceWords | None:
-        """Return a table of words for models that allow it; the others encode whole texts."""
-        return PieceWords(self._model.encode) if are_apart(self.proto()) else None
+        self._bulk = None
 
     def write(self, path: Path) -> None:
         """Copy the model file as it was read."""
         path.write_bytes(self._data)
-
-
-def are_apart(proto: Any) -> bool:
-    """Return whether words of this model (a ModelProto) can be encoded one by one: byte pair encoding, text taken as it is, and no piece
-    that reaches over a space or holds a newline."""
-    rules, trained = proto.normalizer_spec, proto.trainer_spec
-    return (
-        trained.model_type == 2  # BPE
-        and not rules.precompiled_charsmap
-        and rules.add_dummy_prefix
-        and not rules.remove_extra_whitespaces
-        and rules.escape_whitespaces
-        and not trained.treat_whitespace_as_suffix
-        and not any(
-            SPACE in piece.piece.lstrip(SPACE) or "\n" in piece.piece or " " in piece.piece
-            for piece in proto.pieces
-            if piece.type in (NORMAL, USER_DEFINED)
-        )
-    )

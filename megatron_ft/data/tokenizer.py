@@ -33,6 +33,7 @@ class Backend(Protocol):
     threads: int  # for a batch
 
     def encode_batch(self, texts: list[str], at_start: bool) -> list[np.ndarray]: ...
+    def hasten(self, texts: Sequence[str]) -> bool: ...
     def starts(self, texts: list[str], at_start: bool) -> list[tuple[np.ndarray, np.ndarray, bool]]: ...
     def decode(self, ids: list[int]) -> str: ...
     def piece(self, index: int) -> str: ...
@@ -71,6 +72,10 @@ class Tokenizer:
         document; SentencePiece puts one before every text. Raise TokenizerError for text that is not valid Unicode (a lone surrogate).
         """
         return self.backend.encode_batch(list(texts), at_start)
+
+    def hasten(self, texts: Sequence[str] = ()) -> bool:
+        """Encode with gigatoken from now on, if it gives the reference's ids for hard texts and for these. Return whether."""
+        return self.backend.hasten(texts)
 
     def encode_cut(self, runs: Sequence[Sequence[str]], at_start: bool = True) -> list[list[np.ndarray]]:
         """Return the ids of texts given in parts. Each run is tokenized as one text; a token belongs to the part in which it begins."""

@@ -1,12 +1,14 @@
 """A pool of worker processes that returns results in the order of the tasks and works only a few tasks ahead.
 
-With one worker the work is done in this process. Processes are spawned, not forked, so that they inherit no threads or open files.
+With one worker the work is done in this process. On Linux processes are forked, which takes no time, if this one has a single thread;
+else they are spawned, since a fork can inherit a lock that nobody opens.
 """
 
 import contextlib
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,9 +20,9 @@ AHEAD = 3  # tasks per worker that are queued or finished before their results a
 
 
 class Pool:
-    """make: a picklable function, called once in each worker, that returns the object whose methods do the work."""
+    """here: the object whose methods do the work. make: a picklable function that returns such an object in a spawned worker."""
 
-    def __init__(self, workers: int, make: Any, *arguments: Any, here: Any = None):
+    def __init__(self, workers: int, make: Any, *arguments: Any, here: Any):
         self.workers, self._here, self._executor = workers, here, None
         if workers > 1:
             from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +30,8 @@ class Pool:
 
             # Threads of the Rust tokenizer would compete with the other workers.
             with _environment(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"):
-                self._executor = ProcessPoolExecutor(workers, get_context("spawn"), _start, (make, arguments))
+                way, start = ("fork", (_itself, (here,))) if can_fork() else ("spawn", (make, arguments))
+                self._executor = ProcessPoolExecutor(workers, get_context(way), _start, start)
                 for future in [self._executor.submit(_ready) for _ in range(workers)]:
                     self._result(future)
 
@@ -71,6 +74,15 @@ def _start(make: Any, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _WORKER = make(*arguments)
+
+
+def _itself(here: Any) -> Any:
+    return here
+
+
+def can_fork() -> bool:
+    """Return whether a copy of this process works: Linux, and no other Python thread that could hold a lock."""
+    return sys.platform == "linux" and threading.active_count() == 1
 
 
 def _end_with_parent() -> None:

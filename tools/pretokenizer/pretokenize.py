@@ -32,7 +32,7 @@ from tools.pretokenizer.tokenizer_checks import begin_checks
 from tools.pretokenizer.work import Worker, WorkerSettings
 from tools.pretokenizer.writing import Written, clean, write
 
-WORTH_WORKERS = 16 << 20  # bytes of data
+WORTH_WORKERS, WORTH_HASTE = 4 << 20, 1 << 20  # bytes of data
 
 COMMAND = Command(
     name="pretokenize",
@@ -66,11 +66,12 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
             )
         print(f"{settings.prefix}-train: already made from the same input with the same settings; nothing to do")
         return
-    here = Worker(worker_settings := _worker_settings(settings, sources, extra, text), tokenizer)
+    worker_settings, workers = _worker_settings(settings, sources, extra, text), _workers(settings, sources)
+    here = Worker(worker_settings, tokenizer, threads=1 if workers > 1 else None)
     finish_checks = begin_checks(tokenizer, sources, here)
     clean(settings.prefix)
     with (
-        Pool(_workers(settings, sources), Worker, worker_settings, None, 1, here=here) as pool,
+        Pool(workers, Worker, worker_settings, None, 1, here=here) as pool,
         Progress() as progress,
     ):
         weights = count(sources, settings, pool, progress)
@@ -97,6 +98,7 @@ def _worker_settings(settings: Settings, sources: list[Source], extra: list[str]
     return WorkerSettings(
         [source.job for source in sources], str(settings.vocab_file), extra, settings.chat_format,
         settings.on_bad_record == "skip", settings.duplicates, text is not None, settings.template_options,
+        _bytes(sources) >= WORTH_HASTE,
     )  # fmt: skip
 
 
@@ -110,7 +112,11 @@ def _workers(settings: Settings, sources: list[Source]) -> int:
     """Return the number of workers: as set, else one per core if the input is large enough, else one."""
     if settings.workers is not None:
         return settings.workers
-    return cores() if sum(source.bytes for source in sources) >= WORTH_WORKERS else 1
+    return cores() if _bytes(sources) >= WORTH_WORKERS else 1
+
+
+def _bytes(sources: list[Source]) -> int:
+    return sum(source.bytes for source in sources)
 
 
 def _remove_split(prefix: Path) -> None:

@@ -19,6 +19,8 @@ def begin_checks(tokenizer: Tokenizer, sources: Sequence[Source], worker: Worker
     if any(file.name == "tokenizer_config.json" for file in tokenizer.source_files):
         check_vocabulary(tokenizer, config_rows(folder), folder)
     texts = _first_texts(sources, worker)
+    if worker.settings.hasten:
+        tokenizer.hasten(texts)
     check_text(tokenizer, texts)
     return TransformersIds(tokenizer, texts).check if can_differ(tokenizer) else lambda: None
 

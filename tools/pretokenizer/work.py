@@ -42,7 +42,8 @@ class Job:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """The settings of a worker. text: also return every sample as text. duplicates: keep, exact or near."""
+    """The settings of a worker. text: also return every sample as text. duplicates: keep, exact or near.
+    hasten: encode with gigatoken, see tokenizer.Tokenizer.hasten."""
 
     jobs: Sequence[Job]
     tokenizer: str
@@ -52,6 +53,7 @@ class WorkerSettings:
     duplicates: str
     text: bool
     template: TemplateOptions = field(default_factory=TemplateOptions)
+    hasten: bool = False
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings, tokenizer: Tokenizer | None = None, threads: int | None = None):
         self.settings = settings
-        self.tokenizer = tokenizer or load_tokenizer(settings.tokenizer, settings.extra_tokens)
+        self.tokenizer = tokenizer or _load(settings)
         if threads is not None:
             self.tokenizer.backend.threads = threads
         self.chat_format = get_format(settings.chat_format, self.tokenizer, settings.template)
@@ -262,6 +264,13 @@ class Worker:
 
     def _text(self, chat: Conversation) -> str:
         return chat[0]["content"] if _is_plain(chat) else self.chat_format.text(chat)
+
+
+def _load(settings: WorkerSettings) -> Tokenizer:
+    tokenizer = load_tokenizer(settings.tokenizer, settings.extra_tokens)
+    if settings.hasten:
+        tokenizer.hasten()
+    return tokenizer
 
 
 def _is_plain(chat: Conversation) -> bool:
