@@ -10,9 +10,9 @@ between equal scores.
 """
 
 import base64
+from pathlib import Path
 from typing import Any
 
-from megatron_ft.data.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel
 from megatron_ft.errors import TokenizerError
 from megatron_ft.log import logger
 
@@ -20,16 +20,17 @@ log = logger("data.tokenizer")
 
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces in sentencepiece_model.proto
 
 
-def describe(model: SentencePieceModel) -> dict[str, Any]:
-    """Return a tokenizer.json without added tokens. Raise TokenizerError for what it cannot express."""
-    proto = model.proto()
-    _refuse(model, proto)
+def describe(proto: Any, path: Path) -> dict[str, Any]:
+    """Return a SentencePiece model (a ModelProto) as a tokenizer.json without added tokens. path: its file, for messages.
+
+    Raise TokenizerError for what a tokenizer.json cannot express.
+    """
+    _refuse(proto, path)
     if not is_exact(proto):
-        log.warning(
-            "%s: in rare texts the exported tokenizer may cut words in another way than in training", model.path
-        )
+        log.warning("%s: in rare texts the exported tokenizer may cut words in another way than in training", path)
     return {
         "version": "1.0",
         "truncation": None,
@@ -53,7 +54,7 @@ def normalizer(proto: Any) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec)}
 
 
-def _refuse(model: SentencePieceModel, proto: Any) -> None:
+def _refuse(proto: Any, path: Path) -> None:
     kind, spec = proto.trainer_spec.model_type, proto.normalizer_spec
     reason = None
     if kind not in (UNIGRAM, BPE):
@@ -66,7 +67,7 @@ def _refuse(model: SentencePieceModel, proto: Any) -> None:
         reason = "it has user-defined pieces and a dummy prefix"
     if reason:
         raise TokenizerError(
-            f"{model.path}: {reason}, which a tokenizer.json cannot express; export the model without a tokenizer"
+            f"{path}: {reason}, which a tokenizer.json cannot express; export the model without a tokenizer"
         )
 
 
@@ -114,11 +115,14 @@ def _merges(proto: Any) -> list[list[str]]:
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
     order = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     best_first = sorted(scores, key=lambda piece: (-scores[piece], order[piece]))
-    merges = []
+    merges: list[list[str]] = []
     for piece in best_first:
-        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        ways = [list(pair) for pair in halves if pair[0] in scores and pair[1] in scores]
-        merges += sorted(ways, key=lambda pair: (order[pair[0]], order[pair[1]]))
+        ways = [
+            [first, piece[cut:]]
+            for cut in range(1, len(piece))
+            if (first := piece[:cut]) in scores and piece[cut:] in scores
+        ]
+        merges += sorted(ways, key=lambda pair: (order[pair[0]], order[pair[1]])) if len(ways) > 1 else ways
     return merges
 
 

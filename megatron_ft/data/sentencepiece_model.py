@@ -14,9 +14,8 @@ import numpy as np
 
 from megatron_ft.data import bulk
 from megatron_ft.data.fingerprint import fingerprint
+from megatron_ft.data.sentencepiece_export import CONTROL, USER_DEFINED, describe, is_exact
 from megatron_ft.errors import TokenizerError, half_a_character
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces in sentencepiece_model.proto
 
 
 class SentencePieceModel:
@@ -60,12 +59,10 @@ class SentencePieceModel:
 
     def hasten(self, texts: Sequence[str]) -> bool:
         """See tokenizer.Tokenizer.hasten."""
-        from megatron_ft.data import sentencepiece_export as export
-
         proto = self.proto()
-        if export.is_exact(proto) and not any(piece.type == USER_DEFINED for piece in proto.pieces):
+        if is_exact(proto) and not any(piece.type == USER_DEFINED for piece in proto.pieces):
             with contextlib.suppress(TokenizerError):  # what a tokenizer.json cannot express
-                self._bulk = bulk.agreeing(export.describe(self), self._by_reference, texts)
+                self._bulk = bulk.agreeing(describe(proto, self.path), self._by_reference, texts)
         return self._bulk is not None
 
     def _by_reference(self, texts: list[str]) -> list[np.ndarray]:
@@ -110,6 +107,10 @@ class SentencePieceModel:
         message = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         message.ParseFromString(self._model.serialized_model_proto())
         return message
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the model as a tokenizer.json; see sentencepiece_export.describe."""
+        return describe(self.proto(), self.path)
 
     def reserve(self, tokens: dict[str, int]) -> None:
         """Keep text from yielding these tokens.

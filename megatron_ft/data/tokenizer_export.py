@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft.data.fast_tokenizer import FastTokenizer
-from megatron_ft.data.sentencepiece_export import describe
 from megatron_ft.data.sentencepiece_model import SentencePieceModel
 from megatron_ft.data.template_files import CONFIG, DEFAULT, in_config, read_object, token_name, write_templates
 from megatron_ft.data.tokenizer import Tokenizer
@@ -87,7 +86,7 @@ def _own_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer.backend, SentencePieceModel):
-        return describe(tokenizer.backend)
+        return tokenizer.backend.as_json()
     assert isinstance(tokenizer.backend, FastTokenizer)
     # As read, but without padding and cutting, which would change ids without notice.
     return {**json.loads(json.dumps(tokenizer.backend.description)), "padding": None, "truncation": None}

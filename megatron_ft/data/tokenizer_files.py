@@ -124,11 +124,9 @@ def _model(path: Path, needed: bool = True) -> Any:
 
 def _said_as_json(model: Any) -> dict[str, Any]:
     """Return a SentencePiece model as a tokenizer.json with its control tokens."""
-    from megatron_ft.data.sentencepiece_export import describe
-
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": index, "content": name, **flags} for name, index in model.controls.items()]
-    return {**describe(model), "added_tokens": added}
+    return {**model.as_json(), "added_tokens": added}
 
 
 def _have_the_same_pieces(model: Any, description: dict[str, Any]) -> bool:

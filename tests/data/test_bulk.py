@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from benchmarks import texts
 from megatron_ft.data import bulk
-from megatron_ft.data.sentencepiece_export import describe
 from megatron_ft.data.sentencepiece_model import SentencePieceModel
 from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.data.tokenizer_spaces import with_rule
@@ -68,7 +67,7 @@ def trained(folder, **options):
 def spaced_first(folder):
     """A tokenizer.json that adds a space to the first text only, as transformers' class for Llama says."""
     model = SentencePieceModel(sentencepiece_file(folder))
-    (folder / "tokenizer.json").write_text(json.dumps(with_rule(describe(model), "first")))
+    (folder / "tokenizer.json").write_text(json.dumps(with_rule(model.as_json(), "first")))
     return load_tokenizer(folder / "tokenizer.json", ["<|im_start|>"])
 
 

@@ -6,7 +6,6 @@ import re
 import pytest
 
 from checkpoints_conversion.tokenizer_copy import copy_tokenizer
-from megatron_ft.data.sentencepiece_export import describe
 from megatron_ft.data.sentencepiece_model import SentencePieceModel
 from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.data.tokenizer_check import TransformersIds, can_differ, check_text, check_vocabulary
@@ -31,7 +30,7 @@ def files(folder, rule, config, model_type="llama", model=True):
     if rule is not None:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         added = [{"id": index, "content": name, **flags} for name, index in made.controls.items()]
-        description = describe(made) if rule == "model's" else with_rule(describe(made), rule)
+        description = made.as_json() if rule == "model's" else with_rule(made.as_json(), rule)
         (folder / "tokenizer.json").write_text(json.dumps(description | {"added_tokens": added}))
     if not model:
         (folder / "tokenizer.model").unlink()
