@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from megatron_ft.collector import no_collection
 from megatron_ft.config.command import Command
 
 
@@ -59,5 +60,6 @@ ENTRIES = {name: entry for group in COMMANDS.values() for name, entry in group.i
 
 def load(name: str) -> tuple[Command, Callable[..., int | None]]:
     """Return a command's description and its run()."""
-    module = importlib.import_module(ENTRIES[name].module)
+    with no_collection():
+        module = importlib.import_module(ENTRIES[name].module)
     return module.COMMAND, module.run

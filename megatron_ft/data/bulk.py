@@ -5,11 +5,11 @@ hard texts and for the first ones of a run. It remembers what it has met, so it 
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megatron_ft.errors import half_a_character
 from megatron_ft.log import logger
@@ -35,7 +35,7 @@ class Bulk:
     """description: a tokenizer.json, without added tokens that text must not spell."""
 
     def __init__(self, description: dict[str, Any]):
-        self._description = json.dumps(description)
+        self._description = orjson.dumps(description)
         self._encoder, self._characters = _load(self._description), 0
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -77,7 +77,7 @@ def _may_be_known(description: dict[str, Any]) -> bool:
     return not uncut and not description["model"].get("dropout")
 
 
-def _load(description: str) -> Any:
+def _load(description: bytes) -> Any:
     with _failing():
         from gigatoken.gigatoken_rs import load_hf_json
 

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode_parts, join, split
 from megatron_ft.data.chat_jinja import MARKS, template
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, PROMPTER, ROLE_BITS, ROLES, SYSTEM
-from megatron_ft.data.spoken import segments
+from megatron_ft.data.spoken import holds_parts, segments
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.data.tool_text import as_text, has_tools
 from megatron_ft.errors import ConfigError, DataError, kind_of
@@ -112,18 +112,19 @@ class ChatFormat:
         texts: list[str] = []
         for messages in conversations:
             role: int | None = None
-            for i, message in enumerate(self._folded(messages)):
-                previous, (role, content) = role, self._role_and_text(message)
-                key = (role, previous if (role, previous) in self.after else None)
-                if key not in around:
+            plain = self._are_plain(messages)
+            for message in messages if plain else self._folded(messages):
+                previous = role
+                role, content = (ROLES[message["role"]], message["content"]) if plain else self._role_and_text(message)
+                if (key := (role, previous)) not in around:
                     around[key] = self._around(tokenizer, role, previous)
                 before, head, tail, behind = around[key]
                 role_byte = role | message.get("mark_bits", 0)
-                if not i:
+                if begin and previous is None:
                     pieces += begin
                     role_bytes += [role_byte] * len(begin)
-                parts = self._content_parts(role_byte, content)
-                if len(parts) > 1 or parts[0].role_byte != role_byte:
+                parts = self._content_parts(role_byte, content) if role == ASSISTANT and holds_parts(content) else []
+                if len(parts) > 1 or (parts and parts[0].role_byte != role_byte):
                     run = [Part(role_byte, head), *parts, Part(role_byte, tail)]
                     cut = tokenizer.encode_cut([[part.text for part in run]], at_start=False)[0]
                     pieces += (before, *cut, behind)
@@ -138,6 +139,17 @@ class ChatFormat:
         encoded = iter(tokenizer.encode_batch(texts, at_start=False))
         pieces = [next(encoded) if piece is None else piece for piece in pieces]
         return join(pieces, role_bytes, ends)
+
+    def _are_plain(self, messages: Messages) -> bool:
+        """Return whether messages are a role of this format and a text, which is not changed, and nothing besides: mostly."""
+        for message in messages:
+            if len(message) != 2 or message.get("role") not in self._names or type(message.get("content")) is not str:
+                return False
+        return not self.strip
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(name for name, role in ROLES.items() if role in self.turns)
 
     def _around(self, tokenizer: Tokenizer, role: int, previous: int | None) -> tuple[np.ndarray, str, str, np.ndarray]:
         """Return (ids before, text before the message, text after it, ids after) of a turn."""

@@ -110,19 +110,17 @@ def _bpe(proto: Any) -> dict[str, Any]:
     }
 
 
-def _merges(proto: Any) -> list[list[str]]:
+def _merges(proto: Any) -> list[tuple[str, str]]:
     """Return all ways to make a piece from two, best pieces first."""
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
-    order = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    best_first = sorted(scores, key=lambda piece: (-scores[piece], order[piece]))
-    merges: list[list[str]] = []
-    for piece in best_first:
-        ways = [
-            [first, piece[cut:]]
-            for cut in range(1, len(piece))
-            if (first := piece[:cut]) in scores and piece[cut:] in scores
-        ]
-        merges += sorted(ways, key=lambda pair: (order[pair[0]], order[pair[1]])) if len(ways) > 1 else ways
+    read = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    order = {piece: index for index, (piece, _, kind) in enumerate(read) if kind in (NORMAL, USER_DEFINED)}
+    merges: list[tuple[str, str]] = []
+    for piece in sorted(order, key=lambda piece: (-read[order[piece]][1], order[piece])):
+        cuts = range(1, len(piece))
+        ways = [(a, b) for cut in cuts if (a := piece[:cut]) in order and (b := piece[cut:]) in order]
+        if len(ways) > 1:
+            ways.sort(key=lambda pair: (order[pair[0]], order[pair[1]]))
+        merges += ways
     return merges
 
 

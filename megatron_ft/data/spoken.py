@@ -11,14 +11,6 @@ from itertools import groupby
 from megatron_ft.data.roles import ASSISTANT, EMPTY_REASONING, REASONING, TOOL_CALL
 from megatron_ft.data.traced import CALL, REASON
 
-_TAGS = (
-    "<think",
-    "<thought>",
-    "<reasoning>",
-    "[THINK]",
-    "<|START_THINKING|>",
-    "<tool_call>",
-)  # a text without any holds neither
 _REASONING = re.compile(
     r"(?:<(?P<tag>think|thinking|thought|reasoning)>(?P<a>.*?)</(?P=tag)>|\[THINK\](?P<b>.*?)\[/THINK\]"
     r"|<\|START_THINKING\|>(?P<c>.*?)<\|END_THINKING\|>)\s*",
@@ -30,7 +22,14 @@ _OPENS = re.compile("tool|call|python|action", re.IGNORECASE)
 
 def holds_parts(text: str) -> bool:
     """Return False for a text that is nothing but an answer."""
-    return any(tag in text for tag in _TAGS)
+    return (
+        "<think" in text
+        or "<tool_call>" in text
+        or "<thought>" in text
+        or "<reasoning>" in text
+        or "[THINK]" in text
+        or "<|START_THINKING|>" in text
+    )
 
 
 def segments(text: str, role: int = ASSISTANT) -> list[tuple[int, str]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import os
 import warnings
-from collections.abc import Iterator
 
+from megatron_ft.collector import no_collection
 from megatron_ft.device import has_gpu
 from megatron_ft.engine import cpu_stand_in, patches
 from megatron_ft.engine.versions import check_version
@@ -40,20 +38,3 @@ def prepare_engine() -> None:
     patches.apply()
     if not has_gpu():
         cpu_stand_in.apply()
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Run imports without the garbage collector, and have it leave alone afterwards what they made.
-
-    Modules live as long as the process. The collector would read all their objects many times during the imports (a fifth of the time
-    they take), and again in each process forked later, where the kernel copies every page that it marks.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_enabled:
-            gc.enable()

@@ -1,15 +1,14 @@
 """The first pass over all data: counts samples, finds duplicates, and assigns the rest to training and validation.
 
-All errors in the data are found in this pass, before anything is written.
+All errors in the data are found in this pass, before anything is written. Where all samples will be used, it also encodes them, as far as
+there is room to hold them; what is held is not read again.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 
 from megatron_ft.data.roles import weight_table
-from tools.pretokenizer.chunk import Chunk
 from tools.pretokenizer.duplicates import NearIndex, first_of_each
 from tools.pretokenizer.pool import Pool
 from tools.pretokenizer.progress import SHOWN, Progress, warn_skipped
@@ -17,9 +16,10 @@ from tools.pretokenizer.sampling import cap, plan
 from tools.pretokenizer.settings import Settings
 from tools.pretokenizer.sources import Source
 from tools.pretokenizer.unread import merge
-from tools.pretokenizer.work import Counted, Job
+from tools.pretokenizer.work import Counted
 
 FAULTY = "faulty record"  # reason for leaving out
+MOST_HELD = 256 << 20  # bytes of encoded samples
 
 
 def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progress) -> list[float]:
@@ -31,11 +31,15 @@ def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progr
     hashes: list[np.ndarray] = []
     near = NearIndex(settings.near_threshold) if settings.duplicates == "near" else None
     counted: list[tuple[Source, np.ndarray, np.ndarray]] = []
+    held = 0
     for source in sources:
+        takes_all = settings.duplicates == "keep" and settings.max_count is None and source.takes_all
         sizes, own = [], []
         fresh: list[np.ndarray] = []
-        for chunk in pool.map("count", _tasks(source)):
+        tasks = ((source.job, chunk, takes_all and held < MOST_HELD) for chunk in source.chunks())
+        for chunk in pool.map("count", tasks):
             _note(source, chunk)
+            held += chunk.encodings.nbytes if chunk.encodings is not None else 0
             source.per_chunk.append(int(chunk.sizes.sum()))
             sizes.append(chunk.sizes)
             weights |= chunk.weights
@@ -44,7 +48,7 @@ def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progr
             if near is not None:
                 assert chunk.signatures is not None
                 fresh.append(np.array([near.keep(signature) for signature in chunk.signatures], bool))
-            progress.read(len(chunk.sizes))
+            progress.read(len(chunk.sizes), 0 if chunk.encodings is None else len(chunk.encodings.ids))
         hashes.append(np.concatenate(own) if own else np.empty(0, np.uint64))
         counted.append((source, _joined(sizes, np.int32), _joined(fresh, bool)))
         warn_skipped(source.bad, source.left_out[FAULTY], source.name)
@@ -67,10 +71,6 @@ def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progr
     return weight_table(sorted(weights))
 
 
-def _tasks(source: Source) -> Iterator[tuple[Job, Chunk]]:
-    return ((source.job, chunk) for chunk in source.chunks())
-
-
 def _plan(source: Source, sizes: np.ndarray, keep: np.ndarray, seed: int) -> None:
     """Split and sample the samples to keep; mark all others as OUT."""
     if keep.all():
@@ -85,6 +85,7 @@ def _plan(source: Source, sizes: np.ndarray, keep: np.ndarray, seed: int) -> Non
 
 def _note(source: Source, chunk: Counted) -> None:
     source.left_out += chunk.left_out
+    source.held.append(chunk.encodings)
     merge(source.unread, chunk.unread)
     if chunk.bad:
         source.left_out[FAULTY] += len(chunk.bad)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ft.collector import few_collections
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.data.chat_format import OWN_TEMPLATE, get_format
 from megatron_ft.data.manifest import manifest_path
@@ -71,6 +72,7 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
     finish_checks = begin_checks(tokenizer, sources, here)
     clean(settings.prefix)
     with (
+        few_collections(),
         Pool(workers, Worker, worker_settings, None, 1, here=here) as pool,
         Progress() as progress,
     ):

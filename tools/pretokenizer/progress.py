@@ -17,7 +17,7 @@ class Progress:
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
-        self._records = self._samples = self._tokens = self.total = 0
+        self._records = self._early = self._samples = self._tokens = self.total = 0
         self._started = self._printed = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -35,10 +35,12 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def read(self, records: int) -> None:
-        """Add a number of counted records."""
-        self._records += records
-        self._show("reading", f"{self._records:,} records", self._records)
+    def read(self, records: int, tokens: int) -> None:
+        """Add a number of counted records, and of the tokens that were made of them."""
+        self._records, self._early = self._records + records, self._early + tokens
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = f", {_short(self._early / seconds)} tokens/s" if self._early else ""
+        self._show("reading", f"{self._records:,} records{rate}", self._records)
 
     def begin(self, total: int) -> None:
         """Begin the tokenization of `total` samples."""

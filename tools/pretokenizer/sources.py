@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from megatron_ft.errors import ConfigError
 from tools.pretokenizer import places
 from tools.pretokenizer.chunk import Chunk
 from tools.pretokenizer.dolphin_mix import MixOptions, joined
+from tools.pretokenizer.encode import Encodings
 from tools.pretokenizer.lines import chunks, parse
 from tools.pretokenizer.oasst_flat import is_flat, trees
 from tools.pretokenizer.readers import Reader, get_reader
@@ -32,7 +33,7 @@ class Source:
     """One dataset. number: index among datasets of the same name, from 0. label: its name in the manifest. left_out: number of records
     left out, by reason. unread: keys that the reader does not know, with their numbers.
 
-    plan and per_chunk (samples of each chunk) are set by the first pass.
+    plan, per_chunk (samples of each chunk) and held (its samples, if they are encoded already) are set by the first pass.
     """
 
     name: str
@@ -48,6 +49,17 @@ class Source:
     unread: Counter[str] = field(default_factory=Counter)
     plan: Plan | None = None
     per_chunk: list[int] = field(default_factory=list)
+    held: deque[Encodings | None] = field(default_factory=deque)
+
+    @property
+    def marked(self) -> float:
+        """The share of the samples whose prompts are marked for language-modelling loss."""
+        return self.reader.marked if self.split.marked_prompts is None else self.split.marked_prompts
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether all samples are used as they are: none is sampled, none marked."""
+        return self.split.size is None and self.split.fraction in (None, 1) and not self.marked
 
     @property
     def bytes(self) -> int:
@@ -76,12 +88,11 @@ class Source:
 
     def mark(self, seed: int) -> None:
         """Choose the samples whose prompts are marked for language-modelling loss."""
-        share = self.reader.marked if self.split.marked_prompts is None else self.split.marked_prompts
         assert self.plan is not None
-        if share >= 1:
+        if self.marked >= 1:
             self.plan.split[:] |= MARK
-        elif share > 0:
-            self.plan.split[self.random(seed, "mark").random(len(self.plan.split)) < share] |= MARK
+        elif self.marked > 0:
+            self.plan.split[self.random(seed, "mark").random(len(self.plan.split)) < self.marked] |= MARK
 
     def digest(self) -> str:
         """Return a hash of its file, or of the names and hashes of its files."""

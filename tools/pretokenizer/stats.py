@@ -5,7 +5,7 @@ Skipped samples are counted by reason and in tokens. A dataset without accepted 
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,25 @@ from megatron_ft.data.shards import named_counts
 
 HEADINGS = ("dataset", "samples (fraction)", "accepted", "accepted tokens", "skipped", "min", "max", "avg")
 BOUNDS = np.unique(np.round(2.0 ** (np.arange(61) / 2)).astype(np.int64))  # two bars per doubling of the length
+
+
+class RoleCounts(NamedTuple):
+    """How many tokens with each role byte samples have. kinds: the role bytes that occur, uint8 [kinds]; counts: int64 [samples, kinds]."""
+
+    kinds: np.ndarray
+    counts: np.ndarray
+
+
+def count_roles(role_bytes: np.ndarray, lengths: np.ndarray) -> RoleCounts:
+    """Count the role bytes of concatenated samples."""
+    ends = np.cumsum(lengths)
+    changes = np.flatnonzero(np.diff(role_bytes)) + 1
+    bounds = np.unique(np.concatenate([[0], changes, ends]))  # of stretches of one role byte in one sample
+    starts = bounds[:-1]
+    kinds, kind = np.unique(role_bytes[starts], return_inverse=True)
+    counts = np.zeros((len(lengths), len(kinds)), np.int64)
+    np.add.at(counts, (np.searchsorted(ends, starts, side="right"), kind), np.diff(bounds))
+    return RoleCounts(kinds, counts)
 
 
 @dataclass
@@ -41,24 +60,22 @@ class Tally:
     def samples(self) -> int:
         return self.accepted + self.skipped.total()
 
-    def accept(self, role_bytes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Count concatenated samples by their role bytes; lengths are above 0. Return the number of assistant tokens of each."""
+    def accept(self, lengths: np.ndarray, roles: RoleCounts) -> np.ndarray:
+        """Count samples; lengths are above 0. Return the number of assistant tokens of each."""
         if not len(lengths):
             return np.empty(0, np.int64)
-        roles, marked = role_bytes & ROLE_BITS, role_bytes & MARKED > 0
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        assistant = np.diff(np.concatenate([[0], np.cumsum(are_spoken(role_bytes))])[bounds])
-        trained = np.diff(np.concatenate([[0], np.cumsum(are_spoken(role_bytes) | marked)])[bounds])
+        spoken, marked = are_spoken(roles.kinds), roles.kinds & MARKED > 0
+        by_kind = roles.counts.sum(axis=0)
         self.accepted += len(lengths)
-        self.tokens += len(role_bytes)
+        self.tokens += int(lengths.sum())
         self.shortest = min(int(lengths.min()), self.shortest or int(lengths.min()))
         self.longest = max(self.longest or 0, int(lengths.max()))
-        self.tokens_by_role += np.bincount(roles, minlength=len(ALL_NAMES))
-        self.by_role_byte += np.bincount(role_bytes, minlength=256)
-        self.marked_tokens += int(marked.sum())
-        self.untrained += int((trained == 0).sum())
+        np.add.at(self.tokens_by_role, roles.kinds & ROLE_BITS, by_kind)
+        self.by_role_byte[roles.kinds] += by_kind
+        self.marked_tokens += int(by_kind[marked].sum())
+        self.untrained += int((roles.counts[:, spoken | marked].sum(axis=1) == 0).sum())
         self.histogram += np.bincount(np.searchsorted(BOUNDS, lengths, side="right") - 1, minlength=len(BOUNDS))
-        return assistant
+        return roles.counts[:, spoken].sum(axis=1)
 
     def skip(self, reasons: Counter[str], tokens: int) -> None:
         self.skipped.update(reasons)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,13 +24,13 @@ from megatron_ft.errors import DataError
 from megatron_ft.files import atomic_file
 from megatron_ft.log import logger
 from tools.pretokenizer import mixing
+from tools.pretokenizer.encode import Tokenized
 from tools.pretokenizer.pool import Pool
 from tools.pretokenizer.progress import Progress, warn_skipped
 from tools.pretokenizer.sampling import SPLITS
 from tools.pretokenizer.settings import Settings
 from tools.pretokenizer.sources import Source
-from tools.pretokenizer.stats import Tally, total
-from tools.pretokenizer.work import Tokenized
+from tools.pretokenizer.stats import Tally, count_roles, total
 
 log = logger("pretokenize")
 
@@ -89,7 +90,7 @@ def write(
             for name, number in SPLITS.items():
                 splits[number].begin(source, digest, source.plan.available[name])
             refused: list[str] = []
-            for results in pool.map("tokenize", _tasks(source, weights)):
+            for results in _results(source, weights, pool):
                 for number, tokenized in results.items():
                     splits[number].add(tokenized)
                     refused += tokenized.bad
@@ -160,19 +161,37 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _tasks(source: Source, weights: list[float]) -> Iterator[tuple[Any, ...]]:
-    """Yield every chunk with selected samples, and the assignment of its samples."""
-    assert source.plan is not None
-    start, counts = 0, iter(source.per_chunk)
-    for chunk in source.chunks():
-        if (count := next(counts, None)) is None:
-            raise DataError(f"{chunk.name}: the file grew while it was read; start again when it is complete")
-        wanted = source.plan.split[start : start + count]
-        start += count
+def _results(source: Source, weights: list[float], pool: Pool) -> Iterator[dict[int, Tokenized]]:
+    """Yield the selected samples of every chunk: as they are held, or read again and tokenized."""
+    to_read = [encodings is None for encodings in source.held]
+    again = pool.map("tokenize", _tasks(source, weights, to_read)) if any(to_read) else iter(())
+    for wanted in _wanted(source):
+        encodings = source.held.popleft()
         if (wanted & 3).any():
+            yield next(again) if encodings is None else encodings.divide(wanted & 3)
+    yield from again  # nothing: it compares the file's end with the first reading's
+
+
+def _tasks(source: Source, weights: list[float], to_read: list[bool]) -> Iterator[tuple[Any, ...]]:
+    """Yield every chunk that is to be read and has selected samples, and the assignment of its samples."""
+    all_wanted = zip(_wanted(source), to_read, strict=True)
+    for chunk in source.chunks():
+        if (found := next(all_wanted, None)) is None:
+            raise DataError(f"{chunk.name}: the file grew while it was read; start again when it is complete")
+        wanted, read = found
+        if read and (wanted & 3).any():
             yield source.job, chunk, wanted, weights
-    if next(counts, None) is not None:
+    if next(all_wanted, None) is not None:
         raise DataError(f"{source.path}: the file became shorter while it was read; start again when it is complete")
+
+
+def _wanted(source: Source) -> Iterator[np.ndarray]:
+    """Yield the assignment of each chunk's samples."""
+    assert source.plan is not None
+    start = 0
+    for count in source.per_chunk:
+        yield source.plan.split[start : start + count]
+        start += count
 
 
 class _Split:
@@ -203,7 +222,7 @@ class _Split:
         """Write samples; count them and the skipped ones."""
         self.tallies[-1].available += samples.more
         self.tallies[-1].skip(samples.skipped, samples.skipped_tokens)
-        assistant = self.tallies[-1].accept(samples.role_bytes, samples.lengths)
+        assistant = self.tallies[-1].accept(samples.lengths, samples.roles)
         if self._keep:
             self.sizes[-1].append((samples.lengths.astype(np.int32), assistant.astype(np.int32)))
         self.writer.add_many(samples.ids, samples.role_bytes, samples.lengths)
@@ -254,9 +273,13 @@ def _mix(
     for source, digest, portion, own in zip(sources, train.digests, portions, units, strict=True):
         writer.source(source.label, str(source.path), digest)
         tallies.append(Tally(source.name, len(own)))
-        writer.copy(shards, portion.picks + first, tallies[-1].accept)
+        writer.copy(shards, portion.picks + first, partial(_accept, tallies[-1]))
         first += len(own)
     return portions, tallies
+
+
+def _accept(tally: Tally, role_bytes: np.ndarray, lengths: np.ndarray) -> None:
+    tally.accept(lengths, count_roles(role_bytes, lengths))
 
 
 @contextlib.contextmanager
