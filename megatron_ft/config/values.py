@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from megatron_ft.config.fields import Option
 from megatron_ft.config.hints import nearest
 from megatron_ft.errors import ConfigError
 
+_WHOLE, _DECIMAL = re.compile(r"[-+]?[0-9]{1,18}"), re.compile(r"[-+]?[0-9]+\.[0-9]*")
+_POWER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -42,6 +45,10 @@ def checked(option: Option, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
     if isinstance(value, bool) and option.bare_type in (int, float):  # pydantic would convert true to 1
         raise ConfigError(f"{where}: {value!r} is not {_WORDS[option.bare_type]}")
+    if choices:
+        return value
+    if (found := plain(option.bare_type, value)) is not UNKNOWN:
+        return found
     from pydantic import ValidationError
 
     try:
@@ -56,6 +63,28 @@ def checked(option: Option, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {first['input']!r}: {first['msg'].lower()}") from None
 
 
+UNKNOWN = object()
+
+
+def plain(kind: Any, value: Any) -> Any:
+    """Return a value that plainly is of a kind; UNKNOWN where pydantic has to see it, which takes a while to import."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any or type(value) is kind or (value is None and types.NoneType in inner):
+        return value
+    if kind is Path and type(value) is str:
+        return Path(value)
+    if origin is typing.Literal:
+        return value if type(value) is str and value in inner else UNKNOWN
+    if origin is types.UnionType and type(value) in inner:
+        return value
+    if origin is types.UnionType and len(inner) == 2 and inner[1] is types.NoneType:
+        return plain(inner[0], value)
+    if origin is list and type(value) is list:
+        found = [plain(inner[0], one) for one in value]
+        return UNKNOWN if UNKNOWN in found else found
+    return UNKNOWN
+
+
 def unquoted(text: str) -> str:
     """Return text without one pair of quotes around it: model cards show flags quoted twice, as in --x "\\"<a>,<b>\\""."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
@@ -67,15 +96,18 @@ def _raw(kind: Any, text: str) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         return next((choice for choice in typing.get_args(kind) if str(choice) == unquoted(text)), unquoted(text))
     if kind in (int, float):
-        return _number(text)
+        return _number(kind, text)
     from megatron_ft.config.yaml_file import yaml_value
 
     return yaml_value(text)  # a mapping, a union: written as in the file
 
 
-def _number(text: str) -> Any:
+def _number(kind: type[int] | type[float], text: str) -> Any:
+    """Return the number that a text is; else the text."""
+    if _WHOLE.fullmatch(text):
+        return kind(text)
     # 1e3 is a fine way to write a whole number, in a file and in a flag alike
-    return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else text
+    return float(text) if _POWER.fullmatch(text) or (kind is float and _DECIMAL.fullmatch(text)) else text
 
 
 @functools.cache

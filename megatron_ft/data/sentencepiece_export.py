@@ -22,25 +22,30 @@ SPACE = "▁"
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces in sentencepiece_model.proto
 
+Pieces = list[tuple[str, float, int]]
+"""Text, score and kind of each piece, in the order of ids."""
+
 
 def describe(proto: Any, path: Path) -> dict[str, Any]:
-    """Return a SentencePiece model (a ModelProto) as a tokenizer.json without added tokens. path: its file, for messages.
+    """Return a SentencePiece model (a ModelProto) as a tokenizer.json. path: its file, for messages. The added tokens are the pieces that
+    are looked for in text ("user defined").
 
     Raise TokenizerError for what a tokenizer.json cannot express.
     """
-    _refuse(proto, path)
+    pieces: Pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    _refuse(proto, pieces, path)
     if not is_exact(proto):
         log.warning("%s: in rare texts the exported tokenizer may cut words in another way than in training", path)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [],
+        "added_tokens": _looked_for(pieces),
         "normalizer": normalizer(proto),
         "pre_tokenizer": None,  # the model sees a whole text: pieces may span words
         "post_processor": None,  # nothing is added around a text
         "decoder": {"type": "Sequence", "decoders": _decoders(proto.normalizer_spec)},
-        "model": _bpe(proto) if proto.trainer_spec.model_type == BPE else _unigram(proto),
+        "model": (_bpe if proto.trainer_spec.model_type == BPE else _unigram)(pieces, proto.trainer_spec.byte_fallback),
     }
 
 
@@ -54,7 +59,7 @@ def normalizer(proto: Any) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec)}
 
 
-def _refuse(proto: Any, path: Path) -> None:
+def _refuse(proto: Any, pieces: Pieces, path: Path) -> None:
     kind, spec = proto.trainer_spec.model_type, proto.normalizer_spec
     reason = None
     if kind not in (UNIGRAM, BPE):
@@ -63,7 +68,7 @@ def _refuse(proto: Any, path: Path) -> None:
         reason = "it puts spaces behind words"
     elif not spec.escape_whitespaces:
         reason = "it does not mark spaces"
-    elif spec.add_dummy_prefix and any(piece.type == USER_DEFINED for piece in proto.pieces):
+    elif spec.add_dummy_prefix and any(kind == USER_DEFINED for _, _, kind in pieces):
         reason = "it has user-defined pieces and a dummy prefix"
     if reason:
         raise TokenizerError(
@@ -95,27 +100,35 @@ def _decoders(spec: Any) -> list[dict[str, Any]]:
     return [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spec.add_dummy_prefix else steps
 
 
-def _bpe(proto: Any) -> dict[str, Any]:
+def _looked_for(pieces: Pieces) -> list[dict[str, Any]]:
+    """Return the pieces that are looked for in text with marked spaces. One with a space of its own never occurs there."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    found = [
+        (index, piece) for index, (piece, _, kind) in enumerate(pieces) if kind == USER_DEFINED and " " not in piece
+    ]
+    return [{"id": index, "content": piece, **flags} for index, piece in found]
+
+
+def _bpe(pieces: Pieces, byte_fallback: bool) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN),
+        "unk_token": next(piece for piece, _, kind in pieces if kind == UNKNOWN),
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
-        "byte_fallback": proto.trainer_spec.byte_fallback,
+        "byte_fallback": byte_fallback,
         "ignore_merges": False,
-        "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
-        "merges": _merges(proto),
+        "vocab": {piece: index for index, (piece, _, _) in enumerate(pieces)},
+        "merges": _merges(pieces),
     }
 
 
-def _merges(proto: Any) -> list[tuple[str, str]]:
+def _merges(pieces: Pieces) -> list[tuple[str, str]]:
     """Return all ways to make a piece from two, best pieces first."""
-    read = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
-    order = {piece: index for index, (piece, _, kind) in enumerate(read) if kind in (NORMAL, USER_DEFINED)}
+    order = {piece: index for index, (piece, _, kind) in enumerate(pieces) if kind in (NORMAL, USER_DEFINED)}
     merges: list[tuple[str, str]] = []
-    for piece in sorted(order, key=lambda piece: (-read[order[piece]][1], order[piece])):
+    for piece in sorted(order, key=lambda piece: (-pieces[order[piece]][1], order[piece])):
         cuts = range(1, len(piece))
         ways = [(a, b) for cut in cuts if (a := piece[:cut]) in order and (b := piece[cut:]) in order]
         if len(ways) > 1:
@@ -124,13 +137,13 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     return merges
 
 
-def _unigram(proto: Any) -> dict[str, Any]:
+def _unigram(pieces: Pieces, byte_fallback: bool) -> dict[str, Any]:
     # Text must not spell control and byte pieces: they get a score that is never chosen.
-    never = min((piece.score for piece in proto.pieces if piece.type == NORMAL), default=0.0) - 1000.0
+    never = min((score for _, score, kind in pieces if kind == NORMAL), default=0.0) - 1000.0
     out_of_reach = {CONTROL, BYTE, UNKNOWN}
     return {
         "type": "Unigram",
-        "unk_id": next(index for index, piece in enumerate(proto.pieces) if piece.type == UNKNOWN),
-        "vocab": [[piece.piece, never if piece.type in out_of_reach else piece.score] for piece in proto.pieces],
-        "byte_fallback": proto.trainer_spec.byte_fallback,
+        "unk_id": next(index for index, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN),
+        "vocab": [[piece, never if kind in out_of_reach else score] for piece, score, kind in pieces],
+        "byte_fallback": byte_fallback,
     }

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_ft.data import bulk
 from megatron_ft.data.fingerprint import fingerprint
-from megatron_ft.data.sentencepiece_export import CONTROL, USER_DEFINED, describe, is_exact
+from megatron_ft.data.sentencepiece_export import CONTROL, describe, is_exact
 from megatron_ft.errors import TokenizerError, half_a_character
 
 
@@ -60,7 +60,7 @@ class SentencePieceModel:
     def hasten(self, texts: Sequence[str]) -> bool:
         """See tokenizer.Tokenizer.hasten."""
         proto = self.proto()
-        if is_exact(proto) and not any(piece.type == USER_DEFINED for piece in proto.pieces):
+        if is_exact(proto):
             with contextlib.suppress(TokenizerError):  # what a tokenizer.json cannot express
                 self._bulk = bulk.agreeing(describe(proto, self.path), self._by_reference, texts)
         return self._bulk is not None

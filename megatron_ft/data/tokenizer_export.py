@@ -51,7 +51,8 @@ def export_tokenizer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     templates = {DEFAULT: chat_template} if isinstance(chat_template, str) else chat_template or {}
-    description = {**_describe(tokenizer), "added_tokens": _added_tokens(tokenizer)}
+    described = _describe(tokenizer)
+    description = {**described, "added_tokens": _added_tokens(tokenizer, described.get("added_tokens", []))}
     names = special_names(tokenizer, stop_token)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -92,9 +93,8 @@ def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
     return {**json.loads(json.dumps(tokenizer.backend.description)), "padding": None, "truncation": None}
 
 
-def _added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def _added_tokens(tokenizer: Tokenizer, existing: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the added_tokens of tokenizer.json, by id: unchanged from the file that was read, then ours."""
-    existing = getattr(tokenizer.backend, "description", {}).get("added_tokens", [])
     tokens = {entry["content"]: entry for entry in existing}
     for name, index in tokenizer.special_tokens.items():
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -126,7 +126,8 @@ def _said_as_json(model: Any) -> dict[str, Any]:
     """Return a SentencePiece model as a tokenizer.json with its control tokens."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": index, "content": name, **flags} for name, index in model.controls.items()]
-    return {**model.as_json(), "added_tokens": added}
+    described = model.as_json()
+    return {**described, "added_tokens": described["added_tokens"] + added}
 
 
 def _have_the_same_pieces(model: Any, description: dict[str, Any]) -> bool:

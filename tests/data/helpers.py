@@ -20,7 +20,9 @@ def real(name: str) -> Path:
 
 
 @functools.cache
-def sentencepiece_bytes(model_type: str = "bpe", user_defined: tuple[str, ...] = (), size: int = 400) -> bytes:
+def sentencepiece_bytes(
+    model_type: str = "bpe", user_defined: tuple[str, ...] = (), size: int = 400, prefix: bool = True
+) -> bytes:
     """A tiny model of the Llama kind: byte fallback, dummy prefix, no normalization."""
     import sentencepiece
 
@@ -35,6 +37,7 @@ def sentencepiece_bytes(model_type: str = "bpe", user_defined: tuple[str, ...] =
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         user_defined_symbols=list(user_defined),
+        add_dummy_prefix=prefix,
         hard_vocab_limit=False,
         minloglevel=2,
     )

@@ -23,7 +23,7 @@ CUTS = {"GPT-2": None, "Llama-3": GPT_4, "Qwen": GPT_4.replace("{1,3}", "")}
 PARTS = [
     *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "  \n ", "\u2581", "\0", "\x85", "\x1c", "\u3000", "\u200d", "\ufeff"),
     *("fox", "the quick", "二", "😀", "é", "e\u0301", "\u0301", "İ", "ǅ", "한국", "ก็", "1", "12345", "½", "'s", "'LL", "!", "?!"),
-    *("<s>", "<0x0A>", "▁a", "<own>", "<own", "<eos>", "<|im_start|>"),
+    *("<s>", "<0x0A>", "▁a", "<own>", "<own", "<eos>", "<|im_start|>", "a\nb"),
 ]  # fmt: skip
 ANY_TEXT = st.one_of(st.lists(st.sampled_from(PARTS), max_size=12).map("".join), st.text())
 
@@ -80,6 +80,9 @@ KINDS = {
     "no added space": lambda folder: trained(folder, add_dummy_prefix=False),
     "over spaces": lambda folder: trained(folder, split_by_whitespace=False, max_sentencepiece_length=30),
     "control": lambda folder: trained(folder, control_symbols=["<own>"]),
+    "looked for": lambda folder: trained(
+        folder, user_defined_symbols=["a\nb", "<own>", "the quick"], add_dummy_prefix=False
+    ),
     "Llama-2": lambda folder: load_tokenizer(real("tokenizers/llama2/tokenizer.model"), ["<|im_start|>"]),
 }
 
@@ -144,7 +147,6 @@ def test_ids_of_the_sources_of_packages(kind, size, tmp_path):
         lambda folder: trained(folder, byte_fallback=False, vocab_size=120),
         lambda folder: trained(folder, remove_extra_whitespaces=True),
         lambda folder: trained(folder, user_defined_symbols=["the quick"]),
-        lambda folder: trained(folder, user_defined_symbols=["a\nb", "<own>"], add_dummy_prefix=False),
         lambda folder: trained(folder, treat_whitespace_as_suffix=True),
     ],
 )

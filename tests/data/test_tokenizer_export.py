@@ -43,6 +43,9 @@ def hard_chats(seed=0):
 MAKERS = {
     "sentencepiece bpe": sentencepiece_file,
     "sentencepiece with pieces for controls": lambda folder: sentencepiece_file(folder, user_defined=CONTROLS),
+    "sentencepiece with pieces looked for in text": lambda folder: sentencepiece_file(
+        folder, user_defined=("\n", "aaa", "▁▁", "中😀"), prefix=False
+    ),
     "byte-level json": fast_file,
     "metaspace json": lambda folder: fast_file(folder, "metaspace"),
 }

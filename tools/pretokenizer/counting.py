@@ -36,6 +36,7 @@ def count(sources: list[Source], settings: Settings, pool: Pool, progress: Progr
         takes_all = settings.duplicates == "keep" and settings.max_count is None and source.takes_all
         sizes, own = [], []
         fresh: list[np.ndarray] = []
+        source.stamp()
         tasks = ((source.job, chunk, takes_all and held < MOST_HELD) for chunk in source.chunks())
         for chunk in pool.map("count", tasks):
             _note(source, chunk)

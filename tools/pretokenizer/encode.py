@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_ft.data.chat_encoding import Encoded
-from megatron_ft.data.chat_format import ChatFormat
-from megatron_ft.data.chat_template import OwnTemplate
 from megatron_ft.data.roles import CONTEXT
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.errors import DataError, TokenizerError
@@ -80,8 +78,10 @@ class Encodings:
         faults = np.bincount(self.faults[own])
         skipped = Counter({self.reasons[i]: int(n) for i, n in enumerate(faults) if i and n})
         skipped.update(one.reason for one in refused)
+        ids, role_bytes = _take((self.ids, self.role_bytes), self.lengths, kept)
         return Tokenized(
-            *_take((self.ids, self.role_bytes), self.lengths, kept),
+            ids,
+            role_bytes,
             self.lengths[kept],
             RoleCounts(self.roles.kinds, self.roles.counts[kept]),
             skipped,
@@ -107,9 +107,10 @@ class _HalfCharacter(DataError):
 
 
 class Encoder:
-    """Encodes chats. skip_bad: chats that cannot be encoded are refused one by one, else they are errors. text: keep the samples' text."""
+    """Encodes chats. chat_format: of get_format(). skip_bad: refuse chats that cannot be encoded one by one, else they are errors.
+    text: keep the samples' text."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_format: ChatFormat | OwnTemplate, skip_bad: bool, text: bool):
+    def __init__(self, tokenizer: Tokenizer, chat_format: Any, skip_bad: bool, text: bool):
         self.tokenizer, self.chat_format = tokenizer, chat_format
         self._skip_bad, self._text = skip_bad, text
         self._dtype = np.uint16 if tokenizer.vocab_size <= 65535 else np.int32

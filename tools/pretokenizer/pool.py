@@ -48,6 +48,11 @@ class Pool:
         while waiting:
             yield self._result(waiting.popleft())
 
+    def finish(self) -> None:
+        """Let the workers end, without waiting for them: there are no more tasks."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+
     def __enter__(self) -> "Pool":
         return self
 

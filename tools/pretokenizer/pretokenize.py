@@ -47,6 +47,7 @@ COMMAND = Command(
 )
 
 
+@few_collections()
 def run(flags: Pretokenize, others: dict[str, Any]) -> None:
     """Write the shards and print a summary. others: configuration keys given as flags. Raise UserError."""
     settings = resolve(flags, others)
@@ -72,7 +73,6 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
     finish_checks = begin_checks(tokenizer, sources, here)
     clean(settings.prefix)
     with (
-        few_collections(),
         Pool(workers, Worker, worker_settings, None, 1, here=here) as pool,
         Progress() as progress,
     ):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ft.config.hints import suggestion
+from megatron_ft.config.values import UNKNOWN, plain
 from megatron_ft.config.yaml_file import read_settings
 from megatron_ft.data.template_options import TemplateOptions, parse_arguments
 from megatron_ft.errors import ConfigError
@@ -87,12 +88,15 @@ def resolve(flags: Pretokenize, others: dict[str, Any]) -> Settings:
 
 def build(kind: type, values: dict[str, Any], where: str) -> Any:
     """Return a dataclass from plain values with checked types. Raise ConfigError with the key."""
-    from pydantic import TypeAdapter, ValidationError
-
-    fields = {f.name for f in dataclasses.fields(kind)}
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key {key}{suggestion(key, fields)}")
+    found = {key: plain(fields[key], value) for key, value in values.items()}
+    if UNKNOWN not in found.values():
+        return kind(**found)
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:

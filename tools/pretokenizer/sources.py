@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_ft import files
 from megatron_ft.data.tokenizer_files import fingerprint
-from megatron_ft.errors import ConfigError
+from megatron_ft.errors import ConfigError, DataError
 from tools.pretokenizer import places
 from tools.pretokenizer.chunk import Chunk
 from tools.pretokenizer.dolphin_mix import MixOptions, joined
@@ -50,6 +50,7 @@ class Source:
     plan: Plan | None = None
     per_chunk: list[int] = field(default_factory=list)
     held: deque[Encodings | None] = field(default_factory=deque)
+    stamps: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def marked(self) -> float:
@@ -64,6 +65,20 @@ class Source:
     @property
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
+
+    def stamp(self) -> None:
+        """Note the sizes and times of its files, before they are read for the first time."""
+        self.stamps = self._stamps()
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if a file is another than when it was stamped: its digest would not be that of what was read."""
+        for path, before, now in zip(self.files, self.stamps, self._stamps(), strict=True):
+            if before != now:
+                raise DataError(f"{path}: the file changed while it was read; start again when it is complete")
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        found = [path.stat() for path in self.files]
+        return [(one.st_size, one.st_mtime_ns) for one in found]
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks of its files, the same in every pass."""

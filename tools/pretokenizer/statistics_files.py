@@ -16,7 +16,7 @@ from tools.pretokenizer.stats import BOUNDS, HEADINGS, Tally, report, total
 from tools.pretokenizer.writing import Written
 
 SEQ_LENGTHS = (2048, 4096, 8192, 16384)
-ENOUGH = 20_000  # number of samples from which the packing is estimated
+ENOUGH = 10_000  # number of samples from which the packing is estimated
 
 
 def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: str | None) -> None:

@@ -13,7 +13,7 @@ from megatron_ft.data.roles import ALL_NAMES, MARKED, ROLE_BITS, are_spoken, dis
 from megatron_ft.data.shards import named_counts
 
 HEADINGS = ("dataset", "samples (fraction)", "accepted", "accepted tokens", "skipped", "min", "max", "avg")
-BOUNDS = np.unique(np.round(2.0 ** (np.arange(61) / 2)).astype(np.int64))  # two bars per doubling of the length
+BOUNDS = np.array(sorted({round(2.0 ** (step / 2)) for step in range(61)}))  # two bars per doubling of the length
 
 
 class RoleCounts(NamedTuple):
@@ -27,12 +27,14 @@ def count_roles(role_bytes: np.ndarray, lengths: np.ndarray) -> RoleCounts:
     """Count the role bytes of concatenated samples."""
     ends = np.cumsum(lengths)
     changes = np.flatnonzero(np.diff(role_bytes)) + 1
-    bounds = np.unique(np.concatenate([[0], changes, ends]))  # of stretches of one role byte in one sample
-    starts = bounds[:-1]
-    kinds, kind = np.unique(role_bytes[starts], return_inverse=True)
+    bounds = np.sort(
+        np.concatenate([[0], changes, ends])
+    )  # of stretches of one role byte in one sample, some of them empty
+    starts, sizes = bounds[:-1][np.diff(bounds) > 0], np.diff(bounds)[np.diff(bounds) > 0]
+    kinds = np.flatnonzero(np.bincount(role_bytes[starts], minlength=256))
     counts = np.zeros((len(lengths), len(kinds)), np.int64)
-    np.add.at(counts, (np.searchsorted(ends, starts, side="right"), kind), np.diff(bounds))
-    return RoleCounts(kinds, counts)
+    np.add.at(counts, (np.searchsorted(ends, starts, side="right"), np.searchsorted(kinds, role_bytes[starts])), sizes)
+    return RoleCounts(kinds.astype(np.uint8), counts)
 
 
 @dataclass

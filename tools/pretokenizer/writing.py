@@ -87,6 +87,7 @@ def write(
         for source in sources:
             assert source.plan is not None
             digest = source.digest()
+            source.check_unchanged()
             for name, number in SPLITS.items():
                 splits[number].begin(source, digest, source.plan.available[name])
             refused: list[str] = []
@@ -97,6 +98,7 @@ def write(
                 done = [(len(one.lengths) + one.skipped.total() - one.more, len(one.ids)) for one in results.values()]
                 progress.done(sum(n for n, _ in done), sum(n for _, n in done))
             warn_skipped(refused, len(refused), source.name)
+        pool.finish()
         train = splits[SPLITS["train"]]
         if not train.accepted:
             raise DataError(_nothing_left(sources, train.tallies))
