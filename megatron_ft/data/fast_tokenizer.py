@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megatron_ft.data import bulk
 from megatron_ft.data.fingerprint import fingerprint
@@ -28,7 +29,9 @@ class FastTokenizer:
         self.path, self.description = path, description
         # Padding, truncation and automatic special tokens are settings of the caller of the tokenizer.
         self._plain = plain = {**description, "padding": None, "truncation": None, "post_processor": None}
-        self._start, self._behind = _build(path, plain), _build(path, _behind_a_token(plain))
+        behind = _behind_a_token(plain)
+        self._start = _build(path, plain)
+        self._behind = self._start if behind == plain else _build(path, behind)
         self.size = self._start.get_vocab_size(with_added_tokens=False)
         # Added tokens that are not special are found in text, as words of the vocabulary are, and may lie above it.
         self.highest = max(
@@ -101,8 +104,9 @@ class FastTokenizer:
 
         for model in (self._start, self._behind):
             model.encode_special_tokens = True
+            # All at once: each call builds the search for all of them again.
+            model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in tokens])
             for name, index in tokens.items():
-                model.add_special_tokens([AddedToken(name, special=True, normalized=False)])
                 if (got := model.token_to_id(name)) != index:
                     raise TokenizerError(
                         f"{self.path}: '{name}' has id {got} in tokenizer.json and {index} beside it; repair the files"
@@ -132,7 +136,7 @@ def _build(path: Path, description: dict[str, Any]) -> Any:
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(description))
+        return tokenizers.Tokenizer.from_str(orjson.dumps(description).decode())
     except Exception as error:  # the binding raises bare Exception
         raise TokenizerError(f"{path}: tokenizers cannot read it ({error})") from error
 

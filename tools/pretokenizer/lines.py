@@ -18,7 +18,7 @@ from tools.pretokenizer import tables
 from tools.pretokenizer.chunk import MAX_LINE, ROWS, Chunk, Faulty
 from tools.pretokenizer.containers import COMPRESSED, readable, start_of, streams
 
-CHUNK = 1 << 20  # approximate bytes of lines
+CHUNK = 1 << 19  # approximate bytes of lines
 
 Record = tuple[str, dict[str, Any]]  # its location, for messages; its content
 

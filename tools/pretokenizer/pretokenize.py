@@ -85,9 +85,10 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
             for split in SPLITS:
                 prefix = Path(f"{settings.prefix}-{split}")
                 if split in written:
-                    write_stats(prefix, written[split], sources, settings.mix_by)
+                    write_stats(prefix, written[split], sources, settings.mix_by, pool)
                 else:
                     _remove_split(prefix)  # of an earlier run, which does not match the new shards
+            pool.finish()
             record(settings, text, list(written))
 
         written = write(settings, tokenizer, chat_format, sources, weights, pool, progress, text, beside)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ft.data import packing
 from megatron_ft.data.roles import ALL_NAMES, display_name
 from megatron_ft.files import atomic_file, write_json
 from tools.pretokenizer import mixing
 from tools.pretokenizer.original_stats import original_form
+from tools.pretokenizer.pool import Pool
 from tools.pretokenizer.sources import Source
 from tools.pretokenizer.stats import BOUNDS, HEADINGS, Tally, report, total
 from tools.pretokenizer.writing import Written
@@ -19,14 +19,14 @@ SEQ_LENGTHS = (2048, 4096, 8192, 16384)
 ENOUGH = 10_000  # number of samples from which the packing is estimated
 
 
-def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: str | None) -> None:
+def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: str | None, pool: Pool) -> None:
     """Write three files beside the shards of a split. With a mix, they describe the datasets before and after mixing."""
     rows = [tally.as_json() for tally in written.tallies]
     for row, source in zip(rows, sources, strict=True):
         row["left_out_by_reader"] = dict(sorted(source.left_out.items()))
         if source.unread:
             row["keys_not_read"] = dict(sorted(source.unread.items()))
-    packed = packing_table(written.lengths)
+    packed = packing_table(written.lengths, pool)
     content: dict[str, Any] = {"datasets": rows, "total": total(written.tallies).as_json(), "packing": packed}
     text, mixed = report(written.tallies), ""
     if written.mix and mix_by:
@@ -52,27 +52,17 @@ def write_stats(prefix: Path, written: Written, sources: list[Source], mix_by: s
         file.write(page(prefix.name, written, packed, mixed))
 
 
-def packing_table(lengths: np.ndarray) -> list[dict[str, Any]]:
+def packing_table(lengths: np.ndarray, pool: Pool) -> list[dict[str, Any]]:
     """Return how samples of these lengths fill rows of each of SEQ_LENGTHS: packed, and padded with one sample per row. Estimated from
     ENOUGH samples if there are more."""
     some = np.asarray(lengths)
     if len(some) > ENOUGH:
         some = some[np.random.default_rng(0).permutation(len(some))[:ENOUGH]]
-    result = []
-    for seq_length in SEQ_LENGTHS:
-        sizes = packing.positions(some, seq_length)
-        rows = packing.best_fit(np.random.default_rng(0).permutation(len(some)), sizes, seq_length)
-        alone = packing.one_per_row(np.flatnonzero(sizes))
-        result.append(
-            {
-                "seq_length": seq_length,
-                "filled": round(packing.fill(rows, sizes, seq_length), 4),
-                "filled_unpacked": round(packing.fill(alone, sizes, seq_length), 4),
-                "rows": round(len(rows) * len(lengths) / max(1, len(some))),
-                "cut": round(float(np.mean(some > seq_length + 1)), 4),
-            }
-        )
-    return result
+    times = len(lengths) / max(1, len(some))
+    return [
+        {**row, "rows": round(row["rows"] * times)}
+        for row in pool.map("packing", ((some, seq_length) for seq_length in SEQ_LENGTHS))
+    ]
 
 
 def _lines(packed: list[dict[str, Any]]) -> str:

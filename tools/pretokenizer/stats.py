@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_ft.data import packing
 from megatron_ft.data.roles import ALL_NAMES, MARKED, ROLE_BITS, are_spoken, display_name
 from megatron_ft.data.shards import named_counts
 
@@ -135,6 +136,20 @@ def total(tallies: list[Tally]) -> Tally:
     result.shortest = min(shortest, default=None)
     result.longest = max((t.longest for t in tallies if t.longest is not None), default=None)
     return result
+
+
+def packing_row(lengths: np.ndarray, seq_length: int) -> dict[str, Any]:
+    """Return how samples of these lengths fill rows of one length."""
+    sizes = packing.positions(lengths, seq_length)
+    rows = packing.best_fit(np.random.default_rng(0).permutation(len(lengths)), sizes, seq_length)
+    alone = packing.one_per_row(np.flatnonzero(sizes))
+    return {
+        "seq_length": seq_length,
+        "filled": round(packing.fill(rows, sizes, seq_length), 4),
+        "filled_unpacked": round(packing.fill(alone, sizes, seq_length), 4),
+        "rows": len(rows),
+        "cut": round(float(np.mean(lengths > seq_length + 1)), 4),
+    }
 
 
 def report(tallies: list[Tally]) -> str:

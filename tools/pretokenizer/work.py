@@ -26,6 +26,7 @@ from tools.pretokenizer.lines import parse
 from tools.pretokenizer.readers import get_reader
 from tools.pretokenizer.sampling import MARK
 from tools.pretokenizer.selection import Selection, in_order, language_fault, refuses
+from tools.pretokenizer.stats import packing_row
 from tools.pretokenizer.unread import LANGUAGE, Reads, Unread, written
 
 
@@ -122,6 +123,10 @@ class Worker:
         ):
             chats = [(where, self._with_mark_bits(chat, i in whole, weights)) for i, (where, chat) in enumerate(chats)]
         return self.encoder.encode(chats, job.selection)
+
+    def packing(self, lengths: np.ndarray, seq_length: int) -> dict[str, Any]:
+        """Return how samples of these lengths fill rows."""
+        return packing_row(lengths, seq_length)
 
     def texts(self, job: Job, chunk: Chunk, count: int) -> list[str]:
         """Return what is said in the first chats of a chunk."""

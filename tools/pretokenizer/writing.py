@@ -98,7 +98,6 @@ def write(
                 done = [(len(one.lengths) + one.skipped.total() - one.more, len(one.ids)) for one in results.values()]
                 progress.done(sum(n for n, _ in done), sum(n for _, n in done))
             warn_skipped(refused, len(refused), source.name)
-        pool.finish()
         train = splits[SPLITS["train"]]
         if not train.accepted:
             raise DataError(_nothing_left(sources, train.tallies))
