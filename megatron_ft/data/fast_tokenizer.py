@@ -18,6 +18,8 @@ from megatron_ft.data import bulk
 from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.errors import TokenizerError, half_a_character
 
+CONVERT = "write a tokenizer.json of it: transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), and give that folder"
+
 
 class FastTokenizer:
     """See tokenizer.Backend. `description` is the parsed tokenizer.json."""
@@ -125,6 +127,8 @@ def read_description(path: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path}: not a readable tokenizer.json ({error}); is it the whole file?") from error
+    if isinstance(description, dict) and {"config", "vocab"} <= description.keys() and "model" not in description:
+        raise TokenizerError(f"{path}: a tekken.json of mistral-common, not a tokenizer.json; {CONVERT}")
     if not isinstance(description, dict) or not isinstance(description.get("model"), dict):
         raise TokenizerError(
             f"{path}: not a tokenizer.json (no 'model' in it); give a fast tokenizer's file, or its folder"

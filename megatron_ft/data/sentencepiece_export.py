@@ -26,14 +26,14 @@ Pieces = list[tuple[str, float, int]]
 """Text, score and kind of each piece, in the order of ids."""
 
 
-def describe(proto: Any, path: Path) -> dict[str, Any]:
+def describe(proto: Any, path: Path, own_spaces: bool = True) -> dict[str, Any]:
     """Return a SentencePiece model (a ModelProto) as a tokenizer.json. path: its file, for messages. The added tokens are the pieces that
-    are looked for in text ("user defined").
+    are looked for in text ("user defined"). own_spaces: False if another rule for spaces takes the place of the model's.
 
     Raise TokenizerError for what a tokenizer.json cannot express.
     """
     pieces: Pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
-    _refuse(proto, pieces, path)
+    _refuse(proto, pieces, path, own_spaces)
     if not is_exact(proto):
         log.warning("%s: in rare texts the exported tokenizer may cut words in another way than in training", path)
     return {
@@ -59,7 +59,7 @@ def normalizer(proto: Any) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec)}
 
 
-def _refuse(proto: Any, pieces: Pieces, path: Path) -> None:
+def _refuse(proto: Any, pieces: Pieces, path: Path, own_spaces: bool) -> None:
     kind, spec = proto.trainer_spec.model_type, proto.normalizer_spec
     reason = None
     if kind not in (UNIGRAM, BPE):
@@ -68,7 +68,7 @@ def _refuse(proto: Any, pieces: Pieces, path: Path) -> None:
         reason = "it puts spaces behind words"
     elif not spec.escape_whitespaces:
         reason = "it does not mark spaces"
-    elif spec.add_dummy_prefix and any(kind == USER_DEFINED for _, _, kind in pieces):
+    elif own_spaces and spec.add_dummy_prefix and any(kind == USER_DEFINED for _, _, kind in pieces):
         reason = "it has user-defined pieces and a dummy prefix"
     if reason:
         raise TokenizerError(

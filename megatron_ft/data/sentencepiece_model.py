@@ -108,9 +108,9 @@ class SentencePieceModel:
         message.ParseFromString(self._model.serialized_model_proto())
         return message
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, own_spaces: bool = True) -> dict[str, Any]:
         """Return the model as a tokenizer.json; see sentencepiece_export.describe."""
-        return describe(self.proto(), self.path)
+        return describe(self.proto(), self.path, own_spaces)
 
     def reserve(self, tokens: dict[str, int]) -> None:
         """Keep text from yielding these tokens.

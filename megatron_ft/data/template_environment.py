@@ -37,6 +37,7 @@ from megatron_ft.errors import TokenizerError
 
 FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError)
 _TURN = "turn_of_message"
+_HELD = "\ue0fd"  # a character for private use, around the number of a text
 Clock = Callable[[str], str]
 
 
@@ -234,11 +235,39 @@ def _raise(message: str) -> None:
 def _tojson(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    text = json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    label = x._label if isinstance(x, _Marked) else label_of(x)
-    if isinstance(x, list) and x and isinstance(x[0], _Marked):
-        label = x[0]._label
-    return labelled(text, label) if label not in (None, OWN) else text
+    how = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
+    text, label = json.dumps(x, **how), _label_of(x)
+    if label not in (None, OWN):
+        return labelled(text, label)
+    return text if isinstance(x, str) else _json_of_texts(x, how)
+
+
+def _label_of(x: Any) -> Any:
+    """Return the label of a value, or the one of all items of a list; None if there is none."""
+    if isinstance(x, list) and x and all(isinstance(item, _Marked) for item in x):
+        labels = {item._label for item in x}
+        return labels.pop() if len(labels) == 1 else None
+    return x._label if isinstance(x, _Marked) else label_of(x)
+
+
+def _json_of_texts(x: Any, how: dict[str, Any]) -> str:
+    """Return JSON of an object that a template has made: its texts keep their labels."""
+    texts: list[Traced] = []
+
+    def held(value: Any) -> Any:
+        if isinstance(value, Traced):
+            texts.append(value)
+            return f"{_HELD}{len(texts) - 1}{_HELD}"
+        if isinstance(value, dict):
+            return {key: held(item) for key, item in value.items()}
+        return [held(item) for item in value] if isinstance(value, list | tuple) else value
+
+    sign = json.dumps(_HELD, ensure_ascii=how["ensure_ascii"])[1:-1]
+    parts = json.dumps(held(x), **how).split(sign)
+    for i, number in enumerate(parts[1::2]):
+        one = texts[int(number)] if number.isdecimal() and int(number) < len(texts) else ""
+        parts[2 * i + 1] = labelled(json.dumps(one, ensure_ascii=how["ensure_ascii"])[1:-1], _label_of(one) or OWN)
+    return joined(parts)
 
 
 @jinja2.pass_eval_context

@@ -111,11 +111,13 @@ class TransformersIds:
 
 
 def can_differ(tokenizer: Tokenizer) -> bool:
-    """Return whether transformers may read these files in another way: a class of its own is named, and it is installed."""
+    """Return whether transformers may read these files in another way: a class of its own is named, or there is only a tokenizer.model;
+    and it is installed."""
     config = read_object(_folder(tokenizer) / CONFIG)
-    is_folder = any(file.name == CONFIG for file in tokenizer.source_files)
+    names = {file.name for file in tokenizer.source_files}
     as_it_stands = str(config.get("tokenizer_class") or "") in _AS_IT_STANDS and "add_prefix_space" not in config
-    return is_folder and not as_it_stands and find_spec("transformers") is not None
+    alike = as_it_stands and "tokenizer.json" in names
+    return CONFIG in names and not alike and find_spec("transformers") is not None
 
 
 def _folder(tokenizer: Tokenizer) -> Path:

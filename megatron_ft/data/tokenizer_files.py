@@ -5,16 +5,27 @@ added_tokens.json or tokenizer_config.json, depending on its age.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ft.data import tokenizer_spaces
+from megatron_ft.data.fast_tokenizer import CONVERT
 from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.data.template_files import named_tokens
 from megatron_ft.errors import TokenizerError
 
 __all__ = ["TokenizerFiles", "find", "fingerprint"]
+OTHER_KINDS = (
+    "tekken.json",
+    "tiktoken.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "merges.txt",
+    "vocab.txt",
+    "vocab.json",
+)
 
 
 @dataclass
@@ -83,6 +94,8 @@ def find(path: Path) -> TokenizerFiles:
         raise TokenizerError(
             f"{path}: no such tokenizer; give a tokenizer.model, a tokenizer.json or a folder with one of them"
         )
+    if path.suffix == ".tiktoken":
+        raise TokenizerError(f"{path}: of a kind that is not read; {CONVERT}")
     if path.is_file():
         is_json = path.suffix == ".json"
         return TokenizerFiles(
@@ -90,9 +103,7 @@ def find(path: Path) -> TokenizerFiles:
         )
     names = [name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
     if not names:
-        raise TokenizerError(
-            f"{path}: holds neither tokenizer.json nor tokenizer.model; give the tokenizer's own folder"
-        )
+        raise TokenizerError(f"{path}: holds neither tokenizer.json nor tokenizer.model{_other_kind(path)}")
     description = read_description(path / "tokenizer.json") if "tokenizer.json" in names else None
     model = _model(path / "tokenizer.model", needed=description is None) if "tokenizer.model" in names else None
     extra = [
@@ -110,6 +121,16 @@ def find(path: Path) -> TokenizerFiles:
     )
 
 
+def _other_kind(folder: Path) -> str:
+    """Return the rest of an error: what a folder holds in the place of the files that are read, and what to do."""
+    names = sorted(file.name for file in folder.iterdir())
+    numbered = next((name for name in names if re.match(r"tokenizer\.model\.v\d", name)), None)
+    if numbered:
+        return f", but {numbered}; give that file itself"
+    found = next((name for name in names if name in OTHER_KINDS or name.endswith(".tiktoken")), None)
+    return f", but {found}; {CONVERT}" if found else "; give the tokenizer's own folder"
+
+
 def _model(path: Path, needed: bool = True) -> Any:
     """Return the SentencePiece model in a file; None for another format with the same name (tiktoken's) if it is not needed."""
     from megatron_ft.data.sentencepiece_model import SentencePieceModel
@@ -123,10 +144,11 @@ def _model(path: Path, needed: bool = True) -> Any:
 
 
 def _said_as_json(model: Any) -> dict[str, Any]:
-    """Return a SentencePiece model as a tokenizer.json with its control tokens."""
+    """Return a SentencePiece model as a tokenizer.json for with_rule. As in transformers, its own pieces are added tokens: controls, and
+    user-defined ones, which text may spell."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": index, "content": name, **flags} for name, index in model.controls.items()]
-    described = model.as_json()
+    described = model.as_json(own_spaces=False)
     return {**described, "added_tokens": described["added_tokens"] + added}
 
 

@@ -165,3 +165,27 @@ def test_tokens_of_every_file(tmp_path):
     assert {key: ours.get(key) for key in ("bos_token", "eos_token", "cls_token", "image_token")} == {
         key: theirs.get(key) for key in ("bos_token", "eos_token", "cls_token", "image_token")
     }
+
+
+@pytest.mark.parametrize("arguments", ["", "ensure_ascii=true", "indent=1", "separators=(',', ':'), sort_keys=true"])
+def test_texts_in_objects_that_a_template_makes_are_known(arguments):
+    """Tool results of Mistral's templates: {'content': message.content} | tojson."""
+    from megatron_ft.data.traced import PLAIN
+
+    clock, text = lambda form: form, 'é "2"\n{x}'
+    messages = [{"role": "user", "content": "q"}, {"role": "tool", "content": text, "name": "f"}]
+    source = (
+        "{{ {'name': 'f', 'content': [messages[1].content ~ '!', 1]} | tojson("
+        + arguments
+        + ") }}|{{ messages | tojson }}"
+    )
+    whole = compile_template(source, clock).render(messages=messages)
+    template = compile_traced(source, clock)
+    found = written(template.root_render_func(template.new_context({"messages": marked(messages)})))
+    assert "".join((found,)) == whole
+    at, known = 0, []
+    for length, label in runs_of(found):
+        known += [(label.message, label.kind, whole[at : at + length])] if label.message is not None else []
+        at += length
+    escaped = [json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (bool("ascii" in arguments), False)]
+    assert known == [(1, PLAIN, escaped[0] + "!"), (0, PLAIN, "q"), (1, PLAIN, escaped[1])]

@@ -9,6 +9,7 @@ from checkpoints_conversion.tokenizer_copy import copy_tokenizer
 from megatron_ft.data.sentencepiece_model import SentencePieceModel
 from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.data.tokenizer_check import TransformersIds, can_differ, check_text, check_vocabulary
+from megatron_ft.data.tokenizer_export import export_tokenizer
 from megatron_ft.data.tokenizer_files import find
 from megatron_ft.data.tokenizer_spaces import with_rule
 from megatron_ft.errors import TokenizerError
@@ -61,6 +62,16 @@ def test_transformers_gives_our_ids(tmp_path, rule, config, model_type):
     folder = files(tmp_path, rule, config, model_type)
     expected = transformers.AutoTokenizer.from_pretrained(folder).encode(TEXT, add_special_tokens=False)
     assert ours(load_tokenizer(folder), TEXT) == expected
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_pieces_that_text_may_spell(tmp_path, legacy):
+    """Mistral's third vocabulary has some."""
+    sentencepiece_file(tmp_path, user_defined=("[REF]",))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"legacy": legacy}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (TEXT, "[REF]the fox[REF] a", "<s>[REF][REF]</s> é[REF]"):
+        assert ours(load_tokenizer(tmp_path), text) == theirs.encode(text, add_special_tokens=False)
 
 
 def test_a_copy_in_a_checkpoint_reads_the_same(tmp_path):
@@ -144,3 +155,52 @@ def test_other_ids_than_transformers_are_refused(tmp_path):
         TransformersIds(tokenizer, ["the fox"]).check()
     same = files(tmp_path, "first", LLAMA)
     TransformersIds(load_tokenizer(same), ["the fox", "  a", "é\n"]).check()
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"bos_token": "<s>"}, LLAMA, {"tokenizer_class": "PreTrainedTokenizerFast"}], ids=json.dumps
+)
+def test_a_model_without_tokenizer_json(tmp_path, config):
+    """transformers 5 makes a tokenizer of its own kind from it: without the space before a text, unless a class is named. The ids of the
+    model itself are what it was trained with; the export has a tokenizer.json, from which transformers gives them."""
+    import sentencepiece
+
+    folder = files(tmp_path, None, config, "mistral")
+    tokenizer, text = load_tokenizer(folder), "the quick  brown"
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(text)
+    assert tokenizer.encode(text).tolist() == expected
+    assert transformers.AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False) != expected
+    assert can_differ(tokenizer)
+    with pytest.raises(
+        TokenizerError, match=r"transformers gives other ids .*; give tokenizer.json or tokenizer.model itself"
+    ):
+        TransformersIds(tokenizer, [text]).check()
+    alone = load_tokenizer(folder / "tokenizer.model")
+    assert not can_differ(alone)
+    export_tokenizer(alone, tmp_path / "export")
+    (tmp_path / "export/config.json").write_text('{"model_type": "mistral"}')
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "export").encode(text, add_special_tokens=False)
+        == expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tekken.json", "but tekken.json; write a tokenizer.json of it: transformers.AutoTokenizer"),
+        ("qwen.tiktoken", "but qwen.tiktoken; write a tokenizer.json"),
+        ("merges.txt", "but merges.txt; write a tokenizer.json"),
+        ("tokenizer.model.v3", "but tokenizer.model.v3; give that file itself"),
+        ("README.md", "; give the tokenizer's own folder"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path, name, message):
+    (tmp_path / name).write_text('{"config": {}, "vocab": []}')
+    with pytest.raises(
+        TokenizerError, match=f"holds neither tokenizer.json nor tokenizer.model,? ?{re.escape(message.lstrip())}"
+    ):
+        load_tokenizer(tmp_path)
+    if name == "tekken.json":
+        with pytest.raises(TokenizerError, match=r"a tekken.json of mistral-common, not a tokenizer.json; write a"):
+            load_tokenizer(tmp_path / name)
