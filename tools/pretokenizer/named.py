@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.errors import DataError, kind_of
 from tools.pretokenizer.fields import Conversation, get, get_list, get_text, keep, pair
+from tools.pretokenizer.filled import JOINED, FillOptions
 from tools.pretokenizer.published import PublishedOptions, without_citations
 
 LINKS = ("\n", "\n\n", " ")
@@ -62,13 +63,13 @@ class DollyOptions(PublishedOptions):
         return [name.strip() for name in names]
 
 
-def instruction(name: str) -> Callable[[dict[str, Any], str, PublishedOptions, Counter[str]], list[Conversation]]:
-    """Return the function that reads a dataset of INSTRUCTIONS."""
+def instruction(name: str) -> Callable[[dict[str, Any], str, FillOptions, Counter[str]], list[Conversation]]:
+    """Return the function that reads a dataset of INSTRUCTIONS, records that filled.py has joined too."""
     columns = INSTRUCTIONS[name]
 
-    def read(
-        record: dict[str, Any], where: str, options: PublishedOptions, left_out: Counter[str]
-    ) -> list[Conversation]:
+    def read(record: dict[str, Any], where: str, options: FillOptions, left_out: Counter[str]) -> list[Conversation]:
+        if options.fill_min_length is not None and JOINED in record:
+            return orca_chat(record, where, options, left_out)
         if options.leaves_out(_texts(record, (columns.question, columns.answer), where), left_out):
             return []
         return pair(get_text(record, columns.question, where), get_text(record, columns.answer, where), left_out)

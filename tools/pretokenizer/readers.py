@@ -15,10 +15,10 @@ from megatron_ft.errors import ConfigError, DataError
 from tools.pretokenizer import custom, messages, named, pairs
 from tools.pretokenizer.dolphin_mix import MixOptions
 from tools.pretokenizer.fields import Conversation, get_text, keep
+from tools.pretokenizer.filled import JOINED, FillOptions
 from tools.pretokenizer.lines import records
 from tools.pretokenizer.oasst import OasstOptions, conversations
 from tools.pretokenizer.places import files_of
-from tools.pretokenizer.published import PublishedOptions
 from tools.pretokenizer.unread import ALL, LANGUAGE, Reads, chat_reads, pair_reads
 
 FIRST = 10_000  # records at a file's start among which its format is looked for
@@ -127,13 +127,14 @@ def _text(record: dict[str, Any], where: str, options: NoOptions, left_out: Coun
 def _instruction(name: str) -> Reader:
     """Return the reader of a published dataset of questions and answers."""
     columns = named.INSTRUCTIONS[name]
-    keys = (columns.question, columns.answer) if name in ("megacode2", "oa_leet10k") else ()
+    keys_of = (columns.question, columns.answer)
+    keys = keys_of if name in ("megacode2", "oa_leet10k") else ()
     return Reader(
-        *(name, keys, named.instruction(name), PublishedOptions),
+        *(name, keys, named.instruction(name), FillOptions),
         repositories=(columns.repository,),
         data_files=columns.data_files,
         val_rounding="up",
-        reads=_columns(columns.question, columns.answer),
+        reads=lambda options: _columns(*keys_of, *([JOINED] if options.fill_min_length is not None else [])),
     )
 
 

@@ -27,6 +27,8 @@ class SplitOptions:
     """Rounding of their number; default: up for the named datasets, as Open-Assistant's pretokenizer does it, else down."""
     max_val_set: int | None = None
     """Largest number of validation samples."""
+    manual_seed: int | None = None
+    """Seed of this dataset's split and sample; default: the section's rng_seed."""
     fraction: float | None = None
     """Share of the training samples to take."""
     size: int | None = None
@@ -48,6 +50,8 @@ class SplitOptions:
             raise ConfigError(f"dataset {name}: marked_prompts is {self.marked_prompts}; give a share from 0 to 1")
         if self.share is not None and self.share <= 0:
             raise ConfigError(f"dataset {name}: share is {self.share}; give a number above 0")
+        if self.manual_seed is not None and self.manual_seed < 0:
+            raise ConfigError(f"dataset {name}: manual_seed is {self.manual_seed}; give a number that is not negative")
         for key in ("size", "max_val_set"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ConfigError(f"dataset {name}: {key} is {value}; give a number above 0, or leave it out")

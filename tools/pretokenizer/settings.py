@@ -108,7 +108,7 @@ _ALSO_KEYS = (
     *("chat_format", "output_dir", "min_assistant_tokens", "min_tokens", "max_tokens", "max_count", "role_order"),
     *("duplicates", "on_bad_record", "workers", "template_date", "rewritten_turns"),
 )
-_OF_DATASETS = {"lang", "split", "fraction", "size", "max_val_set", "marked_prompts", "val_rounding"}
+_OF_DATASETS = {"lang", "split", "fraction", "size", "max_val_set", "marked_prompts", "val_rounding", "manual_seed"}
 _OPTIONAL = {f.name for f in dataclasses.fields(Settings) if type(None) in typing.get_args(f.type)}
 
 

@@ -17,7 +17,9 @@ from tools.pretokenizer import places
 from tools.pretokenizer.chunk import Chunk
 from tools.pretokenizer.dolphin_mix import MixOptions, joined
 from tools.pretokenizer.encode import Encodings
+from tools.pretokenizer.filled import FillOptions, filled
 from tools.pretokenizer.lines import chunks, parse
+from tools.pretokenizer.named import INSTRUCTIONS
 from tools.pretokenizer.oasst_flat import is_flat, trees
 from tools.pretokenizer.readers import Reader, get_reader
 from tools.pretokenizer.sampling import MARK, Plan, SplitOptions
@@ -26,6 +28,16 @@ from tools.pretokenizer.settings import Settings, build
 from tools.pretokenizer.work import Job
 
 MOST_LABELS = 32  # datasets of one name that are told apart
+_CUSTOM = "not a key here; read the file as `- custom: {keys: {question: KEY, answer: KEY}, input_file_path: FILE}`"
+REPLACED = {
+    "instruction_column": _CUSTOM,
+    "response_column": _CUSTOM,
+    "dataset_path": "not a key here; give the file or folder as input_file_path",
+    "data_path": "not a key here; give the folder as cache_dir of the section, or the file as input_file_path",
+    "no_cache": "not a key here, nothing is downloaded; remove it",
+    "mode": "not a key here, all chats are for supervised training; remove it",
+}
+"""Keys of Open-Assistant's loaders that have another form here."""
 
 
 @dataclass
@@ -82,8 +94,12 @@ class Source:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks of its files, the same in every pass."""
-        if isinstance(self.job.options, MixOptions):
-            return joined(self._chunks, self.job.options, self.unread)
+        options = self.job.options
+        if isinstance(options, MixOptions):
+            return joined(self._chunks, options, self.unread)
+        if isinstance(options, FillOptions) and options.fill_min_length is not None:
+            columns = INSTRUCTIONS[self.reader.name]
+            return filled(self._chunks, (columns.question, columns.answer), options, self.unread)
         return self._chunks()
 
     def _chunks(self) -> Iterator[Chunk]:
@@ -96,9 +112,10 @@ class Source:
             yield from found
 
     def random(self, seed: int, purpose: str = "") -> np.random.Generator:
-        """Return a generator seeded with the seed, the dataset's name and its number, so that other datasets do not change its random
-        choices."""
+        """Return a generator seeded with the seed (or the dataset's manual_seed), the dataset's name and its number, so that other
+        datasets do not change its random choices."""
         own = int(fingerprint([self.name, self.number]).removeprefix("xxh3:"), 16)
+        seed = seed if self.split.manual_seed is None else self.split.manual_seed
         return np.random.default_rng([seed, own, *purpose.encode()])
 
     def mark(self, seed: int) -> None:
@@ -160,6 +177,8 @@ def _source(name: str, number: int, keys: dict[str, Any], settings: Settings) ->
     select = {f.name for f in dataclasses.fields(Selection)}
     unknown = {key: value for key, value in keys.items() if key not in ours | theirs | select}
     if unknown:
+        for key in unknown.keys() & REPLACED.keys():
+            raise ConfigError(f"{where}: {key}: {REPLACED[key]}")
         known = (ours | theirs | select | {"input_file_path", "split", "lang", "data_files", "hf_dataset_name"}) - {
             "languages"
         }
