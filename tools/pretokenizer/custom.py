@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ft.config.hints import suggestion
 from megatron_ft.errors import ConfigError
 from tools.pretokenizer import messages, pairs
-from tools.pretokenizer.fields import Conversation, get_text, keep
+from tools.pretokenizer.fields import Conversation, get_text, is_row, keep
 from tools.pretokenizer.unread import ALL, MESSAGE, Reads, pair_reads
 
 OF_PAIRS = ("question", "input", "answer", "system", "history", "context", "tools")
@@ -64,7 +64,7 @@ def convert(record: dict[str, Any], where: str, options: KeysOptions, left_out: 
     """Read a record by the meanings of its keys."""
     found = meanings(options)
     if "text" in found:
-        text = get_text(record, found["text"], where)
+        text = "" if is_row(where) and record.get(found["text"]) is None else get_text(record, found["text"], where)
         return keep([{"role": "text", "content": text, "marked": True}] if text else [], left_out)
     if "messages" in found:
         return keep(messages.chat(record, found["messages"], where, found), left_out)

@@ -1,5 +1,7 @@
 """Access to the fields of a record with checked types, and conversations made from them."""
 
+import contextlib
+import json
 from collections import Counter
 from typing import Any
 
@@ -10,16 +12,31 @@ Conversation = list[dict[str, Any]]
 DOCS = "see docs/pretokenizer.md for the formats of chat files"
 
 
+def is_row(where: str) -> bool:
+    """Return whether a place is in a table, where an empty cell is no value."""
+    return ", row " in where
+
+
 def get(record: Any, key: str, where: str) -> Any:
     if not isinstance(record, dict) or key not in record:
-        raise DataError(f"{where}: the key '{key}' is missing; {DOCS}")
+        problem = "has no value in this row" if is_row(where) else "is missing"
+        raise DataError(f"{where}: the key '{key}' {problem}; {DOCS}")
     return record[key]
 
 
 def get_list(record: Any, key: str, where: str) -> list[Any]:
-    value = get(record, key, where)
+    """Return a list, also from its JSON as text, which is how a cell of CSV holds one."""
+    value = from_json(get(record, key, where))
     if not isinstance(value, list):
-        raise DataError(f"{where}: '{key}' is {kind_of(value)}, not a list; see docs/pretokenizer.md")
+        raise DataError(f"{where}: '{key}' is {kind_of(value)}, not a list; write it as a list, or as the JSON of one")
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Return the list or object that a text holds as JSON; other values as they are."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
     return value
 
 

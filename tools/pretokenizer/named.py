@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_ft.data.fingerprint import fingerprint
 from megatron_ft.errors import DataError, kind_of
-from tools.pretokenizer.fields import Conversation, get, get_list, get_text, keep, pair
+from tools.pretokenizer.fields import Conversation, from_json, get, get_list, get_text, keep, pair
 from tools.pretokenizer.filled import JOINED, FillOptions
 from tools.pretokenizer.published import PublishedOptions, without_citations
 
@@ -101,7 +101,9 @@ def dolly15k_english(
     record: dict[str, Any], where: str, options: DollyOptions, left_out: Counter[str]
 ) -> list[Conversation]:
     """Read {"INSTRUCTION", "RESPONSE", "METADATA": {"CONTEXT"}}, the English dataset in Open-Assistant's own columns."""
-    return _dolly(record, ("INSTRUCTION", "RESPONSE"), record.get("METADATA"), "CONTEXT", where, options, left_out)
+    return _dolly(
+        record, ("INSTRUCTION", "RESPONSE"), from_json(record.get("METADATA")), "CONTEXT", where, options, left_out
+    )
 
 
 def _dolly(

@@ -15,6 +15,7 @@ from tools.pretokenizer.fields import get_text
 
 Message = dict[str, Any]
 Thread = tuple[Message, ...]
+ANY_LANGUAGE = "*"  # of a tree in a table without languages
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _unwanted_tree(tree: dict[str, Any], prompt: Message, options: OasstOptions)
         return "tree not ready for export"
     if prompt.get("review_result") is not True:
         return "first message not approved"
-    return None if prompt.get("lang") in options.languages else "other language"
+    return None if prompt.get("lang") in (*options.languages, ANY_LANGUAGE) else "other language"
 
 
 def _threads(root: Message, where: str) -> Iterator[Thread]:

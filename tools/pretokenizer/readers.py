@@ -6,7 +6,7 @@ A new format is a function and a row in READERS. lines.py reads the files.
 import difflib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 from megatron_ft.errors import ConfigError, DataError
 from tools.pretokenizer import custom, messages, named, pairs
 from tools.pretokenizer.dolphin_mix import MixOptions
-from tools.pretokenizer.fields import Conversation, get_text, keep
+from tools.pretokenizer.fields import Conversation, get_text, is_row, keep
 from tools.pretokenizer.filled import JOINED, FillOptions
-from tools.pretokenizer.lines import records
+from tools.pretokenizer.lines import chunks, parse
 from tools.pretokenizer.oasst import OasstOptions, conversations
+from tools.pretokenizer.oasst_flat import FLAT
 from tools.pretokenizer.places import files_of
 from tools.pretokenizer.unread import ALL, LANGUAGE, Reads, chat_reads, pair_reads
 
@@ -61,10 +62,10 @@ def recognise(path: Path, skip_bad: bool = False) -> Reader:
     """
     first, problem = files_of(path)[0], ""
     bad: list[str] | None = [] if skip_bad else None
-    for where, record in itertools.islice(records(first, bad), FIRST):
-        if reader := _of_shape(record):
+    for where, record, columns in itertools.islice(_first_records(first, bad), FIRST):
+        if reader := _of_shape(columns or record):
             return reader
-        problem = problem or _unknown(where, record)
+        problem = problem or _unknown(where, columns or record)
         if not skip_bad:
             break
     if problem or bad:
@@ -72,7 +73,17 @@ def recognise(path: Path, skip_bad: bool = False) -> Reader:
     raise DataError(f"{first}: contains no chats; write one JSON object per line")
 
 
+def _first_records(path: Path, bad: list[str] | None) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield records with their places, and the columns of a table with a value of each: a row has no key where it has no value."""
+    for chunk in chunks(path):
+        rows = chunk.rows if chunk.unit == "row" and chunk.rows else []
+        columns = {key: value for row in reversed(rows) if isinstance(row, dict) for key, value in row.items()}
+        yield from ((where, record, columns) for where, record in parse(chunk, bad))
+
+
 def _of_shape(record: dict[str, Any]) -> Reader | None:
+    if all(key in record for key in FLAT):
+        return READERS["oasst_export"]
     return next((r for r in READERS.values() if r.keys and all(key in record for key in r.keys)), None)
 
 
@@ -120,7 +131,7 @@ def _chat(key: str) -> pairs.Convert:
 
 def _text(record: dict[str, Any], where: str, options: NoOptions, left_out: Counter[str]) -> list[Conversation]:
     """Read {"text"}, or a whole .txt file: one document without a chat format."""
-    text = get_text(record, "text", where)
+    text = "" if is_row(where) and record.get("text") is None else get_text(record, "text", where)
     return keep([{"role": "text", "content": text}] if text else [], left_out)
 
 
@@ -148,7 +159,21 @@ def _columns(*keys: str) -> Reads:
 
 _ORCA: Reads = {"instruction": ALL, "conversation": _columns("input", "output")}
 _TREE_MESSAGE: dict[str, Any] = dict.fromkeys(
-    *(("text", "role", "rank", "lang", "review_result", "deleted", "synthetic", "message_id", "parent_id"), ALL)
+    *(
+        (
+            "text",
+            "role",
+            "rank",
+            "lang",
+            "review_result",
+            "deleted",
+            "synthetic",
+            "message_id",
+            "parent_id",
+            "message_tree_id",
+        ),
+        ALL,
+    )
 )
 _TREE_MESSAGE["replies"] = _TREE_MESSAGE
 _TREE: Reads = {"message_tree_id": ALL, "tree_state": ALL, "prompt": _TREE_MESSAGE}

@@ -1,11 +1,14 @@
 """Tables: Parquet, Arrow, CSV. A row is a record, with the columns as its keys.
 
 Arrow gives every object of a column the same keys, and null where a row did not have one. Such keys are removed again, at every depth, so
-that a table has the records of the JSON lines it was made of. (A null that was in the JSON lines cannot be told from them.)
+that a table has the records of the JSON lines it was made of. (A null that was in the JSON lines cannot be told from them.) An empty cell
+of CSV is absent in the same way, and a cell that is a JSON list of messages is that list.
 """
 
+import contextlib
 import csv
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,14 +100,24 @@ def _rows(stream: io.BufferedReader, delimiter: str) -> Iterator[list[str] | Fau
             yield row
 
 
-def _record(names: list[str], row: list[str]) -> dict[str, str] | Faulty:
+def _record(names: list[str], row: list[str]) -> dict[str, Any] | Faulty:
     if len(row) != len(names):
         return Faulty(
             f"has {len(row)} cells, the first row names {len(names)}; put quotes around text with a separator"
         )
     if any("\udc80" <= character <= "\udcff" for cell in row if not cell.isascii() for character in cell):
         return Faulty("holds bytes that are not UTF-8; save the file as UTF-8")
-    return dict(zip(names, row, strict=True))
+    return {name: _messages(cell) for name, cell in zip(names, row, strict=True) if cell}
+
+
+def _messages(cell: str) -> Any:
+    """Return the list of messages in a cell, or the cell."""
+    if cell.lstrip().startswith("[{"):
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            found = json.loads(cell)
+            if all({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys() for item in found):
+                return found
+    return cell
 
 
 def _delimiter(stream: io.BufferedReader, ending: str) -> str:
