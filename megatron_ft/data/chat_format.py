@@ -19,7 +19,7 @@ from megatron_ft.data.chat_jinja import MARKS, template
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, PROMPTER, ROLE_BITS, ROLES, SYSTEM
 from megatron_ft.data.spoken import holds_parts, segments
 from megatron_ft.data.tokenizer import Tokenizer
-from megatron_ft.data.tool_text import as_text, has_tools
+from megatron_ft.data.tool_text import SAID, as_text, has_tools
 from megatron_ft.errors import ConfigError, DataError, kind_of
 
 Messages = Sequence[Mapping[str, Any]]
@@ -123,7 +123,11 @@ class ChatFormat:
                 if begin and previous is None:
                     pieces += begin
                     role_bytes += [role_byte] * len(begin)
-                parts = self._content_parts(role_byte, content) if role == ASSISTANT and holds_parts(content) else []
+                parts = (
+                    self._content_parts(role_byte, message, content)
+                    if role == ASSISTANT and holds_parts(content)
+                    else []
+                )
                 if len(parts) > 1 or (parts and parts[0].role_byte != role_byte):
                     run = [Part(role_byte, head), *parts, Part(role_byte, tail)]
                     cut = tokenizer.encode_cut([[part.text for part in run]], at_start=False)[0]
@@ -174,7 +178,9 @@ class ChatFormat:
             if not parts:
                 parts += self._split(self.begin, role_byte)
             before, after = self._cut(self._turn_text(role, previous), role_byte)
-            parts += [*before, *self._content_parts(role_byte, content), *after] if content else [*before, *after]
+            parts += (
+                [*before, *self._content_parts(role_byte, message, content), *after] if content else [*before, *after]
+            )
         return parts + self._split(self.generation_prompt, ASSISTANT) if add_generation_prompt else parts
 
     def _role_and_text(self, message: Mapping[str, Any]) -> tuple[int, str]:
@@ -189,10 +195,11 @@ class ChatFormat:
         assert role is not None
         return role, content.strip() if self.strip else content
 
-    def _content_parts(self, code: int, content: str) -> list[Part]:
+    def _content_parts(self, code: int, message: Mapping[str, Any], content: str) -> list[Part]:
         """Return a message's text as parts; the assistant's reasoning and tool calls have roles of their own."""
         role = code & ROLE_BITS
-        return [Part(code - role + part, text) for part, text in segments(content, role)]
+        pieces = message.get(SAID) if role == ASSISTANT else None
+        return [Part(code - role + part, text) for part, text in pieces or segments(content, role)]
 
     def _folded(self, messages: Messages) -> Messages:
         """Return the messages with reasoning and tools as text. Context turns for which the format has no turns become part of the question

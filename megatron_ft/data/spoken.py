@@ -1,7 +1,8 @@
 """What an assistant's turn consists of: its answer, its reasoning, empty reasoning, and calls of tools, each with a role of its own.
 
 Reasoning is what stands between a pair of tags of that name, the white space behind it included, since a prompt may end there. Calls are
-what stands between tags, or what a template wrote of a message's "tool_calls".
+what stands between tags and looks like one, or what a template wrote of a message's "tool_calls". Where a record says what is reasoning
+and what is a call, tags inside of these do not end them.
 """
 
 import re
@@ -9,14 +10,15 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from megatron_ft.data.roles import ASSISTANT, EMPTY_REASONING, REASONING, TOOL_CALL
-from megatron_ft.data.traced import CALL, REASON
+from megatron_ft.data.traced import CALL, PLAIN, REASON
 
 _REASONING = re.compile(
     r"(?:<(?P<tag>think|thinking|thought|reasoning)>(?P<a>.*?)</(?P=tag)>|\[THINK\](?P<b>.*?)\[/THINK\]"
     r"|<\|START_THINKING\|>(?P<c>.*?)<\|END_THINKING\|>)\s*",
     re.DOTALL,
 )
-_CALLED = re.compile(r"<tool_call>.*?</tool_call>(?:\s*<tool_call>.*?</tool_call>)*", re.DOTALL)
+_CALLED = re.compile(r"<tool_call>(?P<call>.*?)</tool_call>", re.DOTALL)
+_CALL = re.compile(r"\s*[{\[<]|\n*[\w.-]+\s*(?:<arg_key>|\(|$)")  # JSON, tags of a function, a name and arguments
 _OPENS = re.compile("tool|call|python|action", re.IGNORECASE)
 
 
@@ -44,7 +46,9 @@ def turn_roles(text: str, kinds: Sequence[int], literal: Sequence[bool], control
 
     kinds: of traced.py. literal: whether it is the template's own. control: finds control tokens.
     """
-    roles = _roles(text)
+    roles = _roles(
+        text, "".join("x" if k != PLAIN and not c.isspace() else c for c, k in zip(text, kinds, strict=True))
+    )
     for i, kind in enumerate(kinds):
         if kind == REASON and roles[i] == ASSISTANT:
             roles[i] = REASONING
@@ -53,13 +57,36 @@ def turn_roles(text: str, kinds: Sequence[int], literal: Sequence[bool], control
     return roles
 
 
-def _roles(text: str) -> bytearray:
-    roles = bytearray([ASSISTANT]) * len(text)
-    for found in _CALLED.finditer(text):
-        roles[slice(*found.span())] = bytearray([TOOL_CALL]) * len(found[0])
-    for found in _REASONING.finditer(text):
+def joined(pieces: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Return stretches of known roles such that white space belongs to the reasoning before it, and to the calls around it."""
+    text, roles = "", bytearray()
+    for role, piece in pieces:
+        text, roles = text + piece, roles + bytearray([role]) * len(piece)
+    for space in re.finditer(r"\s+", text):
+        start, stop = space.span()
+        before, after = (roles[i] if 0 <= i < len(text) else None for i in (start - 1, stop))
+        if before in (REASONING, EMPTY_REASONING) or before == after == TOOL_CALL:
+            roles[start:stop] = bytearray([before]) * (stop - start)
+    return _stretches(text, roles)
+
+
+def reasoning_role(text: str) -> int:
+    return REASONING if text.strip() else EMPTY_REASONING
+
+
+def _roles(text: str, plain: str | None = None) -> bytearray:
+    """Return the role of each character. plain: the text with an x for each character whose part is known."""
+    plain = text if plain is None else plain
+    roles, end = bytearray([ASSISTANT]) * len(text), None
+    for found in _CALLED.finditer(plain):
+        start, stop = found.span()
+        if _CALL.match(text[slice(*found.span("call"))]):
+            start = end if end is not None and not text[end:start].strip() else start
+            roles[start:stop] = bytearray([TOOL_CALL]) * (stop - start)
+            end = stop
+    for found in _REASONING.finditer(plain):
         thought = found["a"] or found["b"] or found["c"] or ""
-        roles[slice(*found.span())] = bytearray([REASONING if thought.strip() else EMPTY_REASONING]) * len(found[0])
+        roles[slice(*found.span())] = bytearray([reasoning_role(thought)]) * len(found[0])
     return roles
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from megatron_ft.data.template_environment import REASONING_KEYS
 from megatron_ft.data.template_text import AS_ASKED, ONLY_READ, OURS, REMEDY, Run, TemplateText, text_of
+from megatron_ft.data.traced import PLAIN, REASON
 from megatron_ft.errors import DataError
 
 _THINKS = re.compile(r"<think>\s*$")
+_IN_TEXT = re.compile(r"\s*<think>.*</think>", re.DOTALL)
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"a": 1}}}
 _TOOL = {
     "type": "function",
@@ -93,23 +95,36 @@ def as_asked(template: TemplateText, messages: Any) -> list[Run] | None:
     prompt = template.runs(messages[:-1], add_generation_prompt=True)
     prompt = [run if run.message is not None else run._replace(message=last, behind=False) for run in prompt]
     if _THINKS.search(header):
-        return [*prompt, *thought] if turn and (thought := _thought(messages[-1], turn)) else None
+        return [*prompt, *thought] if turn and (thought := _thought(messages[-1], turn, header)) else None
     if text_of(runs).startswith(before) or not text_of(turn).startswith(header):
         return None
     return [*_up_to(prompt, len(before)), *turn]
 
 
-def _thought(message: Any, turn: list[Run]) -> list[Run]:
-    """Return an answer with its reasoning, for a prompt that begins the reasoning; [] if the message has none."""
-    content, reasoning = (
-        message.get("content") or "",
-        next((message[key] for key in REASONING_KEYS if message.get(key)), None),
-    )
-    if reasoning is None and not (content.lstrip().startswith("<think>") and "</think>" in content):
+def _thought(message: Any, turn: list[Run], header: str) -> list[Run]:
+    """Return an answer with its reasoning, for a prompt whose header begins the reasoning; [] if the message has none, or the template
+    writes the answer in another way."""
+    content = message.get("content") or ""
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
+    written, opened = text_of(turn), _THINKS.sub("", header)
+    if not written.startswith(opened) or not (reasoning or _IN_TEXT.match(content)):
         return []
-    text = content.lstrip().removeprefix("<think>") if reasoning is None else f"{reasoning}\n</think>\n\n{content}"
-    end = next((i for i in reversed(range(len(turn))) if not turn[i].literal), len(turn) - 1)
-    return [turn[end]._replace(text=text.lstrip("\n"), literal=False), *turn[end + 1 :]]
+    rest, end = _behind(turn, len(opened)), "\n</think>\n\n"
+    if reasoning is None:
+        reasoning, _, answer = content.lstrip().removeprefix("<think>").rpartition("</think>")
+        space = "" if text_of(rest).startswith(answer) else answer[: len(answer) - len(answer.lstrip())]
+        end = "</think>" + (space if answer.strip() else "\n\n")
+    own = turn[0]._replace(literal=False, kind=PLAIN)
+    return [own._replace(text=reasoning.lstrip("\n"), kind=REASON), own._replace(text=end), *rest]
+
+
+def _behind(runs: list[Run], start: int) -> list[Run]:
+    """Return the runs from a place on."""
+    result = []
+    for run in runs:
+        result.append(run._replace(text=run.text[max(0, start) :]))
+        start -= len(run.text)
+    return [run for run in result if run.text]
 
 
 def _up_to(runs: list[Run], length: int) -> list[Run]:

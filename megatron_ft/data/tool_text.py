@@ -9,10 +9,11 @@ transformers writes the same text (chat_jinja.py). The result of a tool is an or
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_ft.data.roles import ASSISTANT, MARKED, ROLES, SYSTEM
+from megatron_ft.data.roles import ASSISTANT, MARKED, ROLES, SYSTEM, TOOL_CALL
+from megatron_ft.data.spoken import joined, reasoning_role, segments
 
 DEFINED = (
     "You can call these functions:\n<tools>",
@@ -23,6 +24,7 @@ CALLED = '<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>"
 THOUGHT = ("<think>\n", "\n</think>\n\n")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # in messages; the first is the standard name
 APART = "\n\n"  # between a system message and the definitions
+SAID = "said"  # key of a message: its text in stretches of known roles
 _BESIDE = ("tools", "tool_calls", *REASONING_KEYS)
 
 
@@ -39,11 +41,12 @@ def as_text(messages: Sequence[Mapping[str, Any]], default_system: str | None, s
     tools = next((message["tools"] for message in messages if message.get("tools")), None)
     for message in messages:
         content = message.get("content")
+        text = {"content": content}
         if isinstance(content, str):
-            own = reasoned(message, content.strip() if strip else content)
-            own = own.strip() if strip else own
-            content = "\n".join([*([own] if own else []), *map(_call, message.get("tool_calls") or [])])
-        result.append({k: v for k, v in message.items() if k not in _BESIDE} | {"content": content})
+            pieces = said(message, content, strip)
+            text = {"content": "".join(piece for _, piece in pieces)}
+            text |= {SAID: pieces} if len(pieces) > 1 or any(role != ASSISTANT for role, _ in pieces) else {}
+        result.append({k: v for k, v in message.items() if k not in _BESIDE} | text)
     if tools:
         if not result or ROLES.get(str(result[0].get("role"))) != SYSTEM:
             marked = result[0].get("mark_bits", 0) & MARKED if result else 0
@@ -54,11 +57,33 @@ def as_text(messages: Sequence[Mapping[str, Any]], default_system: str | None, s
     return result
 
 
-def reasoned(message: Mapping[str, Any], content: str) -> str:
-    """Return a message's text, the assistant's after its reasoning."""
+def said(message: Mapping[str, Any], content: str, strip: bool) -> list[tuple[int, str]]:
+    """Return a message's text with the roles of an assistant's: its reasoning, its content, its calls."""
     reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
-    said = reasoning and ROLES.get(str(message.get("role"))) == ASSISTANT
-    return f"{THOUGHT[0]}{reasoning}{THOUGHT[1]}{content}" if said else content
+    calls = "\n".join(map(_call, message.get("tool_calls") or []))
+    speaks = ROLES.get(str(message.get("role"))) == ASSISTANT
+    pieces = (
+        segments(content.strip() if strip else content)
+        if speaks
+        else [(ASSISTANT, content.strip() if strip else content)]
+    )
+    if reasoning and speaks:
+        pieces.insert(0, (reasoning_role(reasoning), f"{THOUGHT[0]}{reasoning}{THOUGHT[1]}"))
+    own = "".join(piece for _, piece in pieces)
+    if strip:
+        kept = len(own.rstrip())
+        pieces = [(role, piece) for role, piece in _up_to(pieces, kept) if piece]
+        own = own[:kept]
+    if calls:
+        pieces += [(ASSISTANT, "\n")] if own else []
+        pieces.append((TOOL_CALL, calls))
+    return joined(pieces)
+
+
+def _up_to(pieces: list[tuple[int, str]], length: int) -> Iterator[tuple[int, str]]:
+    for role, piece in pieces:
+        yield role, piece[: max(0, length)]
+        length -= len(piece)
 
 
 def definitions(tools: Sequence[Any]) -> str:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_ft.config.sections import Data
-from megatron_ft.data.chat_format import ALFRED, CHATML, LLAMA2, VICUNA
+from megatron_ft.data.chat_encoding import Part
+from megatron_ft.data.chat_format import ALFRED, CHATML, LLAMA2, VICUNA, ChatFormat
 from megatron_ft.data.loader import ChatDataset, Choices
 from megatron_ft.data.roles import (
     ASSISTANT,
@@ -62,7 +63,7 @@ def test_parts_change_no_id(tmp_path, make, chat_format, monkeypatch):
     """The tokens are those of the whole text."""
     tokenizer = load_tokenizer(make(tmp_path), chat_format.added_tokens)
     ids, codes = chat_format.encode(tokenizer, CHAT)
-    monkeypatch.setattr("megatron_ft.data.chat_format.segments", lambda text, role: [(role, text)])
+    monkeypatch.setattr(ChatFormat, "_content_parts", lambda self, code, message, content: [Part(code, content)])
     whole, speakers = chat_format.encode(tokenizer, CHAT)
     assert ids.tolist() == whole.tolist()
     assert are_spoken(codes).tolist() == (speakers == ASSISTANT).tolist()
