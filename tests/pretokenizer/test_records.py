@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_ft.data.roles import ASSISTANT, MARKED, ROLE_BITS
+from megatron_ft.data.roles import ASSISTANT, MARKED, ROLE_BITS, all_weights
 from megatron_ft.data.shards import open_shards
 from megatron_ft.errors import DataError
 from tests.pretokenizer.fixtures import lines
-from tests.pretokenizer.test_pretokenize import place, pretokenize, shortcut  # noqa: F401 - a fixture
+from tests.pretokenizer.test_pretokenize import configure, place, pretokenize, shortcut  # noqa: F401 - a fixture
 from tools.pretokenizer.lines import records
 from tools.pretokenizer.readers import READERS, recognise
 from tools.pretokenizer.unread import Unread
@@ -323,3 +323,28 @@ def test_turns_that_count_differently_are_not_joined():
     ]
     assert in_order(turns, "repair") == (turns, "roles out of order, beyond repair")
     assert len(in_order([{**turn, "weight": 0.0} for turn in turns], "repair")[0]) == 2
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_chats_of_which_nothing_is_trained_on_are_counted(place, capsys, caplog, mix):  # noqa: F811
+    """No assistant turn, or answers whose weight is 0; a mark of an answer with weight 0 changes nothing."""
+    asked, answer = MESSAGES["messages"]
+    chats = [
+        [asked, answer], [asked], [asked, {**answer, "weight": 0}], [asked, {**answer, "loss": False}, asked, {**answer, "train": False}],
+        [asked, {**answer, "weight": 0}, asked, {**answer, "weight": 0.5}], [{**asked, "train": True}, {**answer, "weight": 0}],
+    ]  # fmt: skip
+    (place / "c.jsonl").write_bytes(lines([{"messages": chat} for chat in chats]))
+    section = {
+        "output_dir": "out",
+        "filename_prefix": "c",
+        "vocab_file": "tokenizer.model",
+        **({"mix_by": "samples"} if mix else {}),
+    }
+    section["datasets"] = [{"messages": {"input_file_path": "c.jsonl", "val_split": 0, "share": 1}}]
+    assert pretokenize("--configs", "x", *configure(place, x=section)) == 0
+    row = json.loads((place / "out/c-train_stats.json").read_text())["total"]
+    assert row["without_assistant"] == 3
+    assert "train: 3 chats have no token that is trained on: no assistant turn" in caplog.text
+    shards = open_shards("out/c-train")
+    weights = shards.loss_weights(all_weights(0, {}))
+    assert sum(not weights[shards.role_bytes(i)].any() for i in range(6)) == 3

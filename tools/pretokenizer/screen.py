@@ -45,7 +45,7 @@ def show_result(prefix: Path, split: str, written: Written | None, sources: list
         print(f"       skipped: {reason}: {count:,}")
     if all_datasets.untrained:
         log.warning(
-            "%s: %d chats have no assistant turn and no token that is trained on (--min_assistant_tokens 1 drops them)",
+            "%s: %d chats have no token that is trained on: no assistant turn (--min_assistant_tokens 1 drops those), or the weight 0",
             split,
             all_datasets.untrained,
         )

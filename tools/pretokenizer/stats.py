@@ -4,13 +4,22 @@ Skipped samples are counted by reason and in tokens. A dataset without accepted 
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_ft.data import packing
-from megatron_ft.data.roles import ALL_NAMES, MARKED, ROLE_BITS, are_spoken, display_name
+from megatron_ft.data.roles import (
+    ALL_NAMES,
+    MARKED,
+    ROLE_BITS,
+    all_weights,
+    are_spoken,
+    byte_weights,
+    display_name,
+)
 from megatron_ft.data.shards import named_counts
 
 HEADINGS = ("dataset", "samples (fraction)", "accepted", "accepted tokens", "skipped", "min", "max", "avg")
@@ -53,7 +62,9 @@ class Tally:
     tokens_by_role: np.ndarray = field(default_factory=lambda: np.zeros(len(ALL_NAMES), np.int64))
     marked_tokens: int = 0
     untrained: int = 0
-    """Accepted samples without assistant tokens and without marked tokens."""
+    """Accepted samples of which no token is trained on by default: none is the assistant's or marked, or the weight is 0."""
+    weights: Sequence[float] = (1.0,)
+    """The table of message weights."""
     by_role_byte: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     """Tokens by their byte in the role shard."""
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(BOUNDS), np.int64))
@@ -76,7 +87,8 @@ class Tally:
         np.add.at(self.tokens_by_role, roles.kinds & ROLE_BITS, by_kind)
         self.by_role_byte[roles.kinds] += by_kind
         self.marked_tokens += int(by_kind[marked].sum())
-        self.untrained += int((roles.counts[:, spoken | marked].sum(axis=1) == 0).sum())
+        trained = byte_weights(all_weights(0, {}), self.weights)[roles.kinds] > 0
+        self.untrained += int((roles.counts[:, trained].sum(axis=1) == 0).sum())
         self.histogram += np.bincount(np.searchsorted(BOUNDS, lengths, side="right") - 1, minlength=len(BOUNDS))
         return roles.counts[:, spoken].sum(axis=1)
 

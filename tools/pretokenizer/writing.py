@@ -215,7 +215,7 @@ class _Split:
     def begin(self, source: Source, digest: str, available: int) -> None:
         """Begin the samples of a source."""
         self.writer.source(source.label, str(source.path), digest)
-        self.tallies.append(Tally(source.name, available))
+        self.tallies.append(Tally(source.name, available, weights=self.writer.manifest.weights))
         self.sizes.append([])
         self.digests.append(digest)
 
@@ -273,7 +273,7 @@ def _mix(
     shards, first, tallies = open_shards(spool), 0, []
     for source, digest, portion, own in zip(sources, train.digests, portions, units, strict=True):
         writer.source(source.label, str(source.path), digest)
-        tallies.append(Tally(source.name, len(own)))
+        tallies.append(Tally(source.name, len(own), weights=writer.manifest.weights))
         writer.copy(shards, portion.picks + first, partial(_accept, tallies[-1]))
         first += len(own)
     return portions, tallies
