@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ft.errors import CheckpointError
-from megatron_ft.models.torch_file import read_at
+from megatron_ft.models.torch_file import other_kind, read_at
 
 MAX_HEADER = 1 << 25  # bytes; a model of 100,000 tensors has a third of that, the format itself allows 100 MB
 MAX_AXES = 8
@@ -44,12 +44,13 @@ class SafetensorsFile:
         self._handle = os.open(self.path, os.O_RDONLY)
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}
         """name -> (type, shape, first byte in the file, bytes)"""
+        if other := other_kind(os.pread(self._handle, 300, 0), self.path):
+            raise CheckpointError(f"{self.path} {other}")
         try:
             self._read_header(os.path.getsize(self.path))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            small = " (a Git LFS pointer?)" if self.path.stat().st_size < 1000 else ""
             raise CheckpointError(
-                f"{self.path} is cut short or no safetensors file{small}: {str(error)[:100]}; {remedy}"
+                f"{self.path} is cut short or no safetensors file: {str(error)[:100]}; {remedy}"
             ) from error
 
     def __del__(self) -> None:

@@ -90,7 +90,7 @@ class TorchFile:
         if not self.path.is_file():
             raise CheckpointError(f"{path} is missing; restore it, or read an earlier iteration with --iteration")
         self._handle = os.open(self.path, os.O_RDONLY)
-        if other := _other_kind(os.pread(self._handle, 300, 0), path):
+        if other := other_kind(os.pread(self._handle, 300, 0), path):
             raise CheckpointError(f"{path} {other}")
         try:
             self._open(harmless)
@@ -215,7 +215,7 @@ def read_at(handle: int, offset: int, size: int) -> Tensor | None:
 _OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that torch before 1.6 begins a file with
 
 
-def _other_kind(start: bytes, path: Path) -> str | None:
+def other_kind(start: bytes, path: Path) -> str | None:
     """Return what a file is that begins so, and what to do, if it is no torch file of today."""
     if start.startswith(_OLD) or start[257:262] == b"ustar":
         return (

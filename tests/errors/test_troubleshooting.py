@@ -1,5 +1,6 @@
 """docs/troubleshooting.md answers errors by their exact text: every entry's text is produced here, by the mistake it is about."""
 
+import json
 import os
 import re
 import signal
@@ -71,6 +72,34 @@ def finished_shards(shop, tmp_path) -> list:
     return [*pretokenize(shop, tmp_path, shop.chats)[:-1], shop.shards.removesuffix("-train"), "--val_split", 0]
 
 
+def tokenizer(shop, tmp_path, **files) -> list:
+    """Pretokenize with a folder of a tokenizer. files: name, with _ for a dot -> content."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name, content in files.items():
+        path = folder / name.replace("_json", ".json").replace("_model", ".model")
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    words = pretokenize(shop, tmp_path, shop.chats)
+    return [*words[:3], "--tokenizer", folder, *words[5:]]
+
+
+def of_three_tokens(shop, tmp_path) -> list:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return tokenizer(
+        shop, tmp_path, tokenizer_json={"version": "1.0", "pre_tokenizer": cut, "model": model, "added_tokens": []}
+    )
+
+
+def of_another_model(shop, tmp_path) -> list:
+    model = shop.tokenizer.read_bytes()
+    return tokenizer(shop, tmp_path, tokenizer_model=model, tokenizer_config_json={}, config_json={"vocab_size": 32000})
+
+
+def read_in_two_ways(shop, tmp_path) -> list:
+    return tokenizer(shop, tmp_path, tokenizer_model=shop.tokenizer.read_bytes(), tokenizer_config_json={})
+
+
 # A word of the entry's text -> what has to be done wrong for it.
 MISTAKES = {
     "learning_rate": lambda shop, _: [*finetune(shop), "--learning_rate", "1e-5"],
@@ -88,7 +117,73 @@ MISTAKES = {
     "for a vocabulary of": lambda shop, _: finetune(shop, shop.bare),
     "no supervised token": lambda shop, _: finetune(shop, data=shop.questions),
     "its bytes": damaged_shards,
+    "but …; …": lambda shop, tmp_path: tokenizer(shop, tmp_path, tekken_json={"config": {}, "vocab": []}),
+    "is lost in its tokens": of_three_tokens,
+    "tokens, the model of": of_another_model,
+    "gives other ids": read_in_two_ways,
 }
+
+
+def weights(change):
+    """Convert a model whose weights another program has written. change: (folder, tensors) -> None, without model.safetensors."""
+
+    def words(shop, tmp_path) -> list:
+        from safetensors.torch import load_file
+
+        folder = copy(shop.hf, tmp_path / "hf")
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        change(folder, tensors)
+        return ["hf-to-megatron", folder, tmp_path / "out"]
+
+    return words
+
+
+def old_torch(folder, tensors) -> None:
+    import torch
+
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def saved(content, name="pytorch_model.bin"):
+    """content: tensors -> what torch.save writes."""
+
+    def change(folder, tensors) -> None:
+        import torch
+
+        torch.save(content(tensors), folder / name)
+
+    return change
+
+
+def whole_module(tensors):
+    import torch
+
+    return torch.nn.Linear(2, 2)
+
+
+def without_output_layer(tensors):
+    return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+
+
+def of_an_adapter(tensors):
+    return {f"{name}.lora_A.weight": tensor for name, tensor in tensors.items()}
+
+
+CONVERSIONS = {
+    "before 1.6": old_torch,
+    "not a plain dict": saved(lambda tensors: {"step": 3, "values": list(tensors.values())}),
+    "objects other than tensors": saved(whole_module),
+    "has no index": saved(dict, "pytorch_model-00001-of-00002.bin"),
+    "lacks lm_head.weight": saved(without_output_layer),
+    "have other names": saved(lambda tensors: {f"encoder.{name}": tensor for name, tensor in tensors.items()}),
+    "a LoRA adapter": saved(of_an_adapter),
+    "Git LFS": lambda folder, _: (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+    ),
+    "neither model.safetensors": lambda folder, _: (folder / "model.gguf").touch(),
+}
+"""A word of the entry's text -> what another program has written."""
 ON_THE_WAY = {
     "steps in a row": (2, ["--lr", "1e30", "--max_skipped_iters", 2], {}),
     "torch cannot use": (2, [], {"hook": "tests.errors.test_troubleshooting:a_gpu_out_of_reach"}),
@@ -122,6 +217,13 @@ def test_the_mistake_gives_the_text_of_its_entry(desk, shop, tmp_path, word):
     assert done.code == 2 and pattern(word).fullmatch(said), said
 
 
+@pytest.mark.parametrize("word", CONVERSIONS)
+def test_weights_of_other_programs_give_the_text_of_their_entry(engine, shop, tmp_path, word):
+    done = engine(*weights(CONVERSIONS[word])(shop, tmp_path))
+    said = re.sub(r"^megatron-ft [\w-]+: error: ", "", done.err.strip())
+    assert done.code == 2 and pattern(word).fullmatch(said), said
+
+
 @pytest.mark.parametrize("word", ON_THE_WAY)
 def test_what_happens_on_the_way_gives_the_text_of_its_entry(engine, shop, word):
     code, words, hook = ON_THE_WAY[word]
@@ -137,4 +239,4 @@ def pattern(word: str) -> re.Pattern:
 
 
 def test_every_entry_has_its_mistake():
-    assert all(sum(word in text for word in (*MISTAKES, *ON_THE_WAY)) == 1 for text in entries())
+    assert all(sum(word in text for word in (*MISTAKES, *CONVERSIONS, *ON_THE_WAY)) == 1 for text in entries())
