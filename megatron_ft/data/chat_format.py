@@ -17,7 +17,7 @@ import numpy as np
 from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode_parts, join, split
 from megatron_ft.data.chat_jinja import MARKS, template
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, PROMPTER, ROLE_BITS, ROLES, SYSTEM
-from megatron_ft.data.spoken import holds_parts, segments
+from megatron_ft.data.spoken import DELIMITERS, edges, holds_parts, segments
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.data.tool_text import SAID, as_text, has_tools
 from megatron_ft.errors import ConfigError, DataError, kind_of
@@ -66,11 +66,13 @@ class ChatFormat:
         self, tokenizer: Tokenizer, conversations: Sequence[Messages], add_generation_prompt: bool = False
     ) -> Encoded:
         """Return the same as encode_many, with concatenated conversations."""
-        if self._closed and not add_generation_prompt:
+        tags = frozenset(tag for tag in DELIMITERS if tokenizer.is_special(tag))
+        if self._closed and not add_generation_prompt and not tags:
             return self._encode_closed(tokenizer, conversations)
         for token in self.added_tokens:
             tokenizer.token_id(token)  # named before anything is tokenized
-        return encode_parts(tokenizer, [self._parts(messages, add_generation_prompt) for messages in conversations])
+        chats = (self._parts(messages, add_generation_prompt) for messages in conversations)
+        return encode_parts(tokenizer, [_with_tags(parts, tags) if tags else parts for parts in chats])
 
     def text(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """Return the conversation as the model receives it, control tokens by their names."""
@@ -244,6 +246,19 @@ class ChatFormat:
     def _split(self, text: str, role_byte: int) -> list[Part]:
         """Return a piece of a template split at the control tokens."""
         return [Part(role_byte, part, kind) for part, kind in _pieces(self.added_tokens, text)]
+
+
+def _with_tags(parts: list[Part], tags: frozenset[str]) -> list[Part]:
+    """Return the parts such that tags around reasoning and calls are control tokens, where the tokenizer has them as such."""
+    result: list[Part] = []
+    for part in parts:
+        cut = edges(part.role_byte & ROLE_BITS, part.text)
+        result += [
+            part._replace(text=text, kind=CONTROL if i % 2 and text in tags else part.kind)
+            for i, text in enumerate(cut)
+            if text
+        ]
+    return result
 
 
 def _contexts_first(messages: Messages) -> Messages:

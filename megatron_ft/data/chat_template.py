@@ -16,7 +16,7 @@ from typing import Any
 from megatron_ft.data import tokenizer_files
 from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode_parts, split
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, ROLES
-from megatron_ft.data.spoken import holds_parts, turn_roles
+from megatron_ft.data.spoken import delimiters, holds_parts, turn_roles
 from megatron_ft.data.template_files import CONFIG, DEFAULT, named_tokens, read_object, template_sources
 from megatron_ft.data.template_options import TemplateOptions, today
 from megatron_ft.data.template_samples import as_asked, check_complete, rewrites, samples
@@ -136,11 +136,11 @@ class OwnTemplate:
                 messages[number] if number is not None else {"role": "assistant"}
             )  # an answer to come
             flags, role = message.get("mark_bits", 0), ROLES[message["role"]]
-            if role == ASSISTANT and not message.get(ONLY_READ):
-                yield from ((role | flags, literal, text) for role, literal, text in self._spoken(turn))
-            else:
-                role = CONTEXT if role == ASSISTANT else role
+            if role != ASSISTANT:
                 yield from ((role | flags, run.literal, run.text) for run in turn)
+                continue
+            for part, literal, text in self._spoken(turn):
+                yield (CONTEXT if message.get(ONLY_READ) else part) | flags, literal, text
 
     def _spoken(self, turn: list[Run]) -> Iterator[tuple[int, bool, str]]:
         """Return the stretches of an assistant's turn by role. Text after the end of the turn is context; if the template has
@@ -151,7 +151,10 @@ class OwnTemplate:
             yield from ((ASSISTANT, run.literal, run.text) for run in turn)  # as mostly
             return
         literal = [run.literal for run in turn for _ in run.text]
-        roles = turn_roles(text, [run.kind for run in turn for _ in run.text], literal, self.template.control)
+        kinds = [run.kind for run in turn for _ in run.text]
+        roles = turn_roles(text, kinds, literal, self.template.control)
+        for start, stop in delimiters(text, kinds):
+            literal[start:stop] = [True] * (stop - start)  # a tag that is a special token becomes that token
         ended = self.stop_token in text_of([run for run in turn if run.literal and not run.behind])
         read = [
             (run.behind and ended) or (self.template.has_marks and not run.trained and run.message is not None)

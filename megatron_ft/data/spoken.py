@@ -6,7 +6,7 @@ and what is a call, tags inside of these do not end them.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from megatron_ft.data.roles import ASSISTANT, EMPTY_REASONING, REASONING, TOOL_CALL
@@ -17,6 +17,11 @@ _REASONING = re.compile(
     r"|<\|START_THINKING\|>(?P<c>.*?)<\|END_THINKING\|>)\s*",
     re.DOTALL,
 )
+DELIMITERS = (
+    *(f"<{slash}{name}>" for name in ("think", "thinking", "thought", "reasoning", "tool_call") for slash in ("", "/")),
+    *("[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>"),
+)
+"""Tags around reasoning and calls. Where they are special tokens, an assistant's text means these by them."""
 _CALLED = re.compile(r"<tool_call>(?P<call>.*?)</tool_call>", re.DOTALL)
 _CALL = re.compile(r"\s*[{\[<]|\n*[\w.-]+\s*(?:<arg_key>|\(|$)")  # JSON, tags of a function, a name and arguments
 _OPENS = re.compile("tool|call|python|action", re.IGNORECASE)
@@ -46,15 +51,39 @@ def turn_roles(text: str, kinds: Sequence[int], literal: Sequence[bool], control
 
     kinds: of traced.py. literal: whether it is the template's own. control: finds control tokens.
     """
-    roles = _roles(
-        text, "".join("x" if k != PLAIN and not c.isspace() else c for c, k in zip(text, kinds, strict=True))
-    )
+    roles = _roles(text, _plain(text, kinds))
     for i, kind in enumerate(kinds):
         if kind == REASON and roles[i] == ASSISTANT:
             roles[i] = REASONING
     if CALL in kinds:
         _mark_calls(text, kinds, literal, control, roles)
     return roles
+
+
+def delimiters(text: str, kinds: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where the tags stand that delimit reasoning and calls in a text."""
+    plain = _plain(text, kinds)
+    for found in (*_CALLED.finditer(plain), *_REASONING.finditer(plain)):
+        inner = next(name for name, value in found.groupdict().items() if name != "tag" and value is not None)
+        start, stop = found.span(inner)
+        if inner != "call" or _CALL.match(text[start:stop]):
+            yield from ((found.start(), start), (stop, stop + len(found[0][stop - found.start() :].rstrip())))
+
+
+_OPEN, _CLOSE = ("|".join(map(re.escape, DELIMITERS[first::2])) for first in (0, 1))
+_EDGES = re.compile(
+    rf"(\A(?:{_OPEN})|(?:{_CLOSE})(?=\s*\Z)|</tool_call>(?=\s*<tool_call>)|(?<=</tool_call>\n)<tool_call>)"
+)
+
+
+def edges(role: int, text: str) -> list[str]:
+    """Return a stretch of reasoning or calls, cut at the tags around it, which are the parts of odd number."""
+    return _EDGES.split(text) if role in (REASONING, EMPTY_REASONING, TOOL_CALL) else [text]
+
+
+def _plain(text: str, kinds: Sequence[int]) -> str:
+    """Return the text with an x for each character that a record calls reasoning or a call."""
+    return "".join("x" if k != PLAIN and not c.isspace() else c for c, k in zip(text, kinds, strict=True))
 
 
 def joined(pieces: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:

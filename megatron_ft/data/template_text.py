@@ -7,13 +7,14 @@ text is compared with what the template gives without labels. Knows no tokenizer
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from megatron_ft.data.roles import ROLES
+from megatron_ft.data.spoken import DELIMITERS
 from megatron_ft.data.template_environment import (
     FAULTS,
     as_passed,
@@ -86,9 +87,9 @@ class TemplateText:
     def runs(self, messages: Any, add_generation_prompt: bool = False) -> list[Run]:
         """Return the template's text, split by messages. Raise DataError if it refuses the chat or cannot be followed."""
         passed = _passed(messages)
-        forged = self.control.search(json.dumps(passed, ensure_ascii=False, default=str))
+        forged = next(self._forged(passed), None)
         if forged:
-            passed = _broken(passed, self.control)
+            passed = ([_broken(one, self._of(one)) for one in passed[0]], *_broken(passed[1:], self.control))
         chat, tools, documents = passed
         runs = _by_message(self._run(True, marked(chat), tools, documents, add_generation_prompt))
         if forged:
@@ -105,6 +106,16 @@ class TemplateText:
             runs = _from(runs, len(before))
         return [run for run in runs if run.text]
 
+    def _forged(self, passed: tuple[list[dict[str, Any]], Any, Any]) -> Iterator[re.Match[str]]:
+        """Yield special tokens that the texts of a chat spell."""
+        for one, pattern in (*((message, self._of(message)) for message in passed[0]), (passed[1:], self.control)):
+            if found := pattern.search(json.dumps(one, ensure_ascii=False, default=str)):
+                yield found
+
+    def _of(self, message: Mapping[str, Any]) -> re.Pattern[str]:
+        """Return what finds the special tokens that a message may not spell; an assistant delimits its reasoning and calls by some."""
+        return self._forgeable if message.get("role") == "assistant" else self.control
+
     def turns(self, messages: Any) -> str:
         """Return the template's text up to the end of the last turn."""
         return text_of([run for run in self.runs(messages) if not run.behind])
@@ -115,7 +126,11 @@ class TemplateText:
 
     @cached_property
     def control(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)")
+        return _any_of(self.specials)
+
+    @cached_property
+    def _forgeable(self) -> re.Pattern[str]:
+        return _any_of(set(self.specials) - set(DELIMITERS))
 
     def _run(self, traced: bool, messages: Any, tools: Any, documents: Any, add_generation_prompt: bool) -> str:
         variables = {
@@ -137,6 +152,10 @@ class TemplateText:
             compiled = compile_traced if traced else compile_template
             self._compiled[source, traced] = compiled(source, self.options.now)
         return self._compiled[source, traced]
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def _passed(messages: Any) -> tuple[list[dict[str, Any]], Any, Any]:

@@ -128,6 +128,10 @@ class Tokenizer:
         """Return whether token_id knows a token."""
         return token in self._special or token in self._matched
 
+    def is_special(self, token: str) -> bool:
+        """Return whether text cannot spell a token."""
+        return token in self._special
+
     def id_to_token(self, index: int) -> str:
         """Return the name of a control token, else the piece of the vocabulary. Raise TokenizerError outside the vocabulary."""
         if index in self._names:

@@ -10,6 +10,7 @@ from megatron_ft.data.chat_template import TemplateOptions, own_template
 from megatron_ft.data.roles import ASSISTANT, EMPTY_REASONING, REASONING, TOOL_CALL
 from megatron_ft.data.spoken import segments
 from megatron_ft.data.tokenizer import load_tokenizer
+from megatron_ft.data.tokenizer_export import export_tokenizer
 from tests.data.families import DATE, write
 from tests.data.helpers import fast_file
 
@@ -133,3 +134,72 @@ def test_calls_stay_behind_reasoning_that_a_prompt_begins(tmp_path):
         call = without.removeprefix(template.text(asked[:1], True).removesuffix("<think>\n"))
         assert prompt.endswith("<think>\n") and '"x"' in call
         assert template.text(sample) == f"{prompt}why\n</think>\n\n{call}"
+
+
+SPECIAL = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen2.5", "deepseek-r1", "llama3", "zephyr"])
+def special(request, tmp_path_factory):
+    """A tokenizer whose tags are special tokens, as Phi-4-reasoning's and Magistral's are; transformers reads it too."""
+    transformers = pytest.importorskip("transformers")
+    folder = write(request.param, tmp_path_factory.mktemp(request.param))
+    description = json.loads((folder / "tokenizer.json").read_text())
+    size = max(token["id"] for token in description["added_tokens"]) + 1
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    description["added_tokens"] += [{"id": size + i, "content": tag, **flags} for i, tag in enumerate(SPECIAL)]
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    tokenizer = load_tokenizer(folder)
+    return own_template(tokenizer, TemplateOptions(DATE)), tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_tags_that_are_special_tokens(special):
+    """An assistant's tags are these tokens, as in transformers; where another spells them, or in a call, they stay text."""
+    template, tokenizer, theirs = special
+    for content in ("<think>\nr\n</think>\n\nanswer", 'so <tool_call>\n{"name": "f"}\n</tool_call>', "plain"):
+        for more in ([], [ASKED, {"role": "assistant", "content": "b"}]):
+            messages = [ASKED, {"role": "assistant", "content": content}, *more]
+            for sample in template.samples(messages):
+                if not sample[-1].get("as_asked"):
+                    rendered = theirs.apply_chat_template(
+                        [{key: message[key] for key in ("role", "content")} for message in sample], return_dict=False
+                    )
+                    assert template.encode(tokenizer, sample)[0].tolist() == rendered
+    forged = [
+        {"role": "user", "content": "write <think> and <tool_call>"},
+        {"role": "assistant", "content": "never </think>"},
+    ]
+    harmless = [{"role": "user", "content": "write"}, {"role": "assistant", "content": "never"}]
+    tags = {tokenizer.token_id(tag) for tag in SPECIAL}
+    ids, other = ([i for i in template.encode(tokenizer, chat)[0].tolist() if i in tags] for chat in (forged, harmless))
+    assert ids == other
+
+
+def test_special_tags_of_reasoning_that_a_prompt_begins(special):
+    template, tokenizer, _ = special
+    messages = [ASKED, {"role": "assistant", "content": "answer", "reasoning_content": "r </think> r"}]
+    (sample,) = template.samples(messages)
+    ids = template.encode(tokenizer, sample)[0].tolist()
+    tags = [tokenizer.id_to_token(i) for i in ids if tokenizer.id_to_token(i) in SPECIAL]
+    assert tags == (["<think>", "</think>"] if "r </think> r" in tokenizer.decode(ids) else [])
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "vicuna", "llama2"])
+def test_special_tags_in_our_formats(tmp_path, name):
+    """transformers gives our ids with the exported tokenizer and template."""
+    transformers = pytest.importorskip("transformers")
+    chat_format = get_format(name)
+    tokenizer = load_tokenizer(fast_file(tmp_path), [*chat_format.added_tokens, *SPECIAL])
+    export_tokenizer(tokenizer, tmp_path / "export", chat_format.exported, chat_format.stop_token)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    for content in ("answer", "<think>\nr\n</think>\n\nanswer", "<think>\n\n</think>\n\nanswer"):
+        for more in ({}, {"reasoning_content": "why"}, said("", "", {"b": 1})[1]):
+            if more.get("reasoning_content") and "<think>" in content:
+                continue  # two blocks; only the record's own is known
+            messages = [ASKED, {**more, "role": "assistant", "content": content}]
+            rendered = theirs.apply_chat_template(messages, return_dict=False)
+            assert chat_format.encode(tokenizer, messages)[0].tolist() == rendered
+    twice = [ASKED, {**said("", "", 1)[1], "tool_calls": said("", "", 1)[1]["tool_calls"] * 2}]
+    assert chat_format.encode(tokenizer, twice)[0].tolist() == theirs.apply_chat_template(twice, return_dict=False)
+    ids = chat_format.encode(tokenizer, said("a </think> b", "no </think>"))[0].tolist()
+    assert ids.count(tokenizer.token_id("</think>")) == ids.count(tokenizer.token_id("<think>")) == 1
