@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoints_conversion.options import CheckpointSource, check_source
 from megatron_ft.checkpoints.folder import CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.digests import MANIFEST, has_digests
-from megatron_ft.errors import ConfigError, DamagedError
+from megatron_ft.errors import CheckpointError, ConfigError, DamagedError
 from megatron_ft.models.architecture import refuse_experts
 from megatron_ft.models.families import family_of
 from megatron_ft.models.weights import Placed, Rule
@@ -60,6 +60,8 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
     from checkpoints_conversion.tokenizer_copy import load_copy
 
     config = read_config(folder)
+    if config.adapter is not None:
+        raise CheckpointError(f"{folder} holds adapters, not a model: give the checkpoint of the model")
     if wanted.verify_checkpoint and config.digested and not has_digests(folder):
         raise DamagedError(
             f"{folder / MANIFEST} is missing: the checkpoint is incomplete; restore it (or add --no_verify_checkpoint to skip this check)"

@@ -33,20 +33,20 @@ LAYERS = {
     "megatron_ft.models": 2,
     "megatron_ft.data": 2,
     "megatron_ft.checkpoints": 3,
-    "megatron_ft.adapters": 3,
-    "megatron_ft.planner": 4,
-    "megatron_ft.training": 4,
-    "megatron_ft.generation": 4,
-    "megatron_ft.rehearsal": 4,
-    "megatron_ft.report": 4,
-    "megatron_ft.evaluation": 5,
-    "megatron_ft.doctor": 5,  # starts commands as processes too
-    "megatron_ft.demo": 5,  # starts the commands as processes, so it stands below them
-    "megatron_ft.commands": 6,
-    "megatron_ft.__main__": 7,
+    "megatron_ft.adapters": 4,
+    "megatron_ft.planner": 5,
+    "megatron_ft.training": 5,
+    "megatron_ft.generation": 5,
+    "megatron_ft.rehearsal": 5,
+    "megatron_ft.report": 5,
+    "megatron_ft.evaluation": 6,
+    "megatron_ft.doctor": 6,  # starts commands as processes too
+    "megatron_ft.demo": 6,  # starts the commands as processes, so it stands below them
+    "megatron_ft.commands": 7,
+    "megatron_ft.__main__": 8,
     # Beside megatron_ft: they use checkpoints, models and data, and no package of it imports them.
-    "checkpoints_conversion": 4,
-    "tools.pretokenizer": 4,
+    "checkpoints_conversion": 5,
+    "tools.pretokenizer": 5,
 }
 # In the lowest layer these import each other, in this order: a file is read with a typed error, flags from a file.
 LOWEST = [

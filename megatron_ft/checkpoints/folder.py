@@ -57,10 +57,15 @@ class CheckpointConfig:
     format_version: int = FORMAT_VERSION
     digested: bool = False
     """True if the checkpoint has digests.json. Without this file it was then never finished."""
+    adapter: dict[str, Any] | None = None
+    """Not None: the checkpoint holds only adapters, with these values, and names the model that they belong to (adapters/spec.py)."""
 
 
 def write_config(folder: Path, config: CheckpointConfig) -> None:
-    write_json(Path(folder) / CONFIG, {**asdict(config), "architecture": config.architecture.to_dict()})
+    entries = {**asdict(config), "architecture": config.architecture.to_dict()}
+    if config.adapter is None:
+        del entries["adapter"]
+    write_json(Path(folder) / CONFIG, entries)
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -75,8 +80,9 @@ def read_config(folder: Path) -> CheckpointConfig:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version}, this version reads {FORMAT_VERSION}")
     try:
-        known = {f.name: data[f.name] for f in fields(CheckpointConfig) if f.name != "digested"}
+        known = {f.name: data[f.name] for f in fields(CheckpointConfig) if f.name not in ("digested", "adapter")}
         known["digested"] = bool(data.get("digested", False))  # not in checkpoints of earlier versions
+        known["adapter"] = data.get("adapter")
         config = CheckpointConfig(**{**known, "architecture": Architecture.from_dict(data["architecture"])})
         _check_entries(config)
         return config
@@ -102,6 +108,8 @@ def _check_entries(config: CheckpointConfig) -> None:
             raise CheckpointError(f"{name} {getattr(config, name)!r}: must be one of {', '.join(known)}")
     if iteration != "release" and (type(iteration) is not int or iteration < 0):
         raise CheckpointError(f"iteration {iteration!r}: must be release or a number")
+    if not isinstance(config.adapter, dict | None):
+        raise CheckpointError(f"adapter {str(config.adapter)[:40]!r}: must be a list of entries, or absent")
     if not isinstance(config.tokenizer, dict) or not isinstance(config.chat_format, str | None):
         raise CheckpointError("tokenizer or chat_format is of another type than it should be")
 

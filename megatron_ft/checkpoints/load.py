@@ -33,31 +33,34 @@ def sharding_metadata() -> dict[str, Any]:
     }
 
 
-def load_weights(folder: Path, config: CheckpointConfig, model: Any, layout: Layout, verified: bool = False) -> None:
+def load_weights(
+    folder: Path, config: CheckpointConfig, model: Any, layout: Layout, verified: bool = False, only: Trainable = ALL
+) -> None:
     """Fill weights from either format. model: bare or wrapped, or the list of a stage's chunks.
 
-    verified: the caller has called verify.verify; else all ranks do so here. Raise CheckpointError for what is damaged or of another model.
+    verified: the caller has called verify.verify; else all ranks do so here. only: parameters that the checkpoint has.
+    Raise CheckpointError for what is damaged or of another model.
     """
     if not verified:
         verify(folder, config, layout)
     if config.ckpt_format == "torch":
-        (only,) = chunks_of(model)  # check_sizes refuses other splits
-        _load_classic(folder, config, only, layout)
+        (chunk,) = chunks_of(model)  # check_sizes refuses other splits
+        _load_classic(folder, config, chunk, layout, only)
     else:
-        wanted = {"model": sharded_weights(model)}
+        wanted = {"model": sharded_weights(model, only)}
         check_tensors(read_description(folder).metadata, wanted, folder, cast_weights=True)
         state = engine_load(wanted, folder)
-        fill_chunks(model, state["model"], folder)
+        fill_chunks(model, state.get("model", {}), folder, only)
 
 
-def _load_classic(folder: Path, config: CheckpointConfig, model: Any, layout: Layout) -> None:
+def _load_classic(folder: Path, config: CheckpointConfig, model: Any, layout: Layout, only: Trainable) -> None:
     check_sizes(folder, config, layout.tp_size, layout.pp_size)
     path = rank_file(folder, layout.tp_rank, layout.pp_rank, layout.tp_size, layout.pp_size)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
     except Exception as error:
         raise _unreadable(path, error) from error
-    fill(model, weights, path)
+    fill(model, weights, path, only)
     torch.distributed.barrier()  # a rank whose file is damaged stops the others here, before anything is written
 
 
@@ -85,7 +88,7 @@ def fill_chunks(model: Any, weights: dict, where: Path, only: Trainable = ALL) -
     """Call `fill` for the tensors that `sharded_weights` describes."""
     chunks = chunks_of(model)
     for number, chunk in enumerate(chunks):
-        fill(chunk, weights if len(chunks) == 1 else weights[f"chunk{number}"], where, only)
+        fill(chunk, weights if len(chunks) == 1 else weights.get(f"chunk{number}", {}), where, only)
 
 
 def fill(model: Any, weights: dict, where: Path, only: Trainable = ALL) -> None:

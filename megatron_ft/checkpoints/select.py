@@ -113,6 +113,11 @@ def _origin(checkpointing: Checkpointing, folders: Sequence[Path]) -> Architectu
         return None
 
 
+def same_sizes(one: Architecture, other: Architecture) -> bool:
+    """Return whether two models differ at most in what a run may change by flags."""
+    return _sizes(one) == _sizes(other)
+
+
 def _sizes(arch: Architecture) -> dict:
     """Return what cannot differ between a model and itself trained further. Positions and rope can, by flags."""
     changing = ("hf", "rope_scaling", "rope_theta", "max_position_embeddings")

@@ -37,6 +37,7 @@ from megatron_ft.engine.parallel import Layout, seed_everything
 from megatron_ft.engine.versions import check_parts
 from megatron_ft.errors import CheckpointError
 from megatron_ft.log import logger
+from megatron_ft.models.trainable import ALL, Trainable
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -69,6 +70,8 @@ class Contents:
     """More files, name -> content."""
     tokenizer: dict[str, bytes] = field(default_factory=dict)
     """Its files, name -> content, as read_tokenizer gives them."""
+    only: Trainable = ALL
+    """The parameters that are saved."""
 
 
 def read_tokenizer(source: Path, config: CheckpointConfig) -> dict[str, bytes]:
@@ -119,7 +122,7 @@ def plan_save(contents: Contents, ckpt_format: str, folder: Path, progress: Prog
     put = small_files(own, progress, ckpt_format) if layout.is_main else {}
     if ckpt_format == "torch":
         return classic.plan_save(state | {"rng": _streams()}, put, own.model, own.optimizer, folder, layout)
-    weights, streams = sharded_weights(own.model), _rng_tensors(layout)
+    weights, streams = sharded_weights(own.model, own.only), _rng_tensors(layout)
     optimizer = optimizer_state(own.optimizer, weights)
     state |= {"model": weights, "optimizer": optimizer.to_save(), "streams": sorted(streams), "rng": streams}
     return plan_sharded(state, put, folder, layout.is_main, optimizer.has_one_writer_each)
@@ -178,11 +181,13 @@ def _write_bytes(data: bytes, path: Path) -> None:
 
 
 def resume(
-    folder: Path, config: CheckpointConfig, model: Any, optimizer: Any, schedule: Any, layout: Layout, seed: int
+    folder: Path, config: CheckpointConfig, model: Any, optimizer: Any, schedule: Any, layout: Layout, seed: int,
+    only: Trainable = ALL,
 ) -> Progress:  # fmt: skip
     """Continue exactly where `folder` was saved: weights, optimizer, schedule, position; on the same layout also the random streams.
 
-    model: the bare chunks. Learning rates, betas and epsilon are the flags' of this run, not those that were saved.
+    model: the bare chunks. only: the parameters that were saved. Learning rates, betas and epsilon are the flags' of this run, not those
+    that were saved.
     """
     flags = {name: optimizer.param_groups[0][name] for name in ("max_lr", "min_lr", "betas", "eps")}
     if config.ckpt_format == "torch":
@@ -191,8 +196,8 @@ def resume(
         fill_chunks(model, state["model"], folder)
         classic.load_optimizer(folder, state, optimizer, layout)
     else:
-        state, put_back = _read_sharded(folder, model, optimizer, layout)
-        fill_chunks(model, state["model"], folder)
+        state, put_back = _read_sharded(folder, model, optimizer, layout, only)
+        fill_chunks(model, state.get("model", {}), folder, only)
         _take_rates(state["optimizer"], flags)
         put_back(state["optimizer"])
     for group in optimizer.param_groups:
@@ -222,14 +227,16 @@ def _take_rates(saved: Any, flags: dict[str, Any]) -> None:
         _take_rates(part, flags)
 
 
-def _read_sharded(folder: Path, model: Any, optimizer: Any, layout: Layout) -> tuple[dict[str, Any], Callable]:
+def _read_sharded(
+    folder: Path, model: Any, optimizer: Any, layout: Layout, only: Trainable
+) -> tuple[dict[str, Any], Callable]:
     """Return this rank's part of a torch_dist checkpoint, and the function that loads its "optimizer". "rng" is included only if layout
     and kind of device are the same.
     """
     metadata, common = read_description(folder)
     if "progress" not in common:
         raise no_training_state(folder)
-    weights, streams = sharded_weights(model), _rng_tensors(layout)
+    weights, streams = sharded_weights(model, only), _rng_tensors(layout)
     saved = optimizer_state(optimizer, weights)
     state = {"model": weights, "optimizer": saved.to_load()}
     same_layout = common["sizes"] == layout.sizes

@@ -43,7 +43,9 @@ def verify(folder: Path, config: CheckpointConfig, layout: Layout, digests: bool
         if digests:
             _check_share(folder, layout)
         if config.ckpt_format == "torch_dist":
-            _check_weights(read_description(folder).metadata, config, folder)
+            metadata = read_description(folder).metadata
+            if config.adapter is None:
+                _check_weights(metadata, config, folder)
     except CheckpointError as error:
         problem = error
     except OSError as error:

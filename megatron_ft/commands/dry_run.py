@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_ft.adapters.spec import Lora
 from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.engine.parallel import Layout
@@ -71,6 +72,9 @@ def _checkpoint_gb(layout: Layout, settings: TrainingSettings, described: Checkp
     from megatron_ft.planner.memory import Job
 
     arch = described.architecture
+    if described.adapter is not None:
+        count = Lora.from_dict(described.adapter, arch).parameters(arch)
+        return count * (14 if settings.numerics.bf16 or settings.numerics.fp16 else 12) / 1e9
     small = settings.numerics.bf16 or settings.numerics.fp16
     job = Job(
         split_layers(arch.num_layers, settings.parallel),

@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft import device
+from megatron_ft.adapters.base import load_base
+from megatron_ft.adapters.lora import initialise
+from megatron_ft.adapters.spec import BASE, TRAINED
 from megatron_ft.checkpoints import training_state
 from megatron_ft.checkpoints.folder import SETTINGS, TRAINED_ON, CheckpointConfig, vocab_rows
 from megatron_ft.checkpoints.load import load_weights
 from megatron_ft.checkpoints.training_state import Progress
+from megatron_ft.checkpoints.verify import verify
 from megatron_ft.commands import dry_run
 from megatron_ft.commands.report import write_at_end
 from megatron_ft.config.cli import write_sections
+from megatron_ft.config.sections import Adapter
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.engine.optimizer import make_optimizer, make_schedule
@@ -29,8 +34,9 @@ from megatron_ft.log import logger
 from megatron_ft.log import setup as log_to_file
 from megatron_ft.models.build import attention_needs
 from megatron_ft.models.kernels import choose, machine
-from megatron_ft.models.trainable import Trainable, count
+from megatron_ft.models.trainable import ALL, Trainable, count
 from megatron_ft.training import run_record, sample_hash, setup
+from megatron_ft.training.adapting import Adapting, find_adapting
 from megatron_ft.training.console import make_console
 from megatron_ft.training.fit import starts_anew
 from megatron_ft.training.guard import Aside, Guarded, attempt
@@ -97,15 +103,22 @@ class Parts:
 def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> int:
     """Build, load and train on this rank. Return the exit code. held: what stays open until the run ends."""
     settings, layout = inputs.settings, inputs.layout
-    trainable = Trainable(tuple(settings.optimizer.unfrozen_parameters))
-    parts = _build(inputs, trainable)
-    progress = _load(inputs, parts)
+    adapting = find_adapting(
+        settings, inputs.described, inputs.source, starts_anew(inputs.described, settings.checkpointing)
+    )
+    trainable = TRAINED if adapting else Trainable(tuple(settings.optimizer.unfrozen_parameters))
+    parts = _build(inputs, trainable, adapting)
+    if adapting:
+        inputs, progress = _load_adapters(inputs, parts, adapting)
+    else:
+        progress = _load(inputs, parts)
     if settings.launching.dry_run:
         return dry_run.show(layout, settings, inputs.described, progress, inputs.train_set, parts.bare, inputs.rows)
     if inputs.folder:  # only now: a run that cannot start leaves no files
         log_to_file(file=inputs.folder / LOG)
-    _log_start(inputs, trainable, progress)
-    resolved = write_sections(settings.sections)
+    _log_start(inputs, trainable, progress, adapting)
+    # Without adapters their section is left out.
+    resolved = write_sections([section for section in settings.sections if section != Adapter()])
     saver = held.enter_context(_make_saver(inputs, parts, resolved))
     _record_start(inputs, parts, progress)
     run = _make_run(inputs, parts, saver, _hooks(inputs, resolved))
@@ -116,20 +129,20 @@ def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> i
     return 0
 
 
-def _build(inputs: Inputs, trainable: Trainable) -> Parts:
+def _build(inputs: Inputs, trainable: Trainable, adapting: Adapting | None) -> Parts:
     """Build the model with new weights, its optimizer and its schedule."""
     settings, described = inputs.settings, inputs.described
     numerics = settings.numerics
     model = setup.make_model(
         described.architecture, inputs.layout, settings.data, settings.parallel, numerics, settings.kernels,
-        vocab_rows(described), trainable,
+        vocab_rows(adapting.described if adapting else described), trainable, adapting.lora if adapting else None,
     )  # fmt: skip
     optimizer = make_optimizer(model, settings.optimizer, numerics, settings.parallel.use_distributed_optimizer)
     schedule = make_schedule(optimizer, settings.optimizer, settings.batch)
     stepper = Stepper(
         model, inputs.layout, settings.batch.micro_batch_size, inputs.rows,
         exact_phases=settings.logging.log_timers_to_tensorboard,
-        dropout_seed=settings.data.seed if numerics.hidden_dropout else None,
+        dropout_seed=settings.data.seed if numerics.hidden_dropout or (adapting and adapting.lora.dropout) else None,
     )  # fmt: skip
     return Parts(model, optimizer, schedule, stepper)
 
@@ -144,16 +157,53 @@ def _load(inputs: Inputs, parts: Parts) -> Progress:
     progress = training_state.resume(
         source, inputs.described, parts.bare, parts.optimizer, parts.schedule, inputs.layout, settings.data.seed
     )
-    log_changes(source / SETTINGS, settings)
-    samples_hash = sample_hash.check_resumed(progress.samples_hash, train_set, progress.consumed_samples)
+    return _resumed(inputs, progress)
+
+
+def _resumed(inputs: Inputs, progress: Progress) -> Progress:
+    """Compare settings and data with those of the run that was stopped."""
+    log_changes(inputs.source / SETTINGS, inputs.settings)
+    samples_hash = sample_hash.check_resumed(progress.samples_hash, inputs.train_set, progress.consumed_samples)
     return dataclasses.replace(progress, samples_hash=samples_hash)
 
 
-def _log_start(inputs: Inputs, trainable: Trainable, progress: Progress) -> None:
+def _load_adapters(inputs: Inputs, parts: Parts, adapting: Adapting) -> tuple[Inputs, Progress]:
+    """Load the base, and adapters: new ones, or those of the checkpoint, whose whole state is loaded if it is resumed.
+
+    Return the inputs with the description of this run's checkpoints, and the progress.
+    """
+    settings, layout, bare = inputs.settings, inputs.layout, parts.bare
+    if adapting.base != inputs.source:
+        verify(adapting.base, adapting.described, layout, settings.checkpointing.verify_checkpoint)
+    hashes = load_base(adapting.base, adapting.described, bare, layout, adapting.recorded)
+    if inputs.described.adapter is None:
+        arch = inputs.described.architecture
+        initialise(bare, arch, adapting.lora, settings.data.seed, layout.tp_size, layout.tp_rank)
+    elif settings.checkpointing.finetune:
+        load_weights(inputs.source, inputs.described, bare, layout, verified=True, only=TRAINED)
+    parts.optimizer.reload_model_params()
+    described = dataclasses.replace(inputs.described, adapter=adapting.entry(hashes))
+    if starts_anew(inputs.described, settings.checkpointing):
+        progress = Progress(samples_hash=sample_hash.beginning(inputs.train_set))
+        return dataclasses.replace(inputs, described=described), progress
+    progress = training_state.resume(
+        inputs.source, inputs.described, bare, parts.optimizer, parts.schedule, layout, settings.data.seed, TRAINED
+    )
+    return dataclasses.replace(inputs, described=described), _resumed(inputs, progress)
+
+
+def _log_start(inputs: Inputs, trainable: Trainable, progress: Progress, adapting: Adapting | None) -> None:
     """Log what is trained, on which device, with which kernels, and where the run begins."""
     settings, train_set, arch = inputs.settings, inputs.train_set, inputs.described.architecture
     log.info(f"{inputs.layout} on {device.describe()}; weights from {inputs.source}")
-    if trainable.patterns:
+    if adapting:
+        lora = adapting.lora
+        own, whole = lora.parameters(arch), count(arch, BASE)[1]
+        log.info(
+            f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {own:,} parameters are trained ({own / whole:.2%}), the "
+            f"{whole:,} of {adapting.base} are frozen"
+        )
+    elif trainable.patterns:
         trained, whole = count(arch, trainable)
         log.info(f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.1%}), the others are frozen")
     if inputs.layout.is_main:
@@ -179,6 +229,7 @@ def _make_saver(inputs: Inputs, parts: Parts, resolved: str) -> contextlib.Abstr
         described, parts.bare, parts.optimizer, parts.schedule, inputs.layout,
         {SETTINGS: resolved, TRAINED_ON: trained_on(inputs.train_set)},
         training_state.read_tokenizer(inputs.source, described) if inputs.layout.is_main else {},
+        TRAINED if described.adapter else ALL,
     )  # fmt: skip
     return training_state.make_saver(contents, inputs.settings.checkpointing)
 

@@ -177,6 +177,24 @@ class Numerics:
 
 
 @dataclass
+class Adapter:
+    """LoRA adapters"""
+
+    lora_rank: int | None = None
+    """train LoRA adapters of this rank and freeze the model; checkpoints then hold only the adapters; default: train the model"""
+    lora_alpha: float | None = None
+    """scale of the adapters' output, which is multiplied by alpha / rank; default: 16"""
+    lora_dropout: float | None = None
+    """dropout probability on the adapters' input; its masks do not depend on the layout; default: 0"""
+    lora_target: list[str] = field(default_factory=list)
+    """parts of a layer with adapters: qkv, proj, fc1, fc2, or module names such as q_proj, separated by commas; default: all"""
+    lora_rs: bool = False
+    """multiply the adapters' output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)"""
+    base: str | None = None
+    """checkpoint with the model's own weights, when --load holds adapters; default: the one that the adapters name"""
+
+
+@dataclass
 class Checkpointing:
     """Loading and saving checkpoints"""
 

@@ -30,7 +30,7 @@ from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.digests import check_digests, has_digests
 from megatron_ft.engine.collective_errors import raise_together
 from megatron_ft.engine.parallel import Layout
-from megatron_ft.errors import DamagedError, DataError, TokenizerError
+from megatron_ft.errors import CheckpointError, DamagedError, DataError, TokenizerError
 from megatron_ft.files import read_json, read_text
 from megatron_ft.generation.decoding import Decoder
 from megatron_ft.generation.sampling import Sampling
@@ -127,6 +127,8 @@ def _config(folder: Path) -> dict:
 def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests: bool) -> _Read:
     folder = find_checkpoint(root)
     config = describe(folder)
+    if config.adapter is not None:
+        raise CheckpointError(f"{folder} holds adapters, not a model: give the checkpoint of the model")
     verify(folder, config, layout, digests)
     model = build_model(config.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config)))
     load_weights(folder, config, model, layout, verified=True)

@@ -125,11 +125,15 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True)
 
 
-def dropped(x: Tensor, keys: Tensor, number: int, p: float) -> Tensor:
-    """Return x [s, b, h] with entries dropped at rate p and the others scaled by 1 / (1 - p). number: of the residual add."""
+def dropped(x: Tensor, keys: Tensor, number: int, p: float, first_channel: int = 0) -> Tensor:
+    """Return x [s, b, h] with entries dropped at rate p and the others scaled by 1 / (1 - p).
+
+    number: of the residual add. first_channel: of x, where a rank has only some of the channels.
+    """
     if p >= 1:
         return x * 0
-    return _dropped(x, keys, channel_bits(x.shape[-1], x.device), *place_of(number, p, x.device))
+    channels = channel_bits(first_channel + x.shape[-1], x.device)[first_channel:]
+    return _dropped(x, keys, channels, *place_of(number, p, x.device))
 
 
 class RowDropout(nn.Module):

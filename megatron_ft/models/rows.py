@@ -21,6 +21,8 @@ class RowParams(PackedSeqParams):
 
     keys: Tensor | None = None
     """[2, s, b] int32: a token's dropout key in two halves, for the positions of this rank; None: nothing is dropped."""
+    all_keys: Tensor | None = None
+    """The same for all positions, where sequence parallelism gives this rank some of them; None: `keys` has all."""
     positions: Tensor | None = None
     """[s] int64: the place of each token of a packed row within its sample; None: each row is one sample."""
     boundaries: Tensor | None = None
@@ -29,16 +31,19 @@ class RowParams(PackedSeqParams):
     """[k]: the lengths of those samples, known to the host."""
 
 
-def one_sample_a_row(length: int, keys: Tensor | None = None) -> RowParams:
+def one_sample_a_row(length: int, keys: Tensor | None = None, all_keys: Tensor | None = None) -> RowParams:
     """Describe rows of `length` positions that hold a sample each."""
-    return RowParams("sbhd", max_seqlen_q=length, max_seqlen_kv=length, keys=keys)
+    return RowParams("sbhd", max_seqlen_q=length, max_seqlen_kv=length, keys=keys, all_keys=all_keys)
 
 
-def packed_rows(lengths: Sequence[int], positions: Tensor, boundaries: Tensor, keys: Tensor | None = None) -> RowParams:
+def packed_rows(
+    lengths: Sequence[int], positions: Tensor, boundaries: Tensor, keys: Tensor | None = None, all_keys: Tensor | None = None
+) -> RowParams:  # fmt: skip
     """Describe a packed row. positions and boundaries: as `places` gives them, on the device."""
     longest = max(lengths)
     return RowParams(
-        "sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, keys=keys, positions=positions, boundaries=boundaries, lengths=tuple(lengths)
+        "sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, keys=keys, all_keys=all_keys, positions=positions,
+        boundaries=boundaries, lengths=tuple(lengths),
     )  # fmt: skip
 
 

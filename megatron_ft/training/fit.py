@@ -24,6 +24,7 @@ from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.models.architecture import refuse_experts
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.models.trainable import check_patterns
+from megatron_ft.training.adapting import find_adapting
 from megatron_ft.training.model_flags import check_model_flags
 
 
@@ -77,7 +78,9 @@ def check_model(
     recompute_groups_fit(settings.numerics, [len(chunk) for stage in split.chunks for chunk in stage])
     rows_fit_positions(settings.data, described.architecture.max_position_embeddings)
     check_patterns(settings.optimizer.unfrozen_parameters, described.architecture)
-    if not starts_anew(described, checkpointing):
+    anew = starts_anew(described, checkpointing)
+    find_adapting(settings, described, folder, anew)
+    if not anew:
         check_training_state(folder, described)
     return described
 

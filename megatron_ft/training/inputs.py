@@ -127,21 +127,21 @@ class InputStream:
 
     def _placed(self, built: _Built) -> Inputs:
         here = {name: tensor.to(self.device, non_blocking=True) for name, tensor in built.tensors.items()}
-        keys, rows = here.pop("keys", None), None
+        keys, rows, all_keys = here.pop("keys", None), None, None
+        if keys is not None and self.layout.sequence_parallel:
+            all_keys, keys = keys, keys.chunk(self.layout.tp_size, dim=1)[self.layout.tp_rank]
         if built.lengths is not None:
-            rows = packed_rows(built.lengths, here.pop("positions"), here.pop("boundaries"), keys)
+            rows = packed_rows(built.lengths, here.pop("positions"), here.pop("boundaries"), keys, all_keys)
         elif keys is not None:
-            rows = one_sample_a_row(built.width, keys)
+            rows = one_sample_a_row(built.width, keys, all_keys)
         return Inputs(**here, rows=rows, counts=built.counts)
 
     def _keys(self, seed: int, batch: Microbatch, rows: tuple[int, ...]) -> np.ndarray:
-        """Return the dropout keys in the order of the layers' tokens: [2, s, b], this rank's part under sequence parallelism."""
+        """Return the dropout keys in the order of the layers' tokens: [2, s, b]."""
         keys = token_keys(seed, rows, batch.tokens.shape[1])
         keys = keys.swapaxes(1, 2) if batch.segments is None else keys.reshape(2, -1, 1)
         if self.layout.cp_size > 1:
             keys = own_positions(keys, self.layout, 1)
-        if self.layout.sequence_parallel:
-            keys = np.split(keys, self.layout.tp_size, axis=1)[self.layout.tp_rank]
         return keys
 
 

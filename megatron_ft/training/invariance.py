@@ -21,7 +21,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
-from megatron_ft.checkpoints.folder import describe
+from megatron_ft.adapters.spec import BASE, TRAINED, Lora
+from megatron_ft.checkpoints.folder import MODEL_PREFIX, describe
 from megatron_ft.checkpoints.load import load_weights, sharded_weights
 from megatron_ft.config.sections import Batch, Data, Kernels, Numerics, Optimizer, Parallelism
 from megatron_ft.data.loader import ChatDataset, Choices
@@ -64,6 +65,8 @@ class Problem:
     numerics: Numerics = field(default_factory=Numerics)
     objective: Objective = field(default_factory=CrossEntropy)
     trainable: Trainable = ALL
+    lora: Lora | None = None
+    """adapters, which are then all that is trained"""
     checkpoint: str | None = None
     """folder of the weights; None: made up"""
     seed: int = 1234
@@ -138,7 +141,7 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
     data = Data(seq_length=problem.seq_length, packing=case.packing, seed=problem.seed)
     with process_groups(ParallelSizes.of(parallel, split.virtual_size), problem.seed) as layout:
         chunks = setup.make_model(
-            arch, layout, data, parallel, numerics, case.kernels, trainable=problem.trainable
+            arch, layout, data, parallel, numerics, case.kernels, trainable=problem.trainable, lora=problem.lora
         )  # fmt: skip
         bare = setup.bare(chunks)
         section = Optimizer(
@@ -148,7 +151,8 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
         make_schedule(optimizer, section, Batch(train_iters=10)).step(increment=1)
         if problem.checkpoint:
             folder = Path(problem.checkpoint)
-            load_weights(folder, describe(folder), bare, layout)
+            load_weights(folder, describe(folder), bare, layout, only=BASE)
+            make_up_weights(bare, arch, adapters_only=True)
         else:
             make_up_weights(bare, arch)
         optimizer.reload_model_params()
@@ -158,7 +162,7 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
             prepare(bare)
         rows = MadeUpChats(arch.vocab_size, problem.seq_length, problem.seed)
         dataset = ChatDataset([rows], loss_weights(), Choices(problem.seq_length, problem.seed, packed=case.packing))
-        drops = problem.seed if numerics.hidden_dropout else None
+        drops = problem.seed if numerics.hidden_dropout or (problem.lora and problem.lora.dropout) else None
         stepper = Stepper(chunks, layout, case.micro_batch_size, ROWS, dropout_seed=drops, objective=problem.objective)
         first = stepper.train(dataset, 0, optimizer)
         gradients = _gathered(bare, arch)
@@ -205,9 +209,11 @@ def _box(part: ShardedTensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offset, part.local_shape, strict=True))
 
 
-def make_up_weights(chunks: list, arch: Architecture) -> None:
+def make_up_weights(chunks: list, arch: Architecture, adapters_only: bool = False) -> None:
     """Set weights as a function of their names: the same in every layout. Larger than a usual initialisation, so that differences show."""
     for part in _parts(chunks, lambda parameter: parameter.data):
+        if adapters_only and part.key.removeprefix(MODEL_PREFIX) not in TRAINED:
+            continue
         shape = part.global_shape[part.prepend_axis_num :]
         stream = torch.Generator().manual_seed(zlib.crc32(part.key.encode()))
         rows = arch.vocab_size if "embedding" in part.key or "output_layer" in part.key else shape[0]

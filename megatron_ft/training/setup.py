@@ -8,6 +8,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 
+from megatron_ft.adapters.lora import attach
+from megatron_ft.adapters.spec import TRAINED, Lora
 from megatron_ft.config.sections import Data, Kernels, Numerics, Parallelism
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.architecture import Architecture, refuse_experts
@@ -19,12 +21,13 @@ from megatron_ft.models.trainable import ALL, Trainable
 
 def make_model(
     arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics,
-    kernels: Kernels | None = None, rows: int | None = None, trainable: Trainable = ALL,
+    kernels: Kernels | None = None, rows: int | None = None, trainable: Trainable = ALL, lora: Lora | None = None,
 ) -> list[DistributedDataParallel]:  # fmt: skip
     """Return the chunks of this rank's stage (one, unless the pipeline is interleaved), each in the engine's data-parallel wrapper
     (gradients in fp32 buffers, unless --grad_reduce_in_bf16).
 
     rows: of the embedding with padding, if a checkpoint defines them. trainable: the parameters to train; the others get no gradients.
+    lora: adapters to add; then only they are trained.
     """
     refuse_experts(arch)
     kernels, here = kernels or Kernels(), machine()
@@ -54,6 +57,9 @@ def make_model(
     )
     chunks = build_chunks(arch, layout, options)
     config = chunks[0].config
+    if lora:
+        attach(chunks, arch, lora)
+        trainable = TRAINED
     for chunk in chunks:
         trainable.freeze_others(chunk)
     wrapped = [

@@ -56,6 +56,7 @@ BROKEN = {
     "recompute_groups_fit": "--recompute_granularity full --recompute_num_layers 3",
     "rows_fit_positions": "--seq_length 256",
     "check_patterns": "--unfrozen_parameters layers.4",
+    "find_adapting": "--lora_rank 0",
     "check_training_state": "--load {resumed} --tensor_model_parallel_size 2",
 }
 """Rule -> flags that break this rule and no other, for two processes."""

@@ -1,0 +1,218 @@
+"""LoRA on megatron-core's parallel linears: modules that are added to a built model, before the engine's data-parallel wrapper.
+
+An adapter stands beside the linear in attention or MLP; a hook adds its output to the linear's. Of a column-parallel linear, A is whole on
+every rank and B is cut by rows; of a row-parallel one, A is cut by columns and B is whole. What ranks exchange is `rank` numbers a token.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_ft.adapters.spec import SUFFIX, Lora, Projection, projections
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.dropout import dropped
+from megatron_ft.models.rows import RowParams
+
+_FIRST_PLACE = 1 << 20
+"""Numbers of dropout masks: those of residual adds are far below."""
+
+
+class Pair(nn.Module):
+    """The adapter of one projection: A [rank, columns] and B [rows, rank], of which this rank has its part."""
+
+    def __init__(self, projection: Projection, rank: int, config: Any):
+        super().__init__()
+        tp = config.tensor_model_parallel_size
+        self.projection, by_columns = projection, projection.is_row_parallel
+        columns = projection.columns // (tp if by_columns else 1)
+        rows = projection.rows // (1 if by_columns else tp)
+        self.A = nn.Parameter(torch.zeros(rank, columns, dtype=config.params_dtype))
+        self.B = nn.Parameter(torch.zeros(rows, rank, dtype=config.params_dtype))
+        cut, whole = (self.A, self.B) if by_columns else (self.B, self.A)
+        set_tensor_model_parallel_attributes(cut, True, int(by_columns), 1)
+        # It is used on this rank's stretch of the sequence only, so its gradients are summed over the tensor-parallel ranks.
+        whole.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LinearAdapter(nn.Module):
+    """The adapters of the projections in one of the engine's linears. q, k and v share a dropout mask, as gate and up do."""
+
+    rows: RowParams | None = None
+    """Of the microbatch, for the dropout keys; set before each forward pass of the layer."""
+
+    def __init__(self, lora: Lora, linear: list[Projection], arch: Architecture, config: Any, place: int):
+        super().__init__()
+        self.scale, self.rank, self.dropout, self.place = lora.scale, lora.rank, lora.dropout, place
+        self.is_row_parallel, self.sequence_parallel = linear[0].is_row_parallel, config.sequence_parallel
+        self.tp_size, self.head_dim = config.tensor_model_parallel_size, arch.head_dim
+        self.linear = linear
+        self.names = [one.name for one in linear if one.name in lora.targets]
+        for one in linear:
+            if one.name in lora.targets:
+                self.add_module(one.name, Pair(one, lora.rank, config))
+
+    @property
+    def pairs(self) -> list[Any]:
+        return [self.get_submodule(name) for name in self.names]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the linear's output. x: the linear's input, [s, b, columns], by its parallel kind."""
+        if self.training and self.dropout:
+            x = self._dropped(x)
+        if self.is_row_parallel:
+            return self.scale * self._row_parallel(x)
+        low = nn.functional.linear(x, torch.cat([pair.A for pair in self.pairs]))
+        if self.sequence_parallel:
+            low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True)
+        else:
+            low = copy_to_tensor_model_parallel_region(low)
+        parts = zip(self.pairs, low.split(self.rank, -1), strict=True)
+        outputs = {pair.projection.name: nn.functional.linear(part, pair.B) for pair, part in parts}
+        return self.scale * self._joined(outputs)
+
+    def _row_parallel(self, x: Tensor) -> Tensor:
+        (pair,) = self.pairs
+        low = nn.functional.linear(x, pair.A)
+        together = (
+            reduce_scatter_to_sequence_parallel_region
+            if self.sequence_parallel
+            else reduce_from_tensor_model_parallel_region
+        )
+        return nn.functional.linear(together(low), pair.B)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Return x with entries dropped by their token, place and channel. A row-parallel linear has all tokens and some channels."""
+        assert self.rows is not None and self.rows.keys is not None, (
+            "dropout needs the microbatch's token keys (RowParams)"
+        )
+        if not self.is_row_parallel:
+            return dropped(x, self.rows.keys, self.place, self.dropout)
+        keys = self.rows.keys if self.rows.all_keys is None else self.rows.all_keys
+        first = x.shape[-1] * parallel_state.get_tensor_model_parallel_rank()
+        return dropped(x, keys, self.place, self.dropout, first)
+
+    def _joined(self, outputs: dict[str, Tensor]) -> Tensor:
+        """Return the projections' outputs in the order of the linear's rows, zeros for those without an adapter."""
+        some = next(iter(outputs.values()))
+        each = [
+            outputs[one.name] if one.name in outputs else some.new_zeros(*some.shape[:-1], one.rows // self.tp_size)
+            for one in self.linear
+        ]
+        if len(each) == 3:  # q, k, v: as merge_qkv, [q_1..q_n, k, v] for each query group
+            groups = each[1].shape[-1] // self.head_dim
+            each = [output.unflatten(-1, (groups, -1)) for output in each]
+            return torch.cat(each, -1).flatten(-2)
+        return torch.cat(each, -1) if len(each) > 1 else each[0]
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Return the engine's description of the parameters within the whole model."""
+        axis = {"A": 1} if self.is_row_parallel else {"B": 0}
+        found: dict = {}
+        for pair in self.pairs:
+            found |= make_sharded_tensors_for_checkpoint(
+                {"A": pair.A, "B": pair.B}, f"{prefix}{pair.projection.name}.", axis, sharded_offsets,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            )  # fmt: skip
+        return found
+
+
+def attach(chunks: list, arch: Architecture, lora: Lora) -> None:
+    """Add the adapters to the chunks of a stage. Their weights are zero: see `initialise`."""
+    by_linear: dict[str, list[Projection]] = {}
+    for one in projections(arch):
+        by_linear.setdefault(one.linear, []).append(one)
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            made = {
+                path: LinearAdapter(lora, linear, arch, chunk.config, _FIRST_PLACE + 4 * layer.layer_number + number)
+                for number, (path, linear) in enumerate(by_linear.items())
+                if any(one.name in lora.targets for one in linear)
+            }
+            for path, adapter in made.items():
+                _attach(layer, path, adapter)
+            if lora.dropout:
+                _hand_on_rows(layer, list(made.values()))
+
+
+def _attach(layer: Any, path: str, adapter: LinearAdapter) -> None:
+    linear = layer.get_submodule(path)
+    parent, _, name = path.rpartition(".")
+    layer.get_submodule(parent).add_module(name + SUFFIX, adapter.to(linear.weight.device))
+    linear.register_forward_hook(lambda _, args, output: (output[0] + adapter(args[0]), *output[1:]))
+
+
+def _hand_on_rows(layer: Any, adapters: list[LinearAdapter]) -> None:
+    """Give the adapters the dropout keys of the microbatch that the layer computes."""
+
+    def give(rows: Any) -> None:
+        for adapter in adapters:
+            adapter.rows = rows
+
+    def before(_: Any, args: Any, options: dict) -> None:
+        rows = options.get("packed_seq_params")
+        give(rows)
+        if layer.training and layer.recompute_mlp:
+            # The MLP runs again in the backward pass, after the forward passes of later microbatches.
+            layer.__dict__["mlp"] = functools.partial(_bound, give, rows, layer._modules["mlp"])
+
+    def after(*_: Any) -> None:
+        layer.__dict__.pop("mlp", None)
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(after, always_call=True)
+
+
+def _bound(give: Callable[[Any], None], rows: Any, mlp: Any, *args: Any, **options: Any) -> Any:
+    give(rows)
+    return mlp(*args, **options)
+
+
+def adapters_in(chunks: list) -> Iterator[tuple[int, Pair]]:
+    """Yield (layer from 0, pair) of every adapter of a stage."""
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            for module in layer.modules():
+                if isinstance(module, Pair):
+                    yield layer.layer_number - 1, module
+
+
+@torch.no_grad()
+def fill_adapters(chunks: list, whole: Callable[[str], Tensor], tp_size: int, tp_rank: int) -> None:
+    """Fill every adapter of a stage. whole: name of a parameter in a checkpoint -> the whole matrix, of which this rank keeps its part."""
+    for layer, pair in adapters_in(chunks):
+        for part, parameter in (("A", pair.A), ("B", pair.B)):
+            matrix = whole(pair.projection.key(layer, part))
+            if getattr(parameter, "tensor_model_parallel", False):
+                matrix = matrix.chunk(tp_size, dim=int(part == "A"))[tp_rank]
+            parameter.copy_(matrix)
+
+
+def initial(name: str, shape: tuple[int, int], seed: int) -> Tensor:
+    """Return the initial weights of a parameter, the same in every layout: A uniform within 1 / sqrt(columns), B zero, as in PEFT."""
+    if name.endswith(".B"):
+        return torch.zeros(shape)
+    stream = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    bound = shape[1] ** -0.5
+    return torch.rand(shape, generator=stream) * (2 * bound) - bound
+
+
+def initialise(chunks: list, arch: Architecture, lora: Lora, seed: int, tp_size: int, tp_rank: int) -> None:
+    """Set the initial weights of new adapters."""
+    shapes = lora.shapes(arch)
+    fill_adapters(chunks, lambda name: initial(name, shapes[name], seed), tp_size, tp_rank)
