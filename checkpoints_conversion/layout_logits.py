@@ -39,6 +39,8 @@ class Request:
     """Needed for Megatron-LLM's files; other checkpoints record it."""
     stated: dict[str, Any] = field(default_factory=dict)
     """Settings that the user gave for Megatron-LLM's files."""
+    base: str | None = None
+    """Of a checkpoint of adapters: the checkpoint of their model; None: the recorded one."""
 
 
 def differences(request: Request) -> list[float]:
@@ -65,13 +67,16 @@ def _load(request: Request, layout: Layout) -> Any:
     from checkpoints_conversion.megatron_llm import is_dialect
     from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.options import CheckpointSource
+    from megatron_ft.adapters.adapted import build_adapted
     from megatron_ft.checkpoints.fill import fill_from
-    from megatron_ft.checkpoints.folder import vocab_rows
+    from megatron_ft.checkpoints.folder import CONFIG, read_config, vocab_rows
     from megatron_ft.checkpoints.load import load_weights
     from megatron_ft.checkpoints.verify import verify
     from megatron_ft.models.build import BuildOptions, build_model
 
     folder = Path(request.checkpoint)
+    if (folder / CONFIG).is_file() and (described := read_config(folder)).adapter is not None:
+        return build_adapted(folder, described, layout, BuildOptions(), request.base, digests=False).eval()
     wanted = CheckpointSource(true_vocab_size=request.true_vocab_size, verify_checkpoint=False, **request.stated)
     opened = open_megatron(folder, wanted)
     config = opened.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
     """
     from checkpoints_conversion.megatron_llm import is_dialect
 
-    root, iteration = Path(root), _parse_iteration(wanted.iteration)
+    root, iteration = Path(root), parse_iteration(wanted.iteration)
     folder = root if iteration is None and root.is_dir() and is_dialect(root) else find_checkpoint(root, iteration)
     check_source(folder, wanted.verify_checkpoint)
     stated = _stated(wanted)
@@ -61,7 +61,10 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
 
     config = read_config(folder)
     if config.adapter is not None:
-        raise CheckpointError(f"{folder} holds adapters, not a model: give the checkpoint of the model")
+        raise CheckpointError(
+            f"{folder} holds adapters, not a model: merge them with their model (megatron-ft merge-adapter), or export them alone "
+            f"(megatron-ft megatron-to-hf --adapter_only)"
+        )
     if wanted.verify_checkpoint and config.digested and not has_digests(folder):
         raise DamagedError(
             f"{folder / MANIFEST} is missing: the checkpoint is incomplete; restore it (or add --no_verify_checkpoint to skip this check)"
@@ -69,6 +72,11 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
     source = open_source(folder, config)
     rules = family_of(config.architecture).rules(config.architecture)
     return Opened(folder, config, rules, source.full, source.dtype, load_copy(folder, config))
+
+
+def open_base(folder: Path, wanted: CheckpointSource) -> Opened:
+    """Open the checkpoint of the model that adapters belong to. --iteration is the adapters'."""
+    return open_megatron(folder, replace(wanted, iteration=None))
 
 
 def open_source(folder: Path, config: CheckpointConfig) -> Any:
@@ -94,8 +102,6 @@ def _stated(wanted: CheckpointSource) -> dict[str, float]:
 
 
 def _open_dialect(folder: Path, tokenizer: str | None, true_vocab_size: int | None, stated: dict[str, float]) -> Opened:
-    from dataclasses import replace
-
     from checkpoints_conversion.megatron_llm import MegatronLlmSource
     from megatron_ft.data.tokenizer import load_tokenizer
 
@@ -114,7 +120,7 @@ def _open_dialect(folder: Path, tokenizer: str | None, true_vocab_size: int | No
     return Opened(folder, config, source.rules, source.full, source.dtype, loaded, stated)
 
 
-def _parse_iteration(text: str | None) -> int | str | None:
+def parse_iteration(text: str | None) -> int | str | None:
     """Return the value of --iteration. Raise ConfigError if it is invalid."""
     if text is None or text == "release":
         return text

@@ -61,6 +61,11 @@ class CheckpointSource:
     """Compare the files that are read with their recorded digests, if there are any; --no_verify_checkpoint skips this."""
 
 
+@dataclass(frozen=True)
+class Export(CheckpointSource, Written, Folders):
+    """Source and result"""
+
+
 def check_source(folder: str | Path, check: bool) -> None:
     """Compare a folder with its digests.json, if it has one. Raise DamagedError with the first file that differs."""
     from megatron_ft.digests import check_digests, has_digests

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron_ft.config.sections import Adapter
+from megatron_ft.config.sections import Adapters
 from megatron_ft.errors import CheckpointError, ConfigError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.families import family_of
@@ -147,7 +147,7 @@ def ordered(targets: Sequence[str], arch: Architecture) -> tuple[str, ...]:
     return tuple(one.name for one in known if one.name in chosen)
 
 
-def from_settings(section: Adapter, arch: Architecture, stored: Lora | None = None) -> Lora | None:
+def from_settings(section: Adapters, arch: Architecture, stored: Lora | None = None) -> Lora | None:
     """Return the adapters that the flags ask for; None: no adapters.
 
     stored: those of the checkpoint or PEFT folder that the run continues from. Flags need not repeat them, and must not contradict them;
@@ -171,14 +171,14 @@ def from_settings(section: Adapter, arch: Architecture, stored: Lora | None = No
     return made
 
 
-def _refuse_without_rank(section: Adapter) -> None:
+def _refuse_without_rank(section: Adapters) -> None:
     given = {name: getattr(section, name) for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_rs", "base")}
     for name, value in given.items():
         if value not in (None, [], False):
             raise ConfigError(f"--{name} is for adapters: add --lora_rank, or drop --{name}")
 
 
-def _check_same(section: Adapter, targets: tuple[str, ...], stored: Lora) -> None:
+def _check_same(section: Adapters, targets: tuple[str, ...], stored: Lora) -> None:
     given: Mapping[str, tuple[Any, Any]] = {
         "lora_rank": (section.lora_rank, stored.rank),
         "lora_alpha": (section.lora_alpha, stored.alpha),

@@ -1,18 +1,23 @@
-"""Adapters as whole matrices: read from a checkpoint of this project, of any layout."""
+"""Adapters as whole matrices: read from a checkpoint of this project, of any layout, or from a PEFT folder."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ft.adapters.spec import Lora
-from megatron_ft.checkpoints.folder import MODEL_PREFIX, CheckpointConfig
+from megatron_ft.adapters.peft_files import is_peft, open_peft
+from megatron_ft.adapters.spec import Lora, Projection
+from megatron_ft.checkpoints.folder import MODEL_PREFIX, CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.checkpoints.restricted import file_slice, read_metadata
+from megatron_ft.checkpoints.select import same_sizes
 from megatron_ft.errors import CheckpointError, DamagedError
+from megatron_ft.models.architecture import Architecture
 
 
 def read_checkpoint(folder: Path, config: CheckpointConfig) -> tuple[Lora, dict[str, Tensor]]:
@@ -56,3 +61,44 @@ def _read(path: Path, offset: int, length: int) -> Tensor:
     if not isinstance(part, Tensor):
         raise DamagedError(f"{path} is damaged at byte {offset}; use an earlier checkpoint")
     return part
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Adapters of a checkpoint or a PEFT folder. read: name of a parameter in a checkpoint -> the whole matrix."""
+
+    folder: Path
+    lora: Lora
+    read: Callable[[str], Tensor]
+    recorded: Any
+    """Hashes of the model's weights; None: not recorded, as in what PEFT has written."""
+    carried: Any = None
+    """adapter_config.json of the adapter that training began with."""
+
+    def delta(self, layer: int, projection: Projection) -> Tensor:
+        """Return what a merge adds to a matrix, fp32 [rows, columns]: scale * B A, computed as PEFT does."""
+        low, high = (self.read(projection.key(layer, part)).float() for part in "AB")
+        return (high @ low) * self.lora.scale
+
+
+def open_adapters(folder: Path, arch: Architecture) -> Stored:
+    """Open adapters of a model: a checkpoint (its root, or one iter_ folder) or a PEFT folder. Raise CheckpointError."""
+    if is_peft(folder):
+        peft = open_peft(folder, arch)
+        return Stored(peft.folder, peft.lora, peft.read, peft.recorded, peft.config)
+    found = find_checkpoint(folder)
+    config = read_config(found)
+    if config.adapter is None:
+        raise CheckpointError(
+            f"{found} holds a model, not adapters: give a checkpoint of a run with --lora_rank, or a PEFT folder"
+        )
+    if not same_sizes(config.architecture, arch):
+        raise CheckpointError(f"{found} holds adapters of another model than the one that they are to be added to")
+    return of_checkpoint(found, config)
+
+
+def of_checkpoint(folder: Path, config: CheckpointConfig) -> Stored:
+    """Return the adapters in a checkpoint."""
+    lora, weights = read_checkpoint(folder, config)
+    entry = config.adapter or {}
+    return Stored(folder, lora, weights.__getitem__, (entry.get("base") or {}).get("weights"), entry.get("peft"))

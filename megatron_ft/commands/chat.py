@@ -22,6 +22,8 @@ class Chat:
 
     load: str = field(default="", metadata={"required": True})
     """folder of a checkpoint or of an exported Hugging Face model"""
+    adapter: str | None = None
+    """adapters of the model in --load: a checkpoint of a run with --lora_rank, which may also be given as --load, or a PEFT folder"""
     system: str | None = None
     """system message at the start of the conversation; default: none"""
     chat_format: str | None = None
@@ -57,13 +59,15 @@ def run(chat: Chat) -> int:
     from megatron_ft.engine.parallel import process_groups
 
     check_sampling(chat)
-    check_folder(Path(chat.load))
+    for given in filter(None, (chat.load, chat.adapter)):
+        check_folder(Path(given))
     with process_groups() as layout:
         from megatron_ft.generation.loading import open_chat_model
 
         model = open_chat_model(
-            Path(chat.load), layout, chat.chat_format, chat.bf16, chat.verify_checkpoint, chat.template_arguments
-        )
+            Path(chat.load), layout, chat.chat_format, chat.bf16, chat.verify_checkpoint, chat.template_arguments,
+            Path(chat.adapter) if chat.adapter else None,
+        )  # fmt: skip
         chat_format = model.chat_format.name if model.chat_format else "plain text"
         print(f"{chat.load}, {chat_format}. /new starts a new conversation, /quit ends.")
         _converse(chat, model)

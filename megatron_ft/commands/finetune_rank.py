@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_ft import device
 from megatron_ft.adapters.base import load_base
-from megatron_ft.adapters.lora import initialise
+from megatron_ft.adapters.lora import fill_adapters, initialise
 from megatron_ft.adapters.spec import BASE, TRAINED
 from megatron_ft.checkpoints import training_state
 from megatron_ft.checkpoints.folder import SETTINGS, TRAINED_ON, CheckpointConfig, vocab_rows
@@ -24,7 +24,7 @@ from megatron_ft.checkpoints.verify import verify
 from megatron_ft.commands import dry_run
 from megatron_ft.commands.report import write_at_end
 from megatron_ft.config.cli import write_sections
-from megatron_ft.config.sections import Adapter
+from megatron_ft.config.sections import Adapters
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.engine.optimizer import make_optimizer, make_schedule
@@ -118,7 +118,7 @@ def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> i
         log_to_file(file=inputs.folder / LOG)
     _log_start(inputs, trainable, progress, adapting)
     # Without adapters their section is left out.
-    resolved = write_sections([section for section in settings.sections if section != Adapter()])
+    resolved = write_sections([section for section in settings.sections if section != Adapters()])
     saver = held.enter_context(_make_saver(inputs, parts, resolved))
     _record_start(inputs, parts, progress)
     run = _make_run(inputs, parts, saver, _hooks(inputs, resolved))
@@ -176,7 +176,9 @@ def _load_adapters(inputs: Inputs, parts: Parts, adapting: Adapting) -> tuple[In
     if adapting.base != inputs.source:
         verify(adapting.base, adapting.described, layout, settings.checkpointing.verify_checkpoint)
     hashes = load_base(adapting.base, adapting.described, bare, layout, adapting.recorded)
-    if inputs.described.adapter is None:
+    if adapting.peft:
+        fill_adapters(bare, adapting.peft.read, layout.tp_size, layout.tp_rank)
+    elif inputs.described.adapter is None:
         arch = inputs.described.architecture
         initialise(bare, arch, adapting.lora, settings.data.seed, layout.tp_size, layout.tp_rank)
     elif settings.checkpointing.finetune:

@@ -23,6 +23,8 @@ class Generation:
 
     load: str = field(default="", metadata={"required": True})
     """folder of a checkpoint (its root, or one iter_ folder) or of an exported Hugging Face model"""
+    adapter: str | None = None
+    """adapters of the model in --load: a checkpoint of a run with --lora_rank, which may also be given as --load, or a PEFT folder"""
     prompt: list[str] = field(default_factory=list)
     """prompts to answer, each as a separate user message"""
     prompts: str | None = None
@@ -86,7 +88,8 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
     from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
 
-    check_folder(Path(generation.load))
+    for given in filter(None, (generation.load, generation.adapter)):
+        check_folder(Path(given))
     join_srun(processes)
     if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
         return code  # the ranks have done what follows
@@ -159,7 +162,7 @@ def _answer(generation: Generation, options: SamplingOptions, layout: Layout, co
 
     model = open_chat_model(
         Path(generation.load), layout, generation.chat_format, options.bf16, generation.verify_checkpoint,
-        generation.template_arguments,
+        generation.template_arguments, Path(generation.adapter) if generation.adapter else None,
     )  # fmt: skip
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     mine = conversations[layout.dp_rank :: layout.dp_size]

@@ -48,6 +48,10 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "megatron-to-hf": Entry(
             "checkpoints_conversion.megatron_to_hf", "convert a checkpoint to a Hugging Face model"
         ),
+        "merge-adapter": Entry(
+            "checkpoints_conversion.merge_adapter",
+            "write a model with its adapters for Hugging Face",
+        ),
     },
     "Help": {
         "flags": Entry("megatron_ft.commands.flags", "print all flags of all commands, as Markdown"),

@@ -177,7 +177,7 @@ class Numerics:
 
 
 @dataclass
-class Adapter:
+class Adapters:
     """LoRA adapters"""
 
     lora_rank: int | None = None
@@ -190,6 +190,8 @@ class Adapter:
     """parts of a layer with adapters: qkv, proj, fc1, fc2, or module names such as q_proj, separated by commas; default: all"""
     lora_rs: bool = False
     """multiply the adapters' output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)"""
+    adapter: str | None = None
+    """folder of a PEFT adapter for the model in --load (adapter_config.json), whose training continues; default: new adapters"""
     base: str | None = None
     """checkpoint with the model's own weights, when --load holds adapters; default: the one that the adapters name"""
 

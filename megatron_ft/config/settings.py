@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from megatron_ft.config.sections import (
-    Adapter,
+    Adapters,
     Batch,
     Checkpointing,
     Data,
@@ -34,7 +34,7 @@ class TrainingSettings:
     parallel: Parallelism = field(default_factory=Parallelism)
     optimizer: Optimizer = field(default_factory=Optimizer)
     numerics: Numerics = field(default_factory=Numerics)
-    adapter: Adapter = field(default_factory=Adapter)
+    adapters: Adapters = field(default_factory=Adapters)
     logging: Logging = field(default_factory=Logging)
     model: Model = field(default_factory=Model)
     kernels: Kernels = field(default_factory=Kernels)

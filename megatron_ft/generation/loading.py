@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ft.adapters.peft_files import is_peft
 from megatron_ft.checkpoints.fill import fill_from
 from megatron_ft.checkpoints.folder import (
     TOKENIZER_FOLDER,
@@ -80,8 +81,12 @@ def open_chat_model(
     bf16: bool = False,
     digests: bool = True,
     template_arguments: Sequence[str] = (),
+    adapter: Path | None = None,
 ) -> ChatModel:
     """Load the checkpoint or export in `folder`. All ranks call it. Raise CheckpointError if it is neither.
+
+    A checkpoint of adapters is loaded with the model that it names. adapter: a checkpoint of adapters, or a PEFT folder, for the model in
+    `folder`.
 
     chat_format: overrides the one recorded in the folder. digests: first compare the files with digests.json, if it exists.
     template_arguments: variables for the tokenizer's own chat template, as name=value.
@@ -91,12 +96,23 @@ def open_chat_model(
     options = _options(bf16)
     is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
     read = _from_export if is_export else _from_checkpoint
-    model, arch, tokenizer, recorded = read(folder, layout, options, digests)
+    later = adapter if adapter and (is_export or is_peft(adapter)) else None
+    model, arch, tokenizer, recorded = read(folder, layout, options, digests, None if later else adapter)
+    if later:
+        _add(later, model, arch, layout, folder)
     chat = _select_chat_format(chat_format or recorded, tokenizer, template)
     stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     if chat:
         stops.add(tokenizer.token_id(chat.stop_token))
     return ChatModel(Decoder(model, layout, stops, arch.max_position_embeddings), tokenizer, chat)
+
+
+def _add(adapter: Path, model: Any, arch: Architecture, layout: Layout, folder: Path) -> None:
+    """Add a PEFT adapter, or one of a checkpoint to an export, to a loaded model."""
+    from megatron_ft.adapters.adapted import add_adapters
+    from megatron_ft.adapters.stored import open_adapters
+
+    add_adapters(model, arch, open_adapters(adapter, arch), layout, folder)
 
 
 def _select_chat_format(
@@ -124,14 +140,20 @@ def _config(folder: Path) -> dict:
     return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
-def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests: bool) -> _Read:
-    folder = find_checkpoint(root)
+def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests: bool, adapter: Path | None) -> _Read:
+    """Load a checkpoint of a model or of adapters. adapter: a checkpoint of adapters for the model in `root`, or None."""
+    folder = find_checkpoint(adapter or root)
     config = describe(folder)
-    if config.adapter is not None:
-        raise CheckpointError(f"{folder} holds adapters, not a model: give the checkpoint of the model")
     verify(folder, config, layout, digests)
-    model = build_model(config.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config)))
-    load_weights(folder, config, model, layout, verified=True)
+    if config.adapter is not None:
+        from megatron_ft.adapters.adapted import build_adapted
+
+        model = build_adapted(folder, config, layout, options, str(root) if adapter else None, digests)
+    elif adapter:
+        raise CheckpointError(f"--adapter {adapter} holds a model, not adapters: give it with --load")
+    else:
+        model = build_model(config.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config)))
+        load_weights(folder, config, model, layout, verified=True)
     if not config.tokenizer:
         raise TokenizerError(f"{folder}: the checkpoint has no tokenizer; convert it again with --tokenizer")
     tokenizer = load_tokenizer(
@@ -140,7 +162,7 @@ def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests:
     return model, config.architecture, tokenizer, config.chat_format
 
 
-def _from_export(folder: Path, layout: Layout, options: BuildOptions, digests: bool) -> _Read:
+def _from_export(folder: Path, layout: Layout, options: BuildOptions, digests: bool, _: Path | None = None) -> _Read:
     problem = None
     try:
         if digests and has_digests(folder):

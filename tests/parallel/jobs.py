@@ -80,6 +80,7 @@ def logits(root: str, layout: tuple[int, int], sequence_parallel: bool, tokens: 
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+    from megatron_ft.adapters.adapted import build_adapted
     from megatron_ft.checkpoints.folder import describe, find_checkpoint, vocab_rows
     from megatron_ft.checkpoints.load import load_weights
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
@@ -89,8 +90,11 @@ def logits(root: str, layout: tuple[int, int], sequence_parallel: bool, tokens: 
     with process_groups(ParallelSizes(*layout, sequence_parallel=sequence_parallel)) as here, torch.no_grad():
         folder = find_checkpoint(Path(root))
         config = describe(folder)
-        model = build_model(config.architecture, here, BuildOptions(padded_vocab_size=vocab_rows(config))).eval()
-        load_weights(folder, config, model, here)
+        if config.adapter is None:
+            model = build_model(config.architecture, here, BuildOptions(padded_vocab_size=vocab_rows(config))).eval()
+            load_weights(folder, config, model, here)
+        else:
+            model = build_adapted(folder, config, here, BuildOptions()).eval()
         output = get_forward_backward_func()(
             forward_step_func=lambda _, m: (m(ids, torch.arange(ids.shape[1]).expand_as(ids), None), _same),
             data_iterator=iter(()), model=[model], num_microbatches=1, seq_length=ids.shape[1],

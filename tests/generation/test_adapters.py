@@ -1,0 +1,169 @@
+"""Adapters in use: the same answers from base and adapters, in any layout and kind of folder, as transformers' from the merged model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
+from checkpoints_conversion.megatron_to_hf import MegatronToHf
+from checkpoints_conversion.megatron_to_hf import convert as export
+from checkpoints_conversion.merge_adapter import Merge, merge
+from megatron_ft.errors import UserError
+from megatron_ft.models.architecture import Architecture
+from tests.conversion.builders import make_llama, make_sentencepiece
+from tests.generation.test_loading import CHAT
+
+
+@pytest.fixture(scope="module")
+def place(one_rank, tmp_path_factory):
+    """A model (hf, base, classic), a PEFT folder for it, a checkpoint of a run that trained it on, and both merged."""
+    place = tmp_path_factory.mktemp("adapters")
+    model = make_llama(place / "hf")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3.0) if weight.ndim > 1 else None
+    model.save_pretrained(place / "hf")
+    make_sentencepiece(place / "hf")
+    convert(HfToMegatron(str(place / "hf"), str(place / "base"), chat_format="chatml"))
+    convert(HfToMegatron(str(place / "hf"), str(place / "classic"), 2, 2, ckpt_format="torch", chat_format="chatml"))
+    export(MegatronToHf(str(place / "base"), str(place / "export")))
+    make_adapter(place / "peft", architecture(place / "base"))
+    one_rank.run(train, str(place))
+    for name, base in (("peft", str(place / "base")), ("run", None)):
+        merge(Merge(str(place / name), str(place / f"{name}-merged"), base=base))
+    return place
+
+
+def architecture(root) -> Architecture:
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+
+    return describe(find_checkpoint(root)).architecture
+
+
+def make_adapter(folder, arch, targets=("qkv", "fc2")):
+    from megatron_ft.adapters.peft_files import config_of, write_peft
+    from megatron_ft.adapters.spec import Lora, ordered
+
+    lora = Lora(3, 6.0, ordered(targets, arch))
+    stream = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(shape, generator=stream) * 0.3 for name, shape in lora.shapes(arch).items()}
+    folder.mkdir()
+    write_peft(folder, arch, lora, weights, config_of(lora, "somebody/a-model"), None)
+
+
+def train(place):
+    from megatron_ft.data.roles import ASSISTANT
+    from megatron_ft.data.shards import ShardWriter
+    from tests.parallel.jobs import finetune
+
+    vocab = architecture(f"{place}/base").vocab_size
+    with ShardWriter(f"{place}/chats-train", vocab) as writer:
+        for number in range(20):
+            ids = np.random.default_rng(number).integers(0, vocab, 30)
+            writer.add(ids, np.full(30, ASSISTANT, np.uint8))
+    finetune(
+        (1, 1), load=f"{place}/base", data_path=[f"{place}/chats-train"], save=f"{place}/run", adapter=f"{place}/peft",
+        train_iters=3, lr=5e-2, lr_warmup_iters=0, report=False, seq_length=32,
+    )  # fmt: skip
+
+
+def ask(folder, layout, adapter=None):
+    """The text of the answer to CHAT."""
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.generation.loading import open_chat_model
+    from megatron_ft.generation.sampling import GREEDY
+
+    with process_groups(ParallelSizes(*layout)) as here:
+        return open_chat_model(folder, here, adapter=adapter).answers([CHAT], 12, GREEDY)[0]
+
+
+def refusal(*args):
+    with pytest.raises(UserError) as caught:
+        ask(*args)
+    return str(caught.value)
+
+
+def transformers_says(folder):
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", ["peft", "run"])
+def test_base_and_adapters_answer_as_the_merged_model(name, place, four_ranks):
+    expected = transformers_says(place / f"{name}-merged")
+    assert expected not in ("", transformers_says(place / "export"))
+    pairs = [(place / base, place / name) for base in ("base", "classic", "export")]
+    for folder, adapter in [*pairs, (place / f"{name}-merged", None), *([(place / "run", None)] * (name == "run"))]:
+        assert four_ranks.run(ask, folder, (2, 2), adapter) == [expected] * 4, (folder, adapter)
+
+
+def test_what_does_not_belong_together(place, four_ranks, tmp_path):
+    assert (
+        "is not the model that the adapters were trained with"
+        in four_ranks.run(refusal, place / "peft-merged", (2, 2), place / "run")[0]
+    )
+    assert "holds a model, not adapters" in four_ranks.run(refusal, place / "base", (2, 2), place / "base")[0]
+    shutil.copytree(place / "peft", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    for change, words in (
+        ({"r": 4}, "this model with r 4 needs [4, "),
+        ({"peft_type": "IA3"}, "only plain LoRA"),
+        ({"use_dora": True}, "use_dora True: only plain LoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_alpha": None}, "lora_alpha None"),
+        ({"lora_alpha": -1}, "must be above 0"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+    ):
+        (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config | change))
+        (said, *_) = four_ranks.run(refusal, place / "base", (2, 2), tmp_path / "other")
+        assert words in said and "\n" not in said, said
+    (tmp_path / "other" / "adapter_model.safetensors").unlink()
+    assert (
+        "adapter_model.safetensors is missing" in four_ranks.run(refusal, place / "base", (2, 2), tmp_path / "other")[0]
+    )
+
+
+def test_an_adapter_of_another_shape(place, one_rank, tmp_path):
+    import dataclasses
+
+    arch = architecture(place / "base")
+    for name, changes, words in (
+        ("deep", {"num_layers": arch.num_layers + 1}, "belongs to no linear of this llama model"),
+        ("shallow", {"num_layers": arch.num_layers - 1}, "adapters in some layers only"),
+        ("wide", {"hidden_size": 2 * arch.hidden_size}, "the adapter is of another model"),
+    ):
+        make_adapter(tmp_path / name, dataclasses.replace(arch, **changes))
+        assert words in one_rank.run(refusal, place / "base", (1, 1), tmp_path / name)[0]
+
+
+def said(function, options) -> str:
+    with pytest.raises(UserError) as caught:
+        function(options)
+    return str(caught.value)
+
+
+def test_conversions_name_what_to_do(place, tmp_path):
+    out = str(tmp_path / "out")
+    assert "merge-adapter" in said(export, MegatronToHf(str(place / "run"), out))
+    assert "drop --adapter_only" in said(export, MegatronToHf(str(place / "base"), out, adapter_only=True))
+    assert "add --adapter_only" in said(export, MegatronToHf(str(place / "base"), out, base_model_name="x"))
+    assert "give the checkpoint of its model with --base" in said(merge, Merge(str(place / "peft"), out))
+    assert "holds a model, not adapters" in said(merge, Merge(str(place / "base"), out))
+    convert(HfToMegatron(str(place / "peft-merged"), str(tmp_path / "other")))
+    assert "is not the model that" in said(merge, Merge(str(place / "run"), out, base=str(tmp_path / "other")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_exported_adapter_has_its_tokenizer(place, tmp_path):
+    export(MegatronToHf(str(place / "run"), str(tmp_path / "out"), adapter_only=True, base_model_name="me/mine"))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/mine" and config["r"] == 3
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
+    assert json.loads((tmp_path / "out" / "adapter_base.json").read_text()).keys() == {"fp32", "bf16", "fp16"}
