@@ -60,7 +60,8 @@ def compare_answers(hf: Path, opened: Opened, options: LogitOptions) -> dict[str
             hf, config.dtype, prompts, min(_rows(hf), config.architecture.vocab_size), Path(folder)
         )
         size = config.architecture.vocab_size
-        request = Request(str(opened.folder.resolve()), *used, prompts, folder, size, opened.stated)
+        base = str(opened.base.resolve()) if opened.base else None
+        request = Request(str(opened.folder.resolve()), *used, prompts, folder, size, opened.stated, base, config.dtype)
         worst = differences_in_layout(request, Path(folder))
     if not max(worst) <= options.tolerance:
         raise CheckpointError(

@@ -51,7 +51,8 @@ class Certificate:
             reason = answers["in_one_process_because"]
             where = f"one process, because {reason}" if reason else sizes
             logits = f"logits of {answers['prompts']} prompts in {where} differ by at most {answers['largest_difference']:.1e}"
-        return f"{weights['tensors']} tensors are bit-identical, {logits} -> {self.path}"
+        base = "the base is unchanged, " if "base" in self.content else ""
+        return f"{base}{weights['tensors']} tensors are bit-identical, {logits} -> {self.path}"
 
 
 def compare_weights(hf: Path, opened: Opened) -> Weights:
@@ -102,12 +103,15 @@ def _compare_rope(theirs: Architecture, ours: Architecture, hf: Path, opened: Op
             raise CheckpointError(f"RoPE differs between {hf} and {opened.folder}: base or scaling is not the same")
 
 
-def make_certificate(hf: Path, opened: Opened, weights: Weights, answers: dict[str, Any] | None) -> Certificate:
-    """Write the certificate beside the checkpoint's config.json and return it."""
+def make_certificate(
+    hf: Path, opened: Opened, weights: Weights, answers: dict[str, Any] | None, base: dict[str, Any] | None = None
+) -> Certificate:
+    """Write the certificate beside the checkpoint's config.json and return it. base: of a checkpoint of adapters, its entry."""
     config = opened.config
-    content = {
+    content: dict[str, Any] = {
         "checkpoint": hashes(opened.folder),
-        "hf": {**hashes(hf, ("*.safetensors", "*.bin", "config.json"))},
+        "hf": {**hashes(hf, ("*.safetensors", "*.bin", "config.json", "adapter_config.json"))},
+        **({"base": base} if base else {}),
         "layout": {
             "ckpt_format": config.ckpt_format,
             "tensor_model_parallel_size": config.tensor_model_parallel_size,

@@ -21,6 +21,7 @@ from megatron_ft.errors import CheckpointError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from checkpoints_conversion.options import CheckpointSource
     from megatron_ft.engine.parallel import Layout
 
 
@@ -40,7 +41,9 @@ class Request:
     stated: dict[str, Any] = field(default_factory=dict)
     """Settings that the user gave for Megatron-LLM's files."""
     base: str | None = None
-    """Of a checkpoint of adapters: the checkpoint of their model; None: the recorded one."""
+    """Of a checkpoint of adapters: the checkpoint of their model."""
+    dtype: str = "fp32"
+    """Of the merged model, with base."""
 
 
 def differences(request: Request) -> list[float]:
@@ -67,17 +70,16 @@ def _load(request: Request, layout: Layout) -> Any:
     from checkpoints_conversion.megatron_llm import is_dialect
     from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.options import CheckpointSource
-    from megatron_ft.adapters.adapted import build_adapted
     from megatron_ft.checkpoints.fill import fill_from
-    from megatron_ft.checkpoints.folder import CONFIG, read_config, vocab_rows
+    from megatron_ft.checkpoints.folder import vocab_rows
     from megatron_ft.checkpoints.load import load_weights
     from megatron_ft.checkpoints.verify import verify
     from megatron_ft.models.build import BuildOptions, build_model
 
     folder = Path(request.checkpoint)
-    if (folder / CONFIG).is_file() and (described := read_config(folder)).adapter is not None:
-        return build_adapted(folder, described, layout, BuildOptions(), request.base, digests=False).eval()
     wanted = CheckpointSource(true_vocab_size=request.true_vocab_size, verify_checkpoint=False, **request.stated)
+    if request.base is not None:
+        return _with_adapters(request, wanted, layout)
     opened = open_megatron(folder, wanted)
     config = opened.config
     own = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (layout.tp_size, layout.pp_size)
@@ -88,6 +90,23 @@ def _load(request: Request, layout: Layout) -> Any:
     else:
         model = build_model(config.architecture, layout).eval()
         fill_from(model, config.architecture, opened.rules, opened.full, layout)
+    return model
+
+
+def _with_adapters(request: Request, wanted: CheckpointSource, layout: Layout) -> Any:
+    """Return the base with adapters beside its weights; if the model is merged in 16 bits, the rounded sums of both, as it has them."""
+    from checkpoints_conversion.merged import merged, open_both
+    from megatron_ft.adapters.adapted import add_adapters
+    from megatron_ft.checkpoints.fill import fill_from
+    from megatron_ft.models.build import build_model
+
+    opened, stored, described = open_both(Path(request.checkpoint), request.base, wanted)
+    whole = merged(opened, stored, described, request.dtype)
+    arch, is_exact = whole.config.architecture, request.dtype == "fp32"
+    model = build_model(arch, layout).eval()
+    fill_from(model, arch, opened.rules, opened.full if is_exact else whole.full, layout)
+    if is_exact:
+        add_adapters(model, arch, stored, layout, opened.folder)
     return model
 
 

@@ -34,6 +34,8 @@ class Opened:
     tokenizer: Tokenizer | None
     stated: dict[str, float] = field(default_factory=dict)
     """Settings of a Megatron-LLM checkpoint that the user gave."""
+    base: Path | None = None
+    """Of adapters that are opened merged: the checkpoint of their model."""
 
     def files(self) -> list[Path]:
         """Return all its files."""

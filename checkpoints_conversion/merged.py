@@ -31,22 +31,26 @@ def open_merged(adapters: Path, base: str | None, wanted: CheckpointSource, dtyp
 
     base: the checkpoint of the model; default: the one that the adapters name. Raise UserError if it is not the right one.
     """
-    opened, stored, described = open_both(adapters, base, wanted)
+    return merged(*open_both(adapters, base, wanted), dtype)
+
+
+def merged(opened: Opened, stored: Stored, described: CheckpointConfig | None, dtype: str | None) -> Opened:
+    """Return the base with its adapters as one model in `dtype` (default: the base's). described: see open_both."""
     out = dtype or opened.config.dtype
-    named = {one.linear: one for one in stored.lora.of(opened.config.architecture)}
+    named = {one.linear for one in stored.lora.of(opened.config.architecture)}
 
     def full(placed: Placed) -> Tensor:
         whole = cast(opened.full(placed), out, placed.key)
         linear = placed.rule.key.removeprefix("decoder.layers.{n}.").removesuffix(".weight")
         return _merged(placed, whole, stored, opened) if linear in named else whole
 
-    source = (
-        opened
-        if described is None
-        else replace(opened, folder=stored.folder, tokenizer=load_copy(stored.folder, described))
-    )
     config = replace(_described(opened.config, described), dtype=out)
-    return replace(source, config=config, full=full, dtype=lambda _: torch_dtype(out))
+    source = replace(opened, config=config, full=full, dtype=lambda _: torch_dtype(out), base=opened.folder)
+    return (
+        source
+        if described is None
+        else replace(source, folder=stored.folder, tokenizer=load_copy(stored.folder, described))
+    )
 
 
 def open_both(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from checkpoints_conversion.options import CheckpointSource, check_source
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.errors import ConfigError
 
 if TYPE_CHECKING:
     from checkpoints_conversion.certificate import Certificate
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _Pair:
     hf: str = field(metadata={"required": True})
-    """Hugging Face model folder to compare."""
+    """Hugging Face model folder to compare; with a checkpoint of adapters: the merged model, or the PEFT folder exported from it."""
     megatron: str = field(metadata={"required": True})
     """Checkpoint to compare: its root, or one release or iter_ folder."""
 
@@ -41,6 +42,8 @@ class Verify(CheckpointSource, _Pair):
     """File of prompts, one JSON object per line with "messages" (a list) or "text"; default: three built-in chats."""
     longest: int = 4096
     """Largest number of tokens of the long prompt, which exceeds the original context."""
+    base: str | None = None
+    """With a checkpoint of adapters: the checkpoint of their model; default: the one that they name."""
 
 
 COMMAND = Command(
@@ -50,6 +53,7 @@ COMMAND = Command(
     examples=(
         "megatron-ft verify --hf llama2-7b --megatron checkpoints/llama2-7b-tp2-pp2",
         "megatron-ft verify --hf llama2-70b --megatron checkpoints/llama2-70b-tp8-pp4 --no_logits",
+        "megatron-ft verify --hf exports/merged --megatron runs/adapters",
     ),
 )
 
@@ -63,8 +67,13 @@ def verify(options: Verify) -> Certificate:
     # Imported here, so that --help does not wait for torch.
     from checkpoints_conversion.certificate import compare_weights, make_certificate
     from checkpoints_conversion.megatron_source import open_megatron
+    from checkpoints_conversion.verify_adapters import holds_adapters, verify_adapters
 
     check_source(options.hf, options.verify_checkpoint)
+    if holds_adapters(Path(options.megatron), options.iteration):
+        return verify_adapters(options, options)
+    if options.base:
+        raise ConfigError(f"--base {options.base}: --megatron holds a model, not adapters: drop --base")
     opened = open_megatron(Path(options.megatron), options)
     weights = compare_weights(Path(options.hf), opened)
     answers = None

@@ -167,3 +167,58 @@ def test_the_exported_adapter_has_its_tokenizer(place, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
     assert json.loads((tmp_path / "out" / "adapter_base.json").read_text()).keys() == {"fp32", "bf16", "fp16"}
+
+
+@pytest.fixture
+def pool(monkeypatch, four_ranks):
+    """verify asks four waiting ranks instead of starting processes."""
+    from checkpoints_conversion import answers
+    from checkpoints_conversion.layout_logits import differences
+
+    monkeypatch.setattr(
+        answers, "differences_in_layout", lambda request, _: next(filter(None, four_ranks.run(differences, request)))
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_verify_a_merged_model(dtype, place, pool, tmp_path):
+    """The base's hash, every merged weight, and the logits of transformers against base and adapters in TP2 x PP2."""
+    from checkpoints_conversion.certificate import problem_with
+    from checkpoints_conversion.verify import Verify, verify
+
+    merge(Merge(str(place / "run"), str(tmp_path / "merged"), params_dtype=dtype))
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    made = verify(Verify(str(tmp_path / "merged"), str(place / "run"), base=str(place / "classic"), **sizes))
+    content = made.content
+    assert content["logits"]["largest_difference"] < 1e-4 and content["logits"]["tensor_model_parallel_size"] == 2
+    assert content["base"]["equal"] == "bit for bit" and content["base"]["weights"]["fp32"]
+    assert "the base is unchanged" in str(made) and problem_with(place / "run" / "iter_0000003") is None
+
+
+def test_verify_an_exported_adapter_and_what_is_wrong(place, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from checkpoints_conversion.verify import Verify, verify
+
+    out = tmp_path / "out"
+    export(MegatronToHf(str(place / "run"), str(out), adapter_only=True))
+    assert (
+        verify(Verify(str(out), str(place / "run"))).content["weights"]["tensors"]
+        == 2 * 4 * architecture(place / "base").num_layers
+    )
+    assert "differs between" in said(verify, Verify(str(place / "peft-merged"), str(place / "run"), logits=False))
+    assert "is not the model that" in said(
+        verify, Verify(str(out), str(place / "run"), base=changed_base(place, tmp_path))
+    )
+    assert "drop --base" in said(verify, Verify(str(place / "hf"), str(place / "base"), base=str(place / "base")))
+    file = out / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"][3, 1] += 1e-6
+    save_file(tensors, file, {"format": "pt"})
+    damaged = Verify(str(out), str(place / "run"), verify_checkpoint=False)
+    assert "layers.1.self_attn.k_proj.lora_B.weight differs" in said(verify, damaged)
+
+
+def changed_base(place, tmp_path) -> str:
+    convert(HfToMegatron(str(place / "peft-merged"), str(tmp_path / "changed")))
+    return str(tmp_path / "changed")
