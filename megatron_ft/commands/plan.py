@@ -13,6 +13,7 @@ from megatron_ft.config.sections import Data, Parallelism
 from megatron_ft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_ft.adapters.spec import Lora
     from megatron_ft.models.architecture import Architecture
     from megatron_ft.planner.memory import Job
 
@@ -43,6 +44,12 @@ class Plan:
     """compute in fp32 instead of bf16"""
     hidden_dropout: float = 0.0
     """dropout probability on the residual stream; above 0, its masks need memory if kernels are not fused"""
+    lora_rank: int | None = None
+    """plan for LoRA adapters of this rank on a frozen model; default: the model itself is trained"""
+    lora_target: list[str] = field(default_factory=list)
+    """with --lora_rank: parts of a layer with adapters (qkv, proj, fc1, fc2) or names of modules, separated by commas; default: all"""
+    lora_dropout: float = 0.0
+    """with --lora_rank: dropout probability on the adapters' input; above 0, it keeps a copy of that"""
     train_iters: int | None = None
     """number of optimizer steps, to estimate the duration of the run; default: no estimate"""
     proposals: int = 5
@@ -74,6 +81,7 @@ def run(plan: Plan, parallel: Parallelism) -> int:
     found = {
         "model": plan.model,
         "parameters": figures.whole_model(arch),
+        **({"adapters": {"rank": job.lora.rank, "parameters": job.lora.parameters(arch)}} if job.lora else {}),
         "gpus": job.gpus,
         "layout": {"tp": job.tp, "pp": job.pp, "cp": job.cp, "dp": job.dp, "chunks_a_stage": job.split.virtual_size},
         "flags": search.flags(job),
@@ -137,8 +145,16 @@ def _job(arch: Architecture, plan: Plan, parallel: Parallelism) -> Job:
         plan.micro_batch_size, plan.global_batch_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         distributed_optimizer=parallel.use_distributed_optimizer, recompute=plan.recompute_granularity,
-        bf16=not plan.fp32, dropout=plan.hidden_dropout > 0, cp=parallel.context_parallel_size,
+        bf16=not plan.fp32, dropout=plan.hidden_dropout > 0, cp=parallel.context_parallel_size, lora=_lora(arch, plan),
     )  # fmt: skip
+
+
+def _lora(arch: Architecture, plan: Plan) -> Lora | None:
+    from megatron_ft.adapters.spec import from_settings
+    from megatron_ft.config.sections import Adapters
+
+    section = Adapters(plan.lora_rank, lora_dropout=plan.lora_dropout or None, lora_target=plan.lora_target)
+    return from_settings(section, arch)
 
 
 def _by_recompute(arch: Architecture, job: Job) -> dict[str, list[int]]:

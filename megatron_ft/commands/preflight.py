@@ -17,7 +17,9 @@ from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_ft.adapters.spec import Lora
     from megatron_ft.checkpoints.folder import CheckpointConfig
+    from megatron_ft.models.pipeline import PipelineSplit
 
 
 @dataclass
@@ -91,7 +93,8 @@ def _checkpoint(
     """
     from megatron_ft.checkpoints.folder import describe, find_checkpoint
     from megatron_ft.models.pipeline import split_layers
-    from megatron_ft.training.fit import find_start
+    from megatron_ft.training.adapting import find_adapting
+    from megatron_ft.training.fit import find_start, starts_anew
 
     start, problem = None, None
     if world_size is not None:
@@ -112,21 +115,51 @@ def _checkpoint(
         split = split_layers(described.architecture.num_layers, settings.parallel)
         tp = settings.parallel.tensor_model_parallel_size
         yield Finding("ok", f"TP {tp} x PP {split.stages} fit the model: layers {split}")
-        yield from disk(folder, described, settings.checkpointing, settings.batch, settings.numerics)
+        adapting = find_adapting(settings, described, folder, starts_anew(described, settings.checkpointing))
+        trained = None
+        if adapting:
+            trained = adapting.lora.parameters(described.architecture)
+            yield from adapters(adapting.lora, described, split)
+        yield from disk(folder, described, settings.checkpointing, settings.batch, settings.numerics, trained)
     return described
 
 
+def adapters(lora: Lora, described: CheckpointConfig, split: PipelineSplit) -> Iterator[Finding]:
+    """Yield findings on the adapters of a run."""
+    count, targets = lora.parameters(described.architecture), ", ".join(lora.targets)
+    yield Finding("ok", f"adapters of rank {lora.rank} on {targets}: {count:,} parameters are trained")
+    if not 1 / 8 <= lora.scale <= (16 if lora.rs else 4):
+        yield Finding(
+            "warning",
+            f"the adapters' output is multiplied by {lora.scale:g} (--lora_alpha {lora.alpha:g}, --lora_rank {lora.rank}); usual are 0.25 "
+            f"to 2: check --lora_alpha",
+        )
+    if added := list(described.tokenizer.get("added_tokens", {})):
+        yield Finding(
+            "warning",
+            f"{len(added)} added tokens ({', '.join(added[:3])}): their embeddings are not trained by adapters and stay as they are",
+        )
+    for number, stage in enumerate(split.chunks, 1):
+        if not any(len(chunk) for chunk in stage):
+            yield Finding(
+                "warning", f"stage {number} of the pipeline has no layers, so nothing is trained on its processes"
+            )
+
+
 def disk(
-    folder: Path, described: Any, checkpointing: Checkpointing, batch: Batch, numerics: Numerics
-) -> Iterator[Finding]:
-    """Yield a finding on the disk space for the run's checkpoints: weights, with bf16 also fp32 main weights, and two moments."""
+    folder: Path, described: Any, checkpointing: Checkpointing, batch: Batch, numerics: Numerics, trained: int | None = None
+) -> Iterator[Finding]:  # fmt: skip
+    """Yield a finding on the disk space for the run's checkpoints: weights, with bf16 also fp32 main weights, and two moments.
+
+    trained: number of parameters that they hold; None: those of the model in `folder`.
+    """
     import shutil
 
     if checkpointing.save is None:
         yield Finding("warning", "--save is not set: the trained weights will not be saved")
         return
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    parameters = size / (4 if described.dtype == "fp32" else 2)
+    parameters = size / (4 if described.dtype == "fp32" else 2) if trained is None else trained
     each = parameters * (14 if numerics.bf16 else 12)
     saves = -(-batch.train_iters // checkpointing.save_interval) if checkpointing.save_interval else 1
     place = Path(checkpointing.save).absolute()

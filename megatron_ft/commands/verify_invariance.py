@@ -15,6 +15,7 @@ from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import read_json
 
 if TYPE_CHECKING:
+    from megatron_ft.adapters.spec import Lora
     from megatron_ft.models.architecture import Architecture
     from megatron_ft.training.invariance import Case, Measured
 
@@ -33,6 +34,10 @@ class Invariance:
     """dropout probability on the residual stream; its masks do not depend on the layout"""
     lima_dropout: bool = False
     """increase the residual dropout linearly from 0 at the first layer to hidden_dropout at the last"""
+    lora_rank: int | None = None
+    """compare LoRA adapters of this rank on a frozen model; default: all gradients of the model"""
+    lora_dropout: float = 0.0
+    """with --lora_rank: dropout probability on the adapters' input; its masks do not depend on the layout"""
     layouts: list[str] = field(default_factory=list)
     """names of the layouts to test, as printed in the table; default: all that the model allows"""
     tolerance: float = 1e-4
@@ -60,6 +65,7 @@ class LayoutsDiffer(UserError):
 def run(options: Invariance) -> int:
     """Print the table. Raise LayoutsDiffer if a row fails, ConfigError or CheckpointError if the model cannot be tested."""
     arch, checkpoint = _model(options)
+    lora = _lora(options, arch)
     # Many small processes on one CPU, whatever else the machine has; set before torch is imported.
     choose_cpu()
     from megatron_ft.engine.forked import run_forked
@@ -70,7 +76,7 @@ def run(options: Invariance) -> int:
 
     cases = _chosen(arch, options.layouts)
     numerics = Numerics(hidden_dropout=options.hidden_dropout, lima_dropout=options.lima_dropout)
-    problem = Problem(arch, options.seq_length, numerics, checkpoint=checkpoint, seed=options.seed)
+    problem = Problem(arch, options.seq_length, numerics, lora=lora, checkpoint=checkpoint, seed=options.seed)
 
     def measured(case: Case) -> Measured:
         return run_forked(case.processes, lambda ranks: measure(problem, ranks), case)[0]
@@ -97,6 +103,15 @@ def run(options: Invariance) -> int:
         )
     print(f"every layout computes the same as one process (within {options.tolerance:g})")
     return 0
+
+
+def _lora(options: Invariance, arch: Architecture) -> Lora | None:
+    from megatron_ft.adapters.spec import from_settings
+    from megatron_ft.config.sections import Adapters
+
+    # Made-up adapters have large weights: a larger scale would amplify rounding.
+    alpha = None if options.lora_rank is None else options.lora_rank / 2
+    return from_settings(Adapters(options.lora_rank, alpha, options.lora_dropout or None), arch)
 
 
 def cases_for(arch: Architecture) -> list[Case]:

@@ -29,10 +29,14 @@ def whole_model(arch: Architecture) -> int:
 
 
 def flops(arch: Architecture, job: Job) -> float:
-    """Return the floating-point operations of a step: 6 per parameter and token, attention's products, and recomputation."""
+    """Return the floating-point operations of a step: 6 per parameter and token, attention's products, and recomputation.
+
+    A frozen parameter takes 4: there is no product for its gradient.
+    """
     tokens = job.global_batch * job.seq_length
     embedding = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size  # a lookup, no matrix product
-    matrices = 6 * (whole_model(arch) - embedding) * tokens
+    matrices = (4 if job.lora else 6) * (whole_model(arch) - embedding) * tokens
+    matrices += 6 * job.lora.parameters(arch) * tokens if job.lora else 0
     attention = (
         6 * arch.num_layers * arch.num_attention_heads * arch.head_dim * job.seq_length * tokens
     )  # causal: half the square
@@ -80,7 +84,8 @@ def _communication(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -
     edge = (gpu.link if job.gpus <= gpus_per_node else BETWEEN_NODES) * 1e9
     passes = 2 * job.microbatches * job.split.virtual_size if job.pp > 1 else 0
     pipeline = passes * residual / shared / edge
-    gradients = 2 * 4 * whole_model(arch) / (job.tp * job.pp) * (job.replicas - 1) / job.replicas / edge
+    trained = job.lora.parameters(arch) if job.lora else whole_model(arch)
+    gradients = 2 * 4 * trained / (job.tp * job.pp) * (job.replicas - 1) / job.replicas / edge
     return tensor + pipeline + gradients
 
 
@@ -98,9 +103,18 @@ class Saved:
 
 
 def checkpoint(arch: Architecture, job: Job) -> Saved:
-    """Return the size in torch_dist format: the padded model once, in any layout; its Adam state; two files per writing rank."""
+    """Return the size in torch_dist format: the padded model once, in any layout, or only its adapters; the Adam state; two files per
+    writing rank.
+    """
+    if job.lora:
+        count = job.lora.parameters(arch)
+        return _saved(count, job)
     rows = -(-arch.vocab_size // (128 * job.tp)) * 128 * job.tp - arch.vocab_size
     count = whole_model(arch) + rows * arch.hidden_size * (1 if arch.tied_embeddings else 2)
+    return _saved(count, job)
+
+
+def _saved(count: int, job: Job) -> Saved:
     return Saved(
         count * job.width, count * (12 if job.bf16 or job.distributed_optimizer else 8), 2 * job.gpus + _OTHER_FILES
     )

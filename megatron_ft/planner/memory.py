@@ -7,10 +7,12 @@ norms that keep their input in the compute type, no dropout masks if dropout is 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from megatron_ft.adapters.spec import Lora, projections
 from megatron_ft.models.architecture import Architecture, padded_vocab_size
 from megatron_ft.models.families import family_of
 from megatron_ft.models.pipeline import PipelineSplit
@@ -38,6 +40,8 @@ class Job:
     bf16: bool = True
     dropout: bool = False
     cp: int = 1
+    lora: Lora | None = None
+    """Adapters, which are then all that has gradients and optimizer state."""
 
     @property
     def pp(self) -> int:
@@ -70,10 +74,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Stage:
-    """Memory of one GPU of a pipeline stage; all fields but layers and parameters in bytes."""
+    """Memory of one GPU of a pipeline stage; all fields but layers, parameters and trained in bytes."""
 
     layers: int
     parameters: int
+    """Of the model, without adapters."""
+    trained: int
+    """Parameters that have gradients: all, or those of the adapters."""
     weights: int
     gradients: int
     optimizer: int
@@ -103,6 +110,17 @@ def parameters(arch: Architecture, tp: int, layers: int, first: bool, last: bool
     return sum(parameter_sizes(arch, tp, layers, first, last))
 
 
+def adapter_sizes(arch: Architecture, job: Job, layers: int) -> list[int]:
+    """Return the size of each adapter parameter of one rank; [] without adapters."""
+    if job.lora is None:
+        return []
+    sizes = []
+    for one in job.lora.of(arch):
+        cut = (one.columns // job.tp, one.rows) if one.is_row_parallel else (one.columns, one.rows // job.tp)
+        sizes += [job.lora.rank * size for size in cut]
+    return sizes * layers
+
+
 def stages(arch: Architecture, job: Job) -> list[Stage]:
     """Return the memory of one GPU of each pipeline stage."""
     return [_stage(arch, job, number) for number in range(job.pp)]
@@ -111,11 +129,13 @@ def stages(arch: Architecture, job: Job) -> list[Stage]:
 def _stage(arch: Architecture, job: Job, number: int) -> Stage:
     layers, first, last = len(job.split.layers_of(number)), number == 0, number == job.pp - 1
     count = parameters(arch, job.tp, layers, first, last)
+    own = sum(adapter_sizes(arch, job, layers))
+    trained = own if job.lora else count
     return Stage(
-        layers, count,
-        weights=count * job.width,
-        gradients=count * 4,  # one fp32 buffer, whatever the compute type
-        optimizer=optimizer_bytes(count, job),
+        layers, count, trained,
+        weights=(count + own) * job.width,
+        gradients=trained * 4,  # one fp32 buffer, whatever the compute type
+        optimizer=optimizer_bytes(trained, job),
         activations=_activations(arch, job, number),
         working=_working(arch, job, last),
     )  # fmt: skip
@@ -136,6 +156,7 @@ def host_memory(arch: Architecture, job: Job, gpus_per_node: int) -> int:
     for number in range(job.pp):
         layers = len(job.split.layers_of(number))
         sizes = parameter_sizes(arch, job.tp, layers, number == 0, number == job.pp - 1)
+        sizes = adapter_sizes(arch, job, layers) if job.lora else sizes
         ranks += [share for share in _held_at_a_save(sizes, job) for _ in range(job.tp)]
     return max(sum(ranks[first : first + gpus_per_node]) for first in range(0, len(ranks), gpus_per_node))
 
@@ -176,7 +197,33 @@ def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None 
     scores = heads * 4 if recompute == "none" else 0
     masks = (1 if arch.parallel_block else 2) * residual if job.dropout else 0  # one byte per entry
     statistics = inputs * 4 / shared * (2 if arch.norm == "layernorm" else 1)
-    return round(tokens * ((around + attention + mlp) * job.width + scores + masks + statistics))
+    kept = tokens * ((around + attention + mlp) * job.width + scores + masks + statistics)
+    return round(kept + _adapter_activations(arch, job, tokens))
+
+
+def _adapter_activations(arch: Architecture, job: Job, tokens: int) -> float:
+    """Return the bytes that a layer with adapters keeps beyond those of a trained layer; negative if these are fewer.
+
+    What lies between A and B; the joined A of q, k and v, or of gate and up; dropout's masks. A frozen linear does not keep its input: an
+    adapter does, with dropout its own copy. The input of linear_proj is the output of attention, which keeps it anyway.
+    """
+    if job.lora is None:
+        return 0.0
+    pairs = Counter(one.linear for one in job.lora.of(arch))
+    width = {one.linear: one.columns // (job.tp if one.is_row_parallel else 1) for one in projections(arch)}
+    kept = 0.0
+    for linear, count in pairs.items():
+        kept += count * job.lora.rank * (tokens + (width[linear] if count > 1 else 0)) * job.width
+        kept += tokens * width[linear] if job.lora.dropout else 0
+    attention, *mlp = ("self_attention.linear_qkv",), ("mlp.linear_fc1",), ("mlp.linear_fc2",)
+    groups = [(*attention, *mlp[0]), mlp[1]] if arch.shared_norm else [attention, *mlp]
+    for readers in groups:  # of one input
+        users = sum(linear in pairs for linear in readers)
+        copies = users if job.lora.dropout else min(users, 1)
+        kept += (copies - 1) * tokens * width[readers[0]] * job.width
+    if job.lora.dropout and "self_attention.linear_proj" in pairs:
+        kept += tokens * width["self_attention.linear_proj"] * job.width
+    return kept
 
 
 def in_flight(job: Job, number: int) -> int:

@@ -25,6 +25,8 @@ def show(plan: dict[str, Any], gpu: Gpu) -> None:
         f"[bold]{plan['model']}[/]: {plan['parameters']:,} parameters on {plan['gpus']} x {plan['gpu']['kind']} "
         f"({limit / _GB:.0f} GB): TP {layout['tp']} x PP {layout['pp']}{context} x DP {layout['dp']}{chunks}"
     )
+    if own := plan.get("adapters"):
+        out.print(f"LoRA of rank {own['rank']}: {own['parameters']:,} parameters are trained, the model is frozen")
     out.print(_stages(plan, limit))
     out.print(_verdict(plan, limit))
     for line in _figures(plan, gpu):

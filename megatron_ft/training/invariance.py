@@ -53,7 +53,8 @@ class Case:
     packing: bool = True
     kernels: Kernels = field(default_factory=Kernels)
     broken: bool = False
-    """Norms under sequence parallelism whose gradients are not summed. The comparison must detect this."""
+    """Parameters that are whole on each rank under sequence parallelism, and whose gradients are not summed. The comparison must detect
+    this."""
 
 
 @dataclass(frozen=True)

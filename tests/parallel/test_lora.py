@@ -118,3 +118,23 @@ def test_a_run_of_a_mask_drops_as_much_as_it_should():
     halves = [dropped(x[..., :128], keys, 1 << 20, 0.25, first) for first in (0, 128)]
     assert torch.equal(torch.cat(halves, -1), one)
     assert np.isclose(float(one.max()), 4 / 3)
+
+
+def test_the_command(tmp_path):
+    """verify-invariance --lora_rank: every gradient in the table is an adapter's, and the broken layout is caught."""
+    import json
+
+    from tests.parallel.test_invariance import command
+
+    config = {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 5000,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ("--load", str(tmp_path), "--layouts", "TP2 + sequence parallel", "norms not summed (broken on purpose)")
+    good = command(*flags, "--lora_rank", "8", "--lora_dropout", "0.1")
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.count(": pass\n") == 1 and good.stdout.count(": caught\n") == 1
+    assert good.stdout.count("_lora.") == 2, good.stdout
+    bad = command(*flags, "--lora_dropout", "0.1")
+    assert bad.returncode == 2 and "add --lora_rank, or drop --lora_dropout" in bad.stderr

@@ -7,9 +7,13 @@ from unittest import mock
 import torch
 
 from megatron_ft import device
+from megatron_ft.adapters.lora import attach
+from megatron_ft.adapters.spec import TRAINED
 from megatron_ft.engine.parallel import Layout, process_groups
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.build import BuildOptions, build_model
+from megatron_ft.models.dropout import token_keys
+from megatron_ft.models.rows import one_sample_a_row
 
 
 def parameters_of_every_rank(arch: Architecture, tp: int, pp: int) -> list[int]:
@@ -74,21 +78,25 @@ class _Group:
         return getattr(self._real, name)
 
 
-def kept_by_a_layer(arch: Architecture, tokens: int, recompute: str | None) -> int:
+def kept_by_a_layer(arch: Architecture, tokens: int, recompute: str | None, lora=None) -> int:
     """Bytes that one more layer keeps for the backward pass of a row: what a model of three keeps beyond one of two."""
     with process_groups():
-        few, more = (_kept(replace(arch, num_layers=n), tokens, recompute) for n in (2, 3))
+        few, more = (_kept(replace(arch, num_layers=n), tokens, recompute, lora) for n in (2, 3))
     return more - few
 
 
-def _kept(arch: Architecture, tokens: int, recompute: str | None) -> int:
+def _kept(arch: Architecture, tokens: int, recompute: str | None, lora) -> int:
     layout = Layout(1, 1, 1, 0, 0, 0, False, 0)
     full = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
     options = BuildOptions(dtype=torch.bfloat16, recompute_granularity=recompute, **full)
     model = build_model(arch, layout, options).train()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02)
+    if lora:
+        attach([model], arch, lora)
+        TRAINED.freeze_others(model)
     ids = torch.arange(tokens)[None] % arch.vocab_size
+    keys = torch.from_numpy(token_keys(1, [0], tokens).swapaxes(1, 2)) if lora and lora.dropout else None
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     storages = {}
 
@@ -99,7 +107,7 @@ def _kept(arch: Architecture, tokens: int, recompute: str | None) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(ids, ids, None, labels=ids)
+        loss = model(ids, ids, None, labels=ids, packed_seq_params=one_sample_a_row(tokens, keys))
     size = sum(storage.nbytes() for storage in storages.values())
     loss.sum().backward()
     return size

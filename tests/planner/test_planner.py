@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_ft.adapters.spec import Lora, ordered
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.models.pipeline import plain_split
 from megatron_ft.planner import figures, known, memory, search
@@ -60,6 +61,56 @@ def test_what_a_layer_keeps(family, recompute, one_rank):
     kept = one_rank.run(jobs.kept_by_a_layer, arch, 512, None if recompute == "none" else recompute)[0]
     planned = memory.layer_activations(arch, job(arch, seq_length=512, micro_batch=1, recompute=recompute))
     assert planned == pytest.approx(kept, rel=0.05)
+
+
+def lora(arch, rank=16, targets=("all",), **more):
+    return Lora(rank, 16.0, ordered(targets, arch), **more)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "dropout", "recompute"),
+    [
+        ("llama2-70b", ("all",), 0.0, "none"),
+        ("llama2-70b", ("all",), 0.1, "none"),
+        ("llama2-70b", ("all",), 0.1, "full"),
+        ("llama2-70b", ("q_proj", "v_proj"), 0.0, "none"),
+        ("falcon-7b", ("all",), 0.1, "none"),
+        ("falcon-7b", ("fc2",), 0.0, "none"),
+    ],
+)
+def test_what_a_layer_with_adapters_keeps(family, targets, dropout, recompute, one_rank):
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 256,
+        "head_dim": 32,
+        "num_attention_heads": 8,
+        "ffn_hidden_size": 704,
+        "vocab_size": 512,
+    }
+    groups = 1 if family == "falcon-7b" else 2
+    arch = replace(known.architecture(family), **sizes, num_query_groups=groups, norm="layernorm")
+    own = lora(arch, targets=targets, dropout=dropout)
+    kept = one_rank.run(jobs.kept_by_a_layer, arch, 512, None if recompute == "none" else recompute, own)[0]
+    planned = memory.layer_activations(arch, job(arch, seq_length=512, micro_batch=1, recompute=recompute, lora=own))
+    assert planned == pytest.approx(kept, rel=0.05)
+
+
+def test_adapters_have_all_the_state():
+    """The 13B of Airophin at rank 64: 250,347,520 adapter parameters, as PEFT counts them for all seven modules."""
+    arch = known.architecture("llama2-13b")
+    own = lora(arch, 64)
+    assert own.parameters(arch) == 250_347_520
+    frozen, trained = (memory.stages(arch, job(arch, lora=one))[0] for one in (own, None))
+    assert (frozen.trained, trained.trained) == (250_347_520, trained.parameters)
+    assert frozen.weights == 2 * (trained.parameters + 250_347_520)
+    assert frozen.gradients == 4 * 250_347_520 and frozen.optimizer == 12 * 250_347_520
+    cut = memory.stages(arch, job(arch, 2, 2, lora=own))
+    assert 250_347_520 / 4 < cut[0].trained < 250_347_520 / 2  # the whole parts are on both tensor-parallel ranks
+    saved = figures.checkpoint(arch, job(arch, 2, 2, lora=own))
+    assert saved.bytes == 14 * 250_347_520
+    assert memory.host_memory(arch, job(arch, lora=own), 8) == 14 * 250_347_520
+    ratio = figures.flops(arch, job(arch, lora=own)) / figures.flops(arch, job(arch))
+    assert 0.66 < ratio < 0.75
 
 
 def test_optimizer_and_microbatches_in_flight():
@@ -132,6 +183,9 @@ def test_the_command_without_torch(tmp_path):
     assert "68,976,648,192 parameters on 32 x a100-80gb" in done.stdout and "2,172,977,152" in done.stdout
     assert re.search(r"host memory  [\d,.]+ GB per node at a save", done.stdout)
     assert "fits" in done.stdout and "262,144 tokens per step, in 32 microbatches of 2" in done.stdout
+    done = plan("llama2-13b", "--gpu", "h100-80gb", "--gpus", 8, "--lora_rank", 64, "--recompute_granularity", "full")
+    assert "LoRA of rank 64: 250,347,520 parameters are trained" in done.stdout and "[green]" not in done.stdout
+    assert done.stdout.count("fits") == 1, done.stdout
     done = plan("falcon-40b", "--json")
     assert json.loads(done.stdout)["stages"][0]["parameters"] == json.loads(done.stdout)["parameters"]
     assert "does not fit" in plan("falcon-40b").stdout
@@ -144,6 +198,9 @@ def test_the_command_without_torch(tmp_path):
         (["llama2-7b", "--gpu", "a100"], "--gpu a100 is not known.*did you mean a100-"),
         (["llama2-7b", "--tensor_model_parallel_size", "3"], "does not divide the model's num_attention_heads 32"),
         (["llama2-7b", "--gpus", "6", "--tensor_model_parallel_size", "4"], "--gpus 6 is not a multiple of .* = 4"),
+        (["llama2-7b", "--lora_rank", "0"], "--lora_rank 0: must be at least 1"),
+        (["llama2-7b", "--lora_target", "qkv"], "add --lora_rank, or drop --lora_target"),
+        (["llama2-7b", "--lora_rank", "8", "--lora_target", "dense"], "has no such part"),
         (["llama2-7b", "--gpus", "6", "--micro_batch_size", "3"], "--global_batch_size 64 is not a multiple of .* = 18"),
     ],
 )  # fmt: skip
