@@ -60,7 +60,7 @@ def export_adapter(options: Export, base_name: str | None) -> AdapterReport:
     arch, stored = config.architecture, of_checkpoint(folder, config)
     carried = stored.carried if isinstance(stored.carried, dict) else None
     recorded_name = "" if carried else str(arch.hf.get("_name_or_path") or "")
-    peft = config_of(stored.lora, base_name or recorded_name, carried)
+    peft = config_of(stored.lora, arch, base_name or recorded_name, carried)
     names = stored.lora.shapes(arch)
     rules = family_of(arch).rules(arch)
     source = Opened(folder, config, rules, _no_weights, _no_weights, load_copy(folder, config))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from checkpoints_conversion.megatron_source import Opened, open_base, parse_iteration
@@ -17,7 +18,7 @@ from checkpoints_conversion.tokenizer_copy import load_copy
 from megatron_ft.adapters.base import check_base, together
 from megatron_ft.adapters.find import find_base
 from megatron_ft.adapters.peft_files import is_peft
-from megatron_ft.adapters.spec import Projection
+from megatron_ft.adapters.spec import Projection, rows_key
 from megatron_ft.adapters.stored import Stored, of_checkpoint, open_adapters
 from megatron_ft.checkpoints.folder import CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.errors import ConfigError
@@ -42,6 +43,8 @@ def merged(opened: Opened, stored: Stored, described: CheckpointConfig | None, d
     def full(placed: Placed) -> Tensor:
         whole = cast(opened.full(placed), out, placed.key)
         linear = placed.rule.key.removeprefix("decoder.layers.{n}.").removesuffix(".weight")
+        if placed.rule.cut == "vocab_parallel" and stored.lora.new_tokens:
+            return _with_rows(placed, whole, stored)
         return _merged(placed, whole, stored, opened) if linear in named else whole
 
     config = replace(_described(opened.config, described), dtype=out)
@@ -112,6 +115,12 @@ def _merged(placed: Placed, whole: Tensor, stored: Stored, opened: Opened) -> Te
             part = (part.float() + stored.delta(_layer(placed), one)).to(part.dtype)
         parts.append(part)
     return rule.to_megatron(arch, parts)
+
+
+def _with_rows(placed: Placed, whole: Tensor, stored: Stored) -> Tensor:
+    """Return a table with the trained rows of tokens."""
+    rows = stored.read(rows_key(placed.rule.key.removesuffix(".weight")))
+    return whole.index_copy(0, torch.tensor(stored.lora.new_tokens), rows.to(whole.dtype))
 
 
 def _layer(placed: Placed) -> int:

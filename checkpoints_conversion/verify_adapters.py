@@ -81,6 +81,8 @@ def compare_adapters(folder: Path, stored: Stored, arch: Architecture) -> Weight
         raise CheckpointError(
             f"modules: {', '.join(peft.lora.targets)} in {folder}, {', '.join(stored.lora.targets)} in {stored.folder}"
         )
+    if peft.lora.new_tokens != stored.lora.new_tokens:
+        raise CheckpointError(f"the tokens whose rows are trained are not the same in {folder} and {stored.folder}")
     shapes = stored.lora.shapes(arch)
     for name in shapes:
         one, other = peft.read(name), stored.read(name)

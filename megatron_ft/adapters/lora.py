@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_ft.adapters.new_rows import attach_new_rows, begin_as_frozen, new_rows_in
 from megatron_ft.adapters.spec import SUFFIX, Lora, Projection, projections
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.dropout import dropped
@@ -148,6 +149,8 @@ def attach(chunks: list, arch: Architecture, lora: Lora) -> None:
                 _attach(layer, path, adapter)
             if lora.dropout:
                 _hand_on_rows(layer, list(made.values()))
+    if lora.new_tokens:
+        attach_new_rows(chunks, lora.new_tokens, arch.tied_embeddings)
 
 
 def _attach(layer: Any, path: str, adapter: LinearAdapter) -> None:
@@ -194,13 +197,18 @@ def adapters_in(chunks: list) -> Iterator[tuple[int, Pair]]:
 
 @torch.no_grad()
 def fill_adapters(chunks: list, whole: Callable[[str], Tensor], tp_size: int, tp_rank: int) -> None:
-    """Fill every adapter of a stage. whole: name of a parameter in a checkpoint -> the whole matrix, of which this rank keeps its part."""
+    """Fill every adapter of a stage, and the rows of new tokens.
+
+    whole: name of a parameter in a checkpoint -> the whole matrix, of which this rank keeps its part.
+    """
     for layer, pair in adapters_in(chunks):
         for part, parameter in (("A", pair.A), ("B", pair.B)):
             matrix = whole(pair.projection.key(layer, part))
             if getattr(parameter, "tensor_model_parallel", False):
                 matrix = matrix.chunk(tp_size, dim=int(part == "A"))[tp_rank]
             parameter.copy_(matrix)
+    for _, rows in new_rows_in(chunks):
+        rows.rows.copy_(whole(rows.key))
 
 
 def initial(name: str, shape: tuple[int, int], seed: int) -> Tensor:
@@ -212,7 +220,14 @@ def initial(name: str, shape: tuple[int, int], seed: int) -> Tensor:
     return torch.rand(shape, generator=stream) * (2 * bound) - bound
 
 
+@torch.no_grad()
 def initialise(chunks: list, arch: Architecture, lora: Lora, seed: int, tp_size: int, tp_rank: int) -> None:
-    """Set the initial weights of new adapters."""
-    shapes = lora.shapes(arch)
-    fill_adapters(chunks, lambda name: initial(name, shapes[name], seed), tp_size, tp_rank)
+    """Set the initial weights of new adapters; rows of new tokens begin as those of the base, which is loaded."""
+    shapes = {name: shape for name, shape in lora.shapes(arch).items() if not name.endswith(".rows")}
+    frozen = {rows.key: rows.rows for _, rows in new_rows_in(chunks)}
+    begin_as_frozen(chunks)
+
+    def whole(name: str) -> Tensor:
+        return frozen[name] if name in frozen else initial(name, shapes[name], seed)
+
+    fill_adapters(chunks, whole, tp_size, tp_rank)

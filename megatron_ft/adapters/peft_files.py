@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_ft.adapters.spec import Lora, Projection, check, projections
+from megatron_ft.adapters.spec import Lora, Projection, check, check_tokens, projections, rows_key, tables
 from megatron_ft.errors import CheckpointError, ConfigError
 from megatron_ft.files import read_json, write_json
 from megatron_ft.models.architecture import Architecture
@@ -28,7 +28,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
     **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"), (None, False)),
-    **dict.fromkeys(("modules_to_save", "target_parameters", "layers_to_transform", "trainable_token_indices"), (None, [], {})),
+    **dict.fromkeys(("modules_to_save", "target_parameters", "layers_to_transform"), (None, [], {})),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens"), (None, [], {})),
     **dict.fromkeys(("arrow_config", "kasa_config", "velora_config", "monteclora_config", "corda_config"), (None, {})),
 }  # fmt: skip
@@ -47,6 +47,11 @@ def is_peft(folder: Path) -> bool:
 def tensor_name(projection: Projection, layer: int, part: str) -> str:
     """Return PEFT's name of a parameter. part: A or B."""
     return f"{_PREFIX}{projection.path.format(n=layer)}.lora_{part}.weight"
+
+
+def rows_name(module: str) -> str:
+    """Return PEFT's name of the trained rows of a table. module: the table's name in Hugging Face."""
+    return f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def open_peft(folder: Path, arch: Architecture) -> PeftAdapter:
             raise CheckpointError(f"{folder / name} is missing: not a PEFT adapter with safetensors; {_REMEDY}")
     config = _read_config(folder / CONFIG)
     file = SafetensorsFile(folder / WEIGHTS, _REMEDY)
-    lora = _lora(folder / CONFIG, config, _targets(folder / WEIGHTS, set(file.tensors), arch))
+    targets = _targets(folder / WEIGHTS, set(file.tensors), arch)
+    lora = _lora(folder / CONFIG, config, targets, _new_tokens(folder / CONFIG, config, arch))
     names = _names(lora, arch)
     shapes = lora.shapes(arch)
     if missing := next((peft for peft in names.values() if peft not in file.tensors), None):
@@ -112,7 +118,7 @@ def _targets(path: Path, found: set[str], arch: Architecture) -> tuple[str, ...]
         for one in projections(arch)
         for layer in range(arch.num_layers)
         for part in "AB"
-    }
+    } | {rows_name(module): "" for module in tables(arch).values()}
     if strange := sorted(found - known.keys()):
         raise CheckpointError(
             f"{path} has {strange[0]} ({len(strange)} such), which belongs to no linear of this {arch.family} model with "
@@ -122,13 +128,34 @@ def _targets(path: Path, found: set[str], arch: Architecture) -> tuple[str, ...]
     return tuple(one.name for one in projections(arch) if one.name in here)
 
 
-def _lora(path: Path, config: dict[str, Any], targets: tuple[str, ...]) -> Lora:
+def _new_tokens(path: Path, config: dict[str, Any], arch: Architecture) -> tuple[int, ...]:
+    """Return the tokens whose rows are trained. Raise CheckpointError unless they are so in every table of the model."""
+    entry, modules = (
+        config.get("trainable_token_indices") or [],
+        [name.rpartition(".")[2] for name in tables(arch).values()],
+    )
+    by_module = entry if isinstance(entry, dict) else {modules[0]: entry} if entry else {}
+    if not by_module:
+        return ()
+    each = [by_module.get(name) for name in modules]
+    if set(by_module) != set(modules) or not isinstance(each[0], list) or any(tokens != each[0] for tokens in each):
+        raise CheckpointError(
+            f"{path}: trainable_token_indices {str(entry)[:60]}: tokens have to be trained in {' and '.join(modules)} of this model alike"
+        )
+    try:
+        check_tokens(each[0], arch)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return tuple(each[0])
+
+
+def _lora(path: Path, config: dict[str, Any], targets: tuple[str, ...], tokens: tuple[int, ...]) -> Lora:
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
     if not targets or type(rank) is not int or not all(isinstance(x, int | float) for x in (alpha, dropout)):
         raise CheckpointError(
             f"{path}: r {rank}, lora_alpha {alpha}, lora_dropout {dropout}: not the values of an adapter; {_REMEDY}"
         )
-    lora = Lora(rank, float(alpha or 0), targets, float(dropout), bool(config.get("use_rslora", False)))
+    lora = Lora(rank, float(alpha or 0), targets, float(dropout), bool(config.get("use_rslora", False)), tokens)
     try:
         check(lora)
     except ConfigError as error:
@@ -137,7 +164,8 @@ def _lora(path: Path, config: dict[str, Any], targets: tuple[str, ...]) -> Lora:
 
 
 def _names(lora: Lora, arch: Architecture) -> dict[str, str]:
-    return {
+    rows = {rows_key(table): rows_name(module) for table, module in tables(arch).items()} if lora.new_tokens else {}
+    return rows | {
         one.key(layer, part): tensor_name(one, layer, part)
         for layer in range(arch.num_layers)
         for one in lora.of(arch)
@@ -145,13 +173,18 @@ def _names(lora: Lora, arch: Architecture) -> dict[str, str]:
     }
 
 
-def config_of(lora: Lora, base_name: str, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def config_of(
+    lora: Lora, arch: Architecture, base_name: str, carried: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the content of adapter_config.json. carried: of the adapter that training began with, which keeps its other entries."""
     known = dict(carried or _NEW)
     if set(known.get("target_modules") or ()) != set(lora.targets) and not carried:
         known["target_modules"] = sorted(lora.targets)
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     known |= {"r": lora.rank, "lora_alpha": alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rs}
+    if lora.new_tokens and not carried:
+        modules, tokens = [name.rpartition(".")[2] for name in tables(arch).values()], list(lora.new_tokens)
+        known["trainable_token_indices"] = dict.fromkeys(modules, tokens) if len(modules) > 1 else tokens
     return known | ({} if carried and not base_name else {"base_model_name_or_path": base_name})
 
 

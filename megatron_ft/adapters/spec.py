@@ -32,6 +32,19 @@ _LINEARS = {
 }
 """Name in --lora_target -> the engine's linear within a layer."""
 _LAYER = "decoder.layers.{n}."
+EMBEDDING, OUTPUT = "embedding.word_embeddings", "output_layer"
+"""The tables with a row for each token."""
+
+
+def rows_key(table: str) -> str:
+    """Return the name in a checkpoint of the trained rows of a table."""
+    return f"{table}{SUFFIX}.rows"
+
+
+def tables(arch: Architecture) -> dict[str, str]:
+    """Return the tables of a model, each with the name of its module in Hugging Face: one if they are tied."""
+    rules = [rule for rule in family_of(arch).rules(arch) if rule.cut == "vocab_parallel"]
+    return {rule.key.removesuffix(".weight"): rule.hf_keys[0].removesuffix(".weight") for rule in rules}
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,8 @@ class Lora:
     dropout: float = 0.0
     rs: bool = False
     """The scale is alpha / sqrt(rank) instead of alpha / rank (rsLoRA, Kalajdzievski 2023)."""
+    new_tokens: tuple[int, ...] = ()
+    """Tokens whose rows of the embedding and the output layer are trained too."""
 
     @property
     def scale(self) -> float:
@@ -88,11 +103,14 @@ class Lora:
 
     def parameters(self, arch: Architecture) -> int:
         """Return the number of parameters of all adapters."""
-        return arch.num_layers * sum(self.rank * (one.rows + one.columns) for one in self.of(arch))
+        rows = len(self.new_tokens) * arch.hidden_size * len(tables(arch))
+        return arch.num_layers * sum(self.rank * (one.rows + one.columns) for one in self.of(arch)) + rows
 
     def shapes(self, arch: Architecture) -> dict[str, tuple[int, int]]:
-        """Return the shape of every adapter's parameters, by name in a checkpoint, in the order of the layers."""
-        return {
+        """Return the shape of every parameter, by name in a checkpoint, in the order of the layers; rows of tokens first."""
+        size = (len(self.new_tokens), arch.hidden_size)
+        rows = {rows_key(table): size for table in tables(arch)} if self.new_tokens else {}
+        return rows | {
             one.key(layer, part): (self.rank, one.columns) if part == "A" else (one.rows, self.rank)
             for layer in range(arch.num_layers)
             for one in self.of(arch)
@@ -100,7 +118,7 @@ class Lora:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "targets": list(self.targets)}
+        return {**asdict(self), "targets": list(self.targets), "new_tokens": list(self.new_tokens)}
 
     @classmethod
     def from_dict(cls, entry: Any, arch: Architecture) -> Lora:
@@ -110,8 +128,10 @@ class Lora:
         if set(known) != names:
             raise CheckpointError("the entry adapter of config.json is incomplete; use another checkpoint")
         try:
-            lora = cls(**{**known, "targets": ordered(known["targets"], arch)})
+            tokens = tuple(known["new_tokens"])
+            lora = cls(**{**known, "targets": ordered(known["targets"], arch), "new_tokens": tokens})
             check(lora)
+            check_tokens(tokens, arch)
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"the entry adapter of config.json: {error}") from error
         return lora
@@ -125,6 +145,15 @@ def check(lora: Lora) -> None:
         raise ConfigError(f"--lora_alpha {lora.alpha}: must be above 0")
     if not 0 <= lora.dropout < 1:
         raise ConfigError(f"--lora_dropout {lora.dropout}: must be at least 0 and less than 1")
+
+
+def check_tokens(tokens: Sequence[Any], arch: Architecture) -> None:
+    """Raise ConfigError for what are no tokens of the model."""
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < arch.vocab_size:
+            raise ConfigError(
+                f"token {token!r} has trained rows, but the model has tokens 0 to {arch.vocab_size - 1}: its tokenizer lacks added tokens"
+            )
 
 
 def ordered(targets: Sequence[str], arch: Architecture) -> tuple[str, ...]:
@@ -147,11 +176,13 @@ def ordered(targets: Sequence[str], arch: Architecture) -> tuple[str, ...]:
     return tuple(one.name for one in known if one.name in chosen)
 
 
-def from_settings(section: Adapters, arch: Architecture, stored: Lora | None = None) -> Lora | None:
+def from_settings(
+    section: Adapters, arch: Architecture, stored: Lora | None = None, added: Sequence[int] = ()
+) -> Lora | None:
     """Return the adapters that the flags ask for; None: no adapters.
 
     stored: those of the checkpoint or PEFT folder that the run continues from. Flags need not repeat them, and must not contradict them;
-    only the dropout may change. Raise ConfigError.
+    only the dropout may change. added: the tokens that were added to the model's vocabulary. Raise ConfigError.
     """
     targets = [name for entry in section.lora_target for name in entry.split(",") if name]
     if section.lora_rank is None and stored is None:
@@ -159,9 +190,15 @@ def from_settings(section: Adapters, arch: Architecture, stored: Lora | None = N
         return None
     if stored is None:
         assert section.lora_rank is not None
-        alpha = DEFAULT_ALPHA if section.lora_alpha is None else section.lora_alpha
+        if section.train_new_tokens and not added:
+            raise ConfigError("--train_new_tokens: no tokens were added to the model's vocabulary: drop it")
         made = Lora(
-            section.lora_rank, alpha, ordered(targets or ["all"], arch), section.lora_dropout or 0.0, section.lora_rs
+            section.lora_rank,
+            DEFAULT_ALPHA if section.lora_alpha is None else section.lora_alpha,
+            ordered(targets or ["all"], arch),
+            section.lora_dropout or 0.0,
+            section.lora_rs,
+            tuple(sorted(added)) if section.train_new_tokens else (),
         )
         check(made)
         return made
@@ -172,7 +209,10 @@ def from_settings(section: Adapters, arch: Architecture, stored: Lora | None = N
 
 
 def _refuse_without_rank(section: Adapters) -> None:
-    given = {name: getattr(section, name) for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_rs", "base")}
+    given = {
+        name: getattr(section, name)
+        for name in ("lora_alpha", "lora_dropout", "lora_target", "lora_rs", "base", "train_new_tokens")
+    }
     for name, value in given.items():
         if value not in (None, [], False):
             raise ConfigError(f"--{name} is for adapters: add --lora_rank, or drop --{name}")
@@ -185,6 +225,10 @@ def _check_same(section: Adapters, targets: tuple[str, ...], stored: Lora) -> No
         "lora_target": (",".join(targets) or None, ",".join(stored.targets)),
         "lora_rs": (section.lora_rs or None, stored.rs),
     }
+    if section.train_new_tokens and not stored.new_tokens:
+        raise ConfigError(
+            "--train_new_tokens: the adapters that this run continues from train no rows of tokens; drop the flag"
+        )
     for name, (asked, there) in given.items():
         if asked is not None and asked != there:
             raise ConfigError(

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_ft import device
 from megatron_ft.adapters.base import load_base
 from megatron_ft.adapters.lora import fill_adapters, initialise
+from megatron_ft.adapters.new_rows import summing
 from megatron_ft.adapters.spec import BASE, TRAINED
 from megatron_ft.checkpoints import training_state
 from megatron_ft.checkpoints.folder import SETTINGS, TRAINED_ON, CheckpointConfig, vocab_rows
@@ -143,6 +144,7 @@ def _build(inputs: Inputs, trainable: Trainable, adapting: Adapting | None) -> P
         model, inputs.layout, settings.batch.micro_batch_size, inputs.rows,
         exact_phases=settings.logging.log_timers_to_tensorboard,
         dropout_seed=settings.data.seed if numerics.hidden_dropout or (adapting and adapting.lora.dropout) else None,
+        before_reduction=summing(setup.bare(model), described.architecture.tied_embeddings),
     )  # fmt: skip
     return Parts(model, optimizer, schedule, stepper)
 

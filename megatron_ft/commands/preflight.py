@@ -134,10 +134,11 @@ def adapters(lora: Lora, described: CheckpointConfig, split: PipelineSplit) -> I
             f"the adapters' output is multiplied by {lora.scale:g} (--lora_alpha {lora.alpha:g}, --lora_rank {lora.rank}); usual are 0.25 "
             f"to 2: check --lora_alpha",
         )
-    if added := list(described.tokenizer.get("added_tokens", {})):
+    added = list(described.tokenizer.get("added_tokens", {}))
+    if added and not lora.new_tokens:
         yield Finding(
             "warning",
-            f"{len(added)} added tokens ({', '.join(added[:3])}): their embeddings are not trained by adapters and stay as they are",
+            f"{len(added)} added tokens ({', '.join(added[:3])}): adapters do not train their embeddings; add --train_new_tokens",
         )
     for number, stage in enumerate(split.chunks, 1):
         if not any(len(chunk) for chunk in stage):

@@ -190,6 +190,8 @@ class Adapters:
     """parts of a layer with adapters: qkv, proj, fc1, fc2, or module names such as q_proj, separated by commas; default: all"""
     lora_rs: bool = False
     """multiply the adapters' output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)"""
+    train_new_tokens: bool = False
+    """with --lora_rank: also train the rows of added tokens in the embedding and the output layer, and save them with the adapters"""
     adapter: str | None = None
     """folder of a PEFT adapter for the model in --load (adapter_config.json), whose training continues; default: new adapters"""
     base: str | None = None

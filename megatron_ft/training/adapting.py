@@ -47,10 +47,11 @@ def find_adapting(
     if described.adapter is not None:
         return _continued(settings, described, folder)
     peft = _opened(section, arch)
-    lora = spec.from_settings(section, arch, peft.lora if peft else None)
+    added = list(described.tokenizer.get("added_tokens", {}).values())
+    lora = spec.from_settings(section, arch, peft.lora if peft else None, added)
     if lora is None:
         return None
-    _check(settings)
+    _check(settings, lora, arch)
     if section.base:
         raise ConfigError(
             f"--base {section.base}: --load holds the model itself, to which the adapters are added: drop --base"
@@ -78,16 +79,21 @@ def _continued(settings: TrainingSettings, described: CheckpointConfig, folder: 
         raise ConfigError(f"--adapter {section.adapter}: {folder} already holds adapters: drop --adapter")
     lora = spec.from_settings(section, described.architecture, Lora.from_dict(entry, described.architecture))
     assert lora is not None
-    _check(settings)
+    _check(settings, lora, described.architecture)
     base = find_base(described, folder, section.base, settings.checkpointing.load)
     found, split = describe(base), split_layers(described.architecture.num_layers, settings.parallel)
     check_sizes(base, found, settings.parallel.tensor_model_parallel_size, split.stages, split)
     return Adapting(lora, base, found, entry["base"]["weights"], carried=entry.get("peft"))
 
 
-def _check(settings: TrainingSettings) -> None:
+def _check(settings: TrainingSettings, lora: Lora, arch: Architecture) -> None:
     checkpointing = settings.checkpointing
     if settings.optimizer.unfrozen_parameters:
         raise ConfigError("--unfrozen_parameters and adapters (--lora_rank) both say what is trained: drop one of them")
     if checkpointing.save and checkpointing.ckpt_format == "torch":
         raise ConfigError("--ckpt_format torch cannot hold adapters alone: save with --ckpt_format torch_dist")
+    in_stages = arch.tied_embeddings and settings.parallel.pipeline_model_parallel_size > 1
+    if lora.new_tokens and in_stages and settings.kernels.overlap_grad_reduce:
+        raise ConfigError(
+            "--train_new_tokens sums gradients of tied embeddings over the first and last stage: drop --overlap_grad_reduce"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ class GlobalWeight:
     (--scalar_loss_mask 0.1), so they are summed here, and gradients divided here once the engine has reduced them.
     """
 
-    def __init__(self) -> None:
-        self.total = torch.zeros([])
+    def __init__(self, before: Callable[[], None] | None = None) -> None:
+        """before: called before gradients are reduced."""
+        self.total, self.before = torch.zeros([]), before
 
     def start_step(self, device: torch.device) -> None:
         self.total = torch.zeros([], dtype=torch.float32, device=device)
@@ -31,6 +33,8 @@ class GlobalWeight:
         self, model: list, num_tokens: Any = None, pg_collection: Any = None, force_all_reduce: bool = False
     ) -> None:
         """Reduce gradients over the ranks, then divide by the global weight. This is the engine's finalize_model_grads_func."""
+        if self.before:
+            self.before()
         finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
         self._sum_over_ranks()
         if self.total > 0:

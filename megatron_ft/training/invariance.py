@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
+from megatron_ft.adapters.new_rows import summing
 from megatron_ft.adapters.spec import BASE, TRAINED, Lora
 from megatron_ft.checkpoints.folder import MODEL_PREFIX, describe
 from megatron_ft.checkpoints.load import load_weights, sharded_weights
@@ -38,6 +39,8 @@ from megatron_ft.training.objectives.cross_entropy import CrossEntropy
 from megatron_ft.training.objectives.objective import Objective
 from megatron_ft.training.step import Stepper
 
+TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""What is padded, in rows."""
 ROWS = 8
 """Rows of the one global batch: enough for four data-parallel ranks with two rows at once."""
 
@@ -164,7 +167,10 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
         rows = MadeUpChats(arch.vocab_size, problem.seq_length, problem.seed)
         dataset = ChatDataset([rows], loss_weights(), Choices(problem.seq_length, problem.seed, packed=case.packing))
         drops = problem.seed if numerics.hidden_dropout or (problem.lora and problem.lora.dropout) else None
-        stepper = Stepper(chunks, layout, case.micro_batch_size, ROWS, dropout_seed=drops, objective=problem.objective)
+        stepper = Stepper(
+            chunks, layout, case.micro_batch_size, ROWS, dropout_seed=drops, objective=problem.objective,
+            before_reduction=summing(bare, arch.tied_embeddings),
+        )  # fmt: skip
         first = stepper.train(dataset, 0, optimizer)
         gradients = _gathered(bare, arch)
         second = stepper.train(dataset, 0, optimizer)
@@ -217,7 +223,7 @@ def make_up_weights(chunks: list, arch: Architecture, adapters_only: bool = Fals
             continue
         shape = part.global_shape[part.prepend_axis_num :]
         stream = torch.Generator().manual_seed(zlib.crc32(part.key.encode()))
-        rows = arch.vocab_size if "embedding" in part.key or "output_layer" in part.key else shape[0]
+        rows = arch.vocab_size if part.key.endswith(TABLES) else shape[0]
         whole = torch.zeros(shape)
         whole[:rows] = torch.randn((rows, *shape[1:]), generator=stream) * (1 / math.sqrt(shape[-1]))
         if len(shape) == 1 and part.key.endswith("weight"):  # a norm's
@@ -243,9 +249,7 @@ def _gathered(chunks: list, arch: Architecture) -> dict[str, np.ndarray] | None:
         value = value.reshape(there.shape)
         apart = 0.0 if is_main else float((there - value).abs().max() / there.abs().max().clamp(min=1e-12))
         there.copy_(value if apart < 1e-3 else value * math.nan)
-    # Only the embedding and the output layer are padded, in rows.
-    tables = ("embedding.word_embeddings.weight", "output_layer.weight")
-    return {key: (value[: arch.vocab_size] if key.endswith(tables) else value).numpy() for key, value in whole.items()}
+    return {key: (value[: arch.vocab_size] if key.endswith(TABLES) else value).numpy() for key, value in whole.items()}
 
 
 def _forget_norms(chunks: list) -> None:

@@ -70,17 +70,18 @@ class Stepper:
     """Runs steps of one model over one dataset. Keeps nothing between steps but the engine's own state.
 
     model: the chunks of this rank's stage (setup.make_model). dropout_seed: of the residual dropout's masks; None: no dropout.
-    objective: what is minimised; None: cross-entropy.
+    objective: what is minimised; None: cross-entropy. before_reduction: called each step before gradients are reduced over the ranks.
     """
 
     def __init__(
         self, model: list, layout: Layout, micro_batch_size: int, global_batch_size: int, exact_phases: bool = False,
         dropout_seed: int | None = None, objective: Objective | None = None,
+        before_reduction: Callable[[], None] | None = None,
     ):  # fmt: skip
         self.model, self.layout = model, layout
         self.objective = objective or CrossEntropy()
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.weight = GlobalWeight()
+        self.weight = GlobalWeight(before_reduction)
         self.device = device.current_device()
         self.phases = Phases(exact_phases)
         size = model[0].config.window_size

@@ -44,15 +44,15 @@ def architecture(root) -> Architecture:
     return describe(find_checkpoint(root)).architecture
 
 
-def make_adapter(folder, arch, targets=("qkv", "fc2")):
+def make_adapter(folder, arch, targets=("qkv", "fc2"), tokens=()):
     from megatron_ft.adapters.peft_files import config_of, write_peft
     from megatron_ft.adapters.spec import Lora, ordered
 
-    lora = Lora(3, 6.0, ordered(targets, arch))
+    lora = Lora(3, 6.0, ordered(targets, arch), new_tokens=tokens)
     stream = torch.Generator().manual_seed(1)
     weights = {name: torch.randn(shape, generator=stream) * 0.3 for name, shape in lora.shapes(arch).items()}
     folder.mkdir()
-    write_peft(folder, arch, lora, weights, config_of(lora, "somebody/a-model"), None)
+    write_peft(folder, arch, lora, weights, config_of(lora, arch, "somebody/a-model"), None)
 
 
 def train(place):
@@ -222,3 +222,61 @@ def test_verify_an_exported_adapter_and_what_is_wrong(place, tmp_path):
 def changed_base(place, tmp_path) -> str:
     convert(HfToMegatron(str(place / "peft-merged"), str(tmp_path / "changed")))
     return str(tmp_path / "changed")
+
+
+def train_rows(place, save, until, flags):
+    """A run with --train_new_tokens; the user's error, or None."""
+    from tests.parallel.jobs import finetune
+
+    values = {
+        "load": f"{place}/base", "data_path": [f"{place}/chats-train"], "lora_rank": 2, "lora_dropout": 0.1, "train_new_tokens": True,
+        "train_iters": until, "lr": 5e-2, "lr_warmup_iters": 0, "lr_decay_iters": 9, "report": False, "seq_length": 32,
+        "auto_resume": True,
+    }  # fmt: skip
+    try:
+        finetune((2, 2), save=save, **(values | flags))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"bf16": True, "use_distributed_optimizer": True}], ids=["fp32", "bf16, distributed"]
+)
+def test_rows_of_added_tokens(flags, place, four_ranks, tmp_path):
+    """A stop changes no bit; the rows change, others do not; base and adapters answer as the merged model."""
+    from safetensors.torch import load_file
+
+    from megatron_ft.checkpoints.folder import find_checkpoint
+    from megatron_ft.checkpoints.verify import tensor_hashes
+
+    for name, until in (("straight", (4,)), ("resumed", (2, 4))):
+        for steps in until:
+            assert four_ranks.run(train_rows, str(place), str(tmp_path / name), steps, flags) == [None] * 4
+    one, other = (tensor_hashes(find_checkpoint(tmp_path / name)) for name in ("straight", "resumed"))
+    assert one == other
+    assert [name for name in one if name.startswith("model.") and name.endswith("rows [0, 0]")]
+    merge(Merge(str(tmp_path / "straight"), str(tmp_path / "merged"), params_dtype="fp32"))
+    merged, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", place / "export"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        changed = (merged[name] != before[name]).any(1).nonzero().flatten().tolist()
+        assert changed == [len(merged[name]) - 2, len(merged[name]) - 1], name
+    expected = transformers_says(tmp_path / "merged")
+    assert four_ranks.run(ask, tmp_path / "straight", (2, 2)) == [expected] * 4
+
+
+def test_rows_that_cannot_be_trained(place, four_ranks, one_rank, tmp_path):
+    plain = tmp_path / "plain"
+    convert(HfToMegatron(str(place / "hf"), str(plain)))
+    no = str(tmp_path / "no")
+
+    def refused(**flags):
+        return four_ranks.run(train_rows, str(place), no, 2, flags)[0]
+
+    assert "no tokens were added to the model's vocabulary" in refused(load=str(plain))
+    assert "add --lora_rank, or drop --train_new_tokens" in refused(lora_rank=None, lora_dropout=None)
+    assert "continues from train no rows of tokens" in refused(load=str(place / "run"), lora_rank=None)
+    arch = architecture(place / "base")
+    make_adapter(tmp_path / "peft", arch, tokens=(arch.vocab_size - 1,))
+    assert "its tokenizer lacks added tokens" in one_rank.run(refusal, plain, (1, 1), tmp_path / "peft")[0]
+    assert not (tmp_path / "no").exists()

@@ -138,3 +138,24 @@ def test_the_command(tmp_path):
     assert good.stdout.count("_lora.") == 2, good.stdout
     bad = command(*flags, "--lora_dropout", "0.1")
     assert bad.returncode == 2 and "add --lora_rank, or drop --lora_dropout" in bad.stderr
+
+
+@pytest.mark.parametrize("arch", [LLAMA, FALCON], ids=["two tables", "tied"])
+def test_rows_of_new_tokens(arch, pools):
+    """Their gradients, in tables that are cut, on one stage or on two, tied or not; others stay as they are."""
+    from megatron_ft.config.sections import Numerics
+    from megatron_ft.training.invariance import Case, compare
+
+    tokens, numerics = (3, 60, 120, 202), Numerics(hidden_dropout=0.1)
+    lora = lora_of(arch, ("qkv",), new_tokens=tokens)
+    (reference,) = pools[1].run(measure, arch, Case("one", 1), lora, numerics)
+    names = {name.removeprefix("model.") for name in reference.gradients}
+    assert names == lora.shapes(arch).keys() and "embedding.word_embeddings_lora.rows" in names
+    assert ("output_layer_lora.rows" in names) == (not arch.tied_embeddings)
+    for name, gradient in reference.gradients.items():
+        if name.endswith("_lora.rows"):
+            assert gradient.shape == (4, 64) and (abs(gradient).max(1) > 0).sum() >= 2
+    wanted = ("TP4 + sequence parallel", "TP2", "PP4", "TP2 x PP2 + sequence parallel", "DP2")
+    for case in cases(arch, wanted):
+        found = compare(reference, pools[case.processes].run(measure, arch, case, lora, numerics)[0])
+        assert found.largest < TOLERANCE, (case.name, found)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parallel.jobs import SEQ_LENGTH, finetune, logits, read_metrics
+from tests.parallel.jobs import SEQ_LENGTH, finetune, logits, make_llama, read_metrics, to_checkpoint
 from tests.parallel.test_against_transformers import CLIP, LR, STEPS, WARMUP, rate, samples_of
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -58,6 +58,10 @@ def merged(adapters, folder, **options) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def theirs(llama, adapter, shards):
+    return their_run(llama, adapter, shards)
+
+
+def their_run(llama, adapter, shards):
     """(losses, gradient norms, adapter's weights at the end) of a loop with PEFT and torch."""
     from megatron_ft.data.roles import ASSISTANT
     from megatron_ft.data.shards import open_shards
@@ -170,3 +174,33 @@ def loaded_base(hf, dtype):
     from megatron_ft.models.dtypes import torch_dtype
 
     return {name: value.to(torch_dtype(dtype)) for name, value in load_file(hf / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["two tables", "tied"])
+def test_rows_of_tokens_are_trained_as_in_peft(tied, four_ranks, shards, tmp_path):
+    """TP2 x PP2: ten steps, the export, and the merged model; tied tables have their rows on the first and the last stage."""
+    from safetensors.torch import load_file
+
+    hf = make_llama(tmp_path / "hf", tie_word_embeddings=tied)
+    checkpoint = to_checkpoint(hf, tmp_path / "checkpoint", "torch_dist", 1, 1)
+    tokens = [3, 77, 150, 202]
+    chosen = tokens if tied else {"embed_tokens": tokens, "lm_head": tokens}
+    with_adapter(hf, ["q_proj", "down_proj"], trainable_token_indices=chosen).save_pretrained(tmp_path / "adapter")
+    losses, norms, weights = their_run(hf, tmp_path / "adapter", shards)
+    four_ranks.run(train, (2, 2), checkpoint, shards, str(tmp_path / "tuned"), str(tmp_path / "adapter"))
+    np.testing.assert_allclose(read_metrics(tmp_path / "tuned"), losses, rtol=1e-5)
+    np.testing.assert_allclose(read_metrics(tmp_path / "tuned", "train/grad_norm"), norms, rtol=1e-4)
+    out = export(tmp_path / "tuned", tmp_path / "out")
+    ours, began = (load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "adapter"))
+    assert ours.keys() == weights.keys() and sum("trainable_tokens" in name for name in ours) == (1 if tied else 2)
+    for name, value in weights.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-5, msg=name)
+        assert not torch.equal(ours[name], began[name])
+    state = loaded(hf, out).merge_and_unload().state_dict()
+    found = merged(tmp_path / "tuned", tmp_path / "merged")
+    assert all(torch.equal(found[name], state[name]) for name in found)
+    same = tmp_path / "same"
+    four_ranks.run(still, checkpoint, shards, str(same), str(tmp_path / "adapter"))
+    back = export(same, tmp_path / "back")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (back / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes(), name

@@ -30,7 +30,9 @@ def test_preflight_warns():
     assert "multiplied by 8 (--lora_alpha 64, --lora_rank 8)" in scale
     assert said(Lora(64, 64.0, ("q_proj",), rs=True)) == []
     (added,) = said(tokenizer={"added_tokens": {"<|im_start|>": 200, "<|im_end|>": 201}})
-    assert "2 added tokens (<|im_start|>, <|im_end|>)" in added
+    assert "2 added tokens (<|im_start|>, <|im_end|>)" in added and "--train_new_tokens" in added
+    own = Lora(64, 16.0, ("q_proj",), new_tokens=(200, 201))
+    assert said(own, tokenizer={"added_tokens": {"<|im_start|>": 200, "<|im_end|>": 201}}) == []
     (empty,) = said(flags=Parallelism(pipeline_model_parallel_size=3, pipeline_model_parallel_layout="Ett|tt|L"))
     assert "stage 3 of the pipeline has no layers" in empty
 
@@ -53,6 +55,8 @@ def test_targets():
         ({"targets": 3}, "adapter"),
         ({"dropout": 2.0}, "must be at least 0"),
         ({"rs": None}, None),
+        ({"new_tokens": [203]}, "token 203 has trained rows, but the model has tokens 0 to 202: its tokenizer lacks"),
+        ({"new_tokens": ["3"]}, "token '3'"),
     ],
 )
 def test_what_a_file_says_is_checked(change, words):
