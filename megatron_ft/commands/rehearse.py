@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from megatron_ft.checkpoints.folder import TOKENIZER_FOLDER, CheckpointConfig
 from megatron_ft.config.checks import check_settings, data_parallel_size, places_to_write
@@ -27,6 +27,9 @@ from megatron_ft.launch.places import Places, is_rank, places
 from megatron_ft.models.architecture import Architecture, padded_vocab_size
 from megatron_ft.rehearsal import make_up, shrink
 from megatron_ft.rehearsal.meeting import AT_ONCE, BY_HAND, Meeting, shared_place
+
+if TYPE_CHECKING:
+    from megatron_ft.training.adapting import Adapting
 
 T = TypeVar("T")
 VARIABLE, MODEL_VARIABLE = "MEGATRON_FT_REHEARSE", "MEGATRON_FT_MAKE_BELIEVE"
@@ -121,6 +124,8 @@ class _Findings:
 
     small: Architecture
     """Of the model to rehearse with, where a model was found."""
+    adapting: Adapting | None = None
+    """The adapters of the real run, if it has any."""
 
     def __init__(self, settings: TrainingSettings, processes: int, make_believe: str | None):
         self.lines: list[str] = []
@@ -157,7 +162,8 @@ class _Findings:
         self._note("settings", f"TP{tp} x PP{pp}{f' x CP{cp}' if cp > 1 else ''} x DP{dp}, consistent")
 
     def _load(self) -> None:
-        from megatron_ft.training.fit import check_model, find_start
+        from megatron_ft.training.adapting import find_adapting
+        from megatron_ft.training.fit import check_model, find_start, starts_anew
 
         s, flags = self.settings, self.settings.model
         if flags.vocab_file and not Path(flags.vocab_file).exists():  # _vocabulary reports it
@@ -169,6 +175,8 @@ class _Findings:
             return
         start = find_start(s, self.processes)
         self.source, self.described = start.folder, start.described
+        anew = starts_anew(start.described, start.settings.checkpointing)
+        self.adapting = find_adapting(start.settings, start.described, start.folder, anew)
         kind, iteration = start.described.ckpt_format, start.described.iteration
         self._note("--load", f"{start.folder}: {kind}, iteration {iteration}, all files exist")
 
@@ -268,6 +276,7 @@ def _shrunk(
         optimizer=shrink.optimizer(settings.optimizer), numerics=shrink.numerics(settings.numerics),
         logging=shrink.logging(settings.logging, folder), model=shrink.model(settings.model),
         launching=shrink.launching(settings.launching, processes, folder), stopping=shrink.stopping(settings.stopping),
+        adapters=shrink.adapters(found.adapting.lora) if found.adapting else settings.adapters,
     )  # fmt: skip
 
 
@@ -281,7 +290,7 @@ def _prepare(folder: Path, found: _Findings, small: TrainingSettings) -> None:
     dtype = "bf16" if small.numerics.bf16 else "fp32"
     made_up = replace(
         described, architecture=found.small, ckpt_format="torch_dist", tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
-        padded_vocab_size=padded_vocab_size(found.small.vocab_size, 1), iteration="release", dtype=dtype,
+        padded_vocab_size=padded_vocab_size(found.small.vocab_size, 1), iteration="release", dtype=dtype, adapter=None,
     )  # fmt: skip
     make_up.model(folder / "model", made_up, found.source / TOKENIZER_FOLDER if found.source else None)
 

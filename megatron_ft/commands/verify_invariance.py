@@ -187,6 +187,8 @@ def _model(options: Invariance) -> tuple[Architecture, str | None]:
             return shrunk(parse_hf_config(hf_config)[1]), None
     folder = find_checkpoint(path)
     config = describe(folder)
+    if config.adapter is not None and not options.shrink:
+        raise ConfigError(f"{folder} holds adapters: give the checkpoint of their model, and --lora_rank")
     return (shrunk(config.architecture), None) if options.shrink else (config.architecture, str(folder))
 
 

@@ -31,6 +31,10 @@ HUGGING_FACE = {
     "max_grad_norm": ("clip_grad", ""),
     "gradient_checkpointing": ("recompute_granularity", "selective or full"),
     "adam_epsilon": ("adam_eps", ""),
+    "lora_r": ("lora_rank", ""),
+    "lora_target_modules": ("lora_target", ""),
+    "use_rslora": ("lora_rs", ""),
+    "adapter_name_or_path": ("adapter", ""),
     "report_to": ("wandb_logger", "or --tensorboard_dir FOLDER"),
 }
 

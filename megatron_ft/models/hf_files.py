@@ -17,7 +17,7 @@ _OTHERS = (  # pattern of names, what it is, what to do
     (
         "adapter_model.*",
         "a PEFT adapter without its base model",
-        "merge it into the base model first (merge_and_unload)",
+        "merge it into the base model first, or convert that and give the adapter to finetune --adapter",
     ),
     ("*.gguf", "a GGUF file", "give the model that it was made from"),
     ("tf_model.h5", "TensorFlow weights", _TO_TRANSFORMERS),

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.adapters.spec import Lora
 from megatron_ft.config.sections import (
+    Adapters,
     Batch,
     Checkpointing,
     Data,
@@ -95,6 +97,13 @@ def data_parallel(parallel: Parallelism, processes: int) -> int:
     """Return the number of data-parallel replicas to start on one machine."""
     model = parallel.model_parallel_size
     return max(1, min(processes // model, PROCESSES // model))
+
+
+def adapters(real: Lora) -> Adapters:
+    """Return flags for new adapters like those of the run, which the small model cannot load."""
+    return Adapters(
+        real.rank, real.alpha, real.dropout, list(real.targets), real.rs, train_new_tokens=bool(real.new_tokens)
+    )
 
 
 def checkpointing(real: Checkpointing, load: Path, save: Path) -> Checkpointing:
