@@ -172,7 +172,7 @@ def _hand_on_rows(layer: Any, adapters: list[LinearAdapter]) -> None:
         give(rows)
         if layer.training and layer.recompute_mlp:
             # The MLP runs again in the backward pass, after the forward passes of later microbatches.
-            layer.__dict__["mlp"] = functools.partial(_bound, give, rows, layer._modules["mlp"])
+            layer.__dict__["mlp"] = _Bound(functools.partial(_run, give, rows, layer._modules["mlp"]))
 
     def after(*_: Any) -> None:
         layer.__dict__.pop("mlp", None)
@@ -181,7 +181,18 @@ def _hand_on_rows(layer: Any, adapters: list[LinearAdapter]) -> None:
     layer.register_forward_hook(after, always_call=True)
 
 
-def _bound(give: Callable[[Any], None], rows: Any, mlp: Any, *args: Any, **options: Any) -> Any:
+class _Bound(nn.Module):
+    """A function as a module, which megatron-core 0.19 asks for."""
+
+    def __init__(self, run: Callable[..., Any]):
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return self.run(*args, **options)
+
+
+def _run(give: Callable[[Any], None], rows: Any, mlp: Any, *args: Any, **options: Any) -> Any:
     give(rows)
     return mlp(*args, **options)
 
