@@ -1,7 +1,10 @@
 """Adapters in use: the same answers from base and adapters, in any layout and kind of folder, as transformers' from the merged model."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -280,3 +283,36 @@ def test_rows_that_cannot_be_trained(place, four_ranks, one_rank, tmp_path):
     make_adapter(tmp_path / "peft", arch, tokens=(arch.vocab_size - 1,))
     assert "its tokenizer lacks added tokens" in one_rank.run(refusal, plain, (1, 1), tmp_path / "peft")[0]
     assert not (tmp_path / "no").exists()
+
+
+def test_commands_that_take_a_checkpoint_of_adapters(place, tmp_path):
+    """A rehearsal has small new adapters like those of the run; what needs the model says what to give."""
+    run = str(place / "run")
+    flags = (
+        "--data_path",
+        f"{place}/chats-train",
+        "--seq_length",
+        "32",
+        "--train_iters",
+        "3",
+        "--nproc_per_node",
+        "2",
+        "--rehearse",
+    )
+    done = command("finetune", "--load", run, *flags, "--tensor_model_parallel_size", "2")
+    assert done.returncode == 0, done.stderr
+    assert "rehearsal passed" in done.stdout and "LoRA of rank 3" in done.stdout + done.stderr
+    for words, message in (
+        (
+            ("verify-invariance", "--load", run, "--no_shrink"),
+            "holds adapters: give the checkpoint of their model, and --lora_rank",
+        ),
+        (("reshard", run, str(tmp_path / "re")), "holds adapters, not a model: merge them"),
+    ):
+        done = command(*words)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def command(*words):
+    line = [sys.executable, "-m", "megatron_ft", *words]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,9 +1,6 @@
 """Runs that train adapters: what their checkpoints hold, stops, other layouts, the base they belong to."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,27 +148,3 @@ def changed(hf: Path, folder: Path) -> Path:
     tensors["model.layers.3.mlp.up_proj.weight"].view(-1).view(torch.int32)[77] ^= 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
-
-
-def test_commands_that_take_a_checkpoint_of_adapters(one_rank, checkpoint, shards, tmp_path):
-    """A rehearsal has small new adapters like those of the run; what needs the model says what to give."""
-    go(one_rank, checkpoint, shards, tmp_path / "run", 1, (1, 1), **LORA)
-    run = str(tmp_path / "run")
-    flags = ("--data_path", shards, "--seq_length", "64", "--train_iters", "3", "--nproc_per_node", "2", "--rehearse")
-    done = command("finetune", "--load", run, *flags, "--tensor_model_parallel_size", "2")
-    assert done.returncode == 0, done.stderr
-    assert "rehearsal passed" in done.stdout and "LoRA of rank 4" in done.stdout + done.stderr
-    for words, message in (
-        (
-            ("verify-invariance", "--load", run, "--no_shrink"),
-            "holds adapters: give the checkpoint of their model, and --lora_rank",
-        ),
-        (("reshard", run, str(tmp_path / "re")), "holds adapters, not a model: merge them"),
-    ):
-        done = command(*words)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
-
-
-def command(*words):
-    line = [sys.executable, "-m", "megatron_ft", *words]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
