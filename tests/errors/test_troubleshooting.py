@@ -107,6 +107,7 @@ MISTAKES = {
     "classic format": lambda shop, _: finetune(shop, shop.split),
     "is a Hugging Face model": lambda shop, _: finetune(shop, shop.hf),
     "is not supported": unknown_architecture,
+    "no such part": lambda shop, _: [*finetune(shop), "--lora_rank", 8, "--lora_target", "query"],
     "is not a multiple": lambda shop, _: [*finetune(shop), "--micro_batch_size", 3],
     "is beyond the model": lambda shop, _: [*finetune(shop), "--seq_length", 256],
     "earlier run": an_earlier_run,
