@@ -30,6 +30,7 @@ LAYERS = {
     "megatron_ft.digests": 0,
     "megatron_ft.engine": 1,
     "megatron_ft.launch": 1,
+    "megatron_ft.quantization": 1,
     "megatron_ft.models": 2,
     "megatron_ft.data": 2,
     "megatron_ft.checkpoints": 3,

@@ -34,6 +34,7 @@ from megatron_ft.models.parts import Layer
 from megatron_ft.models.pipeline import PipelineSplit, plain_split
 from megatron_ft.models.rope import attention_factor
 from megatron_ft.models.rotary import Rotary, ropes_of, turn_by_table
+from megatron_ft.quantization.frozen import frozen_linears, plan_frozen
 
 _FUNCTIONS = {"swiglu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 ACTIVATIONS = {**_FUNCTIONS, "geglu": functional.gelu, "reglu": functional.relu}
@@ -87,6 +88,8 @@ class BuildOptions:
     """default: torch's operations, none of them compiled"""
     split: PipelineSplit | None = None
     """layers of each stage; default: evenly"""
+    nf4: torch.dtype | None = None
+    """linears hold NF4 and are frozen; the type is that of their dequantised weights"""
 
 
 def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions) -> TransformerConfig:
@@ -234,7 +237,7 @@ def _chunk(
     first, last = number == 0, number == layout.vp_size - 1
     model = ChatModel(
         config=config,
-        transformer_layer_spec=_block_spec(arch, config, options.kernels, number if layout.vp_size > 1 else None),
+        transformer_layer_spec=_block_spec(arch, config, options, number if layout.vp_size > 1 else None),
         vocab_size=options.padded_vocab_size or padded_vocab_size(arch.vocab_size, layout.tp_size),
         max_sequence_length=options.max_sequence_length or arch.max_position_embeddings,
         pre_process=layout.is_first_stage and first,
@@ -251,6 +254,9 @@ def _chunk(
         model.embedding.embedding_dropout = RowDropout(options.hidden_dropout)
     if options.lima_dropout:
         apply_lima_dropout(model, options.hidden_dropout, arch.num_layers)
+    if options.nf4 is not None:
+        for linear in frozen_linears(model).values():
+            linear.rounded = options.nf4
     return model.to(device.current_device())
 
 
@@ -266,12 +272,16 @@ def apply_lima_dropout(model: ChatModel, hidden_dropout: float, num_layers: int)
 
 
 def _block_spec(
-    arch: Architecture, config: TransformerConfig, kernels: Choice | None, vp_stage: int | None
+    arch: Architecture, config: TransformerConfig, options: BuildOptions, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     layers, offset = get_num_layers_to_build(config, vp_stage), get_transformer_layer_offset(config, vp_stage)
     parts = [arch.layer(offset + number) for number in range(layers)]
     ropes = ropes_of(arch)
+    kernels = options.kernels
     made = [_layer_spec(layer, config, kernels, (ropes.index(layer.attention.rope), len(ropes))) for layer in parts]
+    if options.nf4 is not None:
+        for layer in made:
+            plan_frozen(layer)
     return TransformerBlockSubmodules(layer_specs=made, layer_norm=NORMS[arch.norm][1])
 
 
