@@ -15,9 +15,10 @@ import torch
 from checkpoints_conversion.layout_logits import Request, differences_in_layout
 from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.report import count
+from checkpoints_conversion.their_model import their_model
+from megatron_ft.checkpoints.folder import check_quantised
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.architecture import check_layout
-from megatron_ft.models.dtypes import torch_dtype
 from megatron_ft.models.hf_source import HfSource
 
 _RANKS_PER_CORE = 16  # limit; forward passes of short prompts take turns, hardly slower than in one process
@@ -52,13 +53,12 @@ def compare_answers(hf: Path, opened: Opened, options: LogitOptions) -> dict[str
     tp = options.tensor_model_parallel_size or config.tensor_model_parallel_size
     pp = options.pipeline_model_parallel_size or config.pipeline_model_parallel_size
     check_layout(config.architecture, tp, pp)
+    check_quantised(config, tp)
     reason = layout_problem(tp * pp, count(config.architecture, opened.rules)[0])
     used = (1, 1) if reason else (tp, pp)
     prompts, original = _test_prompts(hf, opened, options)
     with tempfile.TemporaryDirectory() as folder:
-        _write_transformers_logits(
-            hf, config.dtype, prompts, min(_rows(hf), config.architecture.vocab_size), Path(folder)
-        )
+        _write_transformers_logits(hf, opened, prompts, min(_rows(hf), config.architecture.vocab_size), Path(folder))
         size = config.architecture.vocab_size
         base = str(opened.base.resolve()) if opened.base else None
         request = Request(str(opened.folder.resolve()), *used, prompts, folder, size, opened.stated, base, config.dtype)
@@ -150,12 +150,11 @@ def _stretched(texts: list[list[int]], length: int) -> list[int]:
     return (one * (length // len(one) + 1))[:length]
 
 
-def _write_transformers_logits(hf: Path, dtype: str, prompts: list[list[int]], rows: int, folder: Path) -> None:
+def _write_transformers_logits(hf: Path, opened: Opened, prompts: list[list[int]], rows: int, folder: Path) -> None:
     """Write folder/N.npy: fp32 logits [tokens, rows] of prompt N, with weights rounded to the checkpoint's type."""
     import numpy as np
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch_dtype(dtype)).float().eval()
+    model = their_model(hf, opened)
     with torch.no_grad():
         for number, ids in enumerate(prompts):
             np.save(folder / f"{number}.npy", model(torch.tensor([ids])).logits[0, :, :rows].numpy())

@@ -6,11 +6,13 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpoints_conversion.compare_nf4 import CODES, DEQUANTISED, PLAIN, compare_linear, in_words, is_compared
 from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.stream import WORKERS, Progress
 from checkpoints_conversion.torch_zip import as_bytes
@@ -34,6 +36,8 @@ class Weights:
     parameters: int
     added_rows: int
     """Rows of added tokens, which the Hugging Face model does not have."""
+    equal: str = PLAIN
+    """What is equal: see compare_nf4."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Certificate:
             where = f"one process, because {reason}" if reason else sizes
             logits = f"logits of {answers['prompts']} prompts in {where} differ by at most {answers['largest_difference']:.1e}"
         base = "the base is unchanged, " if "base" in self.content else ""
-        return f"{base}{weights['tensors']} tensors are bit-identical, {logits} -> {self.path}"
+        return f"{base}{in_words(weights['equal'], weights['tensors'])}, {logits} -> {self.path}"
 
 
 def compare_weights(hf: Path, opened: Opened) -> Weights:
@@ -75,8 +79,12 @@ def compare_weights(hf: Path, opened: Opened) -> Weights:
     progress = Progress("comparing", sum(path.stat().st_size for path in set(source.files.values())))
     pairs = list(zip(placed_rules(theirs, source.rules), placed_rules(ours, opened.rules), strict=True))
 
-    def compare(pair: tuple[Placed, Placed]) -> int:
+    def compare(pair: tuple[Placed, Placed]) -> tuple[int, str]:
         one, other = pair
+        if is_compared(other, opened):
+            equal = compare_linear(source, other, opened)
+            progress.add(prod(one.rule.full_shape(theirs)) * source.dtype_of(one).itemsize)
+            return prod(one.rule.full_shape(theirs)), equal
         mine = opened.full(other)
         full = cast(source.full(one), opened.config.dtype, one.key) if mine.dtype != source.dtype_of(one) else None
         full = source.full(one) if full is None else full
@@ -84,11 +92,13 @@ def compare_weights(hf: Path, opened: Opened) -> Weights:
         if full.dtype != mine.dtype or as_bytes(full[:rows]) != as_bytes(mine[:rows]):
             raise CheckpointError(f"{one.key} differs between {hf} and {opened.folder}")
         progress.add(full.numel() * full.element_size())
-        return full.numel()
+        return full.numel(), PLAIN
 
     with ThreadPoolExecutor(WORKERS) as pool, progress:
-        parameters = sum(pool.map(compare, pairs))
-    return Weights(sum(len(one.hf_keys) for one, _ in pairs), parameters, ours.vocab_size - theirs.vocab_size)
+        counts, kinds = zip(*pool.map(compare, pairs), strict=True)
+    equal = next(kind for kind in (CODES, DEQUANTISED, PLAIN) if kind in kinds)
+    tensors, added = sum(len(one.hf_keys) for one, _ in pairs), ours.vocab_size - theirs.vocab_size
+    return Weights(tensors, sum(counts), added, equal)
 
 
 def _compare_rope(theirs: Architecture, ours: Architecture, hf: Path, opened: Opened) -> None:
@@ -117,7 +127,7 @@ def make_certificate(
             "tensor_model_parallel_size": config.tensor_model_parallel_size,
             "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
         },
-        "weights": {"equal": "bit for bit", **asdict(weights)},
+        "weights": {"equal": PLAIN, **asdict(weights)},
         "logits": answers,
         "versions": {name: version(name) for name in ("megatron_ft", "torch", "transformers", "megatron-core")},
     }

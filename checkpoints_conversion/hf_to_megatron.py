@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megatron_ft.checkpoints.folder import CheckpointConfig
     from megatron_ft.data.tokenizer import Tokenizer
     from megatron_ft.models.hf_source import HfSource
+    from megatron_ft.models.quantised import Quantization
     from megatron_ft.models.weights import Placed
 
 
@@ -53,6 +54,11 @@ class HfToMegatron(Written, CheckpointFormat, ModelParallel, Folders):
     """Extend the model's context by this factor, recorded in the checkpoint for training, generation and export; 1: no extension."""
     tokenizer: str | None = None
     """Tokenizer: a tokenizer.model, a tokenizer.json or a folder; default: that of the model folder."""
+    quantize: Literal["nf4", "none"] | None = None
+    """Store the linears of the layers in 4 bits (nf4), as the frozen base of adapters; none: dequantise a source that transformers saved
+    with bitsandbytes. Default: as the source."""
+    double_quant: bool = False
+    """With --quantize nf4: also store the scales in 8 bits (double quantisation), 4.127 instead of 4.5 bits per weight on disk."""
     verify_checkpoint: bool = True
     """Compare the source's files with their recorded digests, which exports of megatron-ft have; --no_verify_checkpoint skips this."""
     plan: bool = False
@@ -85,6 +91,7 @@ def planned(options: HfToMegatron) -> str:
     units = plan_units(
         Path(options.input_dir), target, options.tensor_model_parallel_size, options.pipeline_model_parallel_size,
         options.ckpt_format, options.params_dtype, options.make_vocab_size_divisible_by, len(_tokens(options)),
+        _quantization(options, None),
     )  # fmt: skip
     return describe(units, target)
 
@@ -95,6 +102,7 @@ def convert(options: HfToMegatron) -> Report:
     check_folders(options, options.overwrite, {TRACKER, "release"}, TRACKER)
     # Imported here, so that --help and the checks above do not wait for torch.
     from checkpoints_conversion.megatron_target import write_checkpoint
+    from checkpoints_conversion.quantise import Quantiser, matrix_of, stored_dtype
     from checkpoints_conversion.report import Report, count
     from checkpoints_conversion.stream import identity
     from checkpoints_conversion.tokenizer_copy import load_before_and_after
@@ -103,16 +111,20 @@ def convert(options: HfToMegatron) -> Report:
     from megatron_ft.models.architecture import check_layout
     from megatron_ft.models.dtypes import cast, torch_dtype
     from megatron_ft.models.hf_source import HfSource
+    from megatron_ft.models.quantised import check_blocks, stored_rules
 
     check_source(options.input_dir, options.verify_checkpoint)
     source = HfSource(options.input_dir)
     check_layout(source.arch, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    quantization = _quantization(options, source)
+    if quantization:
+        check_blocks(source.arch, source.rules, options.tensor_model_parallel_size)
     path = Path(options.tokenizer) if options.tokenizer else None
     before, tokenizer = load_before_and_after(path, source.folder, _tokens(options))
     if before is not None:
         check_vocabulary(before, source.arch.vocab_size, source.folder)
     growth = plan_growth(source.arch, before, tokenizer, _noise(options, source))
-    config = _checkpoint_config(options, source, growth.vocab_size, tokenizer)
+    config = replace(_checkpoint_config(options, source, growth.vocab_size, tokenizer), quantization=quantization)
     note_sizes(options, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     dtype = torch_dtype(options.params_dtype) if options.params_dtype else None
 
@@ -120,12 +132,29 @@ def convert(options: HfToMegatron) -> Report:
         tensor = cast(source.full(placed), options.params_dtype, placed.hf_keys[0])
         return growth.apply(tensor, placed.key) if placed.rule.cut == "vocab_parallel" else tensor
 
+    if quantization:
+        matrix = matrix_of(source, quantization, options.params_dtype)
+        full = Quantiser(config.architecture, quantization, matrix, full).full
+    kind = stored_dtype(lambda one: dtype or source.dtype_of(one))
     files = write_checkpoint(
-        target, config, source.rules, full, lambda one: dtype or source.dtype_of(one), tokenizer,
+        target, config, stored_rules(source.rules, quantization), full, kind, tokenizer,
         {"options": asdict(options), "source": identity(source.files.values())}, options.overwrite,
     )  # fmt: skip
     parameters, tensors = count(config.architecture, source.rules)
     return Report(target, parameters, tensors, files, time.monotonic() - started)
+
+
+def _quantization(options: HfToMegatron, source: HfSource | None) -> Quantization | None:
+    """Return how the checkpoint is quantised, by the flags, else as the source. Raise ConfigError where flags contradict each other."""
+    from megatron_ft.models.quantised import Quantization
+
+    stored = source.quantization if source else None
+    wanted = options.quantize or ("nf4" if stored else "none")
+    if options.double_quant and wanted != "nf4":
+        raise ConfigError("--double_quant is about --quantize nf4: add it, or drop --double_quant")
+    if wanted == "none":
+        return None
+    return Quantization(options.double_quant or bool(stored and stored.double_quant))
 
 
 def _tokens(options: HfToMegatron) -> tuple[str, ...]:

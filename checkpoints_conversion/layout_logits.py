@@ -73,6 +73,7 @@ def _load(request: Request, layout: Layout) -> Any:
     from megatron_ft.checkpoints.fill import fill_from
     from megatron_ft.checkpoints.folder import vocab_rows
     from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.checkpoints.quantised import nf4_of
     from megatron_ft.checkpoints.verify import verify
     from megatron_ft.models.build import BuildOptions, build_model
 
@@ -84,12 +85,14 @@ def _load(request: Request, layout: Layout) -> Any:
     config = opened.config
     own = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (layout.tp_size, layout.pp_size)
     if not is_dialect(folder) and (own or config.ckpt_format == "torch_dist"):
-        model = build_model(config.architecture, layout, BuildOptions(padded_vocab_size=vocab_rows(config))).eval()
+        held = BuildOptions(padded_vocab_size=vocab_rows(config), nf4=nf4_of(config))
+        model = build_model(config.architecture, layout, held).eval()
         verify(folder, config, layout, digests=False)  # verify has compared them, unless --no_verify_checkpoint was set
         load_weights(folder, config, model, layout, verified=True)
     else:
-        model = build_model(config.architecture, layout).eval()
-        fill_from(model, config.architecture, opened.rules, opened.full, layout)
+        model = build_model(config.architecture, layout, BuildOptions(nf4=nf4_of(config))).eval()
+        rules, full = opened.held()
+        fill_from(model, config.architecture, rules, full, layout)
     return model
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.options import CheckpointSource, check_source
-from megatron_ft.checkpoints.folder import CheckpointConfig, find_checkpoint, read_config
+from megatron_ft.checkpoints.folder import CheckpointConfig, find_checkpoint, read_config, rules_in
 from megatron_ft.digests import MANIFEST, has_digests
 from megatron_ft.errors import CheckpointError, ConfigError, DamagedError
 from megatron_ft.models.architecture import refuse_experts
+from megatron_ft.models.dtypes import torch_dtype
 from megatron_ft.models.families import family_of
+from megatron_ft.models.quantised import QuantisedSource, Quantization, is_quantised, stored_rules
 from megatron_ft.models.weights import Placed, Rule
 
 if TYPE_CHECKING:
@@ -36,6 +38,16 @@ class Opened:
     """Settings of a Megatron-LLM checkpoint that the user gave."""
     base: Path | None = None
     """Of adapters that are opened merged: the checkpoint of their model."""
+    stored: Callable[[Placed], Tensor] | None = None
+    """Of a quantised checkpoint: whole tensors of `rules_in(config)`, as they are stored. `full` dequantises."""
+
+    def held(self) -> tuple[list[Rule], Callable[[Placed], Tensor]]:
+        """Return the rules of what the ranks of a model hold, and the reader of whole tensors of them."""
+        config = self.config
+        if self.stored is None or config.quantization is None:
+            return self.rules, self.full
+        source = QuantisedSource(config.architecture, config.quantization, torch_dtype(config.dtype), self.stored)
+        return stored_rules(self.rules, Quantization()), source.expanded
 
     def files(self) -> list[Path]:
         """Return all its files."""
@@ -72,8 +84,15 @@ def open_megatron(root: Path, wanted: CheckpointSource) -> Opened:
             f"{folder / MANIFEST} is missing: the checkpoint is incomplete; restore it (or add --no_verify_checkpoint to skip this check)"
         )
     source = open_source(folder, config)
-    rules = family_of(config.architecture).rules(config.architecture)
-    return Opened(folder, config, rules, source.full, source.dtype, load_copy(folder, config))
+    rules, tokenizer = family_of(config.architecture).rules(config.architecture), load_copy(folder, config)
+    if config.quantization is None:
+        return Opened(folder, config, rules, source.full, source.dtype, tokenizer)
+    kind = torch_dtype(config.dtype)
+    quantised = QuantisedSource(config.architecture, config.quantization, kind, source.full)
+    return Opened(
+        folder, config, rules, quantised.dense, lambda one: kind if is_quantised(one.rule) else source.dtype(one),
+        tokenizer, stored=source.full,
+    )  # fmt: skip
 
 
 def open_base(folder: Path, wanted: CheckpointSource) -> Opened:
@@ -88,7 +107,7 @@ def open_source(folder: Path, config: CheckpointConfig) -> Any:
 
     refuse_experts(config.architecture)
     source = TorchDistSource if config.ckpt_format == "torch_dist" else ClassicSource
-    return source(folder, config, family_of(config.architecture).rules(config.architecture))
+    return source(folder, config, rules_in(config))
 
 
 def _stated(wanted: CheckpointSource) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conversion.certificate import NAME
+from checkpoints_conversion.compare_nf4 import in_words
 from megatron_ft.checkpoints.folder import TRAINED_ON, CheckpointConfig
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
@@ -73,7 +74,7 @@ def model_card(name: str, config: CheckpointConfig, dtype: str, folder: Path, ce
         vocab=arch.vocab_size,
         positions=arch.max_position_embeddings,
         chat_format=config.chat_format or "none recorded",
-        dtype=HF_NAMES[dtype],
+        dtype=HF_NAMES[dtype] + (", dequantised from NF4" if config.quantization else ""),
         data=_data(folder),
         parity=_parity(folder) if certified else "not certified; megatron-ft verify compares weights and logits",
         tp=config.tensor_model_parallel_size,
@@ -103,10 +104,11 @@ def _shards(entry: dict[str, Any]) -> str:
 def _parity(folder: Path) -> str:
     """Return the result in the certificate."""
     certificate = read_json(folder / NAME)
-    weights, logits = certificate["weights"]["tensors"], certificate["logits"]
+    weights, logits = certificate["weights"], certificate["logits"]
+    same = in_words(weights["equal"], weights["tensors"])
     if not logits:
-        return f"{weights} tensors are bit-identical; logits not compared"
+        return f"{same}; logits not compared"
     return (
-        f"{weights} tensors are bit-identical; logits of {logits['prompts']} prompts, up to {max(logits['tokens'])} tokens, "
+        f"{same}; logits of {logits['prompts']} prompts, up to {max(logits['tokens'])} tokens, "
         f"differ by at most {logits['largest_difference']:.1e} in fp32"
     )

@@ -11,19 +11,22 @@ import torch
 
 from checkpoints_conversion import hf_target
 from checkpoints_conversion.megatron_target import plan
+from checkpoints_conversion.quantise import stored_dtype
 from checkpoints_conversion.stream import Unit
 from megatron_ft.checkpoints.folder import CheckpointConfig, iteration_folder
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
+from megatron_ft.models.bitsandbytes_files import without_sides
 from megatron_ft.models.dtypes import HF_NAMES, torch_dtype
 from megatron_ft.models.families import parse_hf_config
+from megatron_ft.models.quantised import Quantization, check_blocks, stored_rules
 from megatron_ft.models.weights import Rule, placed_rules
 
 
 def plan_units(
     input_dir: Path, output_dir: Path, tp_size: int, pp_size: int, ckpt_format: str, dtype: str | None,
-    multiple: int = 128, added_tokens: int = 0,
+    multiple: int = 128, added_tokens: int = 0, quantization: Quantization | None = None,
 ) -> list[Unit]:  # fmt: skip
     """Return the weight files. dtype: None: that of config.json. added_tokens: rows beyond the source's.
 
@@ -39,7 +42,10 @@ def plan_units(
     arch = replace(arch, vocab_size=arch.vocab_size + added_tokens)
     rows = padded_vocab_size(arch.vocab_size, tp_size, multiple)
     config = CheckpointConfig(arch, ckpt_format, tp_size, pp_size, rows, "release", kind)
-    return plan(iteration_folder(output_dir, "release"), config, rules, lambda placed: torch_dtype(kind))[0]
+    if quantization:
+        check_blocks(arch, rules, tp_size)
+    dtype_of = stored_dtype(lambda placed: torch_dtype(kind))
+    return plan(iteration_folder(output_dir, "release"), config, stored_rules(rules, quantization), dtype_of)[0]
 
 
 def check_index(folder: Path, arch: Architecture, rules: Sequence[Rule], dtype: torch.dtype) -> None:
@@ -51,7 +57,7 @@ def check_index(folder: Path, arch: Architecture, rules: Sequence[Rule], dtype: 
     wanted: dict[str, tuple[int, ...]] = {}
     for placed in placed_rules(arch, rules):
         wanted.update(zip(placed.hf_keys, placed.rule.hf_shapes(arch), strict=True))
-    found = {key for key in index.get("weight_map", {}) if not key.endswith("inv_freq")}
+    found = {key for key in without_sides(index.get("weight_map", {})) if not key.endswith("inv_freq")}
     if found != set(wanted):
         odd = sorted(found ^ set(wanted))
         raise CheckpointError(f"{path}: {odd[0]} ({len(odd)} such) is in only one of the index and config.json's model")

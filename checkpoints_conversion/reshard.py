@@ -20,6 +20,7 @@ from megatron_ft.checkpoints.folder import TRACKER
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.model_parallel import ModelParallel
 from megatron_ft.config.sections import CkptFormat
+from megatron_ft.errors import ConfigError
 
 if TYPE_CHECKING:
     from checkpoints_conversion.megatron_source import Opened
@@ -64,14 +65,22 @@ def convert(options: Reshard) -> Report:
     # Imported here, so that --help and the checks above do not wait for torch.
     from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.megatron_target import write_checkpoint
+    from checkpoints_conversion.quantise import stored_dtype
     from checkpoints_conversion.report import Report, count
     from checkpoints_conversion.stream import identity
+    from megatron_ft.checkpoints.folder import check_quantised, rules_in
     from megatron_ft.models.architecture import check_layout, padded_vocab_size
     from megatron_ft.models.dtypes import cast, torch_dtype
 
     opened = open_megatron(source_root, options)
     tp_size, arch = options.tensor_model_parallel_size, opened.config.architecture
     check_layout(arch, tp_size, options.pipeline_model_parallel_size)
+    check_quantised(opened.config, tp_size)
+    if opened.config.quantization and options.params_dtype not in (None, opened.config.dtype):
+        raise ConfigError(
+            f"--params_dtype {options.params_dtype}: {opened.folder} holds NF4 of a model in {opened.config.dtype}, which stays: "
+            "drop the flag"
+        )
     note_sizes(options, tp_size, options.pipeline_model_parallel_size)
     config = replace(
         opened.config,
@@ -87,9 +96,10 @@ def convert(options: Reshard) -> Report:
         files = _copy(opened, config, target, key, options.overwrite)
     else:
         kind = torch_dtype(options.params_dtype) if options.params_dtype else None
+        full = opened.stored or (lambda one: cast(opened.full(one), options.params_dtype, one.key))
         files = write_checkpoint(
-            target, config, opened.rules, lambda one: cast(opened.full(one), options.params_dtype, one.key),
-            lambda one: kind or opened.dtype(one), opened.tokenizer, key, options.overwrite, opened.folder,
+            target, config, rules_in(config), full, stored_dtype(lambda one: kind or opened.dtype(one)),
+            opened.tokenizer, key, options.overwrite, opened.folder,
         )  # fmt: skip
     parameters, tensors = count(arch, opened.rules)
     return Report(target, parameters, tensors, files, time.monotonic() - started)

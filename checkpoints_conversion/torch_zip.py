@@ -147,6 +147,7 @@ _STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage,
+    torch.uint8: torch.ByteStorage,
 }
 
 

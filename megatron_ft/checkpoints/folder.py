@@ -18,9 +18,12 @@ from megatron_ft.digests import MANIFEST
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import atomic_file, read_json, write_json
 from megatron_ft.models.architecture import Architecture, check_layout
+from megatron_ft.models.families import family_of
+from megatron_ft.models.quantised import Quantization, check_blocks, stored_rules
 
 if TYPE_CHECKING:
     from megatron_ft.models.pipeline import PipelineSplit
+    from megatron_ft.models.weights import Rule
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "config.json"
@@ -57,14 +60,20 @@ class CheckpointConfig:
     format_version: int = FORMAT_VERSION
     digested: bool = False
     """True if the checkpoint has digests.json. Without this file it was then never finished."""
+    quantization: Quantization | None = None
+    """How the linears are quantised; None: they are not."""
     adapter: dict[str, Any] | None = None
     """Not None: the checkpoint holds only adapters, with these values, and names the model that they belong to (adapters/spec.py)."""
 
 
 def write_config(folder: Path, config: CheckpointConfig) -> None:
     entries = {**asdict(config), "architecture": config.architecture.to_dict()}
-    if config.adapter is None:
-        del entries["adapter"]
+    for name in ("adapter", "quantization"):  # only few checkpoints have them; earlier versions read the others
+        del entries[name]
+    if config.adapter is not None:
+        entries["adapter"] = config.adapter
+    if config.quantization:
+        entries["quantization"] = config.quantization.to_dict()
     write_json(Path(folder) / CONFIG, entries)
 
 
@@ -80,9 +89,11 @@ def read_config(folder: Path) -> CheckpointConfig:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version}, this version reads {FORMAT_VERSION}")
     try:
-        known = {f.name: data[f.name] for f in fields(CheckpointConfig) if f.name not in ("digested", "adapter")}
-        known["digested"] = bool(data.get("digested", False))  # not in checkpoints of earlier versions
-        known["adapter"] = data.get("adapter")
+        newer = ("digested", "adapter", "quantization")  # not in checkpoints of earlier versions
+        known = {f.name: data[f.name] for f in fields(CheckpointConfig) if f.name not in newer}
+        known |= {"digested": bool(data.get("digested", False)), "adapter": data.get("adapter")}
+        if "quantization" in data:
+            known["quantization"] = Quantization.from_dict(data["quantization"])
         config = CheckpointConfig(**{**known, "architecture": Architecture.from_dict(data["architecture"])})
         _check_entries(config)
         return config
@@ -226,6 +237,7 @@ def check_sizes(
     split: a PipelineSplit, where stages may hold several chunks or unequal numbers of layers.
     """
     check_layout(config.architecture, tp_size, pp_size if split is None else 1)
+    check_quantised(config, tp_size)
     if config.ckpt_format == "torch" and split is not None and not split.is_plain:
         raise CheckpointError(
             f"{folder} is in the classic format, which knows one equal part a stage; this run's stages hold layers {split}: "
@@ -236,6 +248,26 @@ def check_sizes(
         raise CheckpointError(
             f"{folder} is in the classic format for TP{written[0]} x PP{written[1]}, this run is TP{tp_size} x PP{pp_size}: "
             f"run with the checkpoint's sizes, or make one for these with megatron-ft reshard (torch_dist loads into any layout)"
+        )
+
+
+def rules_in(config: CheckpointConfig) -> list[Rule]:
+    """Return the rules of the tensors that a checkpoint holds: of a quantised one codes and scales."""
+    return stored_rules(family_of(config.architecture).rules(config.architecture), config.quantization)
+
+
+def check_quantised(config: CheckpointConfig, tp_size: int) -> None:
+    """Raise ConfigError unless a quantised checkpoint can be cut for so many tensor-parallel ranks."""
+    if config.quantization:
+        check_blocks(config.architecture, family_of(config.architecture).rules(config.architecture), tp_size)
+
+
+def refuse_quantised(folder: Path, config: CheckpointConfig) -> None:
+    """Raise CheckpointError for a checkpoint whose weights cannot be trained."""
+    if config.quantization:
+        raise CheckpointError(
+            f"{folder} holds NF4 weights (hf-to-megatron --quantize nf4), which cannot be trained: convert the model again without "
+            f"--quantize"
         )
 
 

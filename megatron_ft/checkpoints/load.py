@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ft.checkpoints.folder import MODEL_PREFIX, CheckpointConfig, check_sizes, rank_file
+from megatron_ft.checkpoints.quantised import ask_for_stored, check_held, expand
 from megatron_ft.checkpoints.verify import check_tensors, read_description, verify
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError
@@ -43,13 +44,19 @@ def load_weights(
     """
     if not verified:
         verify(folder, config, layout)
+    for chunk in chunks_of(model):
+        check_held(folder, config, _inside(chunk))
     if config.ckpt_format == "torch":
         (chunk,) = chunks_of(model)  # check_sizes refuses other splits
         _load_classic(folder, config, chunk, layout, only)
     else:
         wanted = {"model": sharded_weights(model, only)}
+        for chunk, weights in _by_chunk(model, wanted["model"]):
+            ask_for_stored(weights, chunk, config)
         check_tensors(read_description(folder).metadata, wanted, folder, cast_weights=True)
         state = engine_load(wanted, folder)
+        for chunk, weights in _by_chunk(model, state.get("model", {})):
+            expand(weights, chunk, config, layout)
         fill_chunks(model, state.get("model", {}), folder, only)
 
 
@@ -60,8 +67,22 @@ def _load_classic(folder: Path, config: CheckpointConfig, model: Any, layout: La
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
     except Exception as error:
         raise _unreadable(path, error) from error
+    expand(weights, _inside(model), config, layout)
     fill(model, weights, path, only)
     torch.distributed.barrier()  # a rank whose file is damaged stops the others here, before anything is written
+
+
+def _by_chunk(model: Any, weights: dict) -> list[tuple[Any, dict]]:
+    """Return (bare chunk, its part of what `sharded_weights` describes) of a stage."""
+    chunks = [_inside(chunk) for chunk in chunks_of(model)]
+    parts = [weights] if len(chunks) == 1 else [weights[f"chunk{number}"] for number in range(len(chunks))]
+    return list(zip(chunks, parts, strict=True))
+
+
+def _inside(model: Any) -> Any:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def sharded_weights(model: Any, only: Trainable = ALL) -> dict:

@@ -17,14 +17,13 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_ft.checkpoints.folder import CERTIFICATE, MODEL_PREFIX, CheckpointConfig
+from megatron_ft.checkpoints.folder import CERTIFICATE, MODEL_PREFIX, CheckpointConfig, rules_in
 from megatron_ft.checkpoints.restricted import file_slice, read_metadata
 from megatron_ft.digests import check_digests, has_digests, unlisted
 from megatron_ft.engine.collective_errors import raise_together, refusal
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError, DamagedError
 from megatron_ft.log import logger
-from megatron_ft.models.families import family_of
 from megatron_ft.models.weights import placed_rules
 
 log = logger("checkpoint")
@@ -113,7 +112,7 @@ def _check_weights(metadata: Metadata, config: CheckpointConfig, folder: Path) -
     """Raise CheckpointError unless the weights are those of the model that config.json describes."""
     arch, stored = config.architecture, metadata.state_dict_metadata
     prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in stored) else ""
-    for placed in placed_rules(arch, family_of(arch).rules(arch)):
+    for placed in placed_rules(arch, rules_in(config)):
         entry, shape = stored.get(prefix + placed.dist_key), tuple(placed.rule.full_shape(arch))
         size = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         padded = placed.rule.cut == "vocab_parallel" and size and size[1:] == shape[1:] and size[0] >= shape[0]

@@ -18,11 +18,13 @@ from megatron_ft.checkpoints.folder import (
     TOKENIZER_FOLDER,
     TRACKER,
     check_folder,
+    check_quantised,
     describe,
     find_checkpoint,
     vocab_rows,
 )
 from megatron_ft.checkpoints.load import load_weights
+from megatron_ft.checkpoints.quantised import nf4_of
 from megatron_ft.checkpoints.verify import verify
 from megatron_ft.data.chat_format import FORMATS, ChatFormat, get_format
 from megatron_ft.data.chat_template import NoTemplate, OwnTemplate, own_template
@@ -144,6 +146,7 @@ def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests:
     """Load a checkpoint of a model or of adapters. adapter: a checkpoint of adapters for the model in `root`, or None."""
     folder = find_checkpoint(adapter or root)
     config = describe(folder)
+    check_quantised(config, layout.tp_size)
     verify(folder, config, layout, digests)
     if config.adapter is not None:
         from megatron_ft.adapters.adapted import build_adapted
@@ -152,7 +155,8 @@ def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests:
     elif adapter:
         raise CheckpointError(f"--adapter {adapter} holds a model, not adapters: give it with --load")
     else:
-        model = build_model(config.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config)))
+        held = replace(options, padded_vocab_size=vocab_rows(config), nf4=nf4_of(config))
+        model = build_model(config.architecture, layout, held)
         load_weights(folder, config, model, layout, verified=True)
     if not config.tokenizer:
         raise TokenizerError(f"{folder}: the checkpoint has no tokenizer; convert it again with --tokenizer")

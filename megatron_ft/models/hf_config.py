@@ -8,6 +8,7 @@ from typing import Any
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models import hf_rope
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.bitsandbytes_files import is_nf4
 
 ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
 """hidden_act of a gated MLP -> Architecture.activation."""
@@ -16,7 +17,7 @@ _MUST_BE = {
     "mlp_bias": (False, "biases in the MLP"),
 }
 _FOREIGN = {
-    "quantization_config": (None, "quantised weights: give the unquantised model"),
+    "quantization_config": (None, "quantised weights: give the unquantised model, or one in bitsandbytes' NF4"),
     "auto_map": (None, "code of its own (auto_map): only models that transformers itself implements are read"),
 }
 _RENAMED = (  # entries that an Architecture has as fields
@@ -106,6 +107,8 @@ def carried(config: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
 
 def refuse(config: Mapping[str, Any], must_be: Mapping[str, tuple[Any, str]], ignore: Sequence[str] = ()) -> None:
     """Raise CheckpointError, with the reason, where an entry is neither absent nor null nor what it must be."""
+    if is_nf4(config.get("quantization_config")):
+        ignore = (*ignore, "quantization_config")
     for key, (supported, reason) in {**must_be, **_FOREIGN}.items():
         if key not in ignore and config.get(key, supported) not in (supported, None):
             raise CheckpointError(f"config.json: {key} {config[key]!r} is not supported: {reason}")

@@ -18,10 +18,12 @@ from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
 from megatron_ft.log import logger
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.bitsandbytes_files import STATE, Matrix, open_matrix, without_sides
 from megatron_ft.models.dtypes import name_of
 from megatron_ft.models.families import parse_hf_config
 from megatron_ft.models.hf_files import FETCH_AGAIN, PICKLED, SAFE, loose_shards, what_is_there
 from megatron_ft.models.hf_names import renamed, state_dict_in
+from megatron_ft.models.quantised import Quantization
 from megatron_ft.models.safetensors_file import SafetensorsFile
 from megatron_ft.models.torch_file import TorchFile
 from megatron_ft.models.weights import Placed, Rule, placed_rules
@@ -40,13 +42,25 @@ class HfSource:
         family, arch = parse_hf_config(self._config())
         self.arch: Architecture = arch
         self.rules: list[Rule] = family.rules(self.arch)
-        self.files: dict[str, Path] = self._tensor_files()
+        self._sides: dict[str, Path] = (
+            self._tensor_files()
+        )  # those beside NF4 matrices too, by their names in the files
+        self.files: dict[str, Path] = {key: self._sides[key] for key in without_sides(self._sides)}
         self._stored = self._rename()
+        self.matrices: dict[str, Matrix] = self._open_matrices()
+        """Those that are stored in NF4, by name."""
         self.dtype = self._check_tensors()
 
     def full(self, placed: Placed) -> Tensor:
         """Return the whole megatron-core tensor, with the type and vocabulary of the source."""
-        return placed.rule.to_megatron(self.arch, [self._tensor(key) for key in placed.hf_keys])
+        return placed.rule.to_megatron(self.arch, [self.tensor(key) for key in placed.hf_keys])
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """Return how matrices are stored; None: all as plain numbers."""
+        if not self.matrices:
+            return None
+        return Quantization(any(matrix.offset is not None for matrix in self.matrices.values()))
 
     def carried(self) -> dict[str, Any]:
         """Return what an export has to give back besides the architecture: token ids, the generation config, the name."""
@@ -88,6 +102,21 @@ class HfSource:
         there = what_is_there(self.folder)
         raise CheckpointError(f"{self.folder} holds neither {' nor '.join((*SAFE, *PICKLED))}; {there}")
 
+    def _open_matrices(self) -> dict[str, Matrix]:
+        found = {}
+        for key in without_sides(self.files):
+            name, path = self._stored.get(key, key), self.files[key]
+            if name + STATE in self._sides:
+                found[key] = open_matrix(name, path, functools.partial(self._read, name))
+        return found
+
+    def _read(self, name: str, end: str) -> Tensor:
+        """Return a tensor beside a matrix, by the ending of its name, or the matrix itself."""
+        path = self._sides.get(name + end)
+        if path is None or name + end not in self._handle(path).tensors:
+            raise CheckpointError(f"{self.folder} lacks {name + end}; {FETCH_AGAIN}")
+        return self._handle(path).read(name + end)
+
     def _rename(self) -> dict[str, str]:
         """Wanted name -> name in the files, where that is another one, for all files; self.files gets the wanted names."""
         for key, path in self.files.items():
@@ -104,7 +133,9 @@ class HfSource:
         return stored
 
     def _entry(self, key: str) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-        """(type, shape, ...) of a tensor."""
+        """(type, shape, ...) of a tensor; of an NF4 matrix those that it has dequantised."""
+        if key in self.matrices:
+            return self.matrices[key].dtype, self.matrices[key].shape, 0, 0
         return self._handle(self.files[key]).tensors[self._stored.get(key, key)]
 
     def _indexed(self, index: Path) -> dict[str, Path]:
@@ -134,7 +165,10 @@ class HfSource:
         if not cached and not real.is_relative_to(home):
             raise CheckpointError(f"{path} is a link out of its folder, to {real}: put the file itself there")
 
-    def _tensor(self, key: str) -> Tensor:
+    def tensor(self, key: str) -> Tensor:
+        """Return a tensor by its name in Hugging Face, dequantised."""
+        if key in self.matrices:
+            return self.matrices[key].dense()
         return self._handle(self.files[key]).read(self._stored.get(key, key))
 
     def _check_tensors(self) -> str:
@@ -178,7 +212,7 @@ class HfSource:
         if keys == ["lm_head.weight"] and self.arch.tied_embeddings:
             # Some exports contain tied embeddings twice. Equal copies are ignored; others contradict the config.
             embedding = next(rule.hf_keys[0] for rule in self.rules if rule.cut == "vocab_parallel")
-            if self._tensor(keys[0]).equal(self._tensor(embedding)):
+            if self.tensor(keys[0]).equal(self.tensor(embedding)):
                 return
             raise CheckpointError(
                 f"{self.folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; "

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 256
-"""Scales that share a scale."""
+from megatron_ft.quantization.sizes import NESTED_BLOCK
+
 _SUMMED_BY_ONE = 1 << 15  # torch's grain size
 
 
@@ -26,11 +26,6 @@ class Double(NamedTuple):
     """fp32 [blocks + 1]: the scale of each block, then the mean"""
 
 
-def nested_size(scales: int) -> int:
-    """Return the length of `nested` for a number of scales."""
-    return -(-scales // BLOCK) + 1
-
-
 def quantise(absmax: Tensor, mean: Tensor | None = None) -> Double:
     """Return the nearest codes. absmax: fp32. mean: as stored elsewhere; default: that of absmax.
 
@@ -38,7 +33,7 @@ def quantise(absmax: Tensor, mean: Tensor | None = None) -> Double:
     """
     mean = _mean(absmax) if mean is None else mean
     flat = (absmax - mean).reshape(-1)
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).reshape(-1, BLOCK)
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     largest = blocks.abs().amax(1)
     scaled = blocks * (1 / largest).nan_to_num(0.0, 0.0, 0.0)[:, None]
     codes = torch.bucketize(scaled, _between(), out_int32=True).to(torch.uint8).reshape(-1)[: flat.numel()]
@@ -58,7 +53,7 @@ def dequantise(codes: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
 def spread(nested: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return (scale, mean) of every code of a whole matrix of codes, [rows, columns] each."""
     count = shape[0] * shape[1]
-    scale = nested[:-1].repeat_interleave(BLOCK)[:count].reshape(shape)
+    scale = nested[:-1].repeat_interleave(NESTED_BLOCK)[:count].reshape(shape)
     return scale, nested[-1].expand(shape)
 
 

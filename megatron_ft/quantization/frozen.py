@@ -20,7 +20,8 @@ from torch.nn import Module, Parameter
 
 from megatron_ft.errors import ConfigError
 from megatron_ft.quantization import nf4
-from megatron_ft.quantization.nf4 import BLOCK, Nf4
+from megatron_ft.quantization.nf4 import Nf4
+from megatron_ft.quantization.sizes import BLOCK
 
 Dequantise = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 """f(codes, absmax, dtype) -> weight, as nf4.dequantise."""

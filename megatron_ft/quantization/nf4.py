@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_ft.errors import CheckpointError
+from megatron_ft.quantization.sizes import BLOCK
 
-BLOCK = 64
-"""Neighbours in a row that share a scale."""
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,

@@ -11,7 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ft.checkpoints import select
-from megatron_ft.checkpoints.folder import CheckpointConfig, check_sizes, check_training_state, describe
+from megatron_ft.checkpoints.folder import (
+    CheckpointConfig,
+    check_sizes,
+    check_training_state,
+    describe,
+    refuse_quantised,
+)
 from megatron_ft.config.checks import (
     classic_saves_fit,
     data_parallel_size,
@@ -68,6 +74,7 @@ def check_model(
     Raise ConfigError or CheckpointError, with both values and the remedy. folder: of the checkpoint, for the message.
     """
     refuse_experts(described.architecture)
+    refuse_quantised(folder, described)
     described = check_model_flags(settings.model, described)
     parallel, checkpointing = settings.parallel, settings.checkpointing
     split = split_layers(described.architecture.num_layers, parallel)

@@ -54,3 +54,63 @@ def held_for_backward(arch):
         linear.bfloat16()
         after = {name: str(value.dtype) for name, value in linear.named_parameters()}
     return kept, sizes, after, linear.weight_absmax[0, 0].item()
+
+
+def held(root, parallel):
+    """Load a quantised checkpoint in a layout; the number of this rank's linears whose codes and scales are the slices of the whole."""
+    from pathlib import Path
+
+    from checkpoints_conversion.megatron_source import open_megatron
+    from checkpoints_conversion.options import CheckpointSource
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint, vocab_rows
+    from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.checkpoints.quantised import nf4_of
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.models.build import BuildOptions, build_chunks
+    from megatron_ft.models.pipeline import split_layers
+    from megatron_ft.models.trainable import global_name
+    from megatron_ft.models.weights import placed_rules
+
+    folder = find_checkpoint(Path(root))
+    config = describe(folder)
+    split = split_layers(config.architecture.num_layers, parallel)
+    rules, full = open_megatron(Path(root), CheckpointSource()).held()
+    whole = {one.key: one for one in placed_rules(config.architecture, rules)}
+    with process_groups(ParallelSizes.of(parallel, split.virtual_size)) as layout:
+        options = BuildOptions(nf4=nf4_of(config), split=split, padded_vocab_size=vocab_rows(config))
+        chunks = build_chunks(config.architecture, layout, options)
+        load_weights(folder, config, chunks, layout)
+        right = 0
+        for chunk in chunks:
+            for name, linear in frozen.frozen_linears(chunk).items():
+                assert linear.rounded == nf4_of(config)
+                for part in ("weight", "weight_absmax"):
+                    place = whole[global_name(chunk, f"{name}.{part}")]
+                    expected = place.rule.part(full(place), layout.tp_size, layout.tp_rank)
+                    right += torch.equal(getattr(linear, part), expected)
+    return right
+
+
+def logits(roots, layout, tokens):
+    """Logits [b, s, vocabulary] of each quantised checkpoint, and greedy ids after the first row; None and the ids elsewhere."""
+    from pathlib import Path
+
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint, vocab_rows
+    from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.checkpoints.quantised import nf4_of
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.generation.decoding import Decoder
+    from megatron_ft.models.build import BuildOptions, build_model
+    from tests.models import jobs
+
+    found = []
+    with process_groups(ParallelSizes(*layout)) as here, torch.no_grad():
+        for folder in map(find_checkpoint, map(Path, roots)):
+            config = describe(folder)
+            options = BuildOptions(nf4=nf4_of(config), padded_vocab_size=vocab_rows(config))
+            model = build_model(config.architecture, here, options).eval()
+            load_weights(folder, config, model, here)
+            numbers = jobs.logits(model, torch.from_numpy(tokens), config.architecture.vocab_size, here)
+            decoder = Decoder(model, here, (), config.architecture.max_position_embeddings)
+            found.append((numbers, decoder.generate([tokens[0, :10]], max_new_tokens=8)[0]))
+    return found

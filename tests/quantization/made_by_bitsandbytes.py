@@ -43,7 +43,7 @@ def plain_llama(folder: Path) -> Path:
 
     sizes = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 48, "max_position_embeddings": 128,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 48, "max_position_embeddings": 128,
     }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
     with torch.no_grad():
