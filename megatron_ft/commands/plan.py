@@ -42,6 +42,8 @@ class Plan:
     """recompute activations in the backward pass to save memory: of the attention (selective) or of whole layers (full)"""
     fp32: bool = False
     """compute in fp32 instead of bf16"""
+    base_precision: Literal["nf4"] | None = None
+    """the model is the frozen base of adapters, and its linears are in 4 bits (nf4); the adapters are not counted"""
     hidden_dropout: float = 0.0
     """dropout probability on the residual stream; above 0, its masks need memory if kernels are not fused"""
     lora_rank: int | None = None
@@ -98,6 +100,9 @@ def run(plan: Plan, parallel: Parallelism) -> int:
         "tokens_per_step": job.global_batch * job.seq_length,
         "seconds_per_step": asdict(figures.step_time(arch, job, kind, plan.gpus_per_node)),
         "checkpoint": {**asdict(saved := figures.checkpoint(arch, job)), "bytes": saved.bytes},
+        "base": {
+            "nf4": figures.nf4_on_disk(arch, job, False), "nf4_double_quant": figures.nf4_on_disk(arch, job, True),
+        } if job.nf4 else None,
         "host_memory_at_a_save": memory.host_memory(arch, job, plan.gpus_per_node),
         "train_iters": plan.train_iters,
         "proposals": [
@@ -118,11 +123,15 @@ def run(plan: Plan, parallel: Parallelism) -> int:
 
 def _job(arch: Architecture, plan: Plan, parallel: Parallelism) -> Job:
     from megatron_ft.models.architecture import check_layout
+    from megatron_ft.models.families import family_of
     from megatron_ft.models.pipeline import split_layers
+    from megatron_ft.models.quantised import check_blocks
     from megatron_ft.planner.memory import Job
 
     positive(plan, "gpus", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "train_iters")
     check_layout(arch, parallel.tensor_model_parallel_size)
+    if plan.base_precision:
+        check_blocks(arch, family_of(arch).rules(arch), parallel.tensor_model_parallel_size)
     split = split_layers(arch.num_layers, parallel)
     seq_length = plan.seq_length or min(4096, arch.max_position_embeddings)
     context_fits(parallel, Data(seq_length=seq_length, packing=False))
@@ -146,6 +155,7 @@ def _job(arch: Architecture, plan: Plan, parallel: Parallelism) -> Job:
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         distributed_optimizer=parallel.use_distributed_optimizer, recompute=plan.recompute_granularity,
         bf16=not plan.fp32, dropout=plan.hidden_dropout > 0, cp=parallel.context_parallel_size, lora=_lora(arch, plan),
+        nf4=plan.base_precision == "nf4",
     )  # fmt: skip
 
 

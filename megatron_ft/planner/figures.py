@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.families import family_of
+from megatron_ft.models.quantised import is_quantised
 from megatron_ft.planner.known import Gpu
 from megatron_ft.planner.memory import Job, parameters
+from megatron_ft.quantization.sizes import bytes_on_disk
 
 EFFICIENCY = 0.45
 """Assumed share of a GPU's peak that its matrix products reach."""
@@ -35,12 +38,13 @@ def flops(arch: Architecture, job: Job) -> float:
     """
     tokens = job.global_batch * job.seq_length
     embedding = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size  # a lookup, no matrix product
-    matrices = (4 if job.lora else 6) * (whole_model(arch) - embedding) * tokens
+    matrices = (4 if job.lora or job.nf4 else 6) * (whole_model(arch) - embedding) * tokens
     matrices += 6 * job.lora.parameters(arch) * tokens if job.lora else 0
     attention = (
         6 * arch.num_layers * arch.num_attention_heads * arch.head_dim * job.seq_length * tokens
     )  # causal: half the square
-    again = {"none": 0.0, "selective": attention / 3, "full": (matrices + attention) / 3}[job.recompute]
+    forward = matrices / 2 + attention / 3 if job.nf4 else (matrices + attention) / 3
+    again = {"none": 0.0, "selective": attention / 3, "full": forward}[job.recompute]
     return matrices + attention + again
 
 
@@ -84,7 +88,7 @@ def _communication(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -
     edge = (gpu.link if job.gpus <= gpus_per_node else BETWEEN_NODES) * 1e9
     passes = 2 * job.microbatches * job.split.virtual_size if job.pp > 1 else 0
     pipeline = passes * residual / shared / edge
-    trained = job.lora.parameters(arch) if job.lora else whole_model(arch)
+    trained = job.lora.parameters(arch) if job.lora else 0 if job.nf4 else whole_model(arch)
     gradients = 2 * 4 * trained / (job.tp * job.pp) * (job.replicas - 1) / job.replicas / edge
     return tensor + pipeline + gradients
 
@@ -106,9 +110,8 @@ def checkpoint(arch: Architecture, job: Job) -> Saved:
     """Return the size in torch_dist format: the padded model once, in any layout, or only its adapters; the Adam state; two files per
     writing rank.
     """
-    if job.lora:
-        count = job.lora.parameters(arch)
-        return _saved(count, job)
+    if job.lora or job.nf4:
+        return _saved(job.lora.parameters(arch) if job.lora else 0, job)
     rows = -(-arch.vocab_size // (128 * job.tp)) * 128 * job.tp - arch.vocab_size
     count = whole_model(arch) + rows * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     return _saved(count, job)
@@ -118,3 +121,12 @@ def _saved(count: int, job: Job) -> Saved:
     return Saved(
         count * job.width, count * (12 if job.bf16 or job.distributed_optimizer else 8), 2 * job.gpus + _OTHER_FILES
     )
+
+
+def nf4_on_disk(arch: Architecture, job: Job, double_quant: bool) -> int:
+    """Return the bytes of the weights of a quantised checkpoint, without padding rows."""
+    matrices = [
+        shape for rule in family_of(arch).rules(arch) if is_quantised(rule) for shape in rule.hf_shapes(arch)
+    ] * arch.num_layers
+    others = whole_model(arch) - sum(rows * columns for rows, columns in matrices)
+    return others * job.width + bytes_on_disk([(rows, columns) for rows, columns in matrices], double_quant)

@@ -16,6 +16,8 @@ from megatron_ft.adapters.spec import Lora, projections
 from megatron_ft.models.architecture import Architecture, padded_vocab_size
 from megatron_ft.models.families import family_of
 from megatron_ft.models.pipeline import PipelineSplit
+from megatron_ft.models.quantised import is_quantised
+from megatron_ft.quantization.sizes import bits_in_memory
 from megatron_ft.shares import deal
 
 Recompute = Literal["none", "selective", "full"]
@@ -40,6 +42,8 @@ class Job:
     bf16: bool = True
     dropout: bool = False
     cp: int = 1
+    nf4: bool = False
+    """the base is frozen, and the linears of its layers are NF4"""
     lora: Lora | None = None
     """Adapters, which are then all that has gradients and optimizer state."""
 
@@ -130,15 +134,27 @@ def _stage(arch: Architecture, job: Job, number: int) -> Stage:
     layers, first, last = len(job.split.layers_of(number)), number == 0, number == job.pp - 1
     count = parameters(arch, job.tp, layers, first, last)
     own = sum(adapter_sizes(arch, job, layers))
-    trained = own if job.lora else count
+    trained = own if job.lora else 0 if job.nf4 else count
     return Stage(
         layers, count, trained,
-        weights=(count + own) * job.width,
+        weights=(count + own) * job.width - _saved_by_nf4(arch, job, layers),
         gradients=trained * 4,  # one fp32 buffer, whatever the compute type
         optimizer=optimizer_bytes(trained, job),
         activations=_activations(arch, job, number),
         working=_working(arch, job, last),
     )  # fmt: skip
+
+
+def quantised_parts(arch: Architecture, tp: int) -> list[int]:
+    """Return the size of each quantised weight of a layer on a rank, in weights."""
+    return [prod(rule.part_shape(arch, tp, 0)) for rule in family_of(arch).rules(arch) if is_quantised(rule)]
+
+
+def _saved_by_nf4(arch: Architecture, job: Job, layers: int) -> int:
+    """Return the bytes that NF4 takes less than the compute type."""
+    if not job.nf4:
+        return 0
+    return round(layers * sum(quantised_parts(arch, job.tp)) * (job.width - bits_in_memory() / 8))
 
 
 def optimizer_bytes(count: int, job: Job) -> int:
@@ -152,6 +168,8 @@ def host_memory(arch: Architecture, job: Job, gpus_per_node: int) -> int:
 
     This is an upper bound: norms count on every tensor-parallel rank, and so does the last stage's copy of tied embeddings.
     """
+    if job.nf4:  # the base is not saved
+        return 0
     ranks = []  # in the order of the world: tensor parallel first, then data parallel, then stages
     for number in range(job.pp):
         layers = len(job.split.layers_of(number))
@@ -252,4 +270,6 @@ def _working(arch: Architecture, job: Job, last: bool) -> int:
     gathered = 2 * tokens * arch.hidden_size * job.width  # sequence parallelism gathers inputs before a matrix product
     again = layer_activations(arch, job, "none") if job.recompute == "full" else 0
     widest = (2 if arch.gated else 1) * tokens * arch.ffn_hidden_size // job.tp * job.width  # a gradient inside the MLP
-    return max(logits, gathered + again + 2 * widest)
+    # A dequantised weight: pairs of codes as int32, levels in fp32, the result. bitsandbytes' kernel needs only the last.
+    dense = (2 + 4 + job.width) * max(quantised_parts(arch, job.tp)) if job.nf4 else 0
+    return max(logits, gathered + again + 2 * widest + dense)

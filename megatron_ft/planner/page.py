@@ -88,7 +88,7 @@ def _verdict(plan: dict[str, Any], limit: float) -> str:
 def _figures(plan: dict[str, Any], gpu: Gpu) -> list[str]:
     by = plan["activations_by_recompute"]
     first = ", ".join(f"{how} {sizes[0] / _GB:.1f}" for how, sizes in by.items())
-    seconds, saved = plan["seconds_per_step"], plan["checkpoint"]
+    seconds = plan["seconds_per_step"]
     total = sum(seconds.values())
     time = f"step         about {total:.1f} s ({seconds['compute']:.1f} computing at 45% of {gpu.tflops:.0f} TFLOP/s or less, "
     time += f"{seconds['waiting']:.1f} waiting, {seconds['communication']:.1f} communicating), estimated, not measured"
@@ -100,6 +100,18 @@ def _figures(plan: dict[str, Any], gpu: Gpu) -> list[str]:
         f"{plan['microbatches']} microbatches of {plan['micro_batch_size']}",
         f"bubble       {plan['bubble']:.1%} of a step, in which a stage waits for others",
         time,
+        *(_base(plan["base"]) if plan["base"] else _saves(plan)),
+    ]
+
+
+def _base(base: dict[str, int]) -> list[str]:
+    sizes = f"{base['nf4'] / _GB:.1f} GB, with --double_quant {base['nf4_double_quant'] / _GB:.1f} GB"
+    return [f"base         frozen, NF4: 4.5 bits per weight of the linears; on disk {sizes}; adapters are not counted"]
+
+
+def _saves(plan: dict[str, Any]) -> list[str]:
+    saved = plan["checkpoint"]
+    return [
         f"checkpoint   {saved['bytes'] / _GB:,.0f} GB in about {saved['files']} files: weights {saved['weights'] / _GB:,.0f}, "
         f"optimizer {saved['optimizer'] / _GB:,.0f}",
         f"host memory  {plan['host_memory_at_a_save'] / _GB:,.1f} GB per node at a save, at most twice as much with --async_save",

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from megatron_ft.config.sections import Parallelism
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture, check_layout
+from megatron_ft.models.families import family_of
 from megatron_ft.models.pipeline import PipelineSplit, split_layers
+from megatron_ft.models.quantised import check_blocks
 from megatron_ft.planner.figures import step_time
 from megatron_ft.planner.known import Gpu
 from megatron_ft.planner.memory import RECOMPUTE, Job, stages
@@ -50,7 +52,7 @@ def candidates(arch: Architecture, job: Job, gpus_per_node: int) -> Iterator[Job
     Context parallelism is not proposed: it needs Transformer Engine and rows of one sample.
     """
     for tp in _divisors(min(job.gpus, gpus_per_node)):
-        if job.gpus % tp or not _divides(arch, tp) or (tp > 1 and job.seq_length % tp):
+        if job.gpus % tp or not _divides(arch, tp, job.nf4) or (tp > 1 and job.seq_length % tp):
             continue
         for pp in _divisors(job.gpus // tp):
             dp = job.gpus // tp // pp
@@ -93,9 +95,11 @@ def _split(arch: Architecture, pp: int, chunks: int) -> PipelineSplit | None:
         return None
 
 
-def _divides(arch: Architecture, tp: int) -> bool:
+def _divides(arch: Architecture, tp: int, nf4: bool) -> bool:
     try:
         check_layout(arch, tp)
+        if nf4:
+            check_blocks(arch, family_of(arch).rules(arch), tp)
     except ConfigError:
         return False
     return True

@@ -114,3 +114,13 @@ def logits(roots, layout, tokens):
             decoder = Decoder(model, here, (), config.architecture.max_position_embeddings)
             found.append((numbers, decoder.generate([tokens[0, :10]], max_new_tokens=8)[0]))
     return found
+
+
+def bytes_of_ranks(arch, sizes):
+    """Bytes of all parameters of a quantised model on this rank."""
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.models.build import BuildOptions, build_model
+
+    with process_groups(ParallelSizes(*sizes)) as layout:
+        model = build_model(arch, layout, BuildOptions(dtype=torch.bfloat16, nf4=torch.bfloat16))
+        return sum(held.numel() * held.element_size() for held in model.parameters())
