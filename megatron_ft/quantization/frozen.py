@@ -20,11 +20,9 @@ from torch.nn import Module, Parameter
 
 from megatron_ft.errors import ConfigError
 from megatron_ft.quantization import nf4
-from megatron_ft.quantization.nf4 import Nf4
+from megatron_ft.quantization.kernels import dequantiser
+from megatron_ft.quantization.nf4 import Dequantise, Nf4
 from megatron_ft.quantization.sizes import BLOCK
-
-Dequantise = Callable[[Tensor, Tensor, torch.dtype], Tensor]
-"""f(codes, absmax, dtype) -> weight, as nf4.dequantise."""
 
 
 class FrozenLinear(Module):
@@ -36,7 +34,6 @@ class FrozenLinear(Module):
     config: Any
     cut: int
     """The axis that tensor parallelism cuts."""
-    dequantise: Dequantise = staticmethod(nf4.dequantise)
     rounded: torch.dtype = torch.float32
     """The type of the dequantised weight, whatever type a product is computed in: that of the model that was quantised."""
 
@@ -59,7 +56,7 @@ class FrozenLinear(Module):
 
     def dense(self, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         """Return this rank's slice of the weight [out, in] in the type of a product."""
-        return self.dequantise(codes, absmax, self.rounded).to(dtype)
+        return dequantiser()(codes, absmax, self.rounded).to(dtype)
 
     def _forward_impl(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, allreduce_dgrad: bool, sequence_parallel: bool,
@@ -112,10 +109,10 @@ FROZEN: dict[type, type[FrozenLinear]] = {
 }
 
 
-def freeze_linears(chunk: Any, dequantise: Dequantise = nf4.dequantise) -> int:
+def freeze_linears(chunk: Any) -> int:
     """Quantise the linears of all layers of a bare chunk where they are; return their number. Embedding and output layer stay.
 
-    The weights must be loaded; the slices of all ranks are then those of the quantised whole. dequantise: as FrozenLinear's.
+    The weights must be loaded; the slices of all ranks are then those of the quantised whole.
     Raise ConfigError where the slice of a rank is not made of whole blocks.
     """
     found = [(name, module) for name, module in chunk.decoder.named_modules() if type(module) in FROZEN]
@@ -124,7 +121,7 @@ def freeze_linears(chunk: Any, dequantise: Dequantise = nf4.dequantise) -> int:
         quantised = nf4.quantise(module.weight, name)
         rounded, module.__class__ = module.weight.dtype, FROZEN[type(module)]
         module.hold(quantised)
-        module.dequantise, module.rounded = dequantise, rounded
+        module.rounded = rounded
     return len(found)
 
 

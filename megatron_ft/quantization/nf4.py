@@ -8,6 +8,7 @@ bitsandbytes bit for bit.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ LEVELS = (
 )  # fmt: skip
 """The value of each code, as a share of the scale: quantiles of a normal distribution (QLoRA, appendix E)."""
 _AT_ONCE = 1 << 22  # weights that are quantised at once, which bounds temporary memory
+
+
+Dequantise = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+"""f(codes, absmax, dtype) -> weight"""
 
 
 class Nf4(NamedTuple):

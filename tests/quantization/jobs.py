@@ -93,15 +93,35 @@ def held(root, parallel):
 
 def logits(roots, layout, tokens):
     """Logits [b, s, vocabulary] of each quantised checkpoint, and greedy ids after the first row; None and the ids elsewhere."""
+    from tests.models import jobs
+
+    def of(model, config, here):
+        return jobs.logits(model, torch.from_numpy(tokens), config.architecture.vocab_size, here)
+
+    return _each(roots, layout, lambda *loaded: (of(*loaded), _greedy(tokens[0, :10], *loaded)))
+
+
+def answers(roots, layout, prompt):
+    """Greedy ids after the prompt, of each quantised checkpoint."""
+    return _each(roots, layout, lambda *loaded: _greedy(prompt, *loaded))
+
+
+def _greedy(prompt, model, config, here):
+    from megatron_ft.generation.decoding import Decoder
+
+    decoder = Decoder(model, here, (), config.architecture.max_position_embeddings)
+    return [int(token) for token in decoder.generate([prompt], max_new_tokens=8)[0]]
+
+
+def _each(roots, layout, of):
+    """of(model, config, layout) for each quantised checkpoint."""
     from pathlib import Path
 
     from megatron_ft.checkpoints.folder import describe, find_checkpoint, vocab_rows
     from megatron_ft.checkpoints.load import load_weights
     from megatron_ft.checkpoints.quantised import nf4_of
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
-    from megatron_ft.generation.decoding import Decoder
     from megatron_ft.models.build import BuildOptions, build_model
-    from tests.models import jobs
 
     found = []
     with process_groups(ParallelSizes(*layout)) as here, torch.no_grad():
@@ -110,9 +130,7 @@ def logits(roots, layout, tokens):
             options = BuildOptions(nf4=nf4_of(config), padded_vocab_size=vocab_rows(config))
             model = build_model(config.architecture, here, options).eval()
             load_weights(folder, config, model, here)
-            numbers = jobs.logits(model, torch.from_numpy(tokens), config.architecture.vocab_size, here)
-            decoder = Decoder(model, here, (), config.architecture.max_position_embeddings)
-            found.append((numbers, decoder.generate([tokens[0, :10]], max_new_tokens=8)[0]))
+            found.append(of(model, config, here))
     return found
 
 

@@ -80,3 +80,13 @@ def test_numbers_that_are_none(number):
     weight[2, 5] = number
     with pytest.raises(CheckpointError, match="down_proj holds numbers that are not finite"):
         nf4.quantise(weight, "down_proj")
+
+
+def test_the_kernel_of_bitsandbytes():
+    """Its own function, where it is installed, also on a CPU."""
+    pytest.importorskip("bitsandbytes")
+    from megatron_ft.quantization.kernels import by_bitsandbytes
+
+    found = nf4.quantise(matrix())
+    for dtype in DTYPES.values():
+        assert torch.equal(by_bitsandbytes(*found, dtype), nf4.dequantise(*found, dtype))
