@@ -17,6 +17,7 @@ from megatron_ft.config import checks
 from megatron_ft.config.cli import parse, run_script
 from megatron_ft.errors import UserError
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.quantised import Quantization
 from megatron_ft.training import fit
 from tests.training.test_datasets import write
 
@@ -48,6 +49,7 @@ BROKEN = {
     "classic_saves_know_no_context_parallel": "--save {save} --ckpt_format torch --context_parallel_size 2 --no_packing",
     "overlaps_have_a_subject": "--overlap_param_gather",
     "refuse_experts": "--load {experts}",
+    "refuse_quantised": "--load {quantised}",
     "check_model_flags": "--num_layers 5",
     "split_layers": "--pipeline_model_parallel_size 2 --decoder_first_pipeline_num_layers 4",
     "check_sizes": "--load {classic}",
@@ -88,7 +90,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     parts = {"torch_dist": ("metadata.json", ".metadata", "common.pt"), "torch": ()}
     for name, kind, tp, iteration in (
         ("model", "torch_dist", 1, "release"), ("classic", "torch", 4, "release"), ("resumed", "torch", 2, 3),
-        ("experts", "torch_dist", 1, "release"),
+        ("experts", "torch_dist", 1, "release"), ("quantised", "torch_dist", 1, "release"),
     ):  # fmt: skip
         folder = tmp_path / name
         folder.mkdir()
@@ -97,7 +99,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).touch()
         arch = dataclasses.replace(ARCH, **EXPERTS) if name == "experts" else ARCH
-        write_config(folder, CheckpointConfig(arch, kind, tp, 1, 128, iteration, "fp32"))
+        nf4 = Quantization() if name == "quantised" else None
+        write_config(folder, CheckpointConfig(arch, kind, tp, 1, 128, iteration, "fp32", quantization=nf4))
     from megatron_ft.commands import rehearse
     from megatron_ft.launch import run
 
@@ -108,6 +111,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return {
         "shards": write(tmp_path / "chats-train", [9, 5]), "save": str(tmp_path / "save"), "model": str(tmp_path / "model"),
         "classic": str(tmp_path / "classic"), "resumed": str(tmp_path / "resumed"), "experts": str(tmp_path / "experts"),
+        "quantised": str(tmp_path / "quantised"),
     }  # fmt: skip
 
 
