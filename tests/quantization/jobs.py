@@ -106,6 +106,33 @@ def answers(roots, layout, prompt):
     return _each(roots, layout, lambda *loaded: _greedy(prompt, *loaded))
 
 
+def frozen_where_it_is(dense, quantised):
+    """A dense checkpoint in bf16, loaded in fp32 and frozen: the number of linears that hold what the quantised checkpoint does."""
+    from pathlib import Path
+
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.checkpoints.load import load_weights
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.models.build import BuildOptions, build_model
+
+    with process_groups(ParallelSizes(2)) as here:
+        models = []
+        for root, nf4_type in ((dense, None), (quantised, torch.bfloat16)):
+            folder = find_checkpoint(Path(root))
+            config = describe(folder)
+            models.append(build_model(config.architecture, here, BuildOptions(nf4=nf4_type)))
+            load_weights(folder, config, models[-1], here)
+        frozen.freeze_linears(models[0], torch.bfloat16)
+        ours, theirs = map(frozen.frozen_linears, models)
+        same = [
+            torch.equal(one.weight, theirs[name].weight)
+            and torch.equal(one.weight_absmax, theirs[name].weight_absmax)
+            and one.rounded == theirs[name].rounded
+            for name, one in ours.items()
+        ]
+    return sum(same)
+
+
 def _greedy(prompt, model, config, here):
     from megatron_ft.generation.decoding import Decoder
 

@@ -134,6 +134,20 @@ def test_each_rank_holds_its_slice(tmp_path, llama, four_ranks, double):
         assert right == [2 * 16 // stages] * 4, name
 
 
+def test_a_plain_checkpoint_that_is_frozen_where_it_is(tmp_path, llama, pair):
+    dense, quantised = (to_nf4(llama, tmp_path / name, quantize=name, params_dtype="bf16") for name in ("none", "nf4"))
+    assert pair.run(jobs.frozen_where_it_is, str(dense), str(quantised)) == [16, 16]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    from tests.ranks import Ranks
+
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
 def test_logits_and_answers(tmp_path, llama, one_rank, four_ranks):
     """In every layout and format those of transformers with the dequantised weights."""
     tokens = np.random.default_rng(5).integers(0, 203, (2, 24))

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.trainable import Trainable
@@ -116,12 +117,26 @@ def test_one_wrong_scale_is_noticed(pools):
 
 
 def test_half_precision(pools):
-    """Products of half-precision numbers are computed in fp32 on a CPU, which rounds less."""
+    """Bit-equal to plain linears where this CPU has units for bf16; else products are computed in fp32, which rounds less."""
+    from megatron_ft.quantization.frozen import _has_units
     from megatron_ft.training.invariance import compare
 
     plain = measured(pools, LLAMA, [one_process()], jobs.dequantise_in_place, bf16=True)["one"]
     frozen = measured(pools, LLAMA, [one_process()], jobs.freeze, bf16=True)["one"]
-    assert 0 <= compare(plain, frozen).loss < 1e-3
+    assert compare(plain, frozen).loss < 1e-3
+    assert compare(plain, frozen).largest == 0 or not _has_units(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_units", [False, True])
+def test_products_in_half_precision(pools, dtype, has_units, monkeypatch):
+    from megatron_ft.quantization import frozen
+
+    monkeypatch.setattr(frozen, "_has_units", lambda _: has_units)
+    left, right = (torch.randn(8, 64, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 2))
+    found, exact = frozen._multiply(left, right.t()), left.double() @ right.t().double()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
 
 def test_what_is_kept(one_rank):
