@@ -110,7 +110,7 @@ def _with_adapters(request: Request, wanted: CheckpointSource, layout: Layout) -
     fill_from(model, arch, opened.rules, opened.full if is_exact else whole.full, layout)
     if is_exact:
         add_adapters(model, arch, stored, layout, opened.folder)
-    return model
+    return model.eval()  # the adapters too: their dropout
 
 
 def _logits(model: Any, layout: Layout, ids: Tensor) -> Any:

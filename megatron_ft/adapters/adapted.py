@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ft.adapters.base import check_base, weight_hashes
+from megatron_ft.adapters.base import check_base, freeze, weight_hashes
 from megatron_ft.adapters.find import find_base
 from megatron_ft.adapters.lora import attach, fill_adapters
 from megatron_ft.adapters.stored import Stored, of_checkpoint
 from megatron_ft.checkpoints.folder import CheckpointConfig, describe, vocab_rows
 from megatron_ft.checkpoints.load import load_weights
+from megatron_ft.checkpoints.quantised import nf4_of
 from megatron_ft.checkpoints.verify import verify
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.architecture import Architecture
@@ -28,9 +29,14 @@ def build_adapted(
     source = find_base(described, folder, base)
     config = describe(source)
     verify(source, config, layout, digests)
-    model = build_model(described.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config)))
+    model = build_model(
+        described.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config), nf4=nf4_of(config))
+    )
     load_weights(source, config, model, layout, verified=True)
     add_adapters(model, described.architecture, of_checkpoint(folder, described), layout, source)
+    entry = described.adapter or {}
+    if config.quantization is None and entry["base"].get("precision") == "nf4":
+        freeze([model], config)
     return model
 
 

@@ -266,8 +266,8 @@ def refuse_quantised(folder: Path, config: CheckpointConfig) -> None:
     """Raise CheckpointError for a checkpoint whose weights cannot be trained."""
     if config.quantization:
         raise CheckpointError(
-            f"{folder} holds NF4 weights (hf-to-megatron --quantize nf4), which cannot be trained: convert the model again without "
-            f"--quantize"
+            f"{folder} holds NF4 weights (hf-to-megatron --quantize nf4), which cannot be trained: add --lora_rank to train adapters on "
+            f"them, or convert the model again without --quantize"
         )
 
 

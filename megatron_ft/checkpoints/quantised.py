@@ -30,7 +30,9 @@ def nf4_of(config: CheckpointConfig) -> torch.dtype | None:
 
 
 def check_held(folder: Path, config: CheckpointConfig, chunk: Any) -> None:
-    """Raise CheckpointError unless the linears of a chunk hold what the checkpoint has."""
+    """Raise CheckpointError unless the linears of a chunk hold what the checkpoint has. One of adapters has none."""
+    if config.adapter is not None:
+        return
     held = bool(frozen_linears(chunk))
     if not held and len(chunk.decoder.layers):
         refuse_quantised(folder, config)

@@ -20,6 +20,7 @@ from megatron_ft.adapters.spec import BASE, TRAINED
 from megatron_ft.checkpoints import training_state
 from megatron_ft.checkpoints.folder import SETTINGS, TRAINED_ON, CheckpointConfig, vocab_rows
 from megatron_ft.checkpoints.load import load_weights
+from megatron_ft.checkpoints.quantised import nf4_of
 from megatron_ft.checkpoints.training_state import Progress
 from megatron_ft.checkpoints.verify import verify
 from megatron_ft.commands import dry_run
@@ -137,6 +138,7 @@ def _build(inputs: Inputs, trainable: Trainable, adapting: Adapting | None) -> P
     model = setup.make_model(
         described.architecture, inputs.layout, settings.data, settings.parallel, numerics, settings.kernels,
         vocab_rows(adapting.described if adapting else described), trainable, adapting.lora if adapting else None,
+        nf4_of(adapting.described) if adapting else None,
     )  # fmt: skip
     optimizer = make_optimizer(model, settings.optimizer, numerics, settings.parallel.use_distributed_optimizer)
     schedule = make_schedule(optimizer, settings.optimizer, settings.batch)
@@ -177,7 +179,7 @@ def _load_adapters(inputs: Inputs, parts: Parts, adapting: Adapting) -> tuple[In
     settings, layout, bare = inputs.settings, inputs.layout, parts.bare
     if adapting.base != inputs.source:
         verify(adapting.base, adapting.described, layout, settings.checkpointing.verify_checkpoint)
-    hashes = load_base(adapting.base, adapting.described, bare, layout, adapting.recorded)
+    hashes = load_base(adapting.base, adapting.described, bare, layout, adapting.recorded, adapting.nf4)
     if adapting.peft:
         fill_adapters(bare, adapting.peft.read, layout.tp_size, layout.tp_rank)
     elif inputs.described.adapter is None:
@@ -186,7 +188,7 @@ def _load_adapters(inputs: Inputs, parts: Parts, adapting: Adapting) -> tuple[In
     elif settings.checkpointing.finetune:
         load_weights(inputs.source, inputs.described, bare, layout, verified=True, only=TRAINED)
     parts.optimizer.reload_model_params()
-    described = dataclasses.replace(inputs.described, adapter=adapting.entry(hashes))
+    described = dataclasses.replace(inputs.described, adapter=adapting.entry(hashes), quantization=None)
     if starts_anew(inputs.described, settings.checkpointing):
         progress = Progress(samples_hash=sample_hash.beginning(inputs.train_set))
         return dataclasses.replace(inputs, described=described), progress

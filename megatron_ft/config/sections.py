@@ -192,6 +192,9 @@ class Adapters:
     """multiply the adapters' output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)"""
     train_new_tokens: bool = False
     """with --lora_rank: also train the rows of added tokens in the embedding and the output layer, and save them with the adapters"""
+    base_precision: Literal["nf4"] | None = None
+    """with adapters: hold the linears of the frozen model in 4 bits (nf4, QLoRA); default: as the checkpoint does, see hf-to-megatron
+    --quantize"""
     adapter: str | None = None
     """folder of a PEFT adapter for the model in --load (adapter_config.json), whose training continues; default: new adapters"""
     base: str | None = None

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_ft.adapters import spec
 from megatron_ft.adapters.find import find_base
 from megatron_ft.adapters.spec import Lora
-from megatron_ft.checkpoints.folder import CheckpointConfig, check_sizes, describe
+from megatron_ft.checkpoints.folder import CheckpointConfig, check_sizes, describe, refuse_quantised
 from megatron_ft.config.sections import Adapters
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.families import family_of
 from megatron_ft.models.pipeline import split_layers
+from megatron_ft.models.quantised import check_blocks
 
 if TYPE_CHECKING:
     from megatron_ft.adapters.peft_files import PeftAdapter
@@ -32,11 +34,15 @@ class Adapting:
     recorded: Any = None
     peft: PeftAdapter | None = None
     carried: Any = None
+    nf4: bool = False
+    """The linears of the base are quantised after it is loaded."""
 
     def entry(self, hashes: dict[str, str]) -> dict[str, Any]:
         """Return the entry of the run's checkpoints. hashes: of the base's weights."""
         carried = {} if self.carried is None else {"peft": self.carried}
-        return {**self.lora.to_dict(), "base": {"path": str(self.base.resolve()), "weights": hashes}, **carried}
+        precision = {"precision": "nf4"} if self.nf4 else {}
+        base = {"path": str(self.base.resolve()), "weights": hashes, **precision}
+        return {**self.lora.to_dict(), "base": base, **carried}
 
 
 def find_adapting(
@@ -50,7 +56,12 @@ def find_adapting(
     added = list(described.tokenizer.get("added_tokens", {}).values())
     lora = spec.from_settings(section, arch, peft.lora if peft else None, added)
     if lora is None:
+        refuse_quantised(folder, described)
+        if section.base_precision:
+            raise ConfigError(f"--base_precision {section.base_precision} is for adapters: add --lora_rank, or drop it")
         return None
+    nf4 = bool(section.base_precision) and described.quantization is None
+    _check_blocks(settings, described, nf4)
     _check(settings, lora, arch)
     if section.base:
         raise ConfigError(
@@ -61,7 +72,8 @@ def find_adapting(
             f"{folder} is the state of a run that trained the model itself: add --finetune to train adapters of its weights, or choose "
             f"another --save"
         )
-    return Adapting(lora, folder, described, peft.recorded if peft else None, peft, peft.config if peft else None)
+    recorded, carried = (peft.recorded, peft.config) if peft else (None, None)
+    return Adapting(lora, folder, described, recorded, peft, carried, nf4)
 
 
 def _opened(section: Adapters, arch: Architecture) -> PeftAdapter | None:
@@ -83,7 +95,16 @@ def _continued(settings: TrainingSettings, described: CheckpointConfig, folder: 
     base = find_base(described, folder, section.base, settings.checkpointing.load)
     found, split = describe(base), split_layers(described.architecture.num_layers, settings.parallel)
     check_sizes(base, found, settings.parallel.tensor_model_parallel_size, split.stages, split)
-    return Adapting(lora, base, found, entry["base"]["weights"], carried=entry.get("peft"))
+    nf4 = found.quantization is None and "nf4" in (section.base_precision, entry["base"].get("precision"))
+    _check_blocks(settings, found, nf4)
+    return Adapting(lora, base, found, entry["base"]["weights"], carried=entry.get("peft"), nf4=nf4)
+
+
+def _check_blocks(settings: TrainingSettings, described: CheckpointConfig, nf4: bool) -> None:
+    """Raise ConfigError unless the slices of a base that is to be quantised are whole blocks."""
+    if nf4:
+        arch = described.architecture
+        check_blocks(arch, family_of(arch).rules(arch), settings.parallel.tensor_model_parallel_size)
 
 
 def _check(settings: TrainingSettings, lora: Lora, arch: Architecture) -> None:

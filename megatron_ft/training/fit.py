@@ -16,7 +16,6 @@ from megatron_ft.checkpoints.folder import (
     check_sizes,
     check_training_state,
     describe,
-    refuse_quantised,
 )
 from megatron_ft.config.checks import (
     classic_saves_fit,
@@ -74,7 +73,6 @@ def check_model(
     Raise ConfigError or CheckpointError, with both values and the remedy. folder: of the checkpoint, for the message.
     """
     refuse_experts(described.architecture)
-    refuse_quantised(folder, described)
     described = check_model_flags(settings.model, described)
     parallel, checkpointing = settings.parallel, settings.checkpointing
     split = split_layers(described.architecture.num_layers, parallel)

@@ -22,12 +22,13 @@ from megatron_ft.models.trainable import ALL, Trainable
 def make_model(
     arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics,
     kernels: Kernels | None = None, rows: int | None = None, trainable: Trainable = ALL, lora: Lora | None = None,
+    nf4: torch.dtype | None = None,
 ) -> list[DistributedDataParallel]:  # fmt: skip
     """Return the chunks of this rank's stage (one, unless the pipeline is interleaved), each in the engine's data-parallel wrapper
     (gradients in fp32 buffers, unless --grad_reduce_in_bf16).
 
     rows: of the embedding with padding, if a checkpoint defines them. trainable: the parameters to train; the others get no gradients.
-    lora: adapters to add; then only they are trained.
+    lora: adapters to add; then only they are trained. nf4: as BuildOptions'.
     """
     refuse_experts(arch)
     kernels, here = kernels or Kernels(), machine()
@@ -48,6 +49,7 @@ def make_model(
         overlap_p2p=kernels.overlap_p2p_communication and here.has_gpu,
         kernels=choose(kernels, numerics, here, attention_needs(arch)),
         split=split_layers(arch.num_layers, parallel),
+        nf4=nf4,
     )
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not numerics.grad_reduce_in_bf16,

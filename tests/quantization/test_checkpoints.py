@@ -249,7 +249,9 @@ def test_it_is_not_trained(tmp_path, llama, one_rank):
 
     root = to_nf4(llama, tmp_path / "nf4")
     config = describe(root / "release")
-    refused("holds NF4 weights .* which cannot be trained", check_model, TrainingSettings(), config, root, 1)
+    refused(
+        "holds NF4 weights .* which cannot be trained", check_model, TrainingSettings.of(seq_length=64), config, root, 1
+    )
 
 
 @pytest.mark.parametrize("entry", [{"quant_type": "fp4"}, {"block_size": 128}, {"double_quant": 1}, 3, None])

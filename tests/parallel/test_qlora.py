@@ -1,0 +1,160 @@
+"""Adapters on a base in NF4: layouts, stops, the base they belong to, answers, and what merging adds them to."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
+from tests.parallel.jobs import make_llama, read_metrics
+from tests.parallel.test_lora import cases, lora_of, measure
+from tests.parallel.test_lora_runs import LORA, go, hashes, run_with
+from tests.quantization.jobs import dequantise_in_place, freeze
+from tests.quantization.test_frozen import FALCON, LLAMA, TOLERANCE
+from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def pools(one_rank, four_ranks):
+    two = Ranks(2)
+    yield {1: one_rank, 2: two, 4: four_ranks}
+    two.close()
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qlora") / "hf"
+    return make_llama(folder, hidden_size=128, intermediate_size=256, head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def roots(hf):
+    """The same model in bf16: plain, NF4, NF4 with scales in 8 bits."""
+    flags = {"plain": {}, "nf4": {"quantize": "nf4"}, "double": {"quantize": "nf4", "double_quant": True}}
+    for name, more in flags.items():
+        convert(HfToMegatron(str(hf), str(hf.parent / name), params_dtype="bf16", **more))
+    return {name: str(hf.parent / name) for name in flags}
+
+
+def prepared(arch, case, lora, numerics, prepare):
+    from megatron_ft.training import invariance
+
+    return invariance.measure(invariance.Problem(arch, lora=lora, numerics=numerics), case, prepare)
+
+
+LAYOUTS = ("TP2", "TP4 + sequence parallel", "PP4", "PP2, interleaved", "TP2 x PP2 + sequence parallel", "DP2")
+
+
+@pytest.mark.parametrize(
+    "arch, names, numerics", [(LLAMA, LAYOUTS, {}), (FALCON, LAYOUTS[-2:], {"recompute_granularity": "full"})]
+)
+def test_every_layout_trains_the_same_adapters(arch, names, numerics, pools):
+    """As one process whose plain linears have the dequantised weights; in one process the bits are the same."""
+    from megatron_ft.config.sections import Numerics
+    from megatron_ft.training.invariance import Case, compare
+
+    lora, numerics = lora_of(arch, dropout=0.1), Numerics(hidden_dropout=0.1, **numerics)
+    plain, frozen = (
+        pools[1].run(prepared, arch, Case("one", 1), lora, numerics, how)[0] for how in (dequantise_in_place, freeze)
+    )
+    assert compare(plain, frozen).largest == 0
+    unquantised = pools[1].run(measure, arch, Case("one", 1), lora, numerics)[0]
+    assert compare(unquantised, frozen).gradient > 1e-2
+    for case in cases(arch, names):
+        found = pools[case.processes].run(prepared, arch, case, lora, numerics, freeze)[0]
+        assert compare(plain, found).largest < TOLERANCE, case.name
+
+
+def test_a_quantised_base_and_one_that_is_quantised_when_it_is_loaded(roots, four_ranks, shards, tmp_path):
+    """The same losses; a stop changes no bit, also where only the checkpoint knows the precision; the base stays as it is."""
+    before = {name: hashes(root) for name, root in roots.items()}
+    go(four_ranks, roots["nf4"], shards, tmp_path / "nf4", 4, **LORA)
+    go(four_ranks, roots["plain"], shards, tmp_path / "loaded", 4, **LORA, base_precision="nf4")
+    go(four_ranks, roots["plain"], shards, tmp_path / "plain", 4, **LORA)
+    losses = {name: read_metrics(tmp_path / name) for name in ("nf4", "loaded", "plain")}
+    assert losses["nf4"] == losses["loaded"] != losses["plain"]
+    for name, load, flags in (("nf4", "nf4", {}), ("loaded", "plain", {"base_precision": "nf4"})):
+        save = tmp_path / f"{name} again"
+        go(four_ranks, roots[load], shards, save, 2, **LORA, **flags)
+        go(four_ranks, roots[load], shards, save, 4, auto_resume=True)
+        assert read_metrics(save) == losses["nf4"]
+    assert {name: hashes(root) for name, root in roots.items()} == before
+    assert not [name for name in hashes(tmp_path / "nf4") if "_lora." not in name and "rng" not in name]
+
+
+@pytest.mark.parametrize("base", ["nf4", "double"])
+def test_another_layout_and_the_merged_model(base, roots, four_ranks, shards, tmp_path):
+    """TP2 x PP2 -> TP4; merged onto the dequantised base."""
+    from checkpoints_conversion.megatron_to_hf import MegatronToHf
+    from checkpoints_conversion.megatron_to_hf import convert as export
+    from checkpoints_conversion.merge_adapter import Merge, run
+
+    go(four_ranks, roots[base], shards, tmp_path / "run", 2, **LORA)
+    go(four_ranks, roots[base], shards, tmp_path / "stays", 4, **LORA)
+    go(four_ranks, roots[base], shards, tmp_path / "run", 4, (4, 1), auto_resume=True)
+    np.testing.assert_allclose(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "stays"), rtol=1e-5)
+    run(Merge(str(tmp_path / "run"), str(tmp_path / "merged"), params_dtype="fp32"))
+    export(MegatronToHf(roots[base], str(tmp_path / "dequantised"), params_dtype="fp32"))
+    merged, dequantised = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "dequantised"))
+    changed = {name for name in merged if not torch.equal(merged[name], dequantised[name])}
+    assert len(changed) == 7 * 4 and all("proj" in name for name in changed)
+    step = max(float((merged[name] - dequantised[name]).abs().max()) for name in changed)
+    assert 0 < step < 0.5
+
+
+def test_another_base_is_refused(roots, four_ranks, shards, tmp_path):
+    """Adapters of the quantised weights do not belong to the plain ones."""
+    go(four_ranks, roots["nf4"], shards, tmp_path / "run", 2, **LORA)
+    said = four_ranks.run(run_with, str(tmp_path / "run"), shards, None, 4, (2, 2), {"base": roots["plain"]})
+    assert all("is not the model that the adapters were trained with" in one for one in said)
+
+
+def test_what_does_not_fit(roots, hf, tmp_path, four_ranks, shards):
+    said = four_ranks.run(run_with, roots["plain"], shards, None, 2, (2, 2), {"base_precision": "nf4"})
+    assert set(said) == {"--base_precision nf4 is for adapters: add --lora_rank, or drop it"}
+    said = four_ranks.run(run_with, roots["nf4"], shards, None, 2, (2, 2), {})
+    assert all("holds NF4 weights" in one and "cannot be trained" in one for one in said)
+    narrow = make_llama(tmp_path / "narrow")
+    convert(HfToMegatron(str(narrow), str(tmp_path / "small")))
+    said = four_ranks.run(run_with, str(tmp_path / "small"), shards, None, 2, (2, 2), LORA | {"base_precision": "nf4"})
+    assert all("no multiple of NF4's block of 64" in one for one in said)
+
+
+def adapted_logits(folder, tokens):
+    """Logits of base and adapters, in fp32."""
+    from pathlib import Path
+
+    from megatron_ft.adapters.adapted import build_adapted
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.models.build import BuildOptions
+    from tests.models import jobs
+
+    found = find_checkpoint(Path(folder))
+    config = describe(found)
+    with process_groups(ParallelSizes(2, 2)) as layout, torch.no_grad():
+        model = build_adapted(found, config, layout, BuildOptions()).eval()
+        return jobs.logits(model, torch.from_numpy(tokens), config.architecture.vocab_size, layout)
+
+
+def test_answers_and_verify(roots, four_ranks, shards, tmp_path):
+    """Base and adapters compute what the merged model does, whether the base was quantised before or is when it is loaded."""
+    from transformers import AutoModelForCausalLM
+
+    from checkpoints_conversion.merge_adapter import Merge, run
+    from checkpoints_conversion.verify import Verify, verify
+
+    go(four_ranks, roots["double"], shards, tmp_path / "run", 3, **LORA)
+    run(Merge(str(tmp_path / "run"), str(tmp_path / "merged"), params_dtype="fp32"))
+    tokens = np.random.default_rng(5).integers(0, 203, (2, 24))
+    found = four_ranks.run(adapted_logits, str(tmp_path / "run"), tokens)[-1]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4 * abs(expected).max())
+    said = str(verify(Verify(str(tmp_path / "merged"), str(tmp_path / "run"), tolerance=1e-3)))
+    assert said.startswith("the base is unchanged, ") and "logits of 4 prompts in" in said
+    for name, load, flags in (("nf4", "nf4", {}), ("loaded", "plain", {"base_precision": "nf4"})):
+        go(four_ranks, roots[load], shards, tmp_path / name, 3, **LORA, **flags)
+    one, other = (four_ranks.run(adapted_logits, str(tmp_path / name), tokens)[-1] for name in ("nf4", "loaded"))
+    assert np.array_equal(one, other)
