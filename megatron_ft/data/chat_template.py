@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,29 @@ from megatron_ft.data import tokenizer_files
 from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode_parts, split
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, ROLES
 from megatron_ft.data.spoken import delimiters, holds_parts, turn_roles
+from megatron_ft.data.template_complete import Places, check_complete, has_effect, places
 from megatron_ft.data.template_files import CONFIG, DEFAULT, named_tokens, read_object, template_sources
 from megatron_ft.data.template_options import TemplateOptions, today
-from megatron_ft.data.template_samples import as_asked, check_complete, rewrites, samples
-from megatron_ft.data.template_text import AS_ASKED, ONLY_READ, REMEDY, Run, TemplateText, text_of
+from megatron_ft.data.template_samples import as_asked, rewrites, samples
+from megatron_ft.data.template_text import AS_ASKED, ONLY_READ, OTHER, OURS, REMEDY, Run, TemplateText, cut, text_of
 from megatron_ft.data.tokenizer import Tokenizer
-from megatron_ft.errors import TokenizerError
+from megatron_ft.data.traced import DEFINED, FORGED
+from megatron_ft.errors import DataError, TokenizerError
 
 __all__ = ["NoTemplate", "OwnTemplate", "TemplateOptions", "own_template", "today"]
+
+MOST_KEYS = (
+    1000  # of which is known whether a template takes notice of them; of a file whose keys are data there is no end
+)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value can be written as JSON in UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
 
 
 @dataclass
@@ -35,6 +50,7 @@ class OwnTemplate:
     template: TemplateText
     stripping: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
     name: str = "tokenizer"
+    _read: dict[str, bool] = field(default_factory=dict)
 
     def encode(self, tokenizer: Tokenizer, messages: Any, add_generation_prompt: bool = False) -> Any:
         """Return (ids int32 [tokens], role bytes uint8 [tokens]) of one conversation."""
@@ -45,16 +61,18 @@ class OwnTemplate:
 
     def encode_flat(self, tokenizer: Tokenizer, conversations: Any, add_generation_prompt: bool = False) -> Encoded:
         """Raise DataError for a conversation that the template refuses, or of which it leaves something out."""
-        return encode_parts(tokenizer, [self._parts(messages, add_generation_prompt) for messages in conversations])
+        taken = map(self._taken, conversations)
+        return encode_parts(tokenizer, [self._parts(messages, add_generation_prompt) for messages in taken])
 
     def text(self, messages: Any, add_generation_prompt: bool = False) -> str:
-        return text_of(self._runs(messages, add_generation_prompt))
+        return text_of(self._runs(self._taken(messages), add_generation_prompt))
 
     def samples(self, messages: Any) -> list[Any]:
         """Return the samples that a chat becomes. Raise DataError if one of its messages would be in none."""
+        messages = self._taken(messages)
         found = samples(self.template, messages, known=not self.rewrites)
         if self.rewrites:
-            check_complete(messages, [run for sample in found for run in self._runs(sample)])
+            check_complete(self.template, messages, [(sample, self._runs(sample)) for sample in found], self.places)
         return found
 
     @property
@@ -115,6 +133,31 @@ class OwnTemplate:
         """Whether turns are written differently once later ones follow."""
         return rewrites(self.template)
 
+    @cached_property
+    def places(self) -> Places:
+        """For which of name, reasoning_content, tools and documents the template has a place."""
+        return places(self.template)
+
+    def reads(self, key: str) -> bool:
+        """Whether the template takes notice of a key of messages that has no meaning of its own here."""
+        if key not in self._read and len(self._read) < MOST_KEYS:
+            self._read[key] = key not in OURS and has_effect(self.template, key)
+        return self._read.get(key, False)
+
+    def _taken(self, messages: Any) -> Any:
+        """Return the messages with what else they say, as far as the template takes notice of it."""
+        if not any(OTHER in message for message in messages):
+            return messages
+        result = []
+        for message in messages:
+            others = {key: value for key, value in message.get(OTHER, {}).items() if self.reads(key)}
+            if not is_text(others):
+                raise DataError(
+                    "a message says what JSON cannot say (half a character, a date), which the template would write"
+                )
+            result.append({**{key: value for key, value in message.items() if key != OTHER}, **others})
+        return result
+
     def _runs(self, messages: Any, add_generation_prompt: bool = False) -> list[Run]:
         asked = as_asked(self.template, messages) if messages and messages[-1].get(AS_ASKED) else None
         return self.template.runs(messages, add_generation_prompt) if asked is None else asked
@@ -122,7 +165,7 @@ class OwnTemplate:
     def _parts(self, messages: Any, add_generation_prompt: bool) -> list[Part]:
         runs = self._runs(messages, add_generation_prompt)
         if not self.rewrites:
-            check_complete(messages, runs)
+            check_complete(self.template, messages, [(messages, runs)], self.places, add_generation_prompt)
         parts: list[Part] = []
         for role_byte, literal, text in self._coded(messages, runs):
             parts += self._split(text, role_byte) if literal else [Part(role_byte, text)]
@@ -130,8 +173,7 @@ class OwnTemplate:
 
     def _coded(self, messages: Any, runs: list[Run]) -> Iterator[tuple[int, bool, str]]:
         """(role byte, whether it is the template's own, text) of each stretch."""
-        for number, group in groupby(runs, key=lambda run: run.message):
-            turn = list(group)
+        for number, turn in self._turns(messages, runs):
             message: Mapping[str, Any] = (
                 messages[number] if number is not None else {"role": "assistant"}
             )  # an answer to come
@@ -139,8 +181,62 @@ class OwnTemplate:
             if role != ASSISTANT:
                 yield from ((role | flags, run.literal, run.text) for run in turn)
                 continue
+            if not message.get(ONLY_READ):
+                before, turn = self._opened(turn, number == 0)
+                yield from ((CONTEXT | flags, run.literal, run.text) for run in before)
             for part, literal, text in self._spoken(turn):
                 yield (CONTEXT if message.get(ONLY_READ) else part) | flags, literal, text
+
+    def _turns(self, messages: Any, runs: list[Run]) -> list[tuple[int | None, list[Run]]]:
+        """Return the runs by message. Where the template writes several messages in one round (of a loop over pairs), a control token
+        says where the earlier one ends."""
+        turns = [(number, list(group)) for number, group in groupby(runs, key=lambda run: run.message)]
+        answers = [number is None or messages[number]["role"] == "assistant" for number, _ in turns]
+        for i in range(1, len(turns)):
+            (before, earlier), (number, turn) = turns[i - 1 : i + 1]
+            lead = text_of(list(takewhile(lambda run: run.literal, turn)))
+            end = 0
+            if answers[i]:
+                start = 0 if lead.startswith(self._opening) else lead.rfind(self._opening)
+                end = start if start > 0 and self.template.control.search(lead[:start]) else 0
+            elif answers[i - 1] and self.stop_token not in text_of([run for run in earlier if run.literal]):
+                end = lead.find(self.stop_token) + len(self.stop_token) if self.stop_token in lead else 0
+            if end:
+                ended, turn = cut(turn, end)
+                turns[i - 1 : i + 1] = [(before, earlier + ended), (number, turn)]
+        return turns
+
+    def _opened(self, turn: list[Run], first: bool) -> tuple[list[Run], list[Run]]:
+        """Cut what the template writes before an answer that is not its own: definitions of tools, and what stands before each chat,
+        such as a system message of the template, if the chat begins with an answer."""
+        if not first and not any(run.kind == DEFINED for run in turn):
+            return [], turn
+        lead = list(takewhile(lambda run: run.literal or run.kind == FORGED, turn))
+        text, ends = text_of(lead), list(accumulate(len(run.text) for run in lead))
+        start = max(
+            (
+                end
+                for run, end in zip(lead, ends, strict=True)
+                if run.kind in (DEFINED, FORGED) or (first and run.ahead)
+            ),
+            default=0,
+        )
+        return cut(turn, max(start, text.rfind(self._opening) if first and self._opening else 0))
+
+    @cached_property
+    def _opening(self) -> str:
+        """The control token, else the text, with which an answer begins."""
+        asked, answer = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}
+        try:
+            header = text_of([run for run in self.template.runs([asked], True) if run.message is None])
+        except DataError:
+            header = ""  # the template takes no question alone
+        if header.strip():
+            found = self.template.control.search(header)
+            return found[0] if found else header.strip()
+        turn = [run for run in self.template.runs([asked, answer]) if run.message == 1]
+        lead = text_of(list(takewhile(lambda run: run.literal, turn)))
+        return [*self.template.control.findall(lead), ""][-2 if self.template.control.search(lead) else -1]
 
     def _spoken(self, turn: list[Run]) -> Iterator[tuple[int, bool, str]]:
         """Return the stretches of an assistant's turn by role. Text after the end of the turn is context; if the template has

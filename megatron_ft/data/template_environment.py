@@ -20,6 +20,7 @@ from jinja2.visitor import NodeTransformer
 from megatron_ft.data.tool_text import REASONING_KEYS
 from megatron_ft.data.traced import (
     CALL,
+    DEFINED,
     OWN,
     PLAIN,
     REASON,
@@ -86,6 +87,11 @@ def as_passed(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def marked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages with labels on their texts."""
     return [_Marked.of(message, number) for number, message in enumerate(messages)]
+
+
+def marked_definitions(value: Any) -> Any:
+    """Return tools or documents with labels on their texts."""
+    return _mark(value, Label(None, DEFINED))
 
 
 class _Marked(dict[str, Any]):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ft.data.template_environment import REASONING_KEYS
-from megatron_ft.data.template_text import AS_ASKED, ONLY_READ, OURS, REMEDY, Run, TemplateText, text_of
+from megatron_ft.data.template_text import AS_ASKED, ONLY_READ, OURS, Run, TemplateText, cut, text_of
 from megatron_ft.data.traced import PLAIN, REASON
 from megatron_ft.errors import DataError
 
-_THINKS = re.compile(r"<think>\s*$")
+THINKS = re.compile(r"<think>\s*$")
 _IN_TEXT = re.compile(r"\s*<think>.*</think>", re.DOTALL)
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"a": 1}}}
 _TOOL = {
@@ -94,11 +94,11 @@ def as_asked(template: TemplateText, messages: Any) -> list[Run] | None:
     turn = [run for run in runs if run.message == last and not run.behind]
     prompt = template.runs(messages[:-1], add_generation_prompt=True)
     prompt = [run if run.message is not None else run._replace(message=last, behind=False) for run in prompt]
-    if _THINKS.search(header):
+    if THINKS.search(header):
         return [*prompt, *thought] if turn and (thought := _thought(messages[-1], turn, header)) else None
     if text_of(runs).startswith(before) or not text_of(turn).startswith(header):
         return None
-    return [*_up_to(prompt, len(before)), *turn]
+    return [*cut(prompt, len(before))[0], *turn]
 
 
 def _thought(message: Any, turn: list[Run], header: str) -> list[Run]:
@@ -106,33 +106,16 @@ def _thought(message: Any, turn: list[Run], header: str) -> list[Run]:
     writes the answer in another way."""
     content = message.get("content") or ""
     reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
-    written, opened = text_of(turn), _THINKS.sub("", header)
+    written, opened = text_of(turn), THINKS.sub("", header)
     if not written.startswith(opened) or not (reasoning or _IN_TEXT.match(content)):
         return []
-    rest, end = _behind(turn, len(opened)), "\n</think>\n\n"
+    rest, end = cut(turn, len(opened))[1], "\n</think>\n\n"
     if reasoning is None:
         reasoning, _, answer = content.lstrip().removeprefix("<think>").rpartition("</think>")
         space = "" if text_of(rest).startswith(answer) else answer[: len(answer) - len(answer.lstrip())]
         end = "</think>" + (space if answer.strip() else "\n\n")
     own = turn[0]._replace(literal=False, kind=PLAIN)
     return [own._replace(text=reasoning.lstrip("\n"), kind=REASON), own._replace(text=end), *rest]
-
-
-def _behind(runs: list[Run], start: int) -> list[Run]:
-    """Return the runs from a place on."""
-    result = []
-    for run in runs:
-        result.append(run._replace(text=run.text[max(0, start) :]))
-        start -= len(run.text)
-    return [run for run in result if run.text]
-
-
-def _up_to(runs: list[Run], length: int) -> list[Run]:
-    result = []
-    for run in runs:
-        result.append(run._replace(text=run.text[: max(0, length)]))
-        length -= len(run.text)
-    return [run for run in result if run.text]
 
 
 def _rewrites(template: TemplateText, probe: list[dict[str, Any]]) -> bool:
@@ -153,17 +136,3 @@ def _only(messages: Any, answers: list[int], sample: _Sample) -> Any:
         for i, message in enumerate(messages)
     ]
     return [*result[:-1], {**result[-1], AS_ASKED: True}] if sample.as_asked else result
-
-
-def check_complete(messages: Any, runs: Any) -> None:
-    """Raise DataError for a message of which nothing was written."""
-    present = {run.message for run in runs if not run.literal}
-    for number, message in enumerate(messages):
-        content = message.get("content")
-        if number in present or not isinstance(content, str) or not content.strip():
-            continue
-        if content.strip() not in text_of(runs):
-            raise DataError(
-                f"the tokenizer's chat template leaves out message {number + 1}, of the role {message['role']}; "
-                f"leave the chat out, or {REMEDY}"
-            )

@@ -21,10 +21,11 @@ from megatron_ft.data.template_environment import (
     compile_template,
     compile_traced,
     marked,
+    marked_definitions,
 )
 from megatron_ft.data.template_files import DEFAULT, TOOLS
 from megatron_ft.data.template_options import TemplateOptions
-from megatron_ft.data.traced import Label, Traced, runs_of, written
+from megatron_ft.data.traced import FORGED, Label, Traced, runs_of, written
 from megatron_ft.errors import DataError, TokenizerError
 
 _TRACED = re.compile(rf"(?:{re.escape(Traced.__module__)}\.)?\b{Traced.__name__}\b")
@@ -47,7 +48,7 @@ _BREAK = "\ue0ff"  # a character for private use, which keeps control tokens in 
 
 class Run(NamedTuple):
     """A stretch of what a template wrote. message: the number of the one it belongs to, None for the start of an answer to come.
-    literal: the template's own. trained: inside of {% generation %}. behind: after the last turn, in none."""
+    literal: the template's own. trained: inside of {% generation %}. behind: after the last turn, in none. ahead: before the first."""
 
     text: str
     message: int | None
@@ -55,6 +56,7 @@ class Run(NamedTuple):
     literal: bool
     trained: bool
     behind: bool = False
+    ahead: bool = False
 
 
 def text_of(runs: Sequence[Run]) -> str:
@@ -91,9 +93,10 @@ class TemplateText:
         if forged:
             passed = ([_broken(one, self._of(one)) for one in passed[0]], *_broken(passed[1:], self.control))
         chat, tools, documents = passed
-        runs = _by_message(self._run(True, marked(chat), tools, documents, add_generation_prompt))
+        beside = marked_definitions(tools), marked_definitions(documents)
+        runs = _by_message(self._run(True, marked(chat), *beside, add_generation_prompt))
         if forged:
-            runs = [run._replace(text=run.text.replace(_BREAK, "")) for run in runs]
+            runs = [part for run in runs for part in _mended(run)]
         whole = self.render(messages, add_generation_prompt)
         if text_of(runs) != whole:
             reason = (
@@ -103,7 +106,8 @@ class TemplateText:
             )
             raise DataError(f"the tokenizer's chat template {reason}; leave the chat out, or {REMEDY}")
         if add_generation_prompt and whole.startswith(before := self.render(messages)):
-            runs = _from(runs, len(before))
+            known, begun = cut(runs, len(before))  # an answer that does not exist yet
+            runs = known + [run._replace(message=None, literal=True) for run in begun]
         return [run for run in runs if run.text]
 
     def _forged(self, passed: tuple[list[dict[str, Any]], Any, Any]) -> Iterator[re.Match[str]]:
@@ -191,7 +195,7 @@ def _by_message(text: str) -> list[Run]:
     for i, run in enumerate(runs):
         before = run.message if run.message is not None else before
         started = started or not run.behind
-        runs[i] = run._replace(message=before, behind=run.behind and started)
+        runs[i] = run._replace(message=before, behind=run.behind and started, ahead=not started)
     return runs
 
 
@@ -202,14 +206,24 @@ def _stretches(text: str) -> Iterator[tuple[str, Label]]:
         at += length
 
 
-def _from(runs: list[Run], start: int) -> list[Run]:
-    """Return the runs; text from `start` on belongs to no message: it begins an answer that does not exist yet."""
-    result = []
+def cut(runs: Sequence[Run], at: int) -> tuple[list[Run], list[Run]]:
+    """Return the runs of the first `at` characters, and those of the others."""
+    first, rest = [], []
     for run in runs:
-        known = run.text[: max(0, start)]
-        result += [run._replace(text=known), run._replace(text=run.text[len(known) :], message=None, literal=True)]
-        start -= len(run.text)
-    return result
+        first.append(run._replace(text=run.text[: max(0, at)]))
+        rest.append(run._replace(text=run.text[max(0, at) :]))
+        at -= len(run.text)
+    return [run for run in first if run.text], [run for run in rest if run.text]
+
+
+def _mended(run: Run) -> Iterator[Run]:
+    """Remove the separators from what the template wrote; a control token with one is none, whoever wrote it."""
+    if not run.literal or _BREAK not in run.text:
+        yield run._replace(text=run.text.replace(_BREAK, ""))
+        return
+    for i, text in enumerate(re.split(f"(.{_BREAK})", run.text, flags=re.DOTALL)):
+        part = run._replace(text=text.replace(_BREAK, ""))
+        yield part._replace(literal=False, kind=FORGED) if i % 2 else part
 
 
 def _broken(value: Any, control: re.Pattern[str]) -> Any:

@@ -7,12 +7,12 @@ which has none. Knows neither templates nor roles.
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, SupportsIndex
 
-PLAIN, REASON, CALL = range(3)
+PLAIN, REASON, CALL, DEFINED, FORGED = range(5)
 
 
 class Label(NamedTuple):
-    """message: whose text it is, None for a template's own. owner: the message in whose turn the template wrote it, with the
-    kind of what it went through there. trained: inside of {% generation %}."""
+    """message: whose text it is, None for a template's own and for definitions of tools and documents (kind DEFINED). owner: the
+    message in whose turn the template wrote it, with the kind of what it went through there. trained: inside of {% generation %}."""
 
     message: int | None = None
     kind: int = PLAIN
@@ -186,7 +186,7 @@ def written(pieces: Iterable[Any]) -> str:
 def _owned(label: Label, message: int, kind: int) -> Label:
     if label.owner is not None:
         return label
-    return label._replace(owner=message, kind=label.kind if label.message is not None else kind)
+    return label._replace(owner=message, kind=label.kind if label.message is not None else label.kind or kind)
 
 
 def _as_traced(text: str) -> Traced:

@@ -124,10 +124,10 @@ def chat(kind: str, family: Family) -> list[dict[str, Any]]:
     return json.loads(json.dumps(CHATS[kind]).replace("{stop}", family.stop))
 
 
-def write(name: str, folder: Path) -> Path:
-    """Write the family's tokenizer with its template."""
+def write(name: str, folder: Path, kind: str | None = None) -> Path:
+    """Write the family's tokenizer with its template. kind: of the tokenizer, unless it is the family's."""
     family = FAMILIES[name]
-    fast_file(folder, family.kind)
+    fast_file(folder, kind or family.kind)
     path = folder / "tokenizer.json"
     description = json.loads(path.read_text())
     size = len(description["model"]["vocab"])

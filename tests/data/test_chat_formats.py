@@ -214,9 +214,11 @@ def test_an_own_template_changes_messages(tmp_path):
     assert np.count_nonzero(ids == tokenizer.token_id("<|im_end|>")) == 2
     assert template.text(say("prompter: x")) == "<|im_start|>user\nx<|im_end|>\n"
     shouting = own_template(with_template(tmp_path, LOOP.replace("m['content']", "m['content'] | replace('x', 'y')")))
-    ids, roles = shouting.encode(tokenizer, say("user: x x", "assistant: axe"))
+    ids, roles = shouting.encode(tokenizer, say("user: x x", "assistant: an eye"))
     assert tokenizer.decode(ids[roles == PROMPTER]) == "<|im_start|>user\ny y<|im_end|>\n"
-    assert tokenizer.decode(ids[roles == ASSISTANT]) == "<|im_start|>assistant\naye<|im_end|>\n"
+    assert tokenizer.decode(ids[roles == ASSISTANT]) == "<|im_start|>assistant\nan eye<|im_end|>\n"
+    with pytest.raises(DataError, match="leaves out or changes 'axe' of message 2, of the role assistant"):
+        shouting.encode(tokenizer, say("user: x", "assistant: axe"))
     with pytest.raises(DataError, match="unknown role 'bot'"):
         shouting.encode(tokenizer, say("bot: x"))
 

@@ -100,3 +100,17 @@ def test_every_kind_that_a_template_takes(tmp_path, name):
         whole = "".join(texts(shards, tokenizer))
         assert all(text in whole for text in said)
     assert len(shards) >= len(chats)
+
+
+def test_what_a_template_has_no_place_for_is_listed(tmp_path, capsys):
+    write("llama3", tmp_path)
+    chats = [[{**CHATS["reasoning key"][0], "name": "Ann"}, *CHATS["reasoning key"][1:]], CHATS["tools"]]
+    shards = pretokenize(tmp_path, chats, "--on_bad_record", "skip")
+    said = capsys.readouterr().out
+    assert len(shards) == 1 and "not sayable in the chat format: 1" in said
+    assert (
+        "keys of chats.jsonl that were not read: messages.name (3), messages.reasoning_content (2), tools (1)" in said
+    )
+    write("qwen3", tmp_path)
+    pretokenize(tmp_path, chats, "--overwrite")
+    assert "not read: messages.name (3)\n" in capsys.readouterr().out

@@ -91,12 +91,16 @@ def merge(counted: Counter[str], more: Counter[str]) -> None:
 
 
 def written(reads: Reads, chat_format: Any) -> Reads:
-    """Return what is read and has a place in a chat format: formats of ours have none for names. A tokenizer's own template is given
-    everything."""
-    if not isinstance(chat_format, ChatFormat):
-        return reads
-    without = {key: known for key, known in MESSAGE.items() if key != "name"}
-    return {key: {**without, **_others(known)} if "tool_call_id" in known else known for key, known in reads.items()}
+    """Return what is read and has a place in a chat format: formats of ours have none for names, a tokenizer's own template for what
+    it writes nowhere."""
+    if isinstance(chat_format, ChatFormat):
+        missing: set[str] = {"name"}
+    else:
+        names = {"name": ("name",), "reasoning_content": messages.REASONING, "tools": ("tools", "functions")}
+        missing = {key for place, keys in names.items() if place not in chat_format.places for key in keys}
+    without = {key: known for key, known in MESSAGE.items() if key not in missing}
+    kept = {key: known for key, known in reads.items() if key not in missing & {"tools", "functions"}}
+    return {key: {**without, **_others(known)} if "tool_call_id" in known else known for key, known in kept.items()}
 
 
 def _others(known: Reads) -> Reads:
