@@ -229,12 +229,20 @@ def test_any_record_is_read_or_refused_by_its_line(workers, tmp_path_factory, na
                 trained = trained[trained.index(text) + len(text) :]
 
 
-def test_the_campaign_in_its_short_form(tmp_path):
-    result = fuzz_chats.campaign(tmp_path, 2000, seed=11)
-    assert result.total() == 2000 and result["accepted"] > 1000 and result["refused"] > 200
+@pytest.mark.parametrize("templates", [False, True], ids=["our formats", "own templates"])
+def test_the_campaign_in_its_short_form(tmp_path, templates):
+    result = fuzz_chats.campaign(tmp_path, 3000, seed=11, templates=templates)
+    assert result.total() == 3000 and result["accepted"] > 1000 and result["refused"] > 200
 
 
-def test_the_campaign_sees_a_text_that_is_lost(tmp_path, monkeypatch):
+@pytest.mark.parametrize("templates", [False, True], ids=["our formats", "own templates"])
+def test_the_campaign_sees_a_text_that_is_lost(tmp_path, monkeypatch, templates):
     monkeypatch.setattr(messages, "_reasoning", lambda *arguments: {})
     with pytest.raises(AssertionError):
-        fuzz_chats.campaign(tmp_path, 2000, seed=11)
+        fuzz_chats.campaign(tmp_path, 3000, seed=11, templates=templates)
+
+
+def test_the_campaign_sees_a_part_that_a_template_drops(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_ft.data.template_complete._lost", lambda *arguments: None)
+    with pytest.raises(AssertionError):
+        fuzz_chats.campaign(tmp_path, 3000, seed=11, templates=True)
