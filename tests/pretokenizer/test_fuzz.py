@@ -13,6 +13,7 @@ from benchmarks import fuzz_chats
 from megatron_ft.data.chat_format import FORMATS
 from megatron_ft.data.roles import ROLES, all_weights, weight_table
 from megatron_ft.data.shards import ShardWriter, open_shards
+from tests.data.families import FAMILIES
 from tests.data.helpers import fast_file
 from tools.pretokenizer import messages
 from tools.pretokenizer.chunk import Chunk
@@ -56,6 +57,7 @@ SPEAKERS = {
     "system": "system",
 }
 SPEAKERS |= {"tool": "context", "observation": "context", "context": "context", "developer": "system"}
+EVERYONE = sorted(SPEAKERS)
 KNOWN = {
     "role",
     "content",
@@ -75,9 +77,9 @@ UNKNOWN = TEXT.filter(lambda key: key not in KNOWN)
 
 
 @st.composite
-def message(draw):
+def message(draw, speakers=EVERYONE):
     """A message as its author means it."""
-    speaker = draw(st.sampled_from(sorted(SPEAKERS)))
+    speaker = draw(st.sampled_from(speakers))
     parts = draw(st.lists(TEXT, min_size=1, max_size=3))
     content = "".join(parts) if draw(st.booleans()) else [{"type": "text", "text": text} for text in parts]
     openai = draw(st.booleans()) or not isinstance(content, str)
@@ -93,6 +95,11 @@ def message(draw):
 
 
 RECORD = st.fixed_dictionaries({"messages": st.lists(message(), min_size=1, max_size=5)})
+ROUND = st.tuples(message(("user", "human")), message(("assistant", "gpt")))
+ORDERED = st.lists(ROUND, min_size=1, max_size=3).map(
+    lambda rounds: {"messages": [one for two in rounds for one in two]}
+)
+"""In the order of roles that all templates take."""
 
 
 @st.composite
@@ -107,12 +114,16 @@ def wild(draw):
     )
 
 
+OWN = [f"a template as {name}'s" for name in FAMILIES]
+
+
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
-    """A worker for each format, over a tokenizer in which every text comes back."""
+    """A worker for each format and each family's template, over tokenizers in which every text comes back."""
     file = str(fast_file(tmp_path_factory.mktemp("tokenizer")))
     job = Job("messages", "messages", READERS["messages"].options(), Selection())
-    return {
+    own = fuzz_chats.own_workers(tmp_path_factory.mktemp("templates"), job)
+    return dict(zip(OWN, own, strict=True)) | {
         name: Worker(WorkerSettings([job], file, chat_format.added_tokens, name, True, "keep", False))
         for name, chat_format in FORMATS.items()
     }
@@ -203,6 +214,37 @@ def test_what_a_record_says_comes_back(workers, tmp_path_factory, records):
     assert counted.unread == unknown
 
 
+def said(one, worker):
+    """The texts of an answer, in the order in which a format writes them."""
+    own = worker.settings.chat_format == "tokenizer"
+    if not own or "reasoning_content" in worker.chat_format.places:
+        yield one.get("reasoning_content") or ""
+    yield from fuzz_chats.TAGS.split(text_of(one)) if own else [text_of(one)]
+
+
+@pytest.mark.parametrize("name", [*sorted(FORMATS), *OWN])
+@settings(max_examples=20, deadline=None)
+@given(record=RECORD | ORDERED | ORDERED)
+def test_what_is_trained_on_is_what_a_record_says(workers, tmp_path_factory, name, record):
+    worker = workers[name]
+    shards, bad, _ = through(worker, [record], tmp_path_factory.mktemp("shards"))
+    assert refused_lines(bad) == ({1} if bad else set())
+    weights = shards.loss_weights(all_weights(0, {}))
+    by_sample = (shards.tokens(i)[weights[shards.role_bytes(i)] > 0] for i in range(len(shards)))
+    trained = "\n".join(map(worker.tokenizer.decode, by_sample))
+    answers = [one for one in record["messages"] if SPEAKERS[one.get("role", one.get("from"))] == "assistant"]
+    assert bool(len(shards)) == (not bad) or not answers
+    for one in (one for one in answers if weight_meant(one) and not bad):
+        strips = name in OWN or worker.chat_format.strip
+        assert all((text.strip() if strips else text) in trained for text in said(one, worker))
+        for function in (call.get("function", call) for call in one.get("tool_calls") or []):
+            assert function["name"] in trained or json.dumps(function["name"], ensure_ascii=False) in trained
+            arguments = function["arguments"]
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            orders = (json.dumps(arguments, ensure_ascii=False, sort_keys=ordered) for ordered in (False, True))
+            assert any(text in trained for text in orders)
+
+
 def strings(value):
     """The texts of messages that are whole beyond doubt."""
     for one in value if isinstance(value, list) else []:
@@ -227,6 +269,22 @@ def test_any_record_is_read_or_refused_by_its_line(workers, tmp_path_factory, na
             if weights == [None, None, None]:
                 assert text in trained
                 trained = trained[trained.index(text) + len(text) :]
+
+
+@pytest.mark.parametrize("name", OWN)
+@settings(max_examples=10, deadline=None)
+@given(records=st.lists(wild(), min_size=1, max_size=4))
+def test_any_record_with_a_template_is_read_or_refused_by_its_line(workers, tmp_path_factory, name, records):
+    worker = workers[name]
+    shards, bad, _ = through(worker, records, tmp_path_factory.mktemp("shards"))
+    refused = refused_lines(bad)
+    by_role_byte = shards.loss_weights(all_weights(0, {}))
+    by_sample = (shards.tokens(i)[by_role_byte[shards.role_bytes(i)] > 0] for i in range(len(shards)))
+    trained = "\n".join(map(worker.tokenizer.decode, by_sample))
+    for record in (record for number, record in enumerate(records, 1) if number not in refused):
+        for text, *weights in strings(record["messages"]):
+            if weights == [None, None, None]:
+                assert all(part.strip() in trained for part in fuzz_chats.TAGS.split(text))
 
 
 @pytest.mark.parametrize("templates", [False, True], ids=["our formats", "own templates"])
