@@ -50,5 +50,11 @@ def kind_of(value: object) -> str:
     """Return what kind of value of a data file this is, in JSON's words: null, text, a number, a list, an object, true, false."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    kinds = ((str, "text"), ((int, float), "a number"), ((list, tuple), "a list"), (dict, "an object"))
+    kinds = (
+        (str, "text"),
+        ((int, float), "a number"),
+        ((list, tuple), "a list"),
+        (dict, "an object"),
+        (bytes, "bytes"),
+    )
     return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")

@@ -36,6 +36,13 @@ FOREIGN = {
     b"SQLite format 3": "an SQLite database; export a table as CSV or JSON lines",
     b"\x89HDF": "an HDF5 file; export it as JSON lines or Parquet",
     b"\x93NUMPY": "a NumPy array; give the chats as JSON lines",
+    b"ORC": "an ORC table; convert it to Parquet",
+    b"Obj\x01": "an Avro file; convert it to JSON lines or Parquet",
+    b"\x04\x22\x4d\x18": "packed with lz4; unpack it with lz4 -d",
+    b"\xff\x06\x00\x00sNaPpY": "packed with snappy; unpack it",
+    b"\x89LZO": "packed with lzop; unpack it with lzop -d",
+    b"\x1f\x9d": "packed with compress; unpack it with uncompress",
+    b"\x5d\x00\x00": "packed with lzma; unpack it with xz -d --format=lzma",
     b"version https://git-lfs": "a pointer of Git LFS in place of the file; fetch the file with git lfs pull",
     b"<!doctype html": "a web page, not the file behind it; download the file itself",
     b"<html": "a web page, not the file behind it; download the file itself",
@@ -43,6 +50,7 @@ FOREIGN = {
     b"\xfe\xff": "text in UTF-16; save it as UTF-8",
 }
 """Files of other kinds by how they begin: what they are, and what to do. Pickles are in _foreign, by their first bytes."""
+_ZSTD_BYTES = 1 << 12  # read at once; what they become, at most 32,000 times as much, is in memory
 DEEPEST = 4  # largest depth of nested compression, a limit against malicious files
 
 Stream = tuple[str, io.BufferedReader]  # its name in messages; a stream at its start, for its peek()
@@ -67,10 +75,10 @@ def readable(path: Path) -> Iterator[None]:
     zstd_error = _zstd_error()
     try:
         yield
-    except OSError as error:  # BadGzipFile is one too
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zstd_error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zstd_error) as error:
         raise DataError(f"{path}: damaged archive ({error}); copy or download it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
 
 
 def streams(path: Path) -> Iterator[Stream]:
@@ -94,13 +102,40 @@ def _unwrap(file: io.BufferedReader, name: str, depth: int) -> Iterator[Stream]:
         yield from _unwrap(io.BufferedReader(packed(file)), name, depth + 1)
     elif start[:4] == ZSTD:
         zstandard = optional("zstandard", f"{name}: reading zstd")
-        plain = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        yield from _unwrap(io.BufferedReader(plain), name, depth + 1)
+        yield from _unwrap(io.BufferedReader(_Zstd(file, zstandard.ZstdDecompressor())), name, depth + 1)
     elif start[257:262] == b"ustar":
         yield from _archive(file, name, depth)
     else:
         _refuse_foreign(start, name)
         yield name, file
+
+
+class _Zstd(io.RawIOBase):
+    """The frames of a zstd file, one after another. Raises EOFError if the last one is cut, of which the library's own stream reader
+    says nothing."""
+
+    def __init__(self, file: IO[bytes], decompressor: Any):
+        self._file, self._decompressor = file, decompressor
+        self._frame: Any = None
+        self._ready, self._packed = memoryview(b""), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(_ZSTD_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a zstd frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 def _refuse_foreign(start: bytes, name: str) -> None:

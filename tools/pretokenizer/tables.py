@@ -22,14 +22,14 @@ DELIMITED = {".csv": ",;\t|", ".tsv": "\t"}
 
 
 def parquet(path: Path, name: str) -> Iterator[Chunk]:
-    if name != str(path):
+    if name != str(path) or _packed(path, b"PAR1"):
         raise DataError(f"{name}: a Parquet file inside another; unpack it and give the Parquet file itself")
     library = optional("pyarrow.parquet", f"{name}: reading Parquet")
     yield from _tables(lambda: library.ParquetFile(path).iter_batches(batch_size=ROWS), name)
 
 
 def arrow(path: Path, name: str) -> Iterator[Chunk]:
-    if name != str(path):
+    if name != str(path) or _packed(path, b"ARROW1", b"\xff\xff\xff\xff"):
         raise DataError(f"{name}: an Arrow file inside another file; unpack it and give the Arrow file")
     ipc = optional("pyarrow.ipc", f"{name}: reading Arrow")
 
@@ -45,26 +45,52 @@ def arrow(path: Path, name: str) -> Iterator[Chunk]:
     yield from _tables(batches, name)
 
 
+def _packed(path: Path, *starts: bytes) -> bool:
+    with path.open("rb") as file:
+        return not file.read(8).startswith(starts)
+
+
 def without_nulls(value: Any) -> Any:
     """Return a row's value without the keys that are null."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        if value and all(isinstance(item, tuple) for item in value):  # a column of Arrow's type map
-            return {str(key): without_nulls(inner) for key, inner in value}
-        return [without_nulls(item) for item in value]
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _with_maps(value: Any, kind: Any, types: Any) -> Any:
+    """Return a value of an Arrow type with objects for its maps, which pyarrow gives as lists of pairs."""
+    if value is None:
+        return None
+    if types.is_map(kind):
+        return {str(key): _with_maps(inner, kind.item_type, types) for key, inner in value}
+    if types.is_struct(kind):
+        return {field.name: _with_maps(value.get(field.name), field.type, types) for field in kind}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_with_maps(item, kind.value_type, types) for item in value]
     return value
+
+
+def _rows_of(batch: Any, maps: bool, types: Any) -> list[dict[str, Any]]:
+    rows = batch.to_pylist()
+    if maps:
+        rows = [{field.name: _with_maps(row[field.name], field.type, types) for field in batch.schema} for row in rows]
+    return [without_nulls(row) for row in rows]
 
 
 def _tables(batches: Any, name: str) -> Iterator[Chunk]:
     pyarrow, first = optional("pyarrow", f"{name}: reading tables"), 1
+    types = optional("pyarrow.types", name)
     try:
         for batch in batches():
+            _check_columns(batch.schema.names, name)
+            maps = "map<" in str(batch.schema)
             for start in range(0, batch.num_rows, ROWS):
-                rows = [without_nulls(row) for row in batch.slice(start, ROWS).to_pylist()]
+                rows = _rows_of(batch.slice(start, ROWS), maps, types)
                 yield Chunk(name, "row", first, None, rows)
                 first += len(rows)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise DataError(f"{name}: damaged table ({' '.join(str(error).split())[:200]}); copy it again") from error
 
 
@@ -72,8 +98,9 @@ def delimited(stream: io.BufferedReader, name: str, ending: str) -> Iterator[Chu
     """Yield the rows of a CSV file whose first row names the columns. A chunk's numbers are those of rows, the names' row being row 1."""
     rows = _rows(stream, _delimiter(stream, ending))
     names = next(rows, [])
-    if isinstance(names, Faulty) or len(set(names)) < len(names):
-        raise DataError(f"{name}, row 1: {names if isinstance(names, Faulty) else 'a column is named twice'}")
+    if isinstance(names, Faulty):
+        raise DataError(f"{name}, row 1: {names}")
+    _check_columns(names, f"{name}, row 1")
     first, found = 2, list[Any]()
     for row in rows:
         found.append(row if isinstance(row, Faulty) else _record(names, row))
@@ -82,6 +109,12 @@ def delimited(stream: io.BufferedReader, name: str, ending: str) -> Iterator[Chu
             first, found = first + len(found), []
     if found:
         yield Chunk(name, "row", first, None, found)
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{where}: a column is named twice, '{twice}'; rename one of them")
 
 
 def _rows(stream: io.BufferedReader, delimiter: str) -> Iterator[list[str] | Faulty]:
