@@ -16,7 +16,7 @@ from megatron_ft.data.template_text import ONLY_READ, REMEDY, Run, TemplateText,
 from megatron_ft.data.traced import CALL, FORGED
 from megatron_ft.errors import DataError
 
-REASONING, NAME, TOOLS = "reasoning_content", "name", "tools"
+REASONING, NAME, TOOLS, DOCUMENTS = "reasoning_content", "name", "tools", "documents"
 Places = frozenset[str]
 _TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning)>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>")
 _THOUGHT = re.compile(r".*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>)", re.DOTALL)
@@ -51,15 +51,18 @@ def check_complete(
 
 
 def places(template: TemplateText) -> Places:
-    """Return for which of name, reasoning_content and tools the template has a place."""
-    found = {key for key in (REASONING, NAME, TOOLS) if any(_has_place(template, probe, key) for probe in PROBES)}
+    """Return for which of name, reasoning_content, tools and documents the template has a place."""
+    found = {
+        key for key in (REASONING, NAME, TOOLS, DOCUMENTS) if any(_has_place(template, probe, key) for probe in PROBES)
+    }
     begins = THINKS.search(_rendered(template, PROBES[0][:1], True))
     return frozenset(found | {REASONING} if begins else found)
 
 
 def _has_place(template: TemplateText, probe: Any, key: str) -> bool:
     tool = {"type": "function", "function": {"name": _MARK, "description": _MARK, "parameters": {}}}
-    value: Any = [tool] if key == TOOLS else _MARK
+    values: dict[str, Any] = {TOOLS: [tool], DOCUMENTS: [{"title": _MARK, "text": _MARK}]}
+    value = values.get(key, _MARK)
     changed = [
         {**message, key: value} if key == NAME or (message["role"] == "assistant") == (key == REASONING) else message
         for message in probe

@@ -15,9 +15,9 @@ from tools.pretokenizer.pretokenize import COMMAND, run
 
 
 def record(messages):
-    tools = next((message["tools"] for message in messages if message.get("tools")), None)
-    plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
-    return {"messages": plain} | ({"tools": tools} if tools else {})
+    beside = {key: m[key] for m in messages for key in ("tools", "documents") if m.get(key)}
+    plain = [{key: value for key, value in message.items() if key not in beside} for message in messages]
+    return {"messages": plain, **beside}
 
 
 def pretokenize(folder, chats, *words):
@@ -114,3 +114,30 @@ def test_what_a_template_has_no_place_for_is_listed(tmp_path, capsys):
     write("qwen3", tmp_path)
     pretokenize(tmp_path, chats, "--overwrite")
     assert "not read: messages.name (3)\n" in capsys.readouterr().out
+
+
+def test_documents_of_a_record_are_given_to_the_template(tmp_path, capsys):
+    """transformers takes them as `documents`; a template without a place for them, and formats of ours, count them."""
+    import transformers
+
+    tokenizer = load_tokenizer(write("command-r", tmp_path))
+    source = (
+        "{% for d in documents or [] %}{{ d.title ~ ': ' ~ d.text }}{% endfor %}{% for m in messages %}"
+        "<|START_OF_TURN_TOKEN|>{{ m.role ~ m.content }}<|END_OF_TURN_TOKEN|>{% endfor %}"
+    )
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": source}))
+    documents = [{"title": "t", "text": "a fox <|END_OF_TURN_TOKEN|>"}]
+    shards = pretokenize(tmp_path, [[{**CHATS["one turn"][0], "documents": documents}, CHATS["one turn"][1]]])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    harmless = [{"title": "t", "text": "a fox "}]
+    expected = theirs.apply_chat_template(CHATS["one turn"], documents=harmless, return_dict=False)
+    end = tokenizer.token_id("<|END_OF_TURN_TOKEN|>")
+    found = shards.tokens(0).tolist()
+    assert tokenizer.decode(found).startswith("t: a fox <|END_OF_TURN_TOKEN|>") and found.count(end) == expected.count(
+        end
+    )
+    assert "not read" not in capsys.readouterr().out
+    write("llama3", tmp_path)
+    pretokenize(tmp_path, [[{**CHATS["one turn"][0], "documents": documents}, CHATS["one turn"][1]]], "--overwrite")
+    assert "keys of chats.jsonl that were not read: documents (1)" in capsys.readouterr().out

@@ -163,6 +163,13 @@ def test_keys_that_were_not_read_are_counted():
         ),
         ({"messages": [{"role": "user", "content": "a", "context": {"url": "x"}}]}, "without a text"),
         ({**MESSAGES, "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "both 'tools' and 'functions'"),
+        ({"messages": [{"role": "user", "content": "a", "value": "b"}]}, "different things in 'content' and 'value'"),
+        ({"messages": [{"role": "user", "from": "gpt", "content": "a"}]}, "different things in 'role' and 'from'"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}]},
+            "both 'tool_calls' and 'function_call'",
+        ),
+        ({**MESSAGES, "documents": ["d"]}, "'documents' is not a list of objects"),
         ({"messages": [None]}, "a message is null, not an object"),
         ({"messages": [{"role": "user", "content": [None]}]}, "a part that is null"),
     ],
@@ -171,6 +178,14 @@ def test_what_cannot_be_meant_is_refused(record, problem):
     with pytest.raises(DataError, match=f"here: .*{problem}") as caught:
         convert("messages", record)
     assert "NoneType" not in str(caught.value)
+
+
+def test_a_null_beside_the_other_name_of_a_key_says_nothing():
+    turns = [
+        {"from": "human", "role": None, "value": "q", "content": None},
+        {"from": "gpt", "role": "assistant", "value": "a", "content": "a", "tool_calls": [], "name": None},
+    ]
+    assert said(convert("sharegpt", {"conversations": turns, "documents": None})[0]) == PAIR
 
 
 def test_a_call_in_json_text_that_says_more_stays_text():

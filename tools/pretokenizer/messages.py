@@ -31,7 +31,7 @@ OTHER_NAMES = {
 CALLS = ("function_call", "tool_call")  # speakers whose text is a call
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SYSTEM = ("system", "system_prompt", "system_message")
-BESIDE = frozenset((*SYSTEM, "tools", "functions"))
+BESIDE = frozenset((*SYSTEM, "tools", "functions", "documents"))
 """What a record may say besides its messages."""
 CONTEXT_TEXT = ("text", "content", "document", "passage")
 
@@ -44,7 +44,8 @@ def chat(record: dict[str, Any], key: str, where: str, names: Mapping[str, str] 
     turns = [turn for message in get_list(record, key, where) for turn in message_turns(message, where, names)]
     if not names and BESIDE.isdisjoint(record):
         return turns
-    return toolcalls.with_tools(with_system(turns, record, where, names), record, where, names)
+    turns = toolcalls.with_tools(with_system(turns, record, where, names), record, where, names)
+    return turns if names else with_documents(turns, record, where)
 
 
 def message_turns(message: Any, where: str, names: Mapping[str, str] | None = None) -> Conversation:
@@ -55,7 +56,7 @@ def message_turns(message: Any, where: str, names: Mapping[str, str] | None = No
             return [message]
     if not isinstance(message, dict):
         raise DataError(f"{where}: a message is {kind_of(message)}, not an object with role and content")
-    speaker, text = _keys(message, names or {})
+    speaker, text = _keys(message, names or {}, where)
     name = get_text(message, speaker, where)
     role = OTHER_NAMES.get(name, name)
     if role not in ROLES:
@@ -84,6 +85,17 @@ def with_system(
     return [{"role": "system", "content": text} for text in texts] + turns
 
 
+def with_documents(turns: Conversation, record: dict[str, Any], where: str) -> Conversation:
+    """Return the turns with the record's "documents" in the first one, for templates that write them."""
+    if not given(record, "documents") or not turns:
+        return turns
+    found = get_list(record, "documents", where)
+    if not all(isinstance(document, dict) for document in found):
+        raise DataError(f"{where}: 'documents' is not a list of objects; write each as {{'title': ..., 'text': ...}}")
+    toolcalls.check_text(found, where)
+    return [{**turns[0], "documents": found}, *turns[1:]]
+
+
 def context_turns(record: dict[str, Any], where: str, key: str = "context") -> Conversation:
     """Return the turns of a context: text, or an object with a text and what is known of it, or a list of these."""
     if not given(record, key):
@@ -110,11 +122,24 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _keys(message: dict[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
+def _keys(message: dict[str, Any], names: Mapping[str, str], where: str) -> tuple[str, str]:
     """Return what this message calls its speaker and its text."""
-    speaker = names.get("role") or ("from" if "from" in message and "role" not in message else "role")
-    text = names.get("content") or ("value" if "value" in message and "content" not in message else "content")
-    return speaker, text
+    speaker = names.get("role") or _one_of(message, "role", "from", where)
+    return speaker, names.get("content") or _one_of(message, "content", "value", where)
+
+
+def _one_of(message: dict[str, Any], key: str, other: str, where: str) -> str:
+    """Return which of two keys a message uses; a null says nothing. Raise DataError if they say different things."""
+    if message.get(other) is None:
+        return key
+    if message.get(key) is None:
+        return other
+    both = [
+        OTHER_NAMES.get(value, value) if isinstance(value, str) else value for value in (message[key], message[other])
+    ]
+    if both[0] != both[1]:
+        raise DataError(f"{where}: a message says different things in '{key}' and '{other}'; keep one of them")
+    return key
 
 
 def _more(message: dict[str, Any], role: str, where: str) -> dict[str, Any]:

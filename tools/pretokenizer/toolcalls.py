@@ -30,7 +30,7 @@ def with_tools(
         return turns
     if not isinstance(found, list) or not all(_has_name(tool) for tool in found):
         raise DataError(f"{where}: 'tools' is not a list of functions with names; {REMEDY}")
-    _check_text(found, where)
+    check_text(found, where)
     whole = [
         tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool} for tool in found
     ]
@@ -39,7 +39,10 @@ def with_tools(
 
 def tool_keys(message: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a message's keys about tools: "tool_calls", "tool_call_id" and "name", if it has them."""
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    calls, one = message.get("tool_calls") or [], message.get("function_call")
+    if calls and one:
+        raise DataError(f"{where}: a message has both 'tool_calls' and 'function_call'; keep one of them")
+    calls = [one] if one else calls
     if not isinstance(calls, list) or not all(_has_name(call) for call in calls):
         raise DataError(f"{where}: a tool call has no function name; {REMEDY}")
     result: dict[str, Any] = {"tool_calls": [_call(call, where) for call in calls]} if calls else {}
@@ -49,7 +52,7 @@ def tool_keys(message: dict[str, Any], where: str) -> dict[str, Any]:
                 raise DataError(f"{where}: a message's '{key}' is {kind_of(value)}, not text; write it as a string")
             result[key] = value
     if result:
-        _check_text(result, where)
+        check_text(result, where)
     return result
 
 
@@ -60,7 +63,7 @@ def from_json_text(turn: dict[str, Any], where: str) -> dict[str, Any]:
     found = found if isinstance(found, list) else [found]
     if not found or not all(_has_name(call) and call.keys() <= CALL_KEYS for call in found):
         return turn
-    _check_text(found, where)
+    check_text(found, where)
     return {**turn, "content": "", "tool_calls": [_call(call, where) for call in found]}
 
 
@@ -94,11 +97,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _check_text(value: Any, where: str) -> None:
+def check_text(value: Any, where: str) -> None:
     """Raise DataError for what cannot be written as JSON and UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, TypeError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise DataError(
-            f"{where}: tools contain what JSON cannot say (a lone surrogate, NaN, infinity, a date), or are nested too deeply; {REMEDY}"
+            f"{where}: tools or documents contain what JSON cannot say (a lone surrogate, NaN, infinity, a date), or are nested too "
+            f"deeply; {REMEDY}"
         ) from error

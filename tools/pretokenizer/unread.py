@@ -94,12 +94,13 @@ def written(reads: Reads, chat_format: Any) -> Reads:
     """Return what is read and has a place in a chat format: formats of ours have none for names, a tokenizer's own template for what
     it writes nowhere."""
     if isinstance(chat_format, ChatFormat):
-        missing: set[str] = {"name"}
+        missing: set[str] = {"name", "documents"}
     else:
         names = {"name": ("name",), "reasoning_content": messages.REASONING, "tools": ("tools", "functions")}
+        names |= {"documents": ("documents",)}
         missing = {key for place, keys in names.items() if place not in chat_format.places for key in keys}
     without = {key: known for key, known in MESSAGE.items() if key not in missing}
-    kept = {key: known for key, known in reads.items() if key not in missing & {"tools", "functions"}}
+    kept = {key: known for key, known in reads.items() if key not in missing & messages.BESIDE}
     return {key: {**without, **_others(known)} if "tool_call_id" in known else known for key, known in kept.items()}
 
 
@@ -117,4 +118,4 @@ def line(counted: Counter[str]) -> str:
 
 def _printable(name: str) -> str:
     short = name if len(name) <= 60 else name[:60] + "..."
-    return short if short.isprintable() else ascii(short)
+    return short if short.isprintable() and short.strip(" .") else ascii(short)
