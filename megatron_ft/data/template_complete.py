@@ -88,7 +88,9 @@ def _lost(template: TemplateText, messages: Any, number: int, turn: list[Run], k
         return str(reasoning)
     if (lost := _lost_text(message.get("content") or "", said, template.options.rewritten == "one")) is not None:
         labelled = bool(said) or _writes(template, messages, number)
-        if not (labelled and _bare(message["content"]) in _bare(text_of(turn))):
+        if not _holds(_bare(said), message["content"]) and not (
+            labelled and _bare(message["content"]) in _bare(text_of(turn))
+        ):
             return lost
     calls = message.get("tool_calls") or []
     if calls and not any(run.kind == CALL for run in turn):

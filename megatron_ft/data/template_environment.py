@@ -47,7 +47,7 @@ def compile_template(source: str, clock: Clock) -> Any:
     environment = _environment(clock)
     try:
         return environment.from_string(source)
-    except TemplateError as error:
+    except (TemplateError, SyntaxError) as error:  # the latter of Python, for a continue within a block of its own
         raise TokenizerError(
             f"the tokenizer's chat template cannot be read ({error}); choose another --chat_format"
         ) from error
@@ -66,7 +66,7 @@ def compile_traced(source: str, clock: Clock) -> Any:
         return environment.template_class.from_code(
             environment, environment.compile(tree), environment.make_globals(None)
         )
-    except TemplateError as error:
+    except (TemplateError, SyntaxError) as error:  # the latter of Python, for a continue within a block of its own
         raise TokenizerError(
             f"the tokenizer's chat template cannot be read ({error}); choose another --chat_format"
         ) from error
@@ -86,7 +86,7 @@ def as_passed(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def marked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages with labels on their texts."""
-    return [_Marked.of(message, number) for number, message in enumerate(messages)]
+    return [Marked.of(message, number) for number, message in enumerate(messages)]
 
 
 def marked_definitions(value: Any) -> Any:
@@ -94,13 +94,13 @@ def marked_definitions(value: Any) -> Any:
     return _mark(value, Label(None, DEFINED))
 
 
-class _Marked(dict[str, Any]):
+class Marked(dict[str, Any]):
     """A message, or a part of one, with its label."""
 
     _label: Label
 
     @classmethod
-    def of(cls, message: Mapping[str, Any], number: int) -> "_Marked":
+    def of(cls, message: Mapping[str, Any], number: int) -> "Marked":
         result = cls(message)
         result._label = Label(number)
         for key, kind in (("content", PLAIN), ("tool_calls", CALL), *((key, REASON) for key in REASONING_KEYS)):
@@ -115,7 +115,7 @@ def _mark(value: Any, label: Label) -> Any:
     if isinstance(value, list):
         return [_mark(item, label) for item in value]
     if isinstance(value, dict):
-        result = _Marked({key: _mark(item, label) for key, item in value.items()})
+        result = Marked({key: _mark(item, label) for key, item in value.items()})
         result._label = label
         return result
     return value
@@ -123,7 +123,7 @@ def _mark(value: Any, label: Label) -> Any:
 
 def _turn(value: Any, depth: int) -> str:
     """Return the switch that a loop writes first in each round."""
-    label = value._label if isinstance(value, _Marked) else label_of(value)
+    label = value._label if isinstance(value, Marked) else label_of(value)
     return switch(depth, label.message if label else None, label.kind if label else PLAIN)
 
 
@@ -169,7 +169,8 @@ class _Generator(CodeGenerator):
 class _Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
-        if type(owner) is str and getattr(__obj, "__name__", "") == "join" and len(args) == 1 and not kwargs:
+        plain = not kwargs.keys() - {"_loop_vars", "_block_vars"}  # which compiled loops pass
+        if type(owner) is str and getattr(__obj, "__name__", "") == "join" and len(args) == 1 and plain:
             parts = list(args[0])
             if any(isinstance(part, Traced) for part in parts):
                 return joined(parts, owner)
@@ -250,10 +251,10 @@ def _tojson(
 
 def _label_of(x: Any) -> Any:
     """Return the label of a value, or the one of all items of a list; None if there is none."""
-    if isinstance(x, list) and x and all(isinstance(item, _Marked) for item in x):
+    if isinstance(x, list) and x and all(isinstance(item, Marked) for item in x):
         labels = {item._label for item in x}
         return labels.pop() if len(labels) == 1 else None
-    return x._label if isinstance(x, _Marked) else label_of(x)
+    return x._label if isinstance(x, Marked) else label_of(x)
 
 
 def _json_of_texts(x: Any, how: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from megatron_ft.data.roles import ROLES
 from megatron_ft.data.spoken import DELIMITERS
 from megatron_ft.data.template_environment import (
     FAULTS,
+    Marked,
     as_passed,
     compile_template,
     compile_traced,
@@ -25,15 +26,19 @@ from megatron_ft.data.template_environment import (
 )
 from megatron_ft.data.template_files import DEFAULT, TOOLS
 from megatron_ft.data.template_options import TemplateOptions
-from megatron_ft.data.traced import FORGED, Label, Traced, runs_of, written
+from megatron_ft.data.traced import FORGED, Label, Traced, joined, labelled, runs_of, written
 from megatron_ft.errors import DataError, TokenizerError
 
-_TRACED = re.compile(rf"(?:{re.escape(Traced.__module__)}\.)?\b{Traced.__name__}\b")
-"""Our kind of str, in the words of Python and Jinja."""
+_OURS = {
+    re.compile(rf"(?:{re.escape(kind.__module__)}\.)?\b{kind.__name__}\b"): name
+    for kind, name in ((Traced, "str"), (Marked, "dict"))
+} | {re.compile("'NoneType' object"): "a missing value", re.compile("NoneType"): "missing value"}
+"""Our kinds of str and dict, and Python's word for nothing, in the words of its errors and Jinja's."""
 
 REMEDY = "choose another --chat_format"
 NAMES = {"prompter": "user"}  # what templates call our speakers
 ONLY_READ = "only_read"  # key of an answer that is not trained on in this sample
+OTHER = "other"  # key of what else a message says in its file
 AS_ASKED = "as_asked"  # key of an answer before which the chat stands as in its prompt
 OURS = (
     "mark_bits",
@@ -42,7 +47,10 @@ OURS = (
     "documents",
     ONLY_READ,
     AS_ASKED,
+    OTHER,
 )  # keys of messages that are not the template's business
+_START, _END = "\ue0fc", "\ue0fd"  # around a text, to find it again
+_WRAPPED = re.compile(f"{_START}([0-9]+){_START}(.*?){_END}", re.DOTALL)
 _BREAK = "\ue0ff"  # a character for private use, which keeps control tokens in messages from being one
 
 
@@ -94,7 +102,7 @@ class TemplateText:
             passed = ([_broken(one, self._of(one)) for one in passed[0]], *_broken(passed[1:], self.control))
         chat, tools, documents = passed
         beside = marked_definitions(tools), marked_definitions(documents)
-        runs = _by_message(self._run(True, marked(chat), *beside, add_generation_prompt))
+        runs = self._labelled_runs(chat, *beside, add_generation_prompt)
         if forged:
             runs = [part for run in runs for part in _mended(run)]
         whole = self.render(messages, add_generation_prompt)
@@ -119,6 +127,22 @@ class TemplateText:
     def _of(self, message: Mapping[str, Any]) -> re.Pattern[str]:
         """Return what finds the special tokens that a message may not spell; an assistant delimits its reasoning and calls by some."""
         return self._forgeable if message.get("role") == "assistant" else self.control
+
+    def _labelled_runs(
+        self, chat: list[dict[str, Any]], tools: Any, documents: Any, add_generation_prompt: bool
+    ) -> list[Run]:
+        """Return the runs of a chat. Where a text has lost its labels, as in `'%s' % text`, it is looked for between two marks."""
+        runs = _by_message(self._run(True, marked(chat), tools, documents, add_generation_prompt))
+        said = {run.message for run in runs if not run.literal}
+        lost = [i for i, message in enumerate(chat) if i not in said and str(message.get("content") or "").strip()]
+        if not lost:
+            return runs
+        try:
+            text = self._run(True, marked(_wrapped(chat, lost)), tools, documents, add_generation_prompt)
+        except DataError:
+            return runs  # it decides by what a text begins with
+        found = _by_message(_unwrapped(text))
+        return found if text_of(found) == text_of(runs) else runs
 
     def turns(self, messages: Any) -> str:
         """Return the template's text up to the end of the last turn."""
@@ -146,7 +170,9 @@ class TemplateText:
             pieces = template.root_render_func(template.new_context(variables))
             return written(pieces) if traced else "".join(pieces)
         except FAULTS as error:
-            reason = _TRACED.sub("str", " ".join(str(error).split()))
+            reason = " ".join(str(error).split())
+            for word, usual in _OURS.items():
+                reason = word.sub(usual, reason)
             raise DataError(f"the tokenizer's chat template refuses this chat ({reason}); see --role_order") from error
         except RecursionError as error:
             raise DataError("the tokenizer's chat template nests too deeply on this chat; leave it out") from error
@@ -214,6 +240,29 @@ def cut(runs: Sequence[Run], at: int) -> tuple[list[Run], list[Run]]:
         rest.append(run._replace(text=run.text[max(0, at) :]))
         at -= len(run.text)
     return [run for run in first if run.text], [run for run in rest if run.text]
+
+
+def _wrapped(chat: list[dict[str, Any]], numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the messages, of some of them the text between marks that hold the number."""
+    result = list(chat)
+    for i in numbers:
+        content = chat[i]["content"]
+        if isinstance(content, str):
+            core = content.strip()
+            before, _, after = content.partition(core)
+            result[i] = {**chat[i], "content": f"{before}{_START}{i}{_START}{core}{_END}{after}"}
+    return result
+
+
+def _unwrapped(text: str) -> str:
+    """Return the text without the marks of _wrapped, and with labels on what is between them."""
+    parts: list[str] = []
+    for part, label in _stretches(text):
+        found = _WRAPPED.split(part) if label.message is None else [part]
+        for i, piece in enumerate(found):
+            if i % 3 != 1:
+                parts.append(labelled(piece, label._replace(message=int(found[i - 1])) if i % 3 else label))
+    return joined(parts)
 
 
 def _mended(run: Run) -> Iterator[Run]:

@@ -117,3 +117,62 @@ def test_a_token_that_a_definition_spells_stays_text(desk, name):
         ids, _ = own.encode(tokenizer, [{**ASKED, "tools": tools}, says("two")])
         counts.append([np.count_nonzero(ids == i) for i in tokenizer.special_tokens.values()])
     assert counts[0] == counts[1]
+
+
+TURN = "<|im_start|>{}\n{}<|im_end|>"
+WAYS = {
+    "format": "{% for m in messages %}{{ '<|im_start|>{}\n{}<|im_end|>'.format(m.role, m.content) }}{% endfor %}",
+    "format by name": "{% for m in messages %}{{ '<|im_start|>{r}\n{c}<|im_end|>'.format(r=m.role, c=m.content) }}{% endfor %}",
+    "percent": "{% for m in messages %}{{ '<|im_start|>%s\n%s<|im_end|>' % (m.role, m.content) }}{% endfor %}",
+    "format filter": "{% for m in messages %}{{ '<|im_start|>%s\n%s<|im_end|>' | format(m.role, m.content) }}{% endfor %}",
+    "safe": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | safe }}<|im_end|>{% endfor %}",
+    "center": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | center(3) }}<|im_end|>{% endfor %}",
+    "join": "{% for m in messages %}{{ ''.join(['<|im_start|>', m.role, '\n', m.content, '<|im_end|>']) }}{% endfor %}",
+    "macro": "{% macro say(m, end) %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ end }}{% endmacro %}"
+    "{% for m in messages %}{{ say(m, end='<|im_end|>') }}{% endfor %}",
+    "call": "{% macro box() %}<|im_start|>{{ caller() }}<|im_end|>{% endmacro %}"
+    "{% for m in messages %}{% call box() %}{{ m.role }}\n{{ m.content }}{% endcall %}{% endfor %}",
+    "namespace": "{% set ns = namespace(o='') %}{% for m in messages %}{% set ns.o = ns.o ~ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ "
+    "'<|im_end|>' %}{% endfor %}{{ ns.o }}",
+    "format in a namespace": "{% set ns = namespace(o='') %}{% for m in messages %}"
+    "{% set ns.o = ns.o ~ '<|im_start|>%s\n%s<|im_end|>' % (m.role, m.content) %}{% endfor %}{{ ns.o }}",
+    "pairs": "{% for q, a in messages | batch(2) %}<|im_start|>user\n{{ q.content }}<|im_end|><|im_start|>assistant\n"
+    "{{ a.content }}<|im_end|>{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if not m.content %}{% continue %}{% endif %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>{% if loop.index > 50 %}{% break %}{% endif %}{% endfor %}",
+    "with": "{% for m in messages %}{% with r = m.role, c = m.content %}<|im_start|>{{ r }}\n{{ c }}<|im_end|>{% endwith %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_write_a_turn(tmp_path, way):
+    """The ids of transformers, and just the turns of the assistant are trained on."""
+    import transformers
+
+    from tests.data.test_chat_formats import with_template
+
+    tokenizer = with_template(tmp_path, WAYS[way])
+    own, theirs = own_template(tokenizer), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["user", "the dog 二", "and\n{{ x }}? ", "user assistant"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    ids, roles = own.encode(tokenizer, messages)
+    assert ids.tolist() == theirs.apply_chat_template(messages, return_dict=False)
+    spoken = tokenizer.decode(ids[np.isin(roles, SPOKEN)])
+    assert spoken == "".join(TURN.format("assistant", text) for text in texts[1::2])
+    forged = [{**message, "content": f"{message['content']}<|im_end|>"} for message in messages]
+    again, roles = own.encode(tokenizer, forged)
+    end = tokenizer.token_id("<|im_end|>")
+    assert np.count_nonzero(again == end) == 4
+    assert tokenizer.decode(again[np.isin(roles, SPOKEN)]).count("<|im_end|>") == 4
+
+
+def test_faults_of_a_template_are_said_in_usual_words(tmp_path):
+    from tests.data.test_chat_formats import with_template
+
+    for source, word in (
+        ("{{ messages | unique | list }}", "dict"),
+        ("{% for d in documents %}{% endfor %}", "a missing value"),
+    ):
+        with pytest.raises(DataError, match=rf"refuses this chat \(.*{word}") as raised:
+            own_template(with_template(tmp_path, source))
+        assert "Marked" not in str(raised.value) and "NoneType" not in str(raised.value)
