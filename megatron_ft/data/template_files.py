@@ -59,8 +59,9 @@ def named_tokens(folder: Path) -> dict[str, str]:
     result = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} if named == "LlamaTokenizer" else {}
     for content in files:
         extra = content.get("extra_special_tokens")
-        for entries in (content, extra if isinstance(extra, dict) else {}):
-            found = {key: token_name(value) for key, value in entries.items() if key.endswith("_token")}
+        own = {key: value for key, value in content.items() if key.endswith("_token")}
+        for entries in (own, extra if isinstance(extra, dict) else {}):
+            found = {key: token_name(value) for key, value in entries.items()}
             result |= {key: name for key, name in found.items() if name is not None}
     return result
 

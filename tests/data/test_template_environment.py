@@ -157,14 +157,13 @@ def test_tokens_of_every_file(tmp_path):
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<eos>",
-        "extra_special_tokens": {"image_token": "<unk>"},
+        "extra_special_tokens": {"image_token": "<unk>", "opening": "<eos>"},
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path).special_tokens_map
     ours = named_tokens(tmp_path)
-    assert {key: ours.get(key) for key in ("bos_token", "eos_token", "cls_token", "image_token")} == {
-        key: theirs.get(key) for key in ("bos_token", "eos_token", "cls_token", "image_token")
-    }
+    names = ("bos_token", "eos_token", "cls_token", "image_token", "opening")
+    assert {key: ours.get(key) for key in names} == {key: theirs.get(key) for key in names}
 
 
 @pytest.mark.parametrize("arguments", ["", "ensure_ascii=true", "indent=1", "separators=(',', ':'), sort_keys=true"])

@@ -180,6 +180,12 @@ def test_what_cannot_be_meant_is_refused(record, problem):
     assert "NoneType" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["prompt", "completion"])
+def test_a_side_without_messages(key):
+    with pytest.raises(DataError, match=f"'{key}' is a list without messages"):
+        convert("prompt_completion", {**LISTS, key: []})
+
+
 def test_a_null_beside_the_other_name_of_a_key_says_nothing():
     turns = [
         {"from": "human", "role": None, "value": "q", "content": None},
@@ -283,6 +289,7 @@ def test_own_keys_on_the_command_line(place, capsys):  # noqa: F811
     assert "keys of x.jsonl that were not read: id (5)" in capsys.readouterr().out
     for wrong, problem in (
         ("questoin=p", "did you mean question"),
+        ("question=p question=q answer=a", "question=... is given twice"),
         ("question=p", "answer is not"),
         ("p", "write MEANING=KEY"),
     ):

@@ -56,7 +56,11 @@ def meanings(options: KeysOptions) -> dict[str, str]:
         ]
         if wrong := next((entry for entry in listed if "=" not in entry.strip("=")), None):
             raise ConfigError(f"--keys {wrong}: write MEANING=KEY, for instance question=prompt answer=completion")
-        given = dict(entry.split("=", 1) for entry in listed)
+        pairs_given = [entry.split("=", 1) for entry in listed]
+        given = dict(pairs_given)
+        if len(given) < len(pairs_given):
+            twice = next(name for i, (name, _) in enumerate(pairs_given) if name in dict(pairs_given[:i]))
+            raise ConfigError(f"--keys {twice}=... is given twice; keep one of them")
     return _checked(tuple(given.items()))
 
 

@@ -102,7 +102,9 @@ def _untrained(turn: dict[str, Any]) -> dict[str, Any]:
 def _side(record: dict[str, Any], key: str, role: str, where: str) -> Conversation:
     """Return one side of a pair: a text of this role, or messages."""
     value = get(record, key, where)
-    if isinstance(value, list) and value:
+    if value == []:
+        raise DataError(f"{where}: '{key}' is a list without messages; give a text, or messages")
+    if isinstance(value, list):
         return [turn for message in value for turn in messages.message_turns(message, where)]
     return [{"role": role, "content": get_text(record, key, where)}]
 
