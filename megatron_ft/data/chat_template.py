@@ -206,25 +206,6 @@ class OwnTemplate:
                 turns[i - 1 : i + 1] = [(before, earlier + ended), (number, turn)]
         return turns
 
-    def _turns(self, messages: Any, runs: list[Run]) -> list[tuple[int | None, list[Run]]]:
-        """Return the runs by message. Where the template writes several messages in one round (of a loop over pairs), a control token
-        says where the earlier one ends."""
-        turns = [(number, list(group)) for number, group in groupby(runs, key=lambda run: run.message)]
-        answers = [number is None or messages[number]["role"] == "assistant" for number, _ in turns]
-        for i in range(1, len(turns)):
-            (before, earlier), (number, turn) = turns[i - 1 : i + 1]
-            lead = text_of(list(takewhile(lambda run: run.literal, turn)))
-            end = 0
-            if answers[i]:
-                start = 0 if lead.startswith(self._opening) else lead.rfind(self._opening)
-                end = start if start > 0 and self.template.control.search(lead[:start]) else 0
-            elif answers[i - 1] and self.stop_token not in text_of([run for run in earlier if run.literal]):
-                end = lead.find(self.stop_token) + len(self.stop_token) if self.stop_token in lead else 0
-            if end:
-                ended, turn = cut(turn, end)
-                turns[i - 1 : i + 1] = [(before, earlier + ended), (number, turn)]
-        return turns
-
     def _opened(self, turn: list[Run], first: bool) -> tuple[list[Run], list[Run]]:
         """Cut what the template writes before an answer that is not its own: definitions of tools, and what stands before each chat,
         such as a system message of the template, if the chat begins with an answer."""

@@ -59,6 +59,15 @@ def places(template: TemplateText) -> Places:
     return frozenset(found | {REASONING} if begins else found)
 
 
+def has_effect(template: TemplateText, key: str) -> bool:
+    """Whether the template takes notice of a key of messages."""
+    return any(
+        _rendered(template, [{**message, key: value} for message in probe]) != _rendered(template, probe)
+        for probe in PROBES
+        for value in (_MARK, True)
+    )
+
+
 def _has_place(template: TemplateText, probe: Any, key: str) -> bool:
     tool = {"type": "function", "function": {"name": _MARK, "description": _MARK, "parameters": {}}}
     values: dict[str, Any] = {TOOLS: [tool], DOCUMENTS: [{"title": _MARK, "text": _MARK}]}

@@ -33,6 +33,23 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 SYSTEM = ("system", "system_prompt", "system_message")
 BESIDE = frozenset((*SYSTEM, "tools", "functions", "documents"))
 """What a record may say besides its messages."""
+KNOWN = frozenset(
+    (
+        "role",
+        "from",
+        "content",
+        "value",
+        "context",
+        "weight",
+        "loss",
+        "train",
+        "tool_call_id",
+        "name",
+        "tool_calls",
+        "function_call",
+    )
+).union(REASONING)
+OTHER = "other"  # key of a turn: what else its message says, for templates that take it
 CONTEXT_TEXT = ("text", "content", "document", "passage")
 
 
@@ -62,6 +79,12 @@ def message_turns(message: Any, where: str, names: Mapping[str, str] | None = No
     if role not in ROLES:
         raise DataError(f"{where}: unknown role {name!r}; use one of {', '.join((*ROLES, *OTHER_NAMES))}")
     more = _more(message, role, where)
+    others = {
+        key: value
+        for key, value in message.items()
+        if key not in KNOWN and key not in (speaker, text) and value is not None
+    }
+    more = {**more, OTHER: others} if others else more
     turn = {"role": role, "content": _content(message, text, where, more), **more}
     if name in CALLS:
         turn = toolcalls.from_json_text(turn, where)

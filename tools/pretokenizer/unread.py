@@ -101,7 +101,24 @@ def written(reads: Reads, chat_format: Any) -> Reads:
         missing = {key for place, keys in names.items() if place not in chat_format.places for key in keys}
     without = {key: known for key, known in MESSAGE.items() if key not in missing}
     kept = {key: known for key, known in reads.items() if key not in missing & messages.BESIDE}
-    return {key: {**without, **_others(known)} if "tool_call_id" in known else known for key, known in kept.items()}
+    return {
+        key: _Known({**without, **_others(known)}, missing, chat_format) if "tool_call_id" in known else known
+        for key, known in kept.items()
+    }
+
+
+class _Known(dict[str, Reads]):
+    """What is known of a message, with the keys that a tokenizer's own template takes notice of."""
+
+    def __init__(self, known: Reads, missing: set[str], chat_format: Any):
+        super().__init__(known)
+        self._missing = missing
+        self._template = None if isinstance(chat_format, ChatFormat) else chat_format
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key in self or self._template is None or key in self._missing:
+            return super().get(key, default)
+        return ALL if self._template.reads(key) else default
 
 
 def _others(known: Reads) -> Reads:
