@@ -160,13 +160,16 @@ def _through(worker: Worker, job: Job, records: list[dict[str, Any]], prefix: Pa
     """Write the shards of a batch as a run does, each record as a chunk of its own: a chat may become several samples."""
     counts, refused, accepted = [], 0, []
     chunks = [Chunk("x", "line", n, json.dumps(record).encode(), None) for n, record in enumerate(records, 1)]
-    counted = [worker.count(job, chunk) for chunk in chunks]
+    counted = [worker.count(job, chunk, encode=number % 8 == 0) for number, chunk in enumerate(chunks)]
     table = weight_table(sorted({weight for one in counted for weight in one.weights}))
     with ShardWriter(prefix, worker.tokenizer.vocab_size, worker.tokenizer.info(), weights=table, parts=True) as writer:
         for number, (record, chunk, count) in enumerate(zip(records, chunks, counted, strict=True), 1):
             done = worker.tokenize(job, chunk, np.ones(int(count.sizes.sum()), np.uint8), table).get(1)
             bad = count.bad + (done.bad if done else [])
             assert all(message.startswith(f"x, line {number}: ") for message in bad), bad
+            if count.encodings is not None and done:  # at the first reading, as a run does where it can
+                first = count.encodings.divide(np.ones(int(count.sizes.sum()), np.uint8)).get(1)
+                assert first is not None and np.array_equal(first.ids, done.ids), record
             refused += len(bad)
             if done and not bad:
                 writer.add_many(done.ids, done.role_bytes, done.lengths)
