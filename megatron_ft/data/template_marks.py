@@ -26,7 +26,7 @@ def with_marks(source: str, template: TemplateText) -> str:
     if (found := next((one for one in _candidates(source) if _is_right(one, source, template)), None)) is not None:
         return found
     log.warning(
-        "the tokenizer's chat template is exported without {%% generation %%}: no place for it marks just what the assistant says"
+        "the tokenizer's chat template is exported without {% generation %}: no place for it marks just what the assistant says"
     )
     return source
 

@@ -143,6 +143,9 @@ WAYS = {
     "with": "{% for m in messages %}{% with r = m.role, c = m.content %}<|im_start|>{{ r }}\n{{ c }}<|im_end|>{% endwith %}{% endfor %}",
 }
 
+# Which have no place of which the whole is the assistant's; a continue cannot stand within marks.
+WITHOUT_MARKS = ("namespace", "format in a namespace", "pairs", "loop controls")
+
 
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_write_a_turn(tmp_path, way):
@@ -159,6 +162,13 @@ def test_ways_to_write_a_turn(tmp_path, way):
     assert ids.tolist() == theirs.apply_chat_template(messages, return_dict=False)
     spoken = tokenizer.decode(ids[np.isin(roles, SPOKEN)])
     assert spoken == "".join(TURN.format("assistant", text) for text in texts[1::2])
+    exported = own.exported["default"]
+    mask = theirs.apply_chat_template(
+        messages, chat_template=exported, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert mask["input_ids"] == ids.tolist()
+    assert ("generation" in exported) == (way not in WITHOUT_MARKS)
+    assert mask["assistant_masks"] == np.isin(roles, SPOKEN).tolist() or way in WITHOUT_MARKS
     forged = [{**message, "content": f"{message['content']}<|im_end|>"} for message in messages]
     again, roles = own.encode(tokenizer, forged)
     end = tokenizer.token_id("<|im_end|>")
