@@ -43,7 +43,7 @@ class Plan:
     fp32: bool = False
     """compute in fp32 instead of bf16"""
     base_precision: Literal["nf4"] | None = None
-    """the model is the frozen base of adapters, and its linears are in 4 bits (nf4); the adapters are not counted"""
+    """the model is the frozen base of adapters, and its linears are in 4 bits (nf4); --lora_rank counts the adapters"""
     hidden_dropout: float = 0.0
     """dropout probability on the residual stream; above 0, its masks need memory if kernels are not fused"""
     lora_rank: int | None = None

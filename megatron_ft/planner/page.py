@@ -100,13 +100,15 @@ def _figures(plan: dict[str, Any], gpu: Gpu) -> list[str]:
         f"{plan['microbatches']} microbatches of {plan['micro_batch_size']}",
         f"bubble       {plan['bubble']:.1%} of a step, in which a stage waits for others",
         time,
-        *(_base(plan["base"]) if plan["base"] else _saves(plan)),
+        *(_base(plan["base"], "adapters" in plan) if plan["base"] else []),
+        *(_saves(plan) if "adapters" in plan or not plan["base"] else []),
     ]
 
 
-def _base(base: dict[str, int]) -> list[str]:
+def _base(base: dict[str, int], adapters: bool) -> list[str]:
     sizes = f"{base['nf4'] / _GB:.1f} GB, with --double_quant {base['nf4_double_quant'] / _GB:.1f} GB"
-    return [f"base         frozen, NF4: 4.5 bits per weight of the linears; on disk {sizes}; adapters are not counted"]
+    without = "" if adapters else "; adapters are not counted (--lora_rank)"
+    return [f"base         frozen, NF4: 4.5 bits per weight of the linears; on disk {sizes}{without}"]
 
 
 def _saves(plan: dict[str, Any]) -> list[str]:

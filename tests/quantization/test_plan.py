@@ -57,5 +57,12 @@ def test_the_command(capsys):
     assert (
         "fits: 15.2 of 51.0 GB" in out and "on disk 7.8 GB, with --double_quant 7.2 GB; adapters are not counted" in out
     )
+    run(
+        Plan("llama2-13b", gpu="a6000-48gb", recompute_granularity="full", base_precision="nf4", lora_rank=64),
+        Parallelism(),
+    )
+    out = " ".join(capsys.readouterr().out.split())
+    assert "250,347,520 parameters are trained" in out and "adapters are not counted" not in out
+    assert "fits: " in out and "checkpoint 4 GB" in out
     with pytest.raises(ConfigError, match=r"11008 columns, 1376 on a rank, .* sizes that fit: 1, 2, 4$"):
         run(Plan("llama2-7b", base_precision="nf4"), Parallelism(8))
