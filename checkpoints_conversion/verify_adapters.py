@@ -16,7 +16,7 @@ from checkpoints_conversion.options import CheckpointSource
 from megatron_ft.adapters.peft_files import is_peft, open_peft
 from megatron_ft.adapters.stored import Stored
 from megatron_ft.checkpoints.folder import CONFIG, find_checkpoint, read_config
-from megatron_ft.errors import CheckpointError, ConfigError
+from megatron_ft.errors import CheckpointError, ConfigError, UserError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.hf_source import HfSource
 
@@ -40,7 +40,7 @@ def holds_adapters(root: Path, iteration: str | None) -> bool:
         return False
     try:
         return read_config(find_checkpoint(root, parse_iteration(iteration))).adapter is not None
-    except CheckpointError:
+    except UserError:  # opening it compares the digests first, and says what is damaged
         return False
 
 
