@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -44,6 +45,7 @@ _SIZES = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"),
     *("max_position_embeddings", "n_layer", "n_head"),
 )
+_NUMBERS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta")
 _OBJECTS = ("rope_parameters", "rope_scaling")
 
 
@@ -54,6 +56,11 @@ def _check_kinds(config: Mapping[str, Any]) -> None:
         value = config.get(key, 1)
         if type(value) is not int or not 1 <= value <= most:
             raise CheckpointError(f"config.json: {key} {_shown(value)}: must be a whole number from 1 to {most}")
+    for key in _NUMBERS:
+        value = config.get(key, 1)
+        absent = key == "rope_theta" and value is None
+        if not absent and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
+            raise CheckpointError(f"config.json: {key} {_shown(value)}: must be a number above 0")
     for key in _OBJECTS:
         if not isinstance(config.get(key), dict | None):
             raise CheckpointError(f"config.json: {key} {_shown(config[key])}: must be an object or null")

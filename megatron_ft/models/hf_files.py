@@ -12,6 +12,9 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 FETCH_AGAIN = "fetch the file again"
 _SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _TO_TRANSFORMERS = "convert it with transformers first (from_pretrained, then save_pretrained)"
+_FROM_MEGATRON = "use reshard or megatron-to-hf"
+_CUT = "an unfinished download"
+_RENAME = f"rename it to {PICKLED[0]} if it holds the weights"
 _OTHERS = (  # pattern of names, what it is, what to do
     ("consolidated.*", "Meta's or Mistral's own format", _TO_TRANSFORMERS),
     (
@@ -22,10 +25,20 @@ _OTHERS = (  # pattern of names, what it is, what to do
     ("*.gguf", "a GGUF file", "give the model that it was made from"),
     ("tf_model.h5", "TensorFlow weights", _TO_TRANSFORMERS),
     ("flax_model.msgpack", "Flax weights", _TO_TRANSFORMERS),
+    ("zero_to_fp32.py", "a checkpoint of DeepSpeed", "let that program write the weights into one file first"),
+    ("pytorch_model_fsdp*", "a checkpoint of FSDP", "merge it with accelerate merge-weights first"),
     ("*.distcp", "a checkpoint of torch.distributed", "give the exported model"),
-    ("mp_rank_*", "a Megatron checkpoint", "use reshard or megatron-to-hf"),
-    ("*.pt", "a torch file of another name", f"rename it to {PICKLED[0]} if it holds the weights"),
-    ("*.pth", "a torch file of another name", f"rename it to {PICKLED[0]} if it holds the weights"),
+    ("mp_rank_*", "a Megatron checkpoint", _FROM_MEGATRON),
+    ("latest_checkpointed_iteration.txt", "a Megatron checkpoint", _FROM_MEGATRON),
+    ("checkpoint-*", "a checkpoint of transformers' Trainer", "give that folder"),
+    ("*.onnx", "a graph of ONNX", "give the model that it was made from"),
+    ("*.nemo", "an archive of NeMo", "export the model from NeMo first"),
+    ("*.part", _CUT, FETCH_AGAIN),
+    ("*.incomplete", _CUT, FETCH_AGAIN),
+    ("*.aria2", _CUT, FETCH_AGAIN),
+    ("*.crdownload", _CUT, FETCH_AGAIN),
+    ("*.safetensors", "safetensors of another name", f"rename it to {SAFE[0]} if it holds all of the weights"),
+    *((f"*.{end}", "a torch file of another name", _RENAME) for end in ("pt", "pth", "ckpt", "bin")),
 )
 
 

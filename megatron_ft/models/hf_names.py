@@ -53,3 +53,14 @@ def state_dict_in(value: Any) -> Mapping[str, TensorRef] | None:
             return value
         value = next((value[key] for key in HOLDERS if isinstance(value.get(key), dict)), None)
     return None
+
+
+def what_else(value: Any) -> str:
+    """Return what a file without a state dict holds, in brackets: where tensors are, or what lies between them."""
+    if not isinstance(value, dict) or not value:
+        return " (it is empty)" if value in (None, {}, []) else ""
+    if any(isinstance(entry, TensorRef) for entry in value.values()):
+        other = next(key for key, entry in value.items() if not isinstance(entry, TensorRef))
+        return f" ({str(other)[:60]!r} in it is none)"
+    holders = [str(key)[:60] for key, entry in value.items() if isinstance(entry, dict) and state_dict_in(entry)]
+    return f" (it has such dicts as {', '.join(map(repr, holders[:3]))})" if holders else ""

@@ -22,7 +22,7 @@ from megatron_ft.models.bitsandbytes_files import STATE, Matrix, open_matrix, wi
 from megatron_ft.models.dtypes import name_of
 from megatron_ft.models.families import parse_hf_config
 from megatron_ft.models.hf_files import FETCH_AGAIN, PICKLED, SAFE, loose_shards, what_is_there
-from megatron_ft.models.hf_names import renamed, state_dict_in
+from megatron_ft.models.hf_names import renamed, state_dict_in, what_else
 from megatron_ft.models.quantised import Quantization
 from megatron_ft.models.safetensors_file import SafetensorsFile
 from megatron_ft.models.torch_file import TorchFile
@@ -178,7 +178,7 @@ class HfSource:
         for placed in placed_rules(self.arch, self.rules):
             wanted.update(zip(placed.hf_keys, placed.rule.hf_shapes(self.arch), strict=True))
         if missing := sorted(set(wanted) - found):
-            raise CheckpointError(self._what_is_missing(missing, found, found & set(wanted)))
+            raise CheckpointError(self._what_is_missing(missing, found, found - set(wanted)))
         self._check_left_over(sorted(found - set(wanted)))
         kinds = {}
         for key, shape in wanted.items():
@@ -190,8 +190,8 @@ class HfSource:
             name_of(kinds[key], key)
         return name_of(next(iter(kinds.values())))
 
-    def _what_is_missing(self, missing: list[str], found: set[str], right: set[str]) -> str:
-        """Return the message about missing tensors, with the reason that the names show. right: names that are as they should be."""
+    def _what_is_missing(self, missing: list[str], found: set[str], others: set[str]) -> str:
+        """Return the message about missing tensors, with the reason that the names show. others: those that the model does not have."""
         if missing == ["lm_head.weight"]:
             given = self._config().get("tie_word_embeddings")
             says = "does not say" if given is None else "says"
@@ -204,8 +204,11 @@ class HfSource:
             return (
                 f"{text}; it holds {adapters[0]}, a LoRA adapter: merge it into the base model first (merge_and_unload)"
             )
-        if found and not right:
-            return f"{text}; its tensors have other names ({min(found)}): rename them, or correct model_type in config.json"
+        if others:
+            count = "its tensors" if others == found else f"{len(others)} of its {len(found)} tensors"
+            return (
+                f"{text}; {count} have other names ({min(others)}): rename them, or correct model_type in config.json"
+            )
         return f"{text}; {FETCH_AGAIN}"
 
     def _check_left_over(self, keys: list[str]) -> None:
@@ -229,10 +232,11 @@ class PickledFile:
     """pytorch_model.bin: a pickled dict of tensors, of which nothing but the tensors is made. It may be in another dict."""
 
     def __init__(self, path: Path):
-        refs = state_dict_in(TorchFile(path).value)
+        content = TorchFile(path).value
+        refs = state_dict_in(content)
         if refs is None:
             raise CheckpointError(
-                f"{path} is not a plain dict of tensors: save the model's state_dict alone with torch.save"
+                f"{path} is not a plain dict of tensors{what_else(content)}: save the model's state_dict alone with torch.save"
             )
         self._refs = refs
         self.tensors = {key: (ref.dtype, ref.shape, 0, 0) for key, ref in refs.items()}

@@ -44,7 +44,7 @@ class SafetensorsFile:
         self._handle = os.open(self.path, os.O_RDONLY)
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}
         """name -> (type, shape, first byte in the file, bytes)"""
-        if other := other_kind(os.pread(self._handle, 300, 0), self.path):
+        if other := other_kind(os.pread(self._handle, 300, 0), self.path, safe=True):
             raise CheckpointError(f"{self.path} {other}")
         try:
             self._read_header(os.path.getsize(self.path))

@@ -35,6 +35,19 @@ _KINDS = {
 }
 
 
+_OTHER_TENSORS = {  # what torch.save or numpy names for tensors that are not read
+    ("torch._utils", "_rebuild_sparse_tensor"): "holds sparse tensors: save them with .to_dense()",
+    ("torch._utils", "_rebuild_qtensor"): "holds quantised tensors: give the unquantised model",
+    ("torch._utils", "_rebuild_tensor_v3"): "holds numbers of 8 bits or fewer: give the unquantised model",
+    (
+        "torch._utils",
+        "_rebuild_meta_tensor_no_storage",
+    ): "holds tensors without numbers (device meta): save the loaded model",
+    ("numpy._core.multiarray", "_reconstruct"): "holds arrays of numpy: save them with torch.from_numpy",
+    ("numpy.core.multiarray", "_reconstruct"): "holds arrays of numpy: save them with torch.from_numpy",
+}
+
+
 class Inert:
     """Replaces an object of a type that is not created here: accepts any arguments, does nothing, stores its state."""
 
@@ -115,7 +128,11 @@ class TorchFile:
             for info in infos.values():
                 if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > size:
                     raise zipfile.BadZipFile(f"{info.filename} lies outside the file, or is compressed")
-            pickled = next(name for name in infos if name.endswith("/data.pkl"))
+            pickled = next((name for name in infos if name.endswith("/data.pkl")), None)
+            if pickled is None:
+                raise CheckpointError(
+                    f"{self.path} is a zip archive, but not one of torch.save: unpack it, and give what is in it"
+                )
             if infos[pickled].file_size > MAX_PICKLE:
                 raise zipfile.BadZipFile("its structure is larger than any checkpoint's")
             self._root, self._infos = pickled.removesuffix("data.pkl"), infos
@@ -143,6 +160,8 @@ class TorchFile:
                 return getattr(torch, name)
             if harmless(module, name):
                 return Inert
+            if (module, name) in _OTHER_TENSORS:
+                raise CheckpointError(f"{self.path} {_OTHER_TENSORS[module, name]}")
             raise pickle.UnpicklingError(f"it names {module}.{name}")
 
         return find
@@ -212,21 +231,49 @@ def read_at(handle: int, offset: int, size: int) -> Tensor | None:
     return data
 
 
-_OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that torch before 1.6 begins a file with
+_OLD = b"l\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that torch before 1.6 begins a file with
+_AGAIN = "not the file itself: fetch the file again"
+_STARTS = (  # first bytes, what such a file is
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: fetch it with git lfs pull"),
+    (b"GGUF", "is a GGUF file: give the model that it was made from"),
+    (b"\x1f\x8b", "is compressed with gzip: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd: unpack it"),
+    (b"<!doctype", f"is a web page, {_AGAIN}"),
+    (b"<html", f"is a web page, {_AGAIN}"),
+    (b"<?xml", f"is a page of XML, {_AGAIN}"),
+)
+_IN_PLACE = ((b"PK\3\4", "is a torch file"), (b"\x80", "is a pickle"))  # of a name that ends in .safetensors
 
 
-def other_kind(start: bytes, path: Path) -> str | None:
-    """Return what a file is that begins so, and what to do, if it is no torch file of today."""
-    if start.startswith(_OLD) or start[257:262] == b"ustar":
+def other_kind(start: bytes, path: Path, safe: bool = False) -> str | None:
+    """Return what a file is that begins so, and what to do, if it is neither a torch file of today nor (safe) of safetensors."""
+    if not start:
+        return "is cut short, to no bytes: fetch or restore it"
+    if _OLD in start[:30] or start[257:262] == b"ustar":
         return (
             f"is in the format of torch before 1.6: convert it once with "
             f"python -c \"import torch; f = {str(path)!r}; torch.save(torch.load(f, 'cpu', weights_only=True), f)\""
         )
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
-    if start.lstrip()[:9].lower() in (b"<!doctype", b"<html>\n<h") or start.lstrip()[:5].lower() == b"<html":
-        return "is a web page, not the file itself: fetch the file again"
+    plain = start.lstrip().lower()
+    if found := next((what for first, what in _STARTS if start.startswith(first) or plain.startswith(first)), None):
+        return found
+    if safe and (found := next((what for first, what in _IN_PLACE if start.startswith(first)), None)):
+        return f"{found}, not of safetensors: give it the name pytorch_model.bin"
+    if not safe and start[8:10] == b'{"':
+        return "is a file of safetensors: give it a name that ends in .safetensors"
+    if not safe and start[:1] == b"\x80":
+        return (
+            "is a pickle, but not of torch.save: load it where it was written, and save the state_dict with torch.save"
+        )
+    if len(start) < 300 and (text := _as_text(start)):
+        return f"is a text ({text}), {_AGAIN}"
     return None
+
+
+def _as_text(start: bytes) -> str:
+    """Return the first words of a message that a server sent in place of a file."""
+    text = start.decode("ascii", "replace").strip()
+    return text[:60] if text.replace("\n", " ").isprintable() and "\ufffd" not in text else ""
 
 
 def _text(error: Exception) -> str:

@@ -1,10 +1,13 @@
 """Weights in other files and under other names than transformers writes: they are read where it is clear what they are, else the message
 says what they are and what to do."""
 
+import gzip
 import json
+import pickle
 import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -111,12 +114,80 @@ def test_the_format_of_before_1_6(tmp_path, model):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (b"<!DOCTYPE html>\n<html>", "web page"),
+        (b"\n<html lang='en'>", "web page"),
+        (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "page of XML"),
+        (b"Entry not found", r"text \(Entry not found\)"),
+        (b'{"error":"Repository not found"}', r"text \(.*Repository not found.*fetch the file again"),
+        (b"GGUF\3\0\0\0", "GGUF file"),
     ],
 )
-def test_what_came_in_place_of_a_file(tmp_path, model, start, message):
-    only(tmp_path, "pytorch_model.bin", {})
-    (tmp_path / "hf" / "pytorch_model.bin").write_bytes(start)
-    refused(tmp_path, f"pytorch_model.bin is a {message}")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_what_came_in_place_of_a_file(tmp_path, model, name, start, message):
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (tmp_path / "hf" / name).write_bytes(start)
+    refused(tmp_path, f"{name} is a {message}")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_file_without_bytes_or_compressed(tmp_path, model, name):
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    for content, message in (
+        (b"", "is cut short, to no bytes"),
+        (gzip.compress(b"x" * 900), "is compressed with gzip: unpack it"),
+    ):
+        (tmp_path / "hf" / name).write_bytes(content)
+        refused(tmp_path, f"{name} {message}")
+
+
+def test_files_with_the_name_of_another_format(tmp_path, model):
+    safe, torchs = (tmp_path / "hf" / name for name in ("model.safetensors", "pytorch_model.bin"))
+    safe.rename(torchs)
+    refused(tmp_path, "pytorch_model.bin is a file of safetensors: give it a name that ends in .safetensors")
+    torchs.unlink()
+    torch.save(model.state_dict(), safe)
+    refused(tmp_path, "model.safetensors is a torch file, not of safetensors: give it the name pytorch_model.bin")
+    safe.unlink()
+    torchs.write_bytes(pickle.dumps({"weights": [1.0]}))
+    refused(tmp_path, "pytorch_model.bin is a pickle, but not of torch.save: load it where")
+    with zipfile.ZipFile(torchs, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    refused(tmp_path, "pytorch_model.bin is a zip archive, but not one of torch.save")
+    torch.save(model.state_dict(), torchs)
+    assert same_tensors(model, read_back(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensor: tensor.to_sparse(), "holds sparse tensors: save them with .to_dense"),
+        (lambda tensor: tensor.to("meta"), "holds tensors without numbers"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "holds numbers of 8 bits or fewer: give the unquantised model"),
+        (lambda tensor: tensor.numpy(), "holds arrays of numpy: save them with torch.from_numpy"),
+    ],
+)
+def test_tensors_of_other_kinds(tmp_path, model, change, message):
+    only(tmp_path, "pytorch_model.bin", {name: change(tensor) for name, tensor in model.state_dict().items()})
+    refused(tmp_path, f"pytorch_model.bin {message}")
+
+
+@pytest.mark.parametrize("change", [("self_attn", "attn"), ("model.layers.1.", "module.model.layers.1.")])
+def test_some_names_are_others(tmp_path, model, change):
+    only(tmp_path, "pytorch_model.bin", {name.replace(*change): value for name, value in model.state_dict().items()})
+    refused(tmp_path, rf"lacks \d+ tensors, first model\..*; \d+ of its 39 tensors have other names \(.*{change[1]}")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (lambda tensors: {"ema": tensors, "params": tensors}, "it has such dicts as 'ema', 'params'"),
+        (lambda tensors: tensors | {"step": 3}, "'step' in it is none"),
+        (lambda tensors: {}, "it is empty"),
+        (lambda tensors: None, "it is empty"),
+    ],
+)
+def test_what_a_file_holds_beside_tensors(tmp_path, model, content, message):
+    only(tmp_path, "pytorch_model.bin", content(dict(model.state_dict())))
+    refused(tmp_path, rf"not a plain dict of tensors \({message}\): save")
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -147,6 +218,16 @@ def test_shards_without_their_index(tmp_path, ending):
         ("x-q4.gguf", "a GGUF file"),
         ("tf_model.h5", "TensorFlow weights"),
         ("weights.pt", "rename it to pytorch_model.bin"),
+        ("epoch=3.ckpt", "rename it to pytorch_model.bin"),
+        ("weights.safetensors", "rename it to model.safetensors"),
+        ("pytorch_model.bin.1.part", "an unfinished download"),
+        ("model.safetensors.incomplete", "an unfinished download"),
+        ("zero_to_fp32.py", "a checkpoint of DeepSpeed"),
+        ("pytorch_model_fsdp_0", "a checkpoint of FSDP: .*merge-weights"),
+        ("latest_checkpointed_iteration.txt", "a Megatron checkpoint: use reshard or megatron-to-hf"),
+        ("checkpoint-500", "Trainer: give that folder"),
+        ("model.onnx", "ONNX"),
+        ("model.nemo", "NeMo"),
     ],
 )
 def test_other_weights(tmp_path, model, name, message):

@@ -54,6 +54,8 @@ def test_an_entry_of_another_type_is_named(model_type, value):
             parse_hf_config(config)
         except CheckpointError as error:
             assert "NoneType" not in str(error) and "\n" not in str(error)
+            if key == "rms_norm_eps":
+                assert f"config.json: rms_norm_eps {json.dumps(value)}: must be a number above 0" in str(error)
             if key in SIZES:
                 assert f"{key} {json.dumps(value)}: must be a whole number" in str(error)
         else:
