@@ -5,6 +5,7 @@ config.json says. transformers is asked in a process of its own, since it takes 
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,11 +17,15 @@ from typing import Any
 from megatron_ft.data.template_files import CONFIG, read_object
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.errors import TokenizerError
+from megatron_ft.log import logger
 
 KEPT = 0.5  # share of a text's characters that decoding must give back
+SHOWN = 10  # characters of a warning, the most frequent first
+_UNKNOWN = re.compile(r"[<\[]\|?unk\w*\|?[>\]]")  # what decoders write for characters that a tokenizer does not know
 NEAR = 0.25  # by which the vocabulary and the model's rows may differ; rows are padded
 SECONDS = 120
 _AS_IT_STANDS = ("", "PreTrainedTokenizerFast", "TokenizersBackend")  # classes that read tokenizer.json as we do
+log = logger("data")
 _ASK = """
 import json, sys
 from transformers import AutoTokenizer
@@ -48,7 +53,7 @@ def config_rows(folder: Path) -> int | None:
 
 
 def check_text(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-    """Raise TokenizerError where most of a run's text does not come back from its tokens."""
+    """Raise TokenizerError where most of a run's text does not come back from its tokens, and warn where some does not."""
     before, after = Counter[str](), Counter[str]()
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         before.update(_letters(text))
@@ -58,6 +63,11 @@ def check_text(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         share = 100 * sum(lost.values()) // sum(before.values())
         raise TokenizerError(
             f"{tokenizer.source_files[0]}: {share}% of the text is lost in its tokens; give a tokenizer that knows this text's characters"
+        )
+    if lost:
+        log.warning(
+            f"{tokenizer.source_files[0]}: {sum(lost.values())} of the first {sum(before.values())} characters do not come back from their "
+            f"tokens: {' '.join(character for character, _ in lost.most_common(SHOWN))}"
         )
 
 
@@ -133,4 +143,4 @@ def _difference(tokenizer: Tokenizer, text: str, ours: list[int], theirs: list[i
 
 
 def _letters(text: str) -> str:
-    return "".join(text.casefold().split())
+    return "".join(_UNKNOWN.sub("", text.casefold()).split())

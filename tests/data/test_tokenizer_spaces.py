@@ -114,6 +114,23 @@ def test_text_that_vanishes_is_refused(tmp_path):
         check_vocabulary(tokenizer, 32000, tmp_path)
 
 
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_characters_that_vanish_are_named(tmp_path, caplog, unknown):
+    """Fewer than half of them: a tokenizer without vowels, with and without a token for what it does not know."""
+    from tokenizers import Tokenizer, decoders, models
+
+    known = [letter for letter in "abcdefghijklmnopqrstuvwxyz ." if letter not in "ou"] + ["<unk>"]
+    model = models.BPE(vocab={text: index for index, text in enumerate(known)}, merges=[], unk_token=unknown)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    check_text(load_tokenizer(tmp_path), ["a plain text. "])
+    assert not caplog.records
+    check_text(load_tokenizer(tmp_path), ["what colour is a plum"])
+    (record,) = caplog.records
+    assert record.getMessage().endswith("4 of the first 17 characters do not come back from their tokens: o u")
+
+
 def test_vocabularies_of_published_models_are_near_enough(tmp_path):
     class Of:
         source_files = ("tokenizer.json",)
