@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The adapters as a PEFT folder, and added to the model: a Hugging Face model in fp16 with its model card, checked.
+#
+#   examples/airophin_13b/merge.sh
+set -euo pipefail
+
+: "${PYTHON:=python}"
+adapters=checkpoints/airophin-13b
+"$PYTHON" -m megatron_ft megatron-to-hf "$adapters" exports/airophin-13b-adapter --adapter_only --base_model_name meta-llama/Llama-2-13b-hf
+"$PYTHON" -m megatron_ft merge-adapter "$adapters" exports/airophin-13b --params_dtype fp16
+"$PYTHON" -m megatron_ft verify --hf exports/airophin-13b --megatron "$adapters" --no_logits
