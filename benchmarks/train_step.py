@@ -56,7 +56,8 @@ class Conversations:
 
 def plain_loop(model, dataset: ChatDataset):
     """A transformers + torch training step, as most people write it: fused AdamW, clipping, gradient accumulation."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.01, fused=True)
 
     def step(consumed: int) -> float:
         batches = [dataset.microbatch(rows) for rows in step_rows(consumed, BATCH, MICRO, 0, 1)]
@@ -71,7 +72,7 @@ def plain_loop(model, dataset: ChatDataset):
             )
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         return total
 
