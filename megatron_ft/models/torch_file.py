@@ -249,6 +249,8 @@ def other_kind(start: bytes, path: Path, safe: bool = False) -> str | None:
     """Return what a file is that begins so, and what to do, if it is neither a torch file of today nor (safe) of safetensors."""
     if not start:
         return "is cut short, to no bytes: fetch or restore it"
+    if safe and start[8:9] == b"{":
+        return None  # whatever the bytes of the header's length look like
     if _OLD in start[:30] or start[257:262] == b"ustar":
         return (
             f"is in the format of torch before 1.6: convert it once with "
