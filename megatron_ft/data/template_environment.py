@@ -4,8 +4,9 @@ Beside transformers' output it can say where each character of it comes from (tr
 messages tell whose turn is being written. Knows no tokenizer.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -45,12 +46,8 @@ Clock = Callable[[str], str]
 def compile_template(source: str, clock: Clock) -> Any:
     """Compile a template as transformers does: in a sandbox, lines with only tags are removed. clock: strftime_now."""
     environment = _environment(clock)
-    try:
+    with _readable():
         return environment.from_string(source)
-    except (TemplateError, SyntaxError) as error:  # the latter of Python, for a continue within a block of its own
-        raise TokenizerError(
-            f"the tokenizer's chat template cannot be read ({error}); choose another --chat_format"
-        ) from error
 
 
 def compile_traced(source: str, clock: Clock) -> Any:
@@ -61,11 +58,18 @@ def compile_traced(source: str, clock: Clock) -> Any:
     environment.globals[_TURN] = _turn
     environment.globals["joined_texts"] = lambda *parts: joined(map(str, parts))
     environment.filters["join"] = _join
-    try:
+    with _readable():
         tree = _Turns().visit(environment.parse(source))
         return environment.template_class.from_code(
             environment, environment.compile(tree), environment.make_globals(None)
         )
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Raise TokenizerError for a template that cannot be compiled."""
+    try:
+        yield
     except (TemplateError, SyntaxError) as error:  # the latter of Python, for a continue within a block of its own
         raise TokenizerError(
             f"the tokenizer's chat template cannot be read ({error}); choose another --chat_format"
