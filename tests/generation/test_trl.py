@@ -28,7 +28,12 @@ def test_sft_trainer_masks_the_same_tokens(family, tmp_path):
     config = llama_config(TinyLlama(str(folder), str(folder), 32, 1, 64), tokenizer.vocab_size, None, 0)
     (folder / "config.json").write_text(json.dumps(config))
     settings = SFTConfig(
-        output_dir=str(tmp_path / "out"), assistant_only_loss=True, max_length=512, report_to=[], use_cpu=True, bf16=False
+        output_dir=str(tmp_path / "out"),
+        assistant_only_loss=True,
+        max_length=512,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
     )
     trainer = SFTTrainer(
         model=transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(folder)),
