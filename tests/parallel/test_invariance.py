@@ -81,13 +81,15 @@ def test_a_tensor_that_is_missing_is_noticed(pools):
     assert "layers.2.mlp.linear_fc2" in compare(one, dataclasses.replace(one, gradients=less)).where
 
 
+CONFIG = {
+    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 5000,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
 def test_the_command(tmp_path):
     """Its exit code is 0 where all is alike and 2 where it is not; it says which layout and tensor."""
-    config = {
-        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 5000,
-        "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     good = command("--load", str(tmp_path), "--layouts", "TP2", "norms not summed (broken on purpose)")
     assert good.returncode == 0, good.stderr
     assert good.stdout.count(": pass\n") == 1 and good.stdout.count(": caught\n") == 1

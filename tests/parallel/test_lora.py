@@ -124,13 +124,9 @@ def test_the_command(tmp_path):
     """verify-invariance --lora_rank: every gradient in the table is an adapter's, and the broken layout is caught."""
     import json
 
-    from tests.parallel.test_invariance import command
+    from tests.parallel.test_invariance import CONFIG, command
 
-    config = {
-        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 5000,
-        "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     flags = ("--load", str(tmp_path), "--layouts", "TP2 + sequence parallel", "norms not summed (broken on purpose)")
     good = command(*flags, "--lora_rank", "8", "--lora_dropout", "0.1")
     assert good.returncode == 0, good.stderr

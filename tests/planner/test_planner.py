@@ -42,10 +42,8 @@ def test_parameters_of_every_rank(name, tp, pp, one_rank):
     assert len(built) == tp * pp and planned == built
 
 
-@pytest.mark.parametrize("family", ["llama2-70b", "falcon-40b", "falcon-7b", "qwen2.5-7b"])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_what_a_layer_keeps(family, recompute, one_rank):
-    """Against what autograd keeps in one more layer of a small model, within 5%. With LayerNorm: RMSNorm in torch's CPU version keeps
+def small(family):
+    """Return the family's architecture at a size that one rank computes at once. With LayerNorm: RMSNorm in torch's CPU version keeps
     intermediates that its fused GPU version does not.
     """
     sizes = {
@@ -57,7 +55,14 @@ def test_what_a_layer_keeps(family, recompute, one_rank):
         "vocab_size": 512,
     }
     groups = 1 if family == "falcon-7b" else 2
-    arch = replace(known.architecture(family), **sizes, num_query_groups=groups, norm="layernorm")
+    return replace(known.architecture(family), **sizes, num_query_groups=groups, norm="layernorm")
+
+
+@pytest.mark.parametrize("family", ["llama2-70b", "falcon-40b", "falcon-7b", "qwen2.5-7b"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_what_a_layer_keeps(family, recompute, one_rank):
+    """Against what autograd keeps in one more layer of a small model, within 5%."""
+    arch = small(family)
     kept = one_rank.run(jobs.kept_by_a_layer, arch, 512, None if recompute == "none" else recompute)[0]
     planned = memory.layer_activations(arch, job(arch, seq_length=512, micro_batch=1, recompute=recompute))
     assert planned == pytest.approx(kept, rel=0.05)
@@ -79,16 +84,7 @@ def lora(arch, rank=16, targets=("all",), **more):
     ],
 )
 def test_what_a_layer_with_adapters_keeps(family, targets, dropout, recompute, one_rank):
-    sizes = {
-        "num_layers": 2,
-        "hidden_size": 256,
-        "head_dim": 32,
-        "num_attention_heads": 8,
-        "ffn_hidden_size": 704,
-        "vocab_size": 512,
-    }
-    groups = 1 if family == "falcon-7b" else 2
-    arch = replace(known.architecture(family), **sizes, num_query_groups=groups, norm="layernorm")
+    arch = small(family)
     own = lora(arch, targets=targets, dropout=dropout)
     kept = one_rank.run(jobs.kept_by_a_layer, arch, 512, None if recompute == "none" else recompute, own)[0]
     planned = memory.layer_activations(arch, job(arch, seq_length=512, micro_batch=1, recompute=recompute, lora=own))
