@@ -30,10 +30,11 @@ def show(
 
     from megatron_ft import device
     from megatron_ft.checkpoints.load import chunks_of
+    from megatron_ft.quantization.frozen import parameters
 
     dist.barrier()  # a rank that could not build or load has raised by now
     if layout.is_main:
-        held = sum(weight.numel() for chunk in chunks_of(model) for weight in chunk.parameters())
+        held = sum(parameters(chunk) for chunk in chunks_of(model))
         lines = _lines(layout, settings, described, progress, train_set, rows)
         print(
             f"dry run of {layout}: model built, weights loaded, {held:,} parameters on rank 0, on {device.describe()}"

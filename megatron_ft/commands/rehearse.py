@@ -143,13 +143,20 @@ class _Findings:
             except UserError as error:
                 self.missing.append(" ".join(str(error).split()))
         if self.described:
-            self.small = shrink.architecture(self.described.architecture, settings.parallel)
+            self.small = shrink.architecture(self.described.architecture, settings.parallel, self.nf4)
 
     @property
     def model(self) -> CheckpointConfig:
         """The description of the model, where nothing is missing."""
         assert self.described is not None
         return self.described
+
+    @property
+    def nf4(self) -> bool:
+        """Whether the run's adapters are on a quantised base."""
+        if self.adapting is None:
+            return bool(self.settings.adapters.base_precision)
+        return self.adapting.nf4 or self.adapting.described.quantization is not None
 
     def _note(self, what: str, text: str) -> None:
         self.lines.append(f"{what:14} {text}")
@@ -276,7 +283,7 @@ def _shrunk(
         optimizer=shrink.optimizer(settings.optimizer), numerics=shrink.numerics(settings.numerics),
         logging=shrink.logging(settings.logging, folder), model=shrink.model(settings.model),
         launching=shrink.launching(settings.launching, processes, folder), stopping=shrink.stopping(settings.stopping),
-        adapters=shrink.adapters(found.adapting.lora) if found.adapting else settings.adapters,
+        adapters=shrink.adapters(found.adapting.lora, found.nf4) if found.adapting else settings.adapters,
     )  # fmt: skip
 
 
@@ -291,6 +298,7 @@ def _prepare(folder: Path, found: _Findings, small: TrainingSettings) -> None:
     made_up = replace(
         described, architecture=found.small, ckpt_format="torch_dist", tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
         padded_vocab_size=padded_vocab_size(found.small.vocab_size, 1), iteration="release", dtype=dtype, adapter=None,
+        quantization=None,
     )  # fmt: skip
     make_up.model(folder / "model", made_up, found.source / TOKENIZER_FOLDER if found.source else None)
 

@@ -140,6 +140,12 @@ def frozen_linears(chunk: Module) -> dict[str, FrozenLinear]:
     return {name: module for name, module in chunk.named_modules() if isinstance(module, FrozenLinear)}
 
 
+def parameters(chunk: Module) -> int:
+    """Return the number of parameters of a chunk, that of a frozen linear as those of its weight: a byte is two codes."""
+    held = sum(parameter.numel() for parameter in chunk.parameters())
+    return held + sum(linear.weight.numel() - linear.weight_absmax.numel() for linear in frozen_linears(chunk).values())
+
+
 def check_columns(columns: int, name: str) -> None:
     if columns % BLOCK:
         raise ConfigError(

@@ -68,6 +68,7 @@ def _make(root: Path, config: CheckpointConfig, tokenizer: Path | None) -> None:
         from megatron.core import dist_checkpointing
 
         from megatron_ft.checkpoints.load import sharded_weights
+        from megatron_ft.checkpoints.writer import save_tensors
         from megatron_ft.models.build import BuildOptions, build_model
 
         dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
@@ -78,6 +79,8 @@ def _make(root: Path, config: CheckpointConfig, tokenizer: Path | None) -> None:
         folder = iteration_folder(root, "release")
         folder.mkdir(parents=True)
         dist_checkpointing.save({"model": sharded_weights(built)}, str(folder))
+        if not (folder / "common.pt").exists():  # megatron-core 0.19 has what it holds among the tensors
+            save_tensors({"iteration": 0}, folder / "common.pt")
         write_config(folder, config)
         if tokenizer is not None and tokenizer.is_dir():
             shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER)

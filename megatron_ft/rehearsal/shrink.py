@@ -26,6 +26,8 @@ from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.pipeline import split_layers
 
 HEAD_DIM = 16
+NF4_HEAD_DIM = 64
+"""With this, the slices of a quantised model are whole blocks of NF4."""
 STEPS = 3
 SAVE_AT = 2
 """Step after which a run with --save_interval or --eval_interval saves or evaluates, besides the end."""
@@ -46,17 +48,21 @@ class Change:
         return f"{self.what} {self.real} -> {self.now}"
 
 
-def architecture(arch: Architecture, parallel: Parallelism) -> Architecture:
-    """Return one layer per chunk, as few query groups as TP allows, narrow heads; the vocabulary is kept for the real shards."""
+def architecture(arch: Architecture, parallel: Parallelism, nf4: bool = False) -> Architecture:
+    """Return one layer per chunk, as few query groups as TP allows, narrow heads; the vocabulary is kept for the real shards.
+
+    nf4: the linears are to be quantised.
+    """
     split = split_layers(arch.num_layers, parallel)
     tp = parallel.tensor_model_parallel_size
     groups = tp
     heads = groups * min(2, arch.num_attention_heads // arch.num_query_groups)
-    head_dim = min(HEAD_DIM, arch.head_dim)
+    head_dim = NF4_HEAD_DIM if nf4 else min(HEAD_DIM, arch.head_dim)
     hidden = heads * head_dim
+    ffn = 2 * hidden if nf4 else min(2 * hidden, arch.ffn_hidden_size)
     return replace(
         arch.with_layers(split.stages * split.virtual_size), hidden_size=hidden,
-        ffn_hidden_size=min(2 * hidden, arch.ffn_hidden_size),
+        ffn_hidden_size=ffn,
         num_attention_heads=heads, num_query_groups=groups, head_dim=head_dim,
         full_attention_layers=min(1, arch.full_attention_layers),
     )  # fmt: skip
@@ -99,11 +105,14 @@ def data_parallel(parallel: Parallelism, processes: int) -> int:
     return max(1, min(processes // model, PROCESSES // model))
 
 
-def adapters(real: Lora) -> Adapters:
-    """Return flags for new adapters like those of the run, which the small model cannot load."""
+def adapters(real: Lora, nf4: bool) -> Adapters:
+    """Return flags for new adapters like those of the run, which the small model cannot load. nf4: on a base that is quantised when it
+    is loaded, also where that of the run is a quantised checkpoint.
+    """
     return Adapters(
-        real.rank, real.alpha, real.dropout, list(real.targets), real.rs, train_new_tokens=bool(real.new_tokens)
-    )
+        real.rank, real.alpha, real.dropout, list(real.targets), real.rs, train_new_tokens=bool(real.new_tokens),
+        base_precision="nf4" if nf4 else None,
+    )  # fmt: skip
 
 
 def checkpointing(real: Checkpointing, load: Path, save: Path) -> Checkpointing:

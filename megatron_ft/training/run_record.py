@@ -21,6 +21,7 @@ from megatron_ft.data.loader import ChatDataset
 from megatron_ft.data.roles import ALL_NAMES
 from megatron_ft.data.trained_on import weights_of
 from megatron_ft.engine.parallel import Layout
+from megatron_ft.quantization.frozen import parameters
 from megatron_ft.training.datasets import FATE_OF_OVER_LONG
 
 RUN = "run.json"
@@ -86,7 +87,7 @@ def _ranks(chunks: Sequence[Any], layout: Layout) -> list[dict[str, Any]]:
         "host": socket.gethostname(), "layers": layers,
         "embedding": any(getattr(chunk, "pre_process", False) for chunk in chunks),
         "output": any(getattr(chunk, "post_process", False) for chunk in chunks),
-        "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+        "parameters": sum(parameters(chunk) for chunk in chunks),
     }  # fmt: skip
     everyone: list[Any] = [None] * layout.world_size
     dist.all_gather_object(everyone, own)

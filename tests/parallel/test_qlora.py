@@ -73,6 +73,7 @@ def test_a_quantised_base_and_one_that_is_quantised_when_it_is_loaded(roots, fou
     go(four_ranks, roots["plain"], shards, tmp_path / "plain", 4, **LORA)
     losses = {name: read_metrics(tmp_path / name) for name in ("nf4", "loaded", "plain")}
     assert losses["nf4"] == losses["loaded"] != losses["plain"]
+    assert parameters(tmp_path / "nf4") == parameters(tmp_path / "loaded") == parameters(tmp_path / "plain")
     for name, load, flags in (("nf4", "nf4", {}), ("loaded", "plain", {"base_precision": "nf4"})):
         save = tmp_path / f"{name} again"
         go(four_ranks, roots[load], shards, save, 2, **LORA, **flags)
@@ -80,6 +81,39 @@ def test_a_quantised_base_and_one_that_is_quantised_when_it_is_loaded(roots, fou
         assert read_metrics(save) == losses["nf4"]
     assert {name: hashes(root) for name, root in roots.items()} == before
     assert not [name for name in hashes(tmp_path / "nf4") if "_lora." not in name and "rng" not in name]
+
+
+def parameters(folder) -> list[int]:
+    """Those of each rank, as the record of the run has them."""
+    from megatron_ft.report.run_page import read_starts
+
+    return [rank["parameters"] for rank in read_starts(folder)[-1]["ranks"]]
+
+
+@pytest.mark.parametrize(
+    "base, flags",
+    [("double", ("--bf16", "--tensor_model_parallel_size", "2")), ("plain", ("--base_precision", "nf4"))],
+)
+def test_a_rehearsal_has_a_quantised_base_too(base, flags, roots, shards, monkeypatch, tmp_path):
+    """Its small model has whole blocks in every slice."""
+    from tests.generation.test_adapters import command
+
+    words = (
+        "--load",
+        roots[base],
+        "--data_path",
+        shards,
+        "--seq_length",
+        "32",
+        "--train_iters",
+        "3",
+        "--lora_rank",
+        "4",
+    )
+    more = ("--nproc_per_node", "2", "--rehearse", "--run_dir", str(tmp_path / "run"))
+    done = command("finetune", *words, *flags, *more)
+    assert done.returncode == 0, done.stderr
+    assert "rehearsal passed" in done.stdout and "heads" in done.stdout
 
 
 @pytest.mark.parametrize("base", ["nf4", "double"])
