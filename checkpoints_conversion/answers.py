@@ -61,7 +61,9 @@ def compare_answers(hf: Path, opened: Opened, options: LogitOptions) -> dict[str
         _write_transformers_logits(hf, opened, prompts, min(_rows(hf), config.architecture.vocab_size), Path(folder))
         size = config.architecture.vocab_size
         base = str(opened.base.resolve()) if opened.base else None
-        request = Request(str(opened.folder.resolve()), *used, prompts, folder, size, opened.stated, base, config.dtype)
+        request = Request(
+            str(opened.folder.resolve()), *used, prompts, folder, size, opened.stated, base, config.dtype, opened.onto
+        )
         worst = differences_in_layout(request, Path(folder))
     if not max(worst) <= options.tolerance:
         raise CheckpointError(

@@ -11,9 +11,9 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ft import device
 from megatron_ft.errors import CheckpointError, UserError
@@ -44,6 +44,8 @@ class Request:
     """Of a checkpoint of adapters: the checkpoint of their model."""
     dtype: str = "fp32"
     """Of the merged model, with base."""
+    onto: Literal["dequantized", "original"] | None = None
+    """Which weights of the base, if the adapters were trained on its NF4."""
 
 
 def differences(request: Request) -> list[float]:
@@ -103,13 +105,13 @@ def _with_adapters(request: Request, wanted: CheckpointSource, layout: Layout) -
     from megatron_ft.checkpoints.fill import fill_from
     from megatron_ft.models.build import build_model
 
-    opened, stored, described = open_both(Path(request.checkpoint), request.base, wanted)
+    opened, stored, described = open_both(Path(request.checkpoint), request.base, wanted, request.onto)
     whole = merged(opened, stored, described, request.dtype)
     arch, is_exact = whole.config.architecture, request.dtype == "fp32"
     model = build_model(arch, layout).eval()
     fill_from(model, arch, opened.rules, opened.full if is_exact else whole.full, layout)
     if is_exact:
-        add_adapters(model, arch, stored, layout, opened.folder)
+        add_adapters(model, arch, replace(stored, recorded=None), layout, opened.folder)  # open_both has compared them
     return model.eval()  # the adapters too: their dropout
 
 

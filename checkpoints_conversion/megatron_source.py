@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Opened:
     """Settings of a Megatron-LLM checkpoint that the user gave."""
     base: Path | None = None
     """Of adapters that are opened merged: the checkpoint of their model."""
+    onto: Literal["dequantized", "original"] | None = None
+    """Of a base of adapters that were trained on its NF4: which of its weights `full` reads."""
     stored: Callable[[Placed], Tensor] | None = None
     """Of a quantised checkpoint: whole tensors of `rules_in(config)`, as they are stored. `full` dequantises."""
 

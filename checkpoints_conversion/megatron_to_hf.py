@@ -113,7 +113,7 @@ def write_model(source: Opened, options: _Target, max_shard_size: str, started: 
         )
         write_index(export, units)
         write_words(source, export, family_of(arch).to_hf(arch, HF_NAMES[dtype]))
-        card = model_card(target.name, config, dtype, source.folder, certified)
+        card = model_card(target.name, config, dtype, source.folder, certified, source.onto)
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, weights, but=[MODEL_CARD])
     parameters, tensors = count(arch, rules)

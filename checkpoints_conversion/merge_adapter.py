@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from checkpoints_conversion.options import CheckpointSource, Folders, Written, check_folders
 from megatron_ft.config.cli import Command, run_script
@@ -25,6 +25,9 @@ class Merge(CheckpointSource, Written, Folders):
     """Folder of the new Hugging Face model."""
     base: str | None = None
     """Checkpoint of the model that the adapters belong to; default: the one that they name. A PEFT folder names none."""
+    onto: Literal["dequantized", "original"] | None = None
+    """Weights to add adapters to that were trained on an NF4 base (QLoRA): its dequantised ones, which they were trained with (default), or
+    the original ones; then --base is the checkpoint of the original model."""
     max_shard_size: str = "5GB"
     """Largest size of a safetensors file, such as 5GB or 200MB."""
 
@@ -36,6 +39,7 @@ COMMAND = Command(
     examples=(
         "megatron-ft merge-adapter runs/adapters exports/merged --params_dtype fp16",
         "megatron-ft merge-adapter peft-adapter exports/merged --base checkpoints/llama2-13b",
+        "megatron-ft merge-adapter runs/qlora exports/merged --base checkpoints/llama2-13b --onto original",
     ),
     positional=("input_dir", "output_dir"),
 )
@@ -52,9 +56,11 @@ def merge(options: Merge) -> Report:
     # Imported here, so that --help and the checks above do not wait for torch.
     from checkpoints_conversion.megatron_to_hf import write_model
     from checkpoints_conversion.merged import open_merged
+    from checkpoints_conversion.onto import IN_WORDS
 
-    source = open_merged(Path(options.input_dir), options.base, options, options.params_dtype)
-    return write_model(source, options, options.max_shard_size, started, certified=False)
+    source = open_merged(Path(options.input_dir), options.base, options, options.params_dtype, options.onto)
+    report = write_model(source, options, options.max_shard_size, started, certified=False)
+    return replace(report, note=f"merged onto {IN_WORDS[source.onto]}") if source.onto else report
 
 
 if __name__ == "__main__":

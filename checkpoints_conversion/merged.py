@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoints_conversion.megatron_source import Opened, open_base, parse_iteration
+from checkpoints_conversion.onto import Onto, chosen
 from checkpoints_conversion.options import CheckpointSource, check_source
-from checkpoints_conversion.stream import WORKERS
 from checkpoints_conversion.tokenizer_copy import load_copy
-from megatron_ft.adapters.base import check_base, together
 from megatron_ft.adapters.find import find_base
 from megatron_ft.adapters.peft_files import is_peft
 from megatron_ft.adapters.spec import Projection, rows_key
@@ -23,16 +19,18 @@ from megatron_ft.adapters.stored import Stored, of_checkpoint, open_adapters
 from megatron_ft.checkpoints.folder import CheckpointConfig, find_checkpoint, read_config
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.dtypes import cast, torch_dtype
-from megatron_ft.models.fingerprint import sums
-from megatron_ft.models.weights import Placed, placed_rules
+from megatron_ft.models.weights import Placed
 
 
-def open_merged(adapters: Path, base: str | None, wanted: CheckpointSource, dtype: str | None) -> Opened:
+def open_merged(
+    adapters: Path, base: str | None, wanted: CheckpointSource, dtype: str | None, onto: Onto | None = None
+) -> Opened:
     """Open adapters (a checkpoint or a PEFT folder) and the model they belong to, as one model in `dtype` (default: the base's).
 
-    base: the checkpoint of the model; default: the one that the adapters name. Raise UserError if it is not the right one.
+    base: the checkpoint of the model; default: the one that the adapters name. onto: see onto.py. Raise UserError if it is not the right
+    one.
     """
-    return merged(*open_both(adapters, base, wanted), dtype)
+    return merged(*open_both(adapters, base, wanted, onto), dtype)
 
 
 def merged(opened: Opened, stored: Stored, described: CheckpointConfig | None, dtype: str | None) -> Opened:
@@ -57,9 +55,12 @@ def merged(opened: Opened, stored: Stored, described: CheckpointConfig | None, d
 
 
 def open_both(
-    adapters: Path, base: str | None, wanted: CheckpointSource
+    adapters: Path, base: str | None, wanted: CheckpointSource, onto: Onto | None = None
 ) -> tuple[Opened, Stored, CheckpointConfig | None]:
-    """Return the base, the adapters, and the description of their checkpoint, None for a PEFT folder. Check that they belong together."""
+    """Return the base, the adapters, and the description of their checkpoint, None for a PEFT folder. Check that they belong together.
+
+    onto: the weights of the base, if the adapters were trained on quantised ones; see onto.py.
+    """
     if is_peft(adapters):
         if base is None:
             raise ConfigError(f"{adapters} is a PEFT adapter: give the checkpoint of its model with --base")
@@ -76,25 +77,8 @@ def open_both(
             )
         opened = open_base(find_base(described, folder, base), wanted)
         stored = of_checkpoint(folder, described)
-    if stored.recorded is not None:
-        check_base(stored.recorded, hashes_of(opened, stored.recorded), opened.folder)
-    return opened, stored, described
-
-
-def hashes_of(opened: Opened, recorded: Any) -> dict[str, str]:
-    """Return the hashes of a model's weights, at least of one type that `recorded` has, if it has any."""
-    arch = opened.config.architecture
-    kinds = recorded if isinstance(recorded, Mapping) else {}
-
-    def of(placed: Placed) -> dict[tuple[str, str], int]:
-        whole = opened.full(placed)
-        found = sums(whole)
-        if not found.keys() & kinds.keys():
-            found |= sums(whole.float())
-        return {(kind, placed.dist_key): total for kind, total in found.items()}
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return together(list(pool.map(of, placed_rules(arch, opened.rules))))
+    later = described is not None and (described.adapter or {})["base"].get("precision") == "nf4"
+    return chosen(opened, stored.recorded, later, onto), stored, described
 
 
 def _described(base: CheckpointConfig, described: CheckpointConfig | None) -> CheckpointConfig:

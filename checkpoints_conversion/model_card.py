@@ -7,6 +7,7 @@ from typing import Any
 
 from checkpoints_conversion.certificate import NAME
 from checkpoints_conversion.compare_nf4 import in_words
+from checkpoints_conversion.onto import IN_WORDS, Onto
 from megatron_ft.checkpoints.folder import TRAINED_ON, CheckpointConfig
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
@@ -56,9 +57,11 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 """
 
 
-def model_card(name: str, config: CheckpointConfig, dtype: str, folder: Path, certified: bool) -> str:
+def model_card(
+    name: str, config: CheckpointConfig, dtype: str, folder: Path, certified: bool, onto: Onto | None = None
+) -> str:
     """Return the text. name: the export's folder. dtype: of the exported weights. folder: the checkpoint's. certified: the checkpoint has
-    a valid certificate."""
+    a valid certificate. onto: see onto.py."""
     arch = config.architecture
     base = str(arch.hf.get("_name_or_path") or "")
     return _CARD.format(
@@ -74,7 +77,7 @@ def model_card(name: str, config: CheckpointConfig, dtype: str, folder: Path, ce
         vocab=arch.vocab_size,
         positions=arch.max_position_embeddings,
         chat_format=config.chat_format or "none recorded",
-        dtype=HF_NAMES[dtype] + (", dequantised from NF4" if config.quantization else ""),
+        dtype=HF_NAMES[dtype] + _origin(config, onto),
         data=_data(folder),
         parity=_parity(folder) if certified else "not certified; megatron-ft verify compares weights and logits",
         tp=config.tensor_model_parallel_size,
@@ -83,6 +86,12 @@ def model_card(name: str, config: CheckpointConfig, dtype: str, folder: Path, ce
         versions=", ".join(f"{library} {version}" for library, version in config.versions.items()) or "not recorded",
         ask=_CHAT.format() if config.chat_format else _PLAIN,
     )
+
+
+def _origin(config: CheckpointConfig, onto: Onto | None) -> str:
+    if onto:
+        return f"; adapters merged onto {IN_WORDS[onto]}"
+    return ", dequantised from NF4" if config.quantization else ""
 
 
 def _data(folder: Path) -> str:

@@ -20,13 +20,14 @@ class Report:
     tensors: int
     files: int
     seconds: float
+    note: str = ""
 
     def __str__(self) -> str:
         minutes, seconds = divmod(round(self.seconds), 60)
         files = "shard" if self.files == 1 else "shards"
         return (
             f"{human(self.parameters)} parameters, {self.tensors} tensors, {self.files} {files}, "
-            f"{minutes}:{seconds:02d} -> {self.folder}"
+            f"{minutes}:{seconds:02d}{', ' * bool(self.note)}{self.note} -> {self.folder}"
         )
 
 

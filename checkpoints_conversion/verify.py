@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from checkpoints_conversion.options import CheckpointSource, check_source
 from megatron_ft.config.cli import Command, run_script
@@ -44,6 +44,8 @@ class Verify(CheckpointSource, _Pair):
     """Largest number of tokens of the long prompt, which exceeds the original context."""
     base: str | None = None
     """With a checkpoint of adapters: the checkpoint of their model; default: the one that they name."""
+    onto: Literal["dequantized", "original"] | None = None
+    """With a merged model whose adapters were trained on an NF4 base: the weights that they were added to, as in merge-adapter."""
 
 
 COMMAND = Command(
@@ -72,8 +74,9 @@ def verify(options: Verify) -> Certificate:
     check_source(options.hf, options.verify_checkpoint)
     if holds_adapters(Path(options.megatron), options.iteration):
         return verify_adapters(options, options)
-    if options.base:
-        raise ConfigError(f"--base {options.base}: --megatron holds a model, not adapters: drop --base")
+    for name in ("base", "onto"):
+        if given := getattr(options, name):
+            raise ConfigError(f"--{name} {given}: --megatron holds a model, not adapters: drop --{name}")
     opened = open_megatron(Path(options.megatron), options)
     weights = compare_weights(Path(options.hf), opened)
     answers = None

@@ -12,6 +12,7 @@ from checkpoints_conversion.answers import LogitOptions, compare_answers
 from checkpoints_conversion.certificate import Certificate, Weights, compare_weights, make_certificate
 from checkpoints_conversion.megatron_source import parse_iteration
 from checkpoints_conversion.merged import merged, open_both
+from checkpoints_conversion.onto import IN_WORDS, Onto
 from checkpoints_conversion.options import CheckpointSource
 from megatron_ft.adapters.peft_files import is_peft, open_peft
 from megatron_ft.adapters.stored import Stored
@@ -31,6 +32,8 @@ class _Options(Protocol):
     @property
     def base(self) -> str | None: ...
     @property
+    def onto(self) -> Onto | None: ...
+    @property
     def logits(self) -> bool: ...
 
 
@@ -47,13 +50,17 @@ def holds_adapters(root: Path, iteration: str | None) -> bool:
 def verify_adapters(options: _Options, source: CheckpointSource) -> Certificate:
     """Compare, and write certificate.json to the folder of the adapters. Raise CheckpointError for the first difference."""
     hf = Path(options.hf)
-    opened, stored, described = open_both(Path(options.megatron), options.base, source)
+    opened, stored, described = open_both(Path(options.megatron), options.base, source, options.onto)
     base = {"folder": str(opened.folder), "equal": "bit for bit", "weights": stored.recorded}
     if is_peft(hf):
+        if options.onto:
+            raise ConfigError(f"--onto {options.onto}: {hf} holds adapters, which are not merged: drop --onto")
         if options.logits and given(options):
             raise ConfigError(f"{hf} holds adapters, whose logits are compared when merged: drop --{given(options)}")
         weights = compare_adapters(hf, stored, opened.config.architecture)
         return make_certificate(hf, merged(opened, stored, described, None), weights, None, base)
+    if opened.onto:
+        base["merged_onto"] = IN_WORDS[opened.onto]
     whole = merged(opened, stored, described, HfSource(hf).dtype)
     weights = compare_weights(hf, whole)
     answers = None

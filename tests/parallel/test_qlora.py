@@ -192,3 +192,70 @@ def test_answers_and_verify(roots, four_ranks, shards, tmp_path):
         go(four_ranks, roots[load], shards, tmp_path / name, 3, **LORA, **flags)
     one, other = (four_ranks.run(adapted_logits, str(tmp_path / name), tokens)[-1] for name in ("nf4", "loaded"))
     assert np.array_equal(one, other)
+
+
+def merge_onto(root, folder, onto=None, base=None, **more) -> dict[str, torch.Tensor]:
+    from checkpoints_conversion.merge_adapter import Merge, merge
+
+    found = merge(Merge(str(root), str(folder), onto=onto, base=base, **more))
+    assert (" onto the original weights" if onto == "original" else " onto the dequantised NF4") in str(found)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("load, flags", [("nf4", {}), ("double", {}), ("plain", {"base_precision": "nf4"})])
+def test_merged_onto_what_is_chosen(load, flags, hf, roots, four_ranks, shards, tmp_path):
+    """Onto the dequantised weights by default; onto the original ones by choice, which must be those that were quantised. PEFT adds the
+    same to the original model.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from checkpoints_conversion.adapter_export import export_adapter
+    from checkpoints_conversion.megatron_to_hf import MegatronToHf
+    from checkpoints_conversion.verify import Verify, verify
+    from megatron_ft.errors import UserError
+    from megatron_ft.files import read_json
+
+    run = tmp_path / "run"
+    go(four_ranks, roots[load], shards, run, 2, **LORA, **flags)
+    plain = merge_onto(run, tmp_path / "original", "original", roots["plain"], params_dtype="bf16")
+    usual = merge_onto(run, tmp_path / "usual")
+    if load != "plain":
+        chosen = merge_onto(run, tmp_path / "dequantized", "dequantized", roots["plain"], params_dtype="bf16")
+        assert all(torch.equal(usual[name], chosen[name]) for name in usual)
+    assert not all(torch.equal(usual[name], plain[name]) for name in usual)
+    export_adapter(MegatronToHf(str(run), str(tmp_path / "peft"), adapter_only=True), None)
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.bfloat16)
+    theirs = PeftModel.from_pretrained(model, tmp_path / "peft").merge_and_unload().state_dict()
+    assert all(torch.equal(plain[name], theirs[name]) for name in plain)
+    assert "merged onto the original weights" in (tmp_path / "original" / "README.md").read_text()
+    assert "merged onto the dequantised NF4" in (tmp_path / "usual" / "README.md").read_text()
+
+    for name, onto, base in (("original", "original", roots["plain"]), ("usual", None, None)):
+        made = verify(
+            Verify(str(tmp_path / name), str(run), base=base, onto=onto, logits=load == "nf4", tolerance=1e-3)
+        )
+        said = "the original weights" if onto else "the dequantised NF4 weights"
+        assert read_json(made.path)["base"]["merged_onto"].startswith(said)
+    with pytest.raises(UserError, match="differs between"):
+        verify(Verify(str(tmp_path / "original"), str(run), logits=False))
+
+    other = make_llama(tmp_path / "other", initializer_range=0.05, hidden_size=128, intermediate_size=256, head_dim=32)
+    convert(HfToMegatron(str(other), str(tmp_path / "another"), params_dtype="bf16"))
+    wrong = "not the model that" if load == "plain" else "is not the original of the model"
+    with pytest.raises(UserError, match=wrong):
+        merge_onto(run, tmp_path / "never", "original", str(tmp_path / "another"))
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_choice_that_there_is_not(roots, four_ranks, shards, tmp_path):
+    from megatron_ft.errors import UserError
+
+    go(four_ranks, roots["nf4"], shards, tmp_path / "nf4", 1, **LORA)
+    with pytest.raises(UserError, match="is quantised: give the checkpoint of the original model with --base"):
+        merge_onto(tmp_path / "nf4", tmp_path / "never", "original")
+    go(four_ranks, roots["plain"], shards, tmp_path / "plain", 1, **LORA)
+    for onto in ("original", "dequantized"):
+        with pytest.raises(UserError, match="trained on weights that are not quantised: drop it"):
+            merge_onto(tmp_path / "plain", tmp_path / "never", onto)
+    assert not (tmp_path / "never").exists()
