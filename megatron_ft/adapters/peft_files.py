@@ -1,4 +1,5 @@
-"""A folder of PEFT: adapter_config.json and adapter_model.safetensors, read and written. Compared with PEFT 0.21.
+"""A folder of PEFT: adapter_config.json and adapter_model.safetensors, read and written. Compared with PEFT 0.21. Weights that older
+versions have pickled (adapter_model.bin) are read too.
 
 Only what this project can train is read: plain LoRA of one rank on the linears of all layers. The rest of a file's config is carried and
 written again.
@@ -17,9 +18,10 @@ from megatron_ft.adapters.spec import Lora, Projection, check, check_tokens, pro
 from megatron_ft.errors import CheckpointError, ConfigError
 from megatron_ft.files import read_json, write_json
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.hf_source import PickledFile
 from megatron_ft.models.safetensors_file import SafetensorsFile
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "adapter_base.json"
 """Ours, beside them: the hashes of the model's weights."""
 _PREFIX = "base_model.model."
@@ -64,7 +66,7 @@ class PeftAdapter:
     """The content of adapter_config.json."""
     recorded: Any
     """Hashes of the model's weights, where this project has written the folder; else None."""
-    file: SafetensorsFile
+    file: SafetensorsFile | PickledFile
     names: Mapping[str, str]
     """Our name of a parameter -> PEFT's."""
 
@@ -76,27 +78,33 @@ class PeftAdapter:
 def open_peft(folder: Path, arch: Architecture) -> PeftAdapter:
     """Open an adapter for a model. Raise CheckpointError, naming file and entry, for what is missing, unsupported or of another shape."""
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing: not a PEFT adapter with safetensors; {_REMEDY}")
+    weights = _weights(folder)
     config = _read_config(folder / CONFIG)
-    file = SafetensorsFile(folder / WEIGHTS, _REMEDY)
-    targets = _targets(folder / WEIGHTS, set(file.tensors), arch)
+    file = SafetensorsFile(weights, _REMEDY) if weights.name == WEIGHTS else PickledFile(weights)
+    targets = _targets(weights, set(file.tensors), arch)
     lora = _lora(folder / CONFIG, config, targets, _new_tokens(folder / CONFIG, config, arch))
     names = _names(lora, arch)
     shapes = lora.shapes(arch)
     if missing := next((peft for peft in names.values() if peft not in file.tensors), None):
         raise CheckpointError(
-            f"{folder / WEIGHTS} has no {missing}: adapters in some layers only cannot be used; train all layers"
+            f"{weights} has no {missing}: adapters in some layers only cannot be used; train all layers"
         )
     for ours, peft in names.items():
         if file.tensors[peft][1] != shapes[ours]:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {peft} is {list(file.tensors[peft][1])}, this model with r {lora.rank} needs {list(shapes[ours])}: "
+                f"{weights}: {peft} is {list(file.tensors[peft][1])}, this model with r {lora.rank} needs {list(shapes[ours])}: "
                 f"the adapter is of another model"
             )
     recorded = read_json(folder / BASE) if (folder / BASE).is_file() else None
     return PeftAdapter(folder, lora, config, recorded, file, names)
+
+
+def _weights(folder: Path) -> Path:
+    found = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
+    if found is None or not (folder / CONFIG).is_file():
+        lacks = CONFIG if found else WEIGHTS
+        raise CheckpointError(f"{folder / lacks} is missing: not a complete PEFT adapter; {_REMEDY}")
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Adapters of PEFT here and ours in PEFT: the same losses, files, logits and merged weights."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +167,23 @@ def test_merged_weights_are_those_of_peft(dtype, llama, checkpoint, adapter, tmp
     assert changed == len(MODULES) * 4
     for name, value in found.items():
         assert value.dtype == want[name].dtype and torch.equal(value, want[name]), name
+
+
+def test_weights_that_are_pickled(llama, checkpoint, adapter, tmp_path):
+    """adapter_model.bin of older versions; nothing in it is run, and a folder without weights is named."""
+    from megatron_ft.errors import CheckpointError
+
+    folder = tmp_path / "pickled"
+    loaded(llama, adapter).save_pretrained(folder, safe_serialization=False)
+    assert (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").exists()
+    one, other = (merged(it, tmp_path / f"{it.name} merged", base=checkpoint) for it in (adapter, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    torch.save({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": Path}, folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"adapter_model.bin is damaged, or holds objects other than tensors"):
+        merged(folder, tmp_path / "never", base=checkpoint)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is missing: not a complete PEFT adapter"):
+        merged(folder, tmp_path / "never", base=checkpoint)
 
 
 def loaded_base(hf, dtype):
