@@ -45,6 +45,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     "Use": {
         "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint or an exported model"),
         "chat": Entry("megatron_ft.commands.chat", "chat with a checkpoint or an exported model"),
+        "measure": Entry("megatron_ft.commands.measure", "measure peak memory and time of a model in 16, 8 and 4 bits"),
         "megatron-to-hf": Entry(
             "checkpoints_conversion.megatron_to_hf", "convert a checkpoint to a Hugging Face model"
         ),

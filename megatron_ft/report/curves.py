@@ -82,7 +82,7 @@ class _Scale:
     def ticks(self) -> list[float]:
         """Return round values for the vertical axis."""
         if not self.log:
-            return _round_steps(self.low, self.high, 4)
+            return round_steps(self.low, self.high, 4)
         steps = [
             digit * 10.0**power
             for power in range(math.floor(self.low), math.ceil(self.high) + 1)
@@ -91,7 +91,8 @@ class _Scale:
         return [step for step in steps if self.low <= math.log10(step) <= self.high]
 
 
-def _round_steps(low: float, high: float, about: int) -> list[float]:
+def round_steps(low: float, high: float, about: int) -> list[float]:
+    """Return about so many round numbers between two values."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= raw)
@@ -104,7 +105,7 @@ def _grid(scale: _Scale) -> str:
         y = scale.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
-    ends = {round(at): None for at in _round_steps(scale.first, max(scale.last, scale.first + 1), 5)}
+    ends = {round(at): None for at in round_steps(scale.first, max(scale.last, scale.first + 1), 5)}
     for at in ends:
         if scale.first <= at <= scale.last:
             parts.append(

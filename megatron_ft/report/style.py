@@ -50,6 +50,9 @@ path.mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 .dot.b { fill: var(--b); }
 .hover { fill: transparent; }
 .hover:hover { fill: var(--a); fill-opacity: .35; }
+.line.dashed { stroke-dasharray: 6 4; }
+.column { fill: var(--a); fill-opacity: .3; stroke: var(--a); }
+.ground { fill: none; }
 .key { color: var(--soft); }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
   vertical-align: middle; background: currentColor; }
@@ -57,6 +60,9 @@ path.mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 .key.b::before { background: var(--b); }
 .key.c::before { background: var(--c); }
 .key.d::before { background: var(--d); }
+.key.bars::before { width: 12px; height: 9px; background: color-mix(in srgb, var(--a) 30%, transparent);
+  border: 1px solid var(--a); }
+.key.dashed::before { width: 22px; background: repeating-linear-gradient(90deg, var(--b) 0 6px, transparent 6px 9px); }
 .key.mark::before { width: 1px; height: 12px; }
 .bar { display: flex; align-items: center; gap: 10px; margin: 4px 0; font-size: 13.5px; }
 .bar em { flex: 1 1 40px; }

@@ -1,0 +1,135 @@
+"""megatron-ft measure: peak memory and time of generation with a model in 16, 8 and 4 bits."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from megatron_ft.evaluation.measuring.job import Job
+
+
+@dataclass
+class Measure:
+    """Model and prompts"""
+
+    model: str = field(default="", metadata={"required": True})
+    """folder of a Hugging Face model, or of a checkpoint"""
+    bits: list[str] = field(default_factory=list)
+    """precisions of the weights, separated by commas: 32, 16, 8 or 4; default: 16,8,4 with transformers, 16,4 with the engine"""
+    backend: Literal["transformers", "engine"] | None = None
+    """transformers (with bitsandbytes for 8 and 4 bits) or this project's engine; default: transformers for a Hugging Face folder"""
+    adapter: str | None = None
+    """with the engine: adapters of the model, a checkpoint of a run with --lora_rank or a PEFT folder"""
+    prompts: str | None = None
+    """file of prompts, one JSON object per line: {"prompt": text} or {"messages": [...]}; default: five short ones"""
+    max_new_tokens: int = 100
+    """number of tokens per answer; an end-of-text token does not end it"""
+    output: str | None = None
+    """folder for measure.json, measure.html and the charts; default: only print the table"""
+
+
+COMMAND = Command(
+    name="measure",
+    summary="measure peak memory and time of a model in 16, 8 and 4 bits",
+    sections=(Measure,),
+    examples=(
+        "megatron-ft measure models/falcon-40b-instruct --bits 16,8,4 --output runs/measure",
+        "megatron-ft measure runs/tuned --backend engine --bits 16,4 --max_new_tokens 20",
+    ),
+    positional=("model",),
+)
+
+
+def run(options: Measure) -> int:
+    """Measure each precision in a process of its own; print the table. Return 1 if one failed for another reason than memory."""
+    jobs = planned(options)
+    from megatron_ft.evaluation.measuring.page import setting_of, write
+    from megatron_ft.evaluation.measuring.runner import measure_in_process
+    from megatron_ft.evaluation.measuring.verdict import four_against_eight, text_table
+    from megatron_ft.files import atomic_folder
+
+    results = []
+    for job in jobs:
+        count = len(job.conversations)
+        print(f"measuring {job.bits} bits with {job.backend}: {count} prompts", file=sys.stderr, flush=True)
+        results.append(measure_in_process(job))
+    print(text_table(results))
+    if said := four_against_eight(results):
+        print(said)
+    if options.output:
+        with atomic_folder(options.output) as folder:
+            write(folder, setting_of(jobs[0]), results)
+        print(f"charts in {Path(options.output, 'measure.html')}")
+    return int(any(one.failed and not one.is_full for one in results))
+
+
+def planned(options: Measure) -> list[Job]:
+    """Return the configurations to measure. Raise ConfigError or CheckpointError for what cannot be; torch is not imported."""
+    from megatron_ft.checkpoints.folder import check_folder
+    from megatron_ft.commands.generate import Generation, read_prompts
+    from megatron_ft.config.checks import positive
+    from megatron_ft.evaluation.measuring.job import PROMPTS, Job
+    from megatron_ft.evaluation.measuring.model_folder import is_hugging_face, stored_bits
+    from megatron_ft.files import check_writable, refuse_existing
+
+    positive(options, "max_new_tokens")
+    folder = Path(options.model)
+    for given in filter(None, (options.model, options.adapter)):
+        check_folder(Path(given))
+    backend = options.backend or ("transformers" if is_hugging_face(folder) and not options.adapter else "engine")
+    bits = _bits(options.bits, backend, stored_bits(folder, backend))
+    asked = Generation(prompts=options.prompts) if options.prompts else Generation(prompt=list(PROMPTS))
+    conversations = [line["messages"] for line in read_prompts(asked)]
+    if backend == "transformers":
+        _check_transformers(options, folder, bits)
+    if options.output:
+        refuse_existing(options.output)
+        check_writable("--output", options.output)
+    stored = stored_bits(folder, backend) is not None
+    return [
+        Job(options.model, backend, number, conversations, options.max_new_tokens, stored, options.adapter)
+        for number in bits
+    ]
+
+
+def _bits(given: list[str], backend: str, stored: int | None) -> list[int]:
+    """Return the precisions, the given ones or those of the backend. stored: that of a model which is quantised already."""
+    from megatron_ft.evaluation.measuring.job import BITS, DEFAULT_BITS
+
+    words = [word.strip() for entry in given for word in entry.split(",") if word.strip()]
+    known = {str(number): number for number in BITS[backend]}
+    if wrong := [word for word in words if word not in known]:
+        other = "; for 8 bits give a Hugging Face folder and --backend transformers" if wrong[0] == "8" else ""
+        raise ConfigError(f"--bits {wrong[0]}: with {backend} give some of {', '.join(known)}{other}")
+    bits = list(dict.fromkeys(known[word] for word in words))
+    if stored is None:
+        return bits or list(DEFAULT_BITS[backend])
+    if bits and bits != [stored]:
+        raise ConfigError(
+            f"the model is in {stored} bits already: give --bits {stored}, or the model before quantisation"
+        )
+    return [stored]
+
+
+def _check_transformers(options: Measure, folder: Path, bits: list[int]) -> None:
+    from megatron_ft.evaluation.measuring.model_folder import check_installed, is_hugging_face
+
+    if not is_hugging_face(folder):
+        raise CheckpointError(
+            f"{folder}: transformers reads only Hugging Face folders; write one with megatron-to-hf, or give --backend engine"
+        )
+    if options.adapter:
+        raise ConfigError(
+            "--adapter needs --backend engine; or write the merged model with merge-adapter and measure that"
+        )
+    check_installed(bits)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))
