@@ -51,7 +51,7 @@ def run(options: Measure) -> int:
     jobs = planned(options)
     from megatron_ft.evaluation.measuring.page import setting_of, write
     from megatron_ft.evaluation.measuring.runner import measure_in_process
-    from megatron_ft.evaluation.measuring.verdict import four_against_eight, text_table
+    from megatron_ft.evaluation.measuring.verdict import text_table, verdict_of_four
     from megatron_ft.files import atomic_folder
 
     results = []
@@ -60,7 +60,7 @@ def run(options: Measure) -> int:
         print(f"measuring {job.bits} bits with {job.backend}: {count} prompts", file=sys.stderr, flush=True)
         results.append(measure_in_process(job))
     print(text_table(results))
-    if said := four_against_eight(results):
+    if said := verdict_of_four(results):
         print(said)
     if options.output:
         with atomic_folder(options.output) as folder:

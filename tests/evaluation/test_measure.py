@@ -15,7 +15,7 @@ from megatron_ft.evaluation.measuring import memory, model_folder, worker
 from megatron_ft.evaluation.measuring.job import KILLED, NO_ROOM, Job, Measured, Product, Run
 from megatron_ft.evaluation.measuring.page import Setting, write
 from megatron_ft.evaluation.measuring.runner import _message, _why
-from megatron_ft.evaluation.measuring.verdict import four_against_eight, rows, text_table
+from megatron_ft.evaluation.measuring.verdict import rows, text_table, verdict_of_four
 from megatron_ft.evaluation.measuring.with_transformers import check_quantised, linears, mend_linears
 from tests.conversion.builders import make_family, make_sentencepiece
 
@@ -244,15 +244,20 @@ def result(bits, seconds, ms, made=None, peaks=(2e9, 3e9)) -> Measured:
         (
             result(4, 8.0, 3.0, 2.5),
             result(8, 4.0, 1.0),
-            r"2\.0 times as slow .* 3 ms in 4 bits, 1 ms in 8, 2\.5 ms of it to make",
+            r"took 2 times as long as 8: .* 3 ms in 4 bits, 1 ms in 8; making .* 2\.5 ms\. .* as integers\.$",
         ),
         (result(4, 8.0, 1.0), result(8, 4.0, 1.0), "products of the linears are not the reason"),
     ],
 )
 def test_the_verdict_goes_by_what_was_measured(four, eight, said):
-    assert re.search(said, four_against_eight([eight, four]))
-    assert four_against_eight([four]) is None
-    assert four_against_eight([four, Measured(8, "int8", failed=NO_ROOM)]) is None
+    assert re.search(said, verdict_of_four([eight, four]))
+    assert verdict_of_four([four]) is None and verdict_of_four([eight]) is None
+    assert verdict_of_four([four, Measured(8, "int8", failed=NO_ROOM)]) is None
+
+
+def test_without_8_bits_the_verdict_is_about_the_next_precision():
+    said = verdict_of_four([result(32, 1.0, 0.5), result(4, 5.0, 2.0, 1.5), result(16, 2.0, 1.0)])
+    assert said.startswith("4 bits took 2.5 times as long as 16: 5.00 s against 2.00 s") and "integers" not in said
 
 
 def test_the_table_has_means_and_largest_peaks():

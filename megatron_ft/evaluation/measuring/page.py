@@ -13,7 +13,7 @@ from typing import Any
 from megatron_ft import __version__, device
 from megatron_ft.config.command import command_line
 from megatron_ft.evaluation.measuring.job import Job, Measured
-from megatron_ft.evaluation.measuring.verdict import HEAD, four_against_eight, rows
+from megatron_ft.evaluation.measuring.verdict import HEAD, rows, verdict_of_four
 from megatron_ft.files import atomic_file, write_json
 from megatron_ft.report.page import Page, commands, table
 from megatron_ft.report.two_axes import Axis, chart, figure, standalone
@@ -53,7 +53,7 @@ def _versions() -> dict[str, str]:
 
 def write(folder: Path, setting: Setting, results: Sequence[Measured]) -> None:
     """Write all files into an existing folder."""
-    values: dict[str, Any] = {"command": command_line(), **vars(setting), "verdict": four_against_eight(results)}
+    values: dict[str, Any] = {"command": command_line(), **vars(setting), "verdict": verdict_of_four(results)}
     write_json(folder / "measure.json", {**values, "configurations": [one.to_json() for one in results]})
     for name, title, columns, below, axes in _charts(setting, results):
         with atomic_file(folder / f"{name}.svg", "w") as file:
@@ -108,7 +108,7 @@ def _page(setting: Setting, results: Sequence[Measured]) -> Page:
 
 
 def _below(results: Sequence[Measured]) -> str:
-    said = four_against_eight(results)
+    said = verdict_of_four(results)
     return f'<p class="below">{escape(said)}</p>' if said else ""
 
 

@@ -52,32 +52,33 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([start, *(f"{cell:>{width}}" for cell, width in zip(cells[2:], widths[2:], strict=True))])
 
 
-def four_against_eight(results: Sequence[Measured]) -> str | None:
-    """Return whether 4 bits were slower than 8, and why as far as the products show it; None unless both were measured."""
+def verdict_of_four(results: Sequence[Measured]) -> str | None:
+    """Return whether 4 bits were slower than 8, and why as far as the products show it; without 8 bits than the next precision.
+
+    None unless 4 bits and another precision were measured.
+    """
     by = {one.bits: one for one in results if not one.failed}
-    if 4 not in by or 8 not in by:
+    four, others = by.get(4), [by[bits] for bits in sorted(by) if bits > 4]
+    if four is None or not others:
         return None
-    four, eight = by[4], by[8]
-    seconds = f"{four.seconds:.2f} s against {eight.seconds:.2f} s per run"
-    if four.seconds <= eight.seconds:
-        return f"4 bits were not slower than 8 here: {seconds}."
-    return f"4 bits were {four.seconds / eight.seconds:.1f} times as slow as 8: {seconds}. {_reason(four, eight)}"
+    other = others[0]
+    seconds = f"{four.seconds:.2f} s against {other.seconds:.2f} s per run"
+    if four.seconds <= other.seconds:
+        return f"4 bits were not slower than {other.bits} here: {seconds}."
+    return f"4 bits took {four.seconds / other.seconds:.2g} times as long as {other.bits}: {seconds}. {_reason(four, other)}"
 
 
-def _reason(four: Measured, eight: Measured) -> str:
-    if not four.product or not eight.product:
+def _reason(four: Measured, other: Measured) -> str:
+    if not four.product or not other.product:
         return "No product was timed."
     shape = " x ".join(map(str, four.product.shape))
-    times = f"one token through the largest linear ({shape}) takes {four.product.ms:.3g} ms in 4 bits, {eight.product.ms:.3g} ms in 8"
-    if four.product.ms <= eight.product.ms:
+    times = (
+        f"one token through the largest linear ({shape}) takes {four.product.ms:.3g} ms in 4 bits, {other.product.ms:.3g} ms in "
+        f"{other.bits}"
+    )
+    if four.product.ms <= other.product.ms:
         return f"The products of the linears are not the reason: {times}."
     made = four.product.dequantise_ms
-    how = (
-        f", {made:.3g} ms of it to make the bf16 weight from the codes"
-        if made is not None and made < four.product.ms
-        else ""
-    )
-    return (
-        f"The products are the reason: {times}{how}. Weights in 4 bits are converted to bf16 before they are multiplied, for every token; "
-        f"weights in 8 bits are multiplied as integers."
-    )
+    how = f"; making its plain weight alone takes {made:.3g} ms" if made is not None else ""
+    integers = "; weights in 8 bits are multiplied as integers" if other.bits == 8 else ""
+    return f"The products are the reason: {times}{how}. No hardware multiplies weights in 4 bits: they are converted each time{integers}."
