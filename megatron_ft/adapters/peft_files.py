@@ -1,8 +1,7 @@
-"""A folder of PEFT: adapter_config.json and adapter_model.safetensors, read and written. Compared with PEFT 0.21. Weights that older
-versions have pickled (adapter_model.bin) are read too.
+"""A folder of PEFT: adapter_config.json and adapter_model.safetensors, read and written; adapter_model.bin is read.
 
-Only what this project can train is read: plain LoRA of one rank on the linears of all layers. The rest of a file's config is carried and
-written again.
+Compared with PEFT 0.21. Only what this project can train is read: plain LoRA of one rank on the linears of all layers. The rest of a
+file's config is carried and written again.
 """
 
 from __future__ import annotations
@@ -35,6 +34,9 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("arrow_config", "kasa_config", "velora_config", "monteclora_config", "corda_config"), (None, {})),
 }  # fmt: skip
 """Entry -> values that mean plain LoRA."""
+_BASE_CHANGES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of init_lora_weights that also change the model's own weights, which the adapter then belongs to."""
+_USED = ("use_rslora", *_MUST_BE)
 _NEW: dict[str, Any] = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none", "fan_in_fan_out": False,
     "init_lora_weights": True, "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None, "rank_pattern": {},
@@ -78,36 +80,38 @@ class PeftAdapter:
 def open_peft(folder: Path, arch: Architecture) -> PeftAdapter:
     """Open an adapter for a model. Raise CheckpointError, naming file and entry, for what is missing, unsupported or of another shape."""
     folder = Path(folder)
-    weights = _weights(folder)
     config = _read_config(folder / CONFIG)
-    file = SafetensorsFile(weights, _REMEDY) if weights.name == WEIGHTS else PickledFile(weights)
-    targets = _targets(weights, set(file.tensors), arch)
+    file = _open_weights(folder)
+    targets = _targets(file.path, set(file.tensors), arch)
     lora = _lora(folder / CONFIG, config, targets, _new_tokens(folder / CONFIG, config, arch))
     names = _names(lora, arch)
     shapes = lora.shapes(arch)
     if missing := next((peft for peft in names.values() if peft not in file.tensors), None):
         raise CheckpointError(
-            f"{weights} has no {missing}: adapters in some layers only cannot be used; train all layers"
+            f"{file.path} has no {missing}: adapters in some layers only cannot be used; train all layers"
         )
     for ours, peft in names.items():
         if file.tensors[peft][1] != shapes[ours]:
             raise CheckpointError(
-                f"{weights}: {peft} is {list(file.tensors[peft][1])}, this model with r {lora.rank} needs {list(shapes[ours])}: "
+                f"{file.path}: {peft} is {list(file.tensors[peft][1])}, this model with r {lora.rank} needs {list(shapes[ours])}: "
                 f"the adapter is of another model"
             )
     recorded = read_json(folder / BASE) if (folder / BASE).is_file() else None
     return PeftAdapter(folder, lora, config, recorded, file, names)
 
 
-def _weights(folder: Path) -> Path:
-    found = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
-    if found is None or not (folder / CONFIG).is_file():
-        lacks = CONFIG if found else WEIGHTS
-        raise CheckpointError(f"{folder / lacks} is missing: not a complete PEFT adapter; {_REMEDY}")
-    return found
+def _open_weights(folder: Path) -> SafetensorsFile | PickledFile:
+    """Open the file with the tensors, as PEFT does: the one of safetensors, else the one that its older versions wrote with torch.save."""
+    if (folder / WEIGHTS).is_file():
+        return SafetensorsFile(folder / WEIGHTS, _REMEDY)
+    if (folder / PICKLED).is_file():
+        return PickledFile(folder / PICKLED)
+    raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {PICKLED}: not a whole PEFT adapter; {_REMEDY}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: not a PEFT adapter; {_REMEDY}")
     config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is no adapter config; {_REMEDY}")
@@ -116,6 +120,16 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: {name} {str(config[name])[:60]}: only plain LoRA can be used; train the adapter without it"
             )
+    if new := next(
+        (name for name, value in config.items() if name.startswith("use_") and value and name not in _USED), None
+    ):
+        raise CheckpointError(f"{path}: {new} is not known: only plain LoRA can be used; train the adapter without it")
+    began = config.get("init_lora_weights")
+    if str(began).lower().startswith(_BASE_CHANGES):
+        raise CheckpointError(
+            f"{path}: init_lora_weights {str(began)[:60]} has changed the model that the adapter belongs to: save it as plain LoRA, with "
+            f"path_initial_model_for_weight_conversion of PEFT's save_pretrained"
+        )
     return config
 
 

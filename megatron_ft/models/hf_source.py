@@ -238,7 +238,7 @@ class PickledFile:
             raise CheckpointError(
                 f"{path} is not a plain dict of tensors{what_else(content)}: save the model's state_dict alone with torch.save"
             )
-        self._refs = refs
+        self.path, self._refs = path, refs
         self.tensors = {key: (ref.dtype, ref.shape, 0, 0) for key, ref in refs.items()}
 
     def read(self, name: str) -> Tensor:

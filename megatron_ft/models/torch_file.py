@@ -260,7 +260,8 @@ def other_kind(start: bytes, path: Path, safe: bool = False) -> str | None:
     if found := next((what for first, what in _STARTS if start.startswith(first) or plain.startswith(first)), None):
         return found
     if safe and (found := next((what for first, what in _IN_PLACE if start.startswith(first)), None)):
-        return f"{found}, not of safetensors: give it the name pytorch_model.bin"
+        name = "adapter_model.bin" if path.name.startswith("adapter_model") else "pytorch_model.bin"
+        return f"{found}, not of safetensors: give it the name {name}"
     if not safe and start[8:10] == b'{"':
         return "is a file of safetensors: give it a name that ends in .safetensors"
     if not safe and start[:1] == b"\x80":

@@ -122,14 +122,17 @@ def test_what_does_not_belong_together(place, four_ranks, tmp_path):
         ({"lora_alpha": None}, "lora_alpha None"),
         ({"lora_alpha": -1}, "must be above 0"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"use_something_new": True}, "use_something_new is not known"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has changed the model that the adapter belongs to"),
+        ({"init_lora_weights": "olora"}, "has changed the model that the adapter belongs to"),
     ):
         (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config | change))
         (said, *_) = four_ranks.run(refusal, place / "base", (2, 2), tmp_path / "other")
         assert words in said and "\n" not in said, said
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "other" / "adapter_model.safetensors").unlink()
-    assert (
-        "adapter_model.safetensors is missing" in four_ranks.run(refusal, place / "base", (2, 2), tmp_path / "other")[0]
-    )
+    (said, *_) = four_ranks.run(refusal, place / "base", (2, 2), tmp_path / "other")
+    assert "has neither adapter_model.safetensors nor adapter_model.bin" in said
 
 
 def test_an_adapter_of_another_shape(place, one_rank, tmp_path):

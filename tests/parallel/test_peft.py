@@ -1,7 +1,6 @@
 """Adapters of PEFT here and ours in PEFT: the same losses, files, logits and merged weights."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,21 +168,54 @@ def test_merged_weights_are_those_of_peft(dtype, llama, checkpoint, adapter, tmp
         assert value.dtype == want[name].dtype and torch.equal(value, want[name]), name
 
 
-def test_weights_that_are_pickled(llama, checkpoint, adapter, tmp_path):
-    """adapter_model.bin of older versions; nothing in it is run, and a folder without weights is named."""
-    from megatron_ft.errors import CheckpointError
+def test_what_older_versions_have_written(llama, checkpoint, adapter, tmp_path):
+    """adapter_model.bin is read without running code in it: the merged weights, and what verify compares, are those of safetensors."""
+    old = tmp_path / "old"
+    with_adapter(llama, MODULES).save_pretrained(old, safe_serialization=False)
+    assert (old / "adapter_model.bin").is_file() and not (old / "adapter_model.safetensors").exists()
+    want, found = (merged(one, tmp_path / f"{one.name}-merged", base=checkpoint) for one in (adapter, old))
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    for content, words in (
+        (Harmful(), "objects other than tensors"),
+        ({}, "it is empty"),
+        ({"strange": torch.ones(1)}, "adapter_model.bin has strange .* belongs to no linear"),
+    ):
+        torch.save(content, old / "adapter_model.bin")
+        refused(old, checkpoint, tmp_path, words)
+    (old / "adapter_model.bin").rename(old / "adapter_model.safetensors")
+    refused(old, checkpoint, tmp_path, "give it the name adapter_model.bin")
 
-    folder = tmp_path / "pickled"
-    loaded(llama, adapter).save_pretrained(folder, safe_serialization=False)
-    assert (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").exists()
-    one, other = (merged(it, tmp_path / f"{it.name} merged", base=checkpoint) for it in (adapter, folder))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    torch.save({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": Path}, folder / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match=r"adapter_model.bin is damaged, or holds objects other than tensors"):
-        merged(folder, tmp_path / "never", base=checkpoint)
-    (folder / "adapter_model.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is missing: not a complete PEFT adapter"):
-        merged(folder, tmp_path / "never", base=checkpoint)
+
+class Harmful:
+    def __reduce__(self):
+        return (pytest.fail, ("code of the file was run",))
+
+
+def refused(adapter, checkpoint, tmp_path, words):
+    from megatron_ft.errors import UserError
+
+    with pytest.raises(UserError, match=words) as caught:
+        merged(adapter, tmp_path / "never", base=checkpoint)
+    assert "\n" not in str(caught.value) and not (tmp_path / "never").exists()
+
+
+def test_adapters_that_have_changed_their_base(llama, checkpoint, tmp_path):
+    """PiSSA splits a weight into base and adapter. PEFT's plain LoRA of the difference is read."""
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="pissa")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+    start, end, plain = (tmp_path / name for name in ("start", "end", "plain"))
+    config.init_lora_weights = True
+    model.save_pretrained(start)
+    config.init_lora_weights = "pissa"
+    torch.nn.init.normal_(model.base_model.model.model.layers[1].self_attn.q_proj.lora_B["default"].weight)
+    model.save_pretrained(end)
+    refused(end, checkpoint, tmp_path, "save it as plain LoRA, with path_initial_model_for_weight_conversion")
+    model.save_pretrained(plain, path_initial_model_for_weight_conversion=str(start))
+    want = loaded(llama, plain).merge_and_unload().state_dict()
+    found = merged(plain, tmp_path / "merged", base=checkpoint, params_dtype="fp32")
+    assert all(torch.equal(found[name], want[name]) for name in found)
 
 
 def loaded_base(hf, dtype):
