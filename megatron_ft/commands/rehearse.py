@@ -186,6 +186,10 @@ class _Findings:
         self.adapting = find_adapting(start.settings, start.described, start.folder, anew)
         kind, iteration = start.described.ckpt_format, start.described.iteration
         self._note("--load", f"{start.folder}: {kind}, iteration {iteration}, all files exist")
+        if self.adapting:
+            self._note(
+                "adapters", f"rank {self.adapting.lora.rank}, on a base in {'NF4' if self.nf4 else 'full precision'}"
+            )
 
     def _vocabulary(self) -> None:
         file = self.settings.model.vocab_file

@@ -91,29 +91,17 @@ def parameters(folder) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "base, flags",
-    [("double", ("--bf16", "--tensor_model_parallel_size", "2")), ("plain", ("--base_precision", "nf4"))],
+    ("base", "flags"), [("double", "--bf16 --tensor_model_parallel_size 2"), ("plain", "--bf16 --base_precision nf4")]
 )
-def test_a_rehearsal_has_a_quantised_base_too(base, flags, roots, shards, monkeypatch, tmp_path):
-    """Its small model has whole blocks in every slice."""
+def test_a_rehearsal_has_a_quantised_base_too(base, flags, roots, shards, tmp_path):
+    """Whether it was quantised before or is when it is loaded; the small model has whole blocks in every slice."""
     from tests.generation.test_adapters import command
 
-    words = (
-        "--load",
-        roots[base],
-        "--data_path",
-        shards,
-        "--seq_length",
-        "32",
-        "--train_iters",
-        "3",
-        "--lora_rank",
-        "4",
-    )
-    more = ("--nproc_per_node", "2", "--rehearse", "--run_dir", str(tmp_path / "run"))
-    done = command("finetune", *words, *flags, *more)
+    words = f"--data_path {shards} --seq_length 32 --train_iters 3 --lora_rank 4 --nproc_per_node 2 --rehearse {flags}"
+    done = command("finetune", "--load", roots[base], *words.split())
     assert done.returncode == 0, done.stderr
-    assert "rehearsal passed" in done.stdout and "heads" in done.stdout
+    assert "rehearsal passed" in done.stdout and "rank 4, on a base in NF4" in done.stdout
+    assert "hidden 128 -> 32" not in done.stdout  # half a block: the plain small model's width
 
 
 @pytest.mark.parametrize("base", ["nf4", "double"])
