@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "falcon": dataclasses.replace(
         LLAMA, family="falcon", norm="layernorm", activation="gelu", parallel_block=True, tied_embeddings=True
     ),
+    "blocks": dataclasses.replace(LLAMA, hidden_size=128, ffn_hidden_size=256, head_dim=32),
     "qwen": dataclasses.replace(
         LLAMA, family="qwen3", qkv_bias=True, qk_norm=True, tied_embeddings=True, activation="geglu"
     ),
@@ -51,6 +52,12 @@ class Scenario:
     """`make test` leaves it out"""
     broken: bool = False
     """norms under sequence parallelism whose gradients nobody sums"""
+    lora: dict = field(default_factory=dict)
+    """values of adapters; empty: the model itself is trained"""
+    nf4: bool = False
+    """the frozen linears hold NF4"""
+    bitsandbytes: bool = False
+    """bitsandbytes is installed"""
 
     @property
     def precision(self) -> str:
@@ -110,6 +117,27 @@ SCENARIOS = {
         ),
     )
 }  # fmt: skip
+_LORA = {"lora": {"rank": 4, "alpha": 1.0}}
+_DROPPED = {"lora": {"rank": 4, "alpha": 1.0, "dropout": 0.2}}
+_NF4 = {"architecture": "blocks", "nf4": True, "bitsandbytes": True}
+_ALL = TP2 | PP2 | SP | DISTRIBUTED
+SCENARIOS |= {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("lora-fp32", **_LORA),
+        Scenario("lora-bf16", 1, BF16, **_LORA),
+        Scenario("lora-dropout-bf16", 1, BF16, **_DROPPED, **_quick),
+        Scenario("lora-full-dropout-bf16", 1, BF16 | FULL | LIMA, **_DROPPED),
+        Scenario("lora-falcon-full-fp32", 1, FULL, architecture="falcon", **_DROPPED),
+        Scenario("lora-dp2-distributed-bf16", 2, BF16, DISTRIBUTED, **_DROPPED),
+        Scenario("lora-tp2-sp-dropout-fp32", 2, {}, TP2 | SP, **_DROPPED),
+        Scenario("lora-tp2-pp2-sp-distributed-bf16", 4, BF16 | FULL, _ALL, OVERLAP, **_DROPPED, **_quick),
+        Scenario("qlora-fp32", **_DROPPED, **_NF4),
+        Scenario("qlora-without-bitsandbytes-bf16", 1, BF16, **_LORA, **_NF4 | {"bitsandbytes": False}),
+        Scenario("qlora-full-bf16", 1, BF16 | FULL, **_DROPPED, **_NF4, **_quick),
+        Scenario("qlora-tp2-pp2-sp-distributed-bf16", 4, BF16 | FULL, _ALL, **_DROPPED, **_NF4),
+    )
+}  # fmt: skip
 # As many rows of vocabulary as 8 ranks pad to: a rank that had padding alone would wait for the others' largest logit.
 ARCHITECTURES["wide"] = dataclasses.replace(LLAMA, num_query_groups=8, num_layers=8, vocab_size=1024)
 WORLDS = {
@@ -131,3 +159,4 @@ WORLDS = {
 ATTENTION_DROPOUT = Scenario("bf16-attention-dropout", 1, BF16 | {"attention_dropout": 0.1})
 """Drawn by the kernels, so its numbers are no one else's: that it runs, and learns, is what can be said."""
 BROKEN = Scenario("tp2-sp-fp32-broken", 2, {}, TP2 | SP, broken=True)
+BROKEN_LORA = Scenario("lora-tp2-sp-fp32-broken", 2, {}, TP2 | SP, broken=True, **_LORA)

@@ -37,23 +37,32 @@ class Walked:
 def walk(scenario: Scenario, trace_with: str | None = None) -> Walked:
     """Run a scenario on this rank. trace_with: a Dynamo backend for all that is compiled."""
     from megatron_ft.training import invariance
+    from tests.quantization.jobs import freeze
 
     numerics, parallel, kernels = scenario.sections()
     case = invariance.Case(
         scenario.name, scenario.processes, parallel, packing=scenario.packing, broken=scenario.broken,
         kernels=kernels,
     )  # fmt: skip
-    problem = invariance.Problem(ARCHITECTURES[scenario.architecture], numerics=numerics)
+    architecture = ARCHITECTURES[scenario.architecture]
+    problem = invariance.Problem(architecture, numerics=numerics, lora=_adapters(scenario))
     groups.DESTROYED.clear()
     compiling.trace(trace_with)
     with _installed(scenario), _counted_steps() as steps:
-        measured = invariance.measure(problem, case)
+        measured = invariance.measure(problem, case, freeze if scenario.nf4 else None)
     found = Walked(
         measured, steps[-1], Counter(compiling.GRAPHS), Counter(compiling.CALLS), dict(compiling.FAILED),
         list(groups.DESTROYED),
     )  # fmt: skip
     compiling.trace(None)
     return found
+
+
+def _adapters(scenario: Scenario) -> Any:
+    from megatron_ft.adapters.spec import Lora, ordered
+
+    targets = ordered(("all",), ARCHITECTURES[scenario.architecture])
+    return Lora(targets=targets, **scenario.lora) if scenario.lora else None
 
 
 def walk_alone(scenario: Scenario, rank: int) -> tuple[list, report.Counts]:
@@ -72,7 +81,7 @@ def walk_alone(scenario: Scenario, rank: int) -> tuple[list, report.Counts]:
     # What only a whole world can tell: everybody's gradients, and the loss on ranks that do not have it.
     invariance._gathered, invariance._from_reporter = (lambda *_: {}), (lambda _, values: values)
     numerics, parallel, kernels = scenario.sections()
-    problem = invariance.Problem(ARCHITECTURES[scenario.architecture], numerics=numerics)
+    problem = invariance.Problem(ARCHITECTURES[scenario.architecture], numerics=numerics, lora=_adapters(scenario))
     with _counted_steps() as steps, _results() as results:
         invariance.measure(problem, invariance.Case(scenario.name, size, parallel, kernels=kernels))
     return results, steps[-1]
@@ -100,7 +109,8 @@ def _results() -> Iterator[list]:
 @contextlib.contextmanager
 def _installed(scenario: Scenario) -> Iterator[None]:
     """Packages and releases that this scenario's machine has, and the product's eyes opened for them."""
-    folders = [str(STUBS / "flash_attn_2_8")] if scenario.flash_attn else []
+    installed = {"flash_attn_2_8": scenario.flash_attn, "bitsandbytes_0_50": scenario.bitsandbytes}
+    folders = [str(STUBS / name) for name, there in installed.items() if there]
     sys.path[:0] = folders
     try:
         with varlen.release(scenario.varlen):
@@ -109,16 +119,19 @@ def _installed(scenario: Scenario) -> Iterator[None]:
     finally:
         for folder in folders:
             sys.path.remove(folder)
-            sys.modules.pop("flash_attn", None)
+        for name in ("flash_attn", "bitsandbytes", "bitsandbytes.functional"):
+            sys.modules.pop(name, None)
         _look_again()
 
 
 def _look_again() -> None:
     """What the machine has is found once in a process."""
     from megatron_ft.models import machine
+    from megatron_ft.quantization import kernels
 
     machine.machine.cache_clear()
     machine.varlen_arguments.cache_clear()
+    kernels.dequantiser.cache_clear()
 
 
 @contextlib.contextmanager

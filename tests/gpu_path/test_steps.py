@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.gpu_path.scenarios import ATTENTION_DROPOUT, BROKEN, SCENARIOS, Scenario
+from tests.gpu_path.scenarios import ATTENTION_DROPOUT, BROKEN, BROKEN_LORA, SCENARIOS, Scenario
 
 BOUNDS = {
     "bf16": {"scalar": 2e-3, "gradient": 4e-2, "of one tensor": 6e-2},
@@ -82,9 +82,18 @@ def test_attention_dropout_runs_and_learns(gpus):
 
 
 @pytest.mark.thorough
-def test_a_layout_that_is_broken_on_purpose_is_noticed(gpus, cpus):
-    whole = dataclasses.replace(BROKEN, broken=False)
+@pytest.mark.parametrize("scenario", [BROKEN, BROKEN_LORA], ids=["the model", "adapters"])
+def test_a_layout_that_is_broken_on_purpose_is_noticed(scenario, gpus, cpus):
+    whole = dataclasses.replace(scenario, broken=False)
     apart = difference(*(pools.walk(whole)[0].measured for pools in (cpus, gpus)))
     assert apart["gradient"] < BOUNDS["fp32"]["gradient"]
-    broken = gpus.walk(BROKEN)[0].measured
+    broken = gpus.walk(scenario)[0].measured
     assert any(np.isnan(gradient).any() for gradient in broken.gradients.values())  # copies that differ
+
+
+def test_adapters_are_all_that_is_trained(gpus):
+    """On NF4 too; and a base in NF4 gives other numbers than the plain one."""
+    nf4 = SCENARIOS["qlora-full-bf16"]
+    found, plain = (gpus.walk(one)[0].measured for one in (nf4, dataclasses.replace(nf4, nf4=False)))
+    assert len(found.gradients) == 4 * 7 * 2 and all("_lora." in name for name in found.gradients)
+    assert difference(plain, found)["gradient"] > BOUNDS["bf16"]["gradient"]
