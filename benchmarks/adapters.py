@@ -85,7 +85,8 @@ def their_step(kind: str, folder: Path, bf16: bool, dataset: ChatDataset) -> Cal
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
-    return plain_loop(model, dataset)
+    # As loaded, the model is in evaluation mode. There, on a CPU with AVX512-BF16, bitsandbytes computes linears in bf16.
+    return plain_loop(model.train(), dataset)
 
 
 def serve(pipe: Connection, who: str, kind: str, folder: Path, options: argparse.Namespace) -> None:

@@ -7,9 +7,10 @@ every rank and B is cut by rows; of a row-parallel one, A is cut by columns and 
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -60,8 +61,7 @@ class LinearAdapter(nn.Module):
         super().__init__()
         self.scale, self.rank, self.dropout, self.place = lora.scale, lora.rank, lora.dropout, place
         self.is_row_parallel, self.sequence_parallel = linear[0].is_row_parallel, config.sequence_parallel
-        self.tp_size, self.head_dim = config.tensor_model_parallel_size, arch.head_dim
-        self.linear = linear
+        self.places = _places(linear, lora, config.tensor_model_parallel_size, arch.head_dim)
         self.names = [one.name for one in linear if one.name in lora.targets]
         for one in linear:
             if one.name in lora.targets:
@@ -71,30 +71,25 @@ class LinearAdapter(nn.Module):
     def pairs(self) -> list[Any]:
         return [self.get_submodule(name) for name in self.names]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the linear's output. x: the linear's input, [s, b, columns], by its parallel kind."""
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return the linear's output with the adapters' added, in the same memory. x: the linear's input, [s, b, columns]."""
         if self.training and self.dropout:
             x = self._dropped(x)
-        if self.is_row_parallel:
-            return self.scale * self._row_parallel(x)
-        low = nn.functional.linear(x, torch.cat([pair.A for pair in self.pairs]))
-        if self.sequence_parallel:
-            low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True)
-        else:
-            low = copy_to_tensor_model_parallel_region(low)
-        parts = zip(self.pairs, low.split(self.rank, -1), strict=True)
-        outputs = {pair.projection.name: nn.functional.linear(part, pair.B) for pair, part in parts}
-        return self.scale * self._joined(outputs)
+        low = nn.functional.linear(x, _side_by_side([pair.A for pair in self.pairs]))
+        return _Added.apply(output, self._exchanged(low), self.scale, self.places, *(pair.B for pair in self.pairs))
 
-    def _row_parallel(self, x: Tensor) -> Tensor:
-        (pair,) = self.pairs
-        low = nn.functional.linear(x, pair.A)
-        together = (
-            reduce_scatter_to_sequence_parallel_region
-            if self.sequence_parallel
-            else reduce_from_tensor_model_parallel_region
-        )
-        return nn.functional.linear(together(low), pair.B)
+    def _exchanged(self, low: Tensor) -> Tensor:
+        """Return A x of all ranks: a column-parallel linear needs every token's, a row-parallel one the sum."""
+        if self.is_row_parallel:
+            together = (
+                reduce_scatter_to_sequence_parallel_region
+                if self.sequence_parallel
+                else reduce_from_tensor_model_parallel_region
+            )
+            return together(low)
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True)
+        return copy_to_tensor_model_parallel_region(low)
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Return x with entries dropped by their token, place and channel. A row-parallel linear has all tokens and some channels."""
@@ -107,19 +102,6 @@ class LinearAdapter(nn.Module):
         first = x.shape[-1] * parallel_state.get_tensor_model_parallel_rank()
         return dropped(x, keys, self.place, self.dropout, first)
 
-    def _joined(self, outputs: dict[str, Tensor]) -> Tensor:
-        """Return the projections' outputs in the order of the linear's rows, zeros for those without an adapter."""
-        some = next(iter(outputs.values()))
-        each = [
-            outputs[one.name] if one.name in outputs else some.new_zeros(*some.shape[:-1], one.rows // self.tp_size)
-            for one in self.linear
-        ]
-        if len(each) == 3:  # q, k, v: as merge_qkv, [q_1..q_n, k, v] for each query group
-            groups = each[1].shape[-1] // self.head_dim
-            each = [output.unflatten(-1, (groups, -1)) for output in each]
-            return torch.cat(each, -1).flatten(-2)
-        return torch.cat(each, -1) if len(each) > 1 else each[0]
-
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Return the engine's description of the parameters within the whole model."""
         axis = {"A": 1} if self.is_row_parallel else {"B": 0}
@@ -131,6 +113,71 @@ class LinearAdapter(nn.Module):
                 dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             )  # fmt: skip
         return found
+
+
+class Places(NamedTuple):
+    """Where a rank's rows of a linear have adapters. Rows are those of `groups` query groups, each [q_1..q_n, k, v]; else of one group."""
+
+    groups: int
+    rows: int
+    """Of a group."""
+    of: list[tuple[int, int]]
+    """For each adapter, the first row in a group and the one after the last."""
+
+
+def _places(linear: list[Projection], lora: Lora, tp_size: int, head_dim: int) -> Places:
+    cut = 1 if linear[0].is_row_parallel else tp_size
+    rows = [one.rows // cut for one in linear]
+    groups = rows[1] // head_dim if len(rows) == 3 else 1
+    ends = list(itertools.accumulate(size // groups for size in rows))
+    starts = [0, *ends[:-1]]
+    of = [(start, end) for one, start, end in zip(linear, starts, ends, strict=True) if one.name in lora.targets]
+    return Places(groups, ends[-1], of)
+
+
+def _side_by_side(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+class _Added(torch.autograd.Function):
+    """output + scale * B low, for all adapters of a linear in one product with their B in one matrix, zero elsewhere.
+
+    low [s, b, ranks]: of each adapter after the other. The sum is written into `output`, which no backward pass reads: nothing of the
+    output's size is allocated, in either pass. The matrix is made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, low: Tensor, scale: float, places: Places, *each: Tensor) -> Tensor:
+        ctx.save_for_backward(low, *each)
+        ctx.scale, ctx.places = scale, places
+        flat = output.data.view(-1, output.shape[-1])
+        flat.addmm_(low.reshape(-1, low.shape[-1]), _in_place(each, places).t(), alpha=scale)
+        return flat.view(output.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        low, *each = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        below = flat.mm(_in_place(each, ctx.places)).mul_(ctx.scale).view(low.shape)
+        matrix = flat.t().mm(low.reshape(-1, low.shape[-1])).mul_(ctx.scale)
+        return gradient, below, None, None, *_out_of_place(matrix, ctx.places)
+
+
+def _in_place(each: Sequence[Tensor], places: Places) -> Tensor:
+    """Return the adapters' B as one matrix, [rows of the linear, ranks]."""
+    rank = each[0].shape[1]
+    if len(each) == 1 and places.of[0] == (0, places.rows):
+        return each[0]
+    matrix = each[0].new_zeros(places.groups, places.rows, rank * len(each))
+    for number, ((start, end), B) in enumerate(zip(places.of, each, strict=True)):
+        matrix[:, start:end, number * rank : (number + 1) * rank] = B.view(places.groups, -1, rank)
+    return matrix.view(-1, matrix.shape[-1])
+
+
+def _out_of_place(matrix: Tensor, places: Places) -> list[Tensor]:
+    """Return each adapter's part of a matrix as _in_place makes it."""
+    parts = matrix.view(places.groups, places.rows, len(places.of), -1)
+    return [parts[:, start:end, number].flatten(0, 1) for number, (start, end) in enumerate(places.of)]
 
 
 def attach(chunks: list, arch: Architecture, lora: Lora) -> None:
@@ -157,7 +204,7 @@ def _attach(layer: Any, path: str, adapter: LinearAdapter) -> None:
     linear = layer.get_submodule(path)
     parent, _, name = path.rpartition(".")
     layer.get_submodule(parent).add_module(name + SUFFIX, adapter.to(linear.weight.device))
-    linear.register_forward_hook(lambda _, args, output: (output[0] + adapter(args[0]), *output[1:]))
+    linear.register_forward_hook(lambda _, args, output: (adapter(args[0], output[0]), *output[1:]))
 
 
 def _hand_on_rows(layer: Any, adapters: list[LinearAdapter]) -> None:

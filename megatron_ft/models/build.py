@@ -27,6 +27,7 @@ from megatron_ft.models.architecture import Architecture, check_layout, padded_v
 from megatron_ft.models.attention import SdpaAttention
 from megatron_ft.models.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ft.models.dropout import RowDropout, RowLayer
+from megatron_ft.models.gated import Gated
 from megatron_ft.models.kernels import Attention, Choice
 from megatron_ft.models.norms import NORMS
 from megatron_ft.models.parallel_block import ParallelBlock
@@ -34,7 +35,7 @@ from megatron_ft.models.parts import Layer
 from megatron_ft.models.pipeline import PipelineSplit, plain_split
 from megatron_ft.models.rope import attention_factor
 from megatron_ft.models.rotary import Rotary, ropes_of, turn_by_table
-from megatron_ft.quantization.frozen import frozen_linears, plan_frozen
+from megatron_ft.quantization.frozen import frozen_linears, mlp_submodules, plan_frozen
 
 _FUNCTIONS = {"swiglu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 ACTIVATIONS = {**_FUNCTIONS, "geglu": functional.gelu, "reglu": functional.relu}
@@ -227,8 +228,15 @@ def build_chunks(arch: Architecture, layout: Layout, options: BuildOptions) -> l
     config = transformer_config(arch, layout, options)
     # Not passed to the constructor, which would require Transformer Engine; `turn` reads it.
     config.apply_rope_fusion = bool(options.kernels and options.kernels.fused)
+    # Nor this, for which it takes Transformer Engine's functions only: the MLP's activation is the module in its specification.
+    config.use_te_activation_func = _is_own_activation(config)
     turn_by_table()
     return [_chunk(arch, layout, options, config, number) for number in range(layout.vp_size)]
+
+
+def _is_own_activation(config: TransformerConfig) -> bool:
+    """Return whether the activation is `Gated`: not that of experts, which also takes weights, and not where it is one compiled kernel."""
+    return config.gated_linear_unit and not config.num_moe_experts and not config.bias_activation_fusion
 
 
 def _chunk(
@@ -300,6 +308,8 @@ def _layer_spec(
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         attention.core_attention = TEDotProductAttention
+    if _is_own_activation(config):
+        mlp_submodules(layer).activation_func = Gated
     if parts.attention.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     layer.module = ParallelBlock if parts.parallel else RowLayer

@@ -38,12 +38,22 @@ class Trainable:
             if name not in self:
                 parameter.requires_grad_(False)
         embedding = getattr(chunk, "embedding", None)
-        if embedding is not None and not any(parameter.requires_grad for parameter in embedding.parameters()):
-            # Recomputed layers compute gradients only if their input requires them.
+        if embedding is not None and not _is_trained(embedding) and _needs_gradients(chunk):
             embedding.register_forward_hook(_ask_for_gradients)
 
 
 ALL = Trainable()
+
+
+def _is_trained(module: Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _needs_gradients(chunk: Any) -> bool:
+    """Return whether the layers' input has to require gradients. Recomputed layers compute some only if it does, and a stage that
+    trains nothing is asked for them too. Elsewhere they would be computed down to the embedding for nothing.
+    """
+    return chunk.config.recompute_granularity is not None or not _is_trained(chunk)
 
 
 def _ask_for_gradients(_module: Module, _args: Any, output: Tensor) -> None:

@@ -209,8 +209,8 @@ def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None 
         (heads + groups) * head * (2 if arch.qk_norm else 1)
     )  # q and k once more, rotated; and once more, normalised
     ffn = arch.ffn_hidden_size / job.tp
-    # [gate; up], up with the engine's offset, act(gate), their product; else the activation's input and output.
-    mlp = (5 if arch.gated else 2) * ffn
+    # [gate; up] and act(gate) * up; else the activation's input and output.
+    mlp = (3 if arch.gated else 2) * ffn
     # Flash attention keeps one fp32 number per head and token; recomputing it (selective) saves only that.
     scores = heads * 4 if recompute == "none" else 0
     masks = (1 if arch.parallel_block else 2) * residual if job.dropout else 0  # one byte per entry

@@ -129,10 +129,15 @@ def freeze_linears(chunk: Any, rounded: torch.dtype | None = None) -> int:
 
 def plan_frozen(layer: Any) -> None:
     """Change the engine's specification of a layer, so that its linears hold codes from the start, without room for plain weights."""
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
-    within = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]  # a partial since 0.19
+    attention, within = layer.submodules.self_attention.submodules, mlp_submodules(layer)
     attention.linear_qkv, attention.linear_proj = FrozenColumnParallelLinear, FrozenRowParallelLinear
     within.linear_fc1, within.linear_fc2 = FrozenColumnParallelLinear, FrozenRowParallelLinear
+
+
+def mlp_submodules(layer: Any) -> Any:
+    """Return the parts of the MLP in the engine's specification of a layer."""
+    mlp = layer.submodules.mlp
+    return mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]  # a partial since 0.19
 
 
 def frozen_linears(chunk: Module) -> dict[str, FrozenLinear]:
