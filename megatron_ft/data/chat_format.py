@@ -90,7 +90,8 @@ class ChatFormat:
 
     def is_said_by(self, source: str) -> bool:
         """Return whether an exported template is this format's, also in the forms of earlier releases."""
-        forms = (self.jinja, self.exported, template(self, reasoning=False))
+        older = [template(self, marks, contexts=False) for marks in (("", ""), MARKS)]
+        forms = (self.jinja, self.exported, *older, template(self, reasoning=False, contexts=False))
         return source.rstrip("\n") in forms
 
     def samples(self, messages: Messages) -> list[Messages]:

@@ -1,5 +1,7 @@
 """chatml: the text, the roles, control tokens by number, and the template made from the same object."""
 
+import itertools
+
 import jinja2
 import numpy as np
 import pytest
@@ -116,3 +118,46 @@ def test_weights_by_the_bits_of_a_role_byte():
         weight_table([i / 20 for i in range(1, 17)])
     with pytest.raises(DataError, match="weight -1"):
         weight_table([-1.0])
+
+
+FOLDING = [name for name, chat_format in FORMATS.items() if chat_format.context is not None]
+
+
+@pytest.mark.parametrize("empty", [None, "context"])
+@pytest.mark.parametrize("name", FOLDING)
+def test_the_template_folds_contexts_as_the_format_does(name, empty):
+    """Every chat of one to four messages: the same text, and neither takes one that ends with a context."""
+    chat_format = FORMATS[name]
+    environment = jinja2.Environment()
+    environment.globals["raise_exception"] = refuse
+    rendered = environment.from_string(chat_format.jinja)
+    for size in range(1, 5):
+        for roles in itertools.product(("system", "user", "assistant", "context", "tool"), repeat=size):
+            if "system" in roles[1:]:
+                continue
+            chat = [
+                {"role": role, "content": "" if role == empty else f" {role} {i}\n"} for i, role in enumerate(roles)
+            ]
+            if roles[-1] in ("context", "tool"):
+                with pytest.raises(DataError):
+                    rendered.render(messages=chat)
+                with pytest.raises(DataError, match="ends with context"):
+                    chat_format.text(chat)
+            else:
+                said = rendered.render(messages=chat, add_generation_prompt=True)
+                assert said == chat_format.text(chat, add_generation_prompt=True), roles
+
+
+def refuse(message):
+    raise DataError(message)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_templates_of_earlier_releases_are_recognised(name):
+    from megatron_ft.data.chat_jinja import MARKS, template
+
+    chat_format = FORMATS[name]
+    earlier = [template(chat_format, marks, contexts=False) for marks in (("", ""), MARKS)]
+    earlier.append(template(chat_format, reasoning=False, contexts=False))
+    assert all(chat_format.is_said_by(source + "\n") for source in (*earlier, chat_format.exported))
+    assert (chat_format.exported in earlier) == (chat_format.context is None)
