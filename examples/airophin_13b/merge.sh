@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The adapters as a PEFT folder, and added to the model: a Hugging Face model in fp16 with its model card, checked.
 #
+# Checked are all weights, bit for bit. The logits of both models need 2 x 52 GB of memory in fp32: where there is as much, drop --no_logits.
+#
 #   examples/airophin_13b/merge.sh
 set -euo pipefail
 

@@ -154,9 +154,7 @@ class _Findings:
     @property
     def nf4(self) -> bool:
         """Whether the run's adapters are on a quantised base."""
-        if self.adapting is None:
-            return bool(self.settings.adapters.base_precision)
-        return self.adapting.nf4 or self.adapting.described.quantization is not None
+        return self.adapting is not None and (self.adapting.nf4 or self.adapting.described.quantization is not None)
 
     def _note(self, what: str, text: str) -> None:
         self.lines.append(f"{what:14} {text}")
@@ -177,8 +175,11 @@ class _Findings:
             s = replace(s, model=replace(flags, vocab_file=None))
         load = Path(s.checkpointing.load)
         if self.stand_in is not None and not load.exists():
-            self.described = check_model(s, self.stand_in, load, self.processes)
+            made_up = replace(s, adapters=shrink.unknown_adapters(s.adapters))
+            self.described = check_model(made_up, self.stand_in, load, self.processes)
+            self.adapting = find_adapting(made_up, self.described, load, starts_anew=True)
             self._note("--load", f"{load}: MISSING, generated")
+            self._note_adapters()
             return
         start = find_start(s, self.processes)
         self.source, self.described = start.folder, start.described
@@ -186,10 +187,12 @@ class _Findings:
         self.adapting = find_adapting(start.settings, start.described, start.folder, anew)
         kind, iteration = start.described.ckpt_format, start.described.iteration
         self._note("--load", f"{start.folder}: {kind}, iteration {iteration}, all files exist")
+        self._note_adapters()
+
+    def _note_adapters(self) -> None:
         if self.adapting:
-            self._note(
-                "adapters", f"rank {self.adapting.lora.rank}, on a base in {'NF4' if self.nf4 else 'full precision'}"
-            )
+            base = "NF4" if self.nf4 else "full precision"
+            self._note("adapters", f"rank {self.adapting.lora.rank}, on a base in {base}")
 
     def _vocabulary(self) -> None:
         file = self.settings.model.vocab_file

@@ -28,6 +28,8 @@ from megatron_ft.models.pipeline import split_layers
 HEAD_DIM = 16
 NF4_HEAD_DIM = 64
 """With this, the slices of a quantised model are whole blocks of NF4."""
+RANK = 8
+"""Of adapters whose own rank is in a checkpoint that is missing."""
 STEPS = 3
 SAVE_AT = 2
 """Step after which a run with --save_interval or --eval_interval saves or evaluates, besides the end."""
@@ -113,6 +115,15 @@ def adapters(real: Lora, nf4: bool) -> Adapters:
         real.rank, real.alpha, real.dropout, list(real.targets), real.rs, train_new_tokens=bool(real.new_tokens),
         base_precision="nf4" if nf4 else None,
     )  # fmt: skip
+
+
+def unknown_adapters(real: Adapters) -> Adapters:
+    """Return flags for new adapters where --load is missing. It may be the one that has their rank; a made-up one has no added tokens."""
+    if real == Adapters():
+        return real
+    adapter = real.adapter if real.adapter and Path(real.adapter).exists() else None
+    rank = RANK if real.lora_rank is None and adapter is None else real.lora_rank
+    return replace(real, lora_rank=rank, adapter=adapter, base=None, train_new_tokens=False)
 
 
 def checkpointing(real: Checkpointing, load: Path, save: Path) -> Checkpointing:

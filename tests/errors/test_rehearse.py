@@ -76,29 +76,36 @@ def test_what_is_missing_is_told_at_once(shop, tmp_path):
     assert "model: no such folder" in line and "t.model: no such file" in line and "--make_believe" in line
 
 
-def test_made_up_under_the_batch_script(tmp_path):
-    """Two nodes x two processes by the stand-in for SLURM; neither checkpoint nor shards are there yet."""
+def rehearsed(script: str, tmp_path, nodes: int, *words: str) -> str:
+    """Rehearse a batch script with two processes a node, with a made-up llama2-7b; return what it printed."""
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
-        "STAND_IN_NODES": "2",
+        "STAND_IN_NODES": str(nodes),
         "GPUS_PER_NODE": "2",
         "SAVE": str(tmp_path / "run"),
         **temporary(tmp_path),
     }
-    script = [
-        str(ROOT / "examples/slurm/rehearse.sh"),
-        str(ROOT / "examples/oasst_llama2_70b/stage2.sbatch"),
-        "llama2-7b",
-    ]
-    sizes = ["--tensor_model_parallel_size", "2", "--pipeline_model_parallel_size", "2"]
-    done = subprocess.run([*script, *sizes], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
+    command = [str(ROOT / "examples/slurm/rehearse.sh"), str(ROOT / "examples" / script), "llama2-7b", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        "rehearsal passed" in done.stdout
-        and "checkpoints/llama2-70b-tp8-pp4-oasst_pre10: MISSING, generated" in done.stdout
-    )
+    assert "rehearsal passed" in done.stdout
     assert_nothing_left(tmp_path)
+    return done.stdout
+
+
+def test_made_up_under_the_batch_script(tmp_path):
+    """Two nodes x two processes by the stand-in for SLURM; neither checkpoint nor shards are there yet."""
+    sizes = ["--tensor_model_parallel_size", "2", "--pipeline_model_parallel_size", "2"]
+    printed = rehearsed("oasst_llama2_70b/stage2.sbatch", tmp_path, 2, *sizes)
+    assert "checkpoints/llama2-70b-tp8-pp4-oasst_pre10: MISSING, generated" in printed
+
+
+@pytest.mark.parametrize(("phase", "rank"), [pytest.param("phase1", 64, marks=pytest.mark.thorough), ("phase2", 8)])
+def test_made_up_adapters(phase, rank, tmp_path):
+    """Airophin's; the second phase begins from a checkpoint of adapters, which alone has their rank."""
+    printed = rehearsed(f"airophin_13b/{phase}.sbatch", tmp_path, 1)
+    assert f"rank {rank}, on a base in NF4" in printed
 
 
 IMPATIENT = """
