@@ -52,6 +52,8 @@ class Plan:
     """with --lora_rank: parts of a layer with adapters (qkv, proj, fc1, fc2) or names of modules, separated by commas; default: all"""
     lora_dropout: float = 0.0
     """with --lora_rank: dropout probability on the adapters' input; above 0, it keeps a copy of that"""
+    train_new_tokens: int = 0
+    """with --lora_rank: number of added tokens whose rows of the embedding and the output layer are trained too"""
     train_iters: int | None = None
     """number of optimizer steps, to estimate the duration of the run; default: no estimate"""
     proposals: int = 5
@@ -163,8 +165,14 @@ def _lora(arch: Architecture, plan: Plan) -> Lora | None:
     from megatron_ft.adapters.spec import from_settings
     from megatron_ft.config.sections import Adapters
 
-    section = Adapters(plan.lora_rank, lora_dropout=plan.lora_dropout or None, lora_target=plan.lora_target)
-    return from_settings(section, arch)
+    count = plan.train_new_tokens
+    if not 0 <= count <= arch.vocab_size:
+        raise ConfigError(f"--train_new_tokens {count}: must be from 0 to the model's {arch.vocab_size} tokens")
+    section = Adapters(
+        plan.lora_rank, lora_dropout=plan.lora_dropout or None, lora_target=plan.lora_target,
+        train_new_tokens=bool(count),
+    )  # fmt: skip
+    return from_settings(section, arch, added=range(arch.vocab_size - count, arch.vocab_size))
 
 
 def _by_recompute(arch: Architecture, job: Job) -> dict[str, list[int]]:

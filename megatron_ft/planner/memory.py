@@ -114,15 +114,18 @@ def parameters(arch: Architecture, tp: int, layers: int, first: bool, last: bool
     return sum(parameter_sizes(arch, tp, layers, first, last))
 
 
-def adapter_sizes(arch: Architecture, job: Job, layers: int) -> list[int]:
-    """Return the size of each adapter parameter of one rank; [] without adapters."""
+def adapter_sizes(arch: Architecture, job: Job, number: int) -> list[int]:
+    """Return the size of each adapter parameter of one rank of a stage, rows of new tokens included; [] without adapters."""
     if job.lora is None:
         return []
     sizes = []
     for one in job.lora.of(arch):
         cut = (one.columns // job.tp, one.rows) if one.is_row_parallel else (one.columns, one.rows // job.tp)
         sizes += [job.lora.rank * size for size in cut]
-    return sizes * layers
+    first, last = number == 0, number == job.pp - 1
+    tables = int(first or last) if arch.tied_embeddings else int(first) + int(last)
+    rows = len(job.lora.new_tokens) * arch.hidden_size  # whole on every tensor-parallel rank
+    return sizes * len(job.split.layers_of(number)) + [rows] * (tables if rows else 0)
 
 
 def stages(arch: Architecture, job: Job) -> list[Stage]:
@@ -133,7 +136,7 @@ def stages(arch: Architecture, job: Job) -> list[Stage]:
 def _stage(arch: Architecture, job: Job, number: int) -> Stage:
     layers, first, last = len(job.split.layers_of(number)), number == 0, number == job.pp - 1
     count = parameters(arch, job.tp, layers, first, last)
-    own = sum(adapter_sizes(arch, job, layers))
+    own = sum(adapter_sizes(arch, job, number))
     trained = own if job.lora else 0 if job.nf4 else count
     return Stage(
         layers, count, trained,
@@ -174,7 +177,7 @@ def host_memory(arch: Architecture, job: Job, gpus_per_node: int) -> int:
     for number in range(job.pp):
         layers = len(job.split.layers_of(number))
         sizes = parameter_sizes(arch, job.tp, layers, number == 0, number == job.pp - 1)
-        sizes = adapter_sizes(arch, job, layers) if job.lora else sizes
+        sizes = adapter_sizes(arch, job, number) if job.lora else sizes
         ranks += [share for share in _held_at_a_save(sizes, job) for _ in range(job.tp)]
     return max(sum(ranks[first : first + gpus_per_node]) for first in range(0, len(ranks), gpus_per_node))
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +108,53 @@ def test_adapters_have_all_the_state():
     assert memory.host_memory(arch, job(arch, lora=own), 8) == 14 * 250_347_520
     ratio = figures.flops(arch, job(arch, lora=own)) / figures.flops(arch, job(arch))
     assert 0.66 < ratio < 0.75
+
+
+@pytest.mark.parametrize(("name", "tables"), [("llama2-7b", 2), ("falcon-7b", 1)])
+def test_rows_of_new_tokens_are_trained_too(name, tables):
+    """Whole on every tensor-parallel rank of the first and the last stage."""
+    arch = known.architecture(name)
+    tokens = tuple(range(arch.vocab_size - 3, arch.vocab_size))
+    own, more = lora(arch), lora(arch, new_tokens=tokens)
+    rows = 3 * arch.hidden_size
+    assert more.parameters(arch) - own.parameters(arch) == tables * rows
+    for pp, added in ((1, [tables * rows]), (2, [rows, rows]), (4, [rows, 0, 0, rows])):
+        few, many = (memory.stages(arch, job(arch, 1, pp, lora=one)) for one in (own, more))
+        assert [b.trained - a.trained for a, b in zip(few, many, strict=True)] == added
+        assert [b.gradients - a.gradients for a, b in zip(few, many, strict=True)] == [4 * size for size in added]
+        assert [b.optimizer - a.optimizer for a, b in zip(few, many, strict=True)] == [12 * size for size in added]
+
+
+LORA_PLANS = {
+    "a 13B on one GPU": ("llama2-13b", "--gpus", 1, "--gpu", "a6000-48gb"),
+    "a 70B in NF4 on four": (
+        "llama2-70b", "--gpus", 4, "--gpu", "a6000-48gb", "--base_precision", "nf4", "--tensor_model_parallel_size", 4,
+    ),
+    "a 70B on eight": ("llama2-70b", "--gpus", 8, "--gpu", "a100-80gb", "--tensor_model_parallel_size", 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", LORA_PLANS.values(), ids=LORA_PLANS)
+def test_the_plans_of_the_documentation(words):
+    """Each fits, has a proposal, and its numbers are those of docs/adapters.md."""
+    done = plan(*words, "--lora_rank", 64, "--recompute_granularity", "full", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    need, limit = max(stage["total"] for stage in found["stages"]), found["gpu"]["memory_bytes"]
+    assert need <= limit and all(one["memory"] <= limit for one in found["proposals"])
+    first = found["proposals"][0]
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{' '.join(map(str, words))}` |")]
+    assert f"{need / 1e9:.1f} of {limit / 1e9:.1f} GB" in row and f"{first['memory'] / 1e9:.1f} GB |" in row
+
+
+def test_new_tokens_on_the_command_line():
+    words = ("llama2-13b", "--gpus", 1, "--lora_rank", 64, "--train_new_tokens")
+    assert f"{250_347_520 + 2 * 2 * 5120:,} parameters are trained" in plan(*words, 2).stdout
+    done = plan(*words, 50_000)
+    assert (
+        done.returncode == 2 and "--train_new_tokens 50000: must be from 0 to the model's 32000 tokens" in done.stderr
+    )
 
 
 def test_optimizer_and_microbatches_in_flight():
