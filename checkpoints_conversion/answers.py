@@ -62,7 +62,16 @@ def compare_answers(hf: Path, opened: Opened, options: LogitOptions) -> dict[str
         size = config.architecture.vocab_size
         base = str(opened.base.resolve()) if opened.base else None
         request = Request(
-            str(opened.folder.resolve()), *used, prompts, folder, size, opened.stated, base, config.dtype, opened.onto
+            str(opened.folder.resolve()),
+            *used,
+            prompts,
+            folder,
+            size,
+            opened.stated,
+            base,
+            config.dtype,
+            opened.onto,
+            options.tolerance,
         )
         worst = differences_in_layout(request, Path(folder))
     if not max(worst) <= options.tolerance:

@@ -21,8 +21,13 @@ from megatron_ft.errors import CheckpointError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from checkpoints_conversion.megatron_source import Opened
     from checkpoints_conversion.options import CheckpointSource
+    from megatron_ft.adapters.stored import Stored
     from megatron_ft.engine.parallel import Layout
+
+_SLACK = 10
+"""Adapters beside weights add up in another order than their sums; a wrong scale or slice is far above it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Request:
     """Of the merged model, with base."""
     onto: Literal["dequantized", "original"] | None = None
     """Which weights of the base, if the adapters were trained on its NF4."""
+    tolerance: float = 1e-4
+    """Of logits."""
 
 
 def differences(request: Request) -> list[float]:
@@ -57,14 +64,20 @@ def differences(request: Request) -> list[float]:
 
     sizes = request.tensor_model_parallel_size, request.pipeline_model_parallel_size
     with process_groups(ParallelSizes(*sizes)) as layout, torch.no_grad():
-        model = _load(request, layout)
         worst = []
-        for number, ids in enumerate(request.prompts):
-            logits = _logits(model, layout, torch.tensor([ids]))
-            if layout.is_reporter:
-                theirs = torch.from_numpy(np.load(Path(request.theirs) / f"{number}.npy"))
-                worst.append((logits[0, :, : theirs.shape[1]].float() - theirs).abs().max().item())
+        for number, logits in enumerate(_answers(_load(request, layout), request, layout)):
+            theirs = torch.from_numpy(np.load(Path(request.theirs) / f"{number}.npy"))
+            worst.append((logits[0, :, : theirs.shape[1]].float() - theirs).abs().max().item())
+        _check_sums(request, layout)
         return worst
+
+
+def _answers(model: Any, request: Request, layout: Layout) -> list[Any]:
+    """Return the logits of each prompt on the reporting rank, [] on others."""
+    import torch
+
+    found = [_logits(model, layout, torch.tensor([ids])) for ids in request.prompts]
+    return found if layout.is_reporter else []
 
 
 def _load(request: Request, layout: Layout) -> Any:
@@ -101,17 +114,54 @@ def _load(request: Request, layout: Layout) -> Any:
 def _with_adapters(request: Request, wanted: CheckpointSource, layout: Layout) -> Any:
     """Return the base with adapters beside its weights; if the model is merged in 16 bits, the rounded sums of both, as it has them."""
     from checkpoints_conversion.merged import merged, open_both
-    from megatron_ft.adapters.adapted import add_adapters
-    from megatron_ft.checkpoints.fill import fill_from
-    from megatron_ft.models.build import build_model
 
     opened, stored, described = open_both(Path(request.checkpoint), request.base, wanted, request.onto)
     whole = merged(opened, stored, described, request.dtype)
-    arch, is_exact = whole.config.architecture, request.dtype == "fp32"
+    return _side_by_side(opened, stored, whole, layout) if request.dtype == "fp32" else _filled(whole, layout)
+
+
+def _check_sums(request: Request, layout: Layout) -> None:
+    """Raise CheckpointError unless, for a model merged in 16 bits, the sums before they are rounded have the logits of the adapters beside
+    the weights. One model is there at a time.
+    """
+    from checkpoints_conversion.merged import merged, open_both
+    from checkpoints_conversion.options import CheckpointSource
+    from megatron_ft.models.dtypes import cast
+
+    if request.base is None or request.dtype == "fp32":
+        return
+    wanted = CheckpointSource(true_vocab_size=request.true_vocab_size, verify_checkpoint=False, **request.stated)
+    opened, stored, described = open_both(Path(request.checkpoint), request.base, wanted, request.onto)
+    short = replace(opened, full=lambda placed: cast(opened.full(placed), request.dtype, placed.key))
+    sums = merged(short, stored, described, "fp32")
+    one = _answers(_filled(sums, layout), request, layout)
+    other = _answers(_side_by_side(short, stored, sums, layout), request, layout)
+    worst = max([(a - b).abs().max().item() for a, b in zip(one, other, strict=True)], default=0.0)
+    if not worst <= _SLACK * request.tolerance:
+        raise CheckpointError(
+            f"{request.checkpoint}: the logits of base and adapters and of their sums differ by {worst:.2e}, above {_SLACK} times "
+            f"--tolerance {request.tolerance}; please report it"
+        )
+
+
+def _filled(opened: Opened, layout: Layout) -> Any:
+    """Return the model with the weights that `opened` reads, in fp32."""
+    from megatron_ft.checkpoints.fill import fill_from
+    from megatron_ft.models.build import build_model
+
+    arch = opened.config.architecture
     model = build_model(arch, layout).eval()
-    fill_from(model, arch, opened.rules, opened.full if is_exact else whole.full, layout)
-    if is_exact:
-        add_adapters(model, arch, replace(stored, recorded=None), layout, opened.folder)  # open_both has compared them
+    fill_from(model, arch, opened.rules, opened.full, layout)
+    return model
+
+
+def _side_by_side(base: Opened, stored: Stored, whole: Opened, layout: Layout) -> Any:
+    """Return the base with adapters beside its weights. whole: both as one model, which has the settings of the adapters' run."""
+    from megatron_ft.adapters.adapted import add_adapters
+
+    model = _filled(replace(base, config=whole.config), layout)
+    # open_both has compared the hashes
+    add_adapters(model, whole.config.architecture, replace(stored, recorded=None), layout, base.folder)
     return model.eval()  # the adapters too: their dropout
 
 

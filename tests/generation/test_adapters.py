@@ -201,6 +201,44 @@ def test_verify_a_merged_model(dtype, place, pool, tmp_path):
     assert "the base is unchanged" in str(made) and problem_with(place / "run" / "iter_0000003") is None
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_verify_notices_a_wrong_sum(dtype, place, one_rank, monkeypatch, tmp_path):
+    """Adapters with another scale, merged and compared by the same code: weights agree, logits of base and adapters do not."""
+    from checkpoints_conversion import answers
+    from checkpoints_conversion.verify import Verify, verify
+    from megatron_ft.adapters.stored import Stored
+
+    def in_layout(request, _):
+        (found,) = one_rank.run(differences_of_wrong_sums, request)
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
+
+    monkeypatch.setattr(answers, "differences_in_layout", in_layout)
+    monkeypatch.setattr(Stored, "delta", wrong_delta(Stored.delta))
+    merge(Merge(str(place / "run"), str(tmp_path / "merged"), params_dtype=dtype))
+    found = said(verify, Verify(str(tmp_path / "merged"), str(place / "run")))
+    assert ("the logits of base and adapters and of their sums differ" if dtype == "bf16" else "the logits of") in found
+
+
+def wrong_delta(right):
+    return lambda stored, layer, projection: 1.5 * right(stored, layer, projection)
+
+
+def differences_of_wrong_sums(request):
+    from checkpoints_conversion.layout_logits import differences
+    from megatron_ft.adapters.stored import Stored
+
+    right = Stored.delta
+    Stored.delta = wrong_delta(right)
+    try:
+        return differences(request)
+    except UserError as error:
+        return str(error)
+    finally:
+        Stored.delta = right
+
+
 def test_verify_an_exported_adapter_and_what_is_wrong(place, tmp_path):
     from safetensors.torch import load_file, save_file
 
