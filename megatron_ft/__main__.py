@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_ft import __version__
-from megatron_ft.commands.table import ALIASES, COMMANDS, ENTRIES, load
+from megatron_ft.commands.table import ALIASES, COMMANDS, ENTRIES, Entry, find, load, spelled, starting_with
 from megatron_ft.config.cli import run_script
 from megatron_ft.config.hints import nearest
 
@@ -21,14 +21,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"megatron_ft {__version__}")
         return 0
-    name = argv[0].replace("_", "-")
-    name = ALIASES.get(name, name)
-    if name not in ENTRIES:
-        hint = nearest(name, [*ENTRIES, *ALIASES]) or "; megatron-ft --help lists them"
-        print(f"megatron-ft: error: unknown command {argv[0]}{hint}", file=sys.stderr)
-        return 2
-    command, run = load(name)
-    return run_script(command, run, argv[1:])
+    name, rest = find(argv)
+    if name is not None:
+        command, run = load(name)
+        return run_script(command, run, rest)
+    if (group := starting_with(argv[0])) and (len(argv) == 1 or argv[1] in ("-h", "--help", "help")):
+        print(group_overview(spelled(argv[0]), group))
+        return 0
+    print(f"megatron-ft: error: {unknown(argv, group)}", file=sys.stderr)
+    return 2
+
+
+def unknown(words: Sequence[str], group: dict[str, Entry]) -> str:
+    """Say that the words are no command. group: the commands that begin with the first word."""
+    if group and words[1].startswith("-"):
+        seconds = ", ".join(name.split()[1] for name in group)
+        return f"{words[0]} needs a second word before its flags, one of: {seconds}"
+    typed = words[: 2 if group else 1]
+    known = list(group) or [*(name.split()[0] for name in ENTRIES), *ALIASES]
+    where = f"megatron-ft {spelled(words[0])}" if group else "megatron-ft"
+    hint = nearest(" ".join(map(spelled, typed)), known) or f"; {where} --help lists them"
+    return f"unknown command {' '.join(typed)}{hint}"
+
+
+def group_overview(word: str, group: dict[str, Entry]) -> str:
+    """Return a list of the commands whose names begin with a word."""
+    width = max(map(len, group)) + 2
+    lines = [f"usage: megatron-ft {word} COMMAND [--flag value ...]", ""]
+    lines += [f"  {name:{width}}{entry.summary}" for name, entry in group.items()]
+    return "\n".join([*lines, "", f"Flags and examples of a command: megatron-ft {word} COMMAND --help"])
 
 
 def overview() -> str:

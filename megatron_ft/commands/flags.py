@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from megatron_ft.commands.table import COMMANDS, ENTRIES, load
+from megatron_ft.commands.table import COMMANDS, find, load, starting_with
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.fields import MISSING, Option, default_of, options_of, section_name, section_title
 from megatron_ft.errors import ConfigError
@@ -18,7 +18,7 @@ class Flags:
     """Commands"""
 
     command: list[str] = field(default_factory=list)
-    """names of the commands to list; default: all"""
+    """names of the commands to list, or the first word of several; default: all"""
 
 
 COMMAND = Command(
@@ -32,11 +32,21 @@ COMMAND = Command(
 
 def run(options: Flags) -> int:
     """Print the reference. Raise ConfigError for an unknown command."""
-    for name in options.command:
-        if name not in ENTRIES:
-            raise ConfigError(f"there is no command {name}; megatron-ft --help lists all commands")
-    print(reference(options.command))
+    print(reference(named(options.command)))
     return 0
+
+
+def named(words: list[str]) -> list[str]:
+    """Return the names of commands that a list of words holds. Raise ConfigError for a word that is no command."""
+    names = []
+    while words:
+        name, rest = find(words)
+        found = [name] if name else list(starting_with(words[0]))
+        if not found:
+            raise ConfigError(f"there is no command {words[0]}; megatron-ft --help lists all commands")
+        names += found
+        words = rest if name else words[1:]
+    return names
 
 
 def reference(names: list[str]) -> str:

@@ -1,7 +1,10 @@
-"""The table of commands: name -> module and summary. A command's module is imported only when the command is used."""
+"""The table of commands: name -> module and summary. A command's module is imported only when the command is used.
+
+A name may have two words, such as "evaluate perplexity".
+"""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from megatron_ft.collector import no_collection
@@ -61,6 +64,26 @@ COMMANDS: dict[str, dict[str, Entry]] = {
 }
 ALIASES = {"train": "finetune", "env": "doctor"}
 ENTRIES = {name: entry for group in COMMANDS.values() for name, entry in group.items()}
+
+
+def spelled(word: str) -> str:
+    """Return a word of a command's name with - for _ and an alias in full."""
+    word = word.replace("_", "-")
+    return ALIASES.get(word, word)
+
+
+def find(words: Sequence[str], names: Collection[str] = ENTRIES) -> tuple[str | None, list[str]]:
+    """Return the longest name that the words begin with, or None, and the words after it."""
+    for count in (2, 1):
+        name = " ".join(map(spelled, words[:count]))
+        if name in names:
+            return name, list(words[count:])
+    return None, list(words)
+
+
+def starting_with(word: str) -> dict[str, Entry]:
+    """Return the commands whose names have this first word and a second one."""
+    return {name: entry for name, entry in ENTRIES.items() if name.startswith(f"{spelled(word)} ")}
 
 
 def load(name: str) -> tuple[Command, Callable[..., int | None]]:

@@ -35,7 +35,7 @@ def test_overview_names_every_command(argv):
     for group, entries in COMMANDS.items():
         assert f"\n{group}\n" in done.stdout
         for name, entry in entries.items():
-            assert any(line.split() == [name, *entry.summary.split()] for line in done.stdout.splitlines())
+            assert any(line.split() == [*name.split(), *entry.summary.split()] for line in done.stdout.splitlines())
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
@@ -48,9 +48,7 @@ def test_overview_imports_nothing_heavy():
 def test_help_of_each_command_is_there_and_does_not_import_torch():
     from megatron_ft.commands.table import ENTRIES
 
-    code = (
-        "import sys, megatron_ft.__main__ as m; rc = m.main([sys.argv[1], '--help']); print(rc, 'torch' in sys.modules)"
-    )
+    code = "import sys, megatron_ft.__main__ as m; rc = m.main([*sys.argv[1].split(), '--help']); print(rc, 'torch' in sys.modules)"
     for name, entry in ENTRIES.items():
         if not (ROOT / entry.module.replace(".", "/")).with_suffix(".py").exists():
             continue  # named, not written yet
@@ -77,6 +75,52 @@ def test_unknown_command(name, hint):
     done = desk(name)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"megatron-ft: error: unknown command {name}{hint}\n"
+
+
+@pytest.fixture
+def two_words(monkeypatch):
+    """Two commands of two words, over the modules of others."""
+    from megatron_ft.commands.table import ENTRIES
+
+    monkeypatch.setitem(ENTRIES, "count letters", ENTRIES["report"])
+    monkeypatch.setitem(ENTRIES, "count words", ENTRIES["demo"])
+
+
+def test_a_name_of_two_words_is_found_and_takes_flags(two_words):
+    from megatron_ft.commands.table import ENTRIES, find
+
+    assert find(["count", "letters", "--x", "1"]) == ("count letters", ["--x", "1"])
+    assert find(["count", "--x"]) == (None, ["count", "--x"])
+    assert find(["train", "--load", "x"], ENTRIES) == ("finetune", ["--load", "x"])
+
+
+def test_the_first_of_two_words_lists_the_commands_that_begin_so(two_words, capsys):
+    from megatron_ft.__main__ import main
+
+    for argv in (["count"], ["count", "--help"], ["count", "help"]):
+        assert main(argv) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[:2] for line in lines if line.startswith("  ")] == [
+            ["count", "letters"],
+            ["count", "words"],
+        ]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["count", "leters"], "unknown command count leters; did you mean count letters?"),
+        (["count", "qqqqqqqqqq", "--x"], "unknown command count qqqqqqqqqq; megatron-ft count --help lists them"),
+        (["count", "--x"], "count needs a second word before its flags, one of: letters, words"),
+        (["cuont", "letters"], "unknown command cuont; did you mean count?"),
+    ],
+)
+def test_unknown_second_word(two_words, argv, message, capsys):
+    from megatron_ft.__main__ import main
+
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", f"megatron-ft: error: {message}\n")
 
 
 def test_a_mistake_in_flags_is_one_line_and_exit_code_2():

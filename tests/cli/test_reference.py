@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ft.commands.completion import COMMAND as COMPLETION
 from megatron_ft.commands.completion import run as complete
-from megatron_ft.commands.flags import Flags, reference, run
+from megatron_ft.commands.flags import Flags, named, reference, run
 from megatron_ft.commands.table import ENTRIES, load
 from megatron_ft.config.fields import options_of
 from megatron_ft.errors import ConfigError
@@ -28,6 +28,17 @@ def test_one_command_and_an_unknown_one():
         run(Flags(["reprot"]))
 
 
+@pytest.fixture
+def two_words(monkeypatch):
+    """A command of two words, over the module of another."""
+    monkeypatch.setitem(ENTRIES, "count letters", ENTRIES["report"])
+
+
+def test_words_name_commands(two_words):
+    assert named(["count", "letters", "report"]) == ["count letters", "report"]
+    assert named(["count"]) == ["count letters"]
+
+
 @pytest.mark.parametrize(
     "typed, expected",
     [
@@ -36,10 +47,12 @@ def test_one_command_and_an_unknown_one():
         ("megatron-ft finetune --micro", ["--micro_batch_size"]),
         ("megatron-ft train --no_pack", ["--no_packing"]),
         ("megatron-ft megatron-to-hf --out", ["--output_dir"]),
+        ("megatron-ft count le", ["letters"]),
+        ("megatron-ft count letters --out", ["--output"]),
         ("megatron-ft nonsense --x", []),
     ],
 )
-def test_bash_completes(typed, expected, capsys):
+def test_bash_completes(typed, expected, two_words, capsys):
     complete(COMPLETION.sections[0]("bash"))
     script = capsys.readouterr().out
     words = typed.split()

@@ -23,7 +23,16 @@ def command_lines(text: str) -> list[tuple[str, str]]:
     blocks += re.findall(r"(?:^ {4}.*\n?)+", text, re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = (CALL.match(line.strip()) for line in lines)
-    return [(match[1], match[2] or "") for match in found if match and ALIASES.get(match[1], match[1]) in ENTRIES]
+    return [pair for match in found if match and (pair := named(match[1], match[2] or ""))]
+
+
+def named(word: str, rest: str) -> tuple[str, str] | None:
+    """Return the name of the command, which may take a second word, and what is left of its line."""
+    second, _, after = rest.strip().partition(" ")
+    if f"{word} {second}" in ENTRIES:
+        return f"{word} {second}", after
+    name = ALIASES.get(word, word)
+    return (name, rest) if name in ENTRIES else None
 
 
 @pytest.mark.parametrize(
@@ -35,7 +44,7 @@ def test_commands_are_understood(page):
         words = shlex.split(plain, comments=True)
         if "..." in words or "--config" in words or not words:
             continue
-        command, _ = load(ALIASES.get(name, name))
+        command, _ = load(name)
         try:
             parse(command, words)
         except SystemExit as stop:  # --help and the like
