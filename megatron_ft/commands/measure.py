@@ -36,7 +36,7 @@ class Measure:
 
 COMMAND = Command(
     name="measure",
-    summary="measure peak memory and time of a model in 16, 8 and 4 bits",
+    summary="measure memory and time of a model in 16, 8 and 4 bits",
     sections=(Measure,),
     examples=(
         "megatron-ft measure models/falcon-40b-instruct --bits 16,8,4 --output runs/measure",

@@ -48,13 +48,18 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     "Use": {
         "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint or an exported model"),
         "chat": Entry("megatron_ft.commands.chat", "chat with a checkpoint or an exported model"),
-        "measure": Entry("megatron_ft.commands.measure", "measure peak memory and time of a model in 16, 8 and 4 bits"),
+        "measure": Entry("megatron_ft.commands.measure", "measure memory and time of a model in 16, 8 and 4 bits"),
         "megatron-to-hf": Entry(
             "checkpoints_conversion.megatron_to_hf", "convert a checkpoint to a Hugging Face model"
         ),
         "merge-adapter": Entry(
             "checkpoints_conversion.merge_adapter",
             "write a model with its adapters for Hugging Face",
+        ),
+    },
+    "Evaluate": {
+        "evaluate perplexity": Entry(
+            "megatron_ft.commands.evaluate_perplexity", "perplexity of models by length of the context"
         ),
     },
     "Help": {

@@ -27,8 +27,10 @@ def from_text(option: Option, text: str | list[str], where: str) -> Any:
     if option.optional and text in ("null", ["null"]):
         return None
     if isinstance(text, list):
-        inner = typing.get_args(option.bare_type)[:1] or (str,)
-        return checked(option, [_raw(inner[0], one) for one in text], where)
+        inner = (typing.get_args(option.bare_type) or (str,))[0]
+        # A text may hold a comma; a number or one of several words cannot.
+        apart = text if inner in (str, Path) else [part for one in text for part in one.split(",")]
+        return checked(option, [_raw(inner, one) for one in apart], where)
     return checked(option, _raw(option.bare_type, text), where)
 
 

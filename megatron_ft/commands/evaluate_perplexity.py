@@ -1,0 +1,187 @@
+"""megatron-ft evaluate perplexity: perplexity of models by length of the context, over the same tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ft.commands.generate import GenerationLayout
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import Processes
+from megatron_ft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_ft.engine.parallel import Layout
+
+
+@dataclass
+class PerplexityOptions:
+    """Models and texts"""
+
+    load: list[str] = field(default_factory=list)
+    """folders of checkpoints or of exported Hugging Face models; several are compared"""
+    names: list[str] = field(default_factory=list)
+    """names of the models in --load, in their order; default: the names of their folders"""
+    adapter: list[str] = field(default_factory=list)
+    """adapters of the models in --load, in their order (none: a model without): checkpoints of runs with --lora_rank, or PEFT folders"""
+    data: list[str] = field(default_factory=list)
+    """prefixes of shards, whose samples are documents, or text files, each of them one document"""
+    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048])
+    """largest numbers of tokens in a window, separated by commas: those scored and the context before them"""
+    stride: int | None = None
+    """number of tokens that a window scores, below the smallest length; default: half of that length"""
+    batch_size: int = 8
+    """number of windows that are computed at once"""
+    output: str = "perplexity"
+    """folder for perplexity.json, perplexity.html and perplexity.svg"""
+    bf16: bool = False
+    """compute in bfloat16 instead of fp32"""
+    verify_checkpoint: bool = True
+    """compare the folders' files with their recorded digests, if there are any; --no_verify_checkpoint skips this"""
+
+
+COMMAND = Command(
+    name="evaluate perplexity",
+    summary="perplexity of models by length of the context",
+    sections=(PerplexityOptions, GenerationLayout, Processes),
+    examples=(
+        "megatron-ft evaluate perplexity --load runs/tuned --data data/mine-val --lengths 512,1024,2048",
+        "megatron-ft evaluate perplexity --nproc_per_node 4 --load runs/scaled runs/plain --names scaled,unscaled "
+        "--data book.txt --lengths 512,1024,2048,4096,8192,12000 --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
+    ),
+)
+
+
+def run(options: PerplexityOptions, parallel: GenerationLayout, processes: Processes) -> int:
+    """Measure, print a table and write the files. Raise UserError for settings, models or texts that do not fit."""
+    stride = check(options)
+    from megatron_ft.checkpoints.folder import check_folder
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.engine.start import prepare_engine
+    from megatron_ft.launch.places import join_srun
+    from megatron_ft.launch.run import launch, planned
+
+    for given in (*options.load, *filter(None, adapters_of(options))):
+        check_folder(Path(given))
+    join_srun(processes)
+    if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
+        return code  # the ranks have done what follows
+    sizes = ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    with process_groups(sizes) as layout:
+        models = [
+            {
+                "name": name,
+                "load": load,
+                "adapter": adapter,
+                "lengths": _measured(options, load, adapter, stride, layout),
+            }
+            for name, load, adapter in zip(names_of(options), options.load, adapters_of(options), strict=True)
+        ]
+        if layout.is_main:
+            _write(options, stride, models)
+    return 0
+
+
+def check(options: PerplexityOptions) -> int:
+    """Return the stride. Raise ConfigError for settings that do not fit."""
+    if not options.load:
+        raise ConfigError("--load is needed: the folder of a checkpoint or of an exported model, or several")
+    if not options.data:
+        raise ConfigError("--data is needed: prefixes of shards or text files")
+    if not options.lengths or min(options.lengths) < 2 or sorted(set(options.lengths)) != options.lengths:
+        raise ConfigError("--lengths must be at least 2 and in rising order, such as 512,1024,2048")
+    if options.batch_size < 1:
+        raise ConfigError("--batch_size must be at least 1")
+    names_of(options), adapters_of(options)
+    stride = options.lengths[0] // 2 if options.stride is None else options.stride
+    if not 0 < stride < options.lengths[0]:
+        raise ConfigError(
+            f"--stride {stride} must be at least 1 and below the smallest length, {options.lengths[0]}, so that every length scores "
+            f"the same tokens: lower it, or leave it out"
+        )
+    return stride
+
+
+def names_of(options: PerplexityOptions) -> list[str]:
+    """Return a name for each model, all different."""
+    names = options.names or [Path(load).resolve().name for load in options.load]
+    if len(names) != len(options.load):
+        raise ConfigError(f"--names has {len(names)} names for {len(options.load)} models in --load: give one for each")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"two models have the name {twice[0]}: give different ones with --names")
+    return names
+
+
+def adapters_of(options: PerplexityOptions) -> list[str | None]:
+    """Return the adapter of each model, or None."""
+    given = options.adapter or ["none"] * len(options.load)
+    if len(given) != len(options.load):
+        raise ConfigError(
+            f"--adapter has {len(given)} entries for {len(options.load)} models in --load: give one for each, none for a model without"
+        )
+    return [None if adapter == "none" else adapter for adapter in given]
+
+
+def _measured(
+    options: PerplexityOptions, load: str, adapter: str | None, stride: int, layout: Layout
+) -> list[dict[str, Any]]:
+    """Return the sums of one model at every length."""
+    from megatron_ft.evaluation.documents import read_documents
+    from megatron_ft.evaluation.perplexity import measure
+    from megatron_ft.evaluation.scoring import Scorer
+    from megatron_ft.generation.loading import open_chat_model
+    from megatron_ft.models.rope import LENGTH_METHODS, method_of
+
+    chat = open_chat_model(
+        Path(load), layout, None, options.bf16, options.verify_checkpoint, (), Path(adapter) if adapter else None
+    )
+    model = chat.decoder.model
+    documents = read_documents(options.data, chat.tokenizer, model.true_vocab_size)
+    pads = method_of(model.rotary_pos_emb.arch.rope_scaling) not in LENGTH_METHODS
+    found = []
+    for length in options.lengths:
+        sums = measure(Scorer(model, layout), documents, length, stride, layout, options.batch_size, pads)
+        parts = {
+            kind: {name: one.as_json() for name, one in sorted(getattr(sums, kind).items())}
+            for kind in ("roles", "sources")
+        }
+        found.append({"length": length, "stride": stride, **sums.all.as_json(), **parts})
+    return found
+
+
+def _write(options: PerplexityOptions, stride: int, models: list[dict[str, Any]]) -> None:
+    from megatron_ft.files import write_json
+    from megatron_ft.report.perplexity_page import by_part, how, rows_of, shown, write_page
+
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    precision = "bf16" if options.bf16 else "fp32"
+    result = {
+        "data": options.data,
+        "lengths": options.lengths,
+        "stride": stride,
+        "precision": precision,
+        "models": models,
+    }
+    write_json(folder / "perplexity.json", result)
+    write_page(result, folder / "perplexity.html", folder / "perplexity.svg")
+    print(f"Perplexity. {how(result)}")
+    rows = rows_of(models)
+    for model in models:
+        rows += [
+            (f"{model['name']}, {name}", values)
+            for kind in ("roles", "sources")
+            for name, values in by_part(model, kind)
+        ]
+    width = max(len(name) for name, _ in rows)
+    print(f"{'window':{width}}" + "".join(f"{length:>14}" for length in options.lengths))
+    for name, values in rows:
+        print(f"{name:{width}}" + "".join(f"{shown(value):>14}" for value in values))
+    print(folder / "perplexity.html")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))
