@@ -24,7 +24,7 @@ class PerplexityOptions:
     load: list[str] = field(default_factory=list)
     """folders of checkpoints or of exported Hugging Face models; several are compared"""
     names: list[str] = field(default_factory=list)
-    """names of the models in --load, in their order; default: the names of their folders"""
+    """names of the models in --load, in their order, separated by spaces; default: the names of their folders"""
     adapter: list[str] = field(default_factory=list)
     """adapters of the models in --load, in their order (none: a model without): checkpoints of runs with --lora_rank, or PEFT folders"""
     data: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ COMMAND = Command(
     sections=(PerplexityOptions, GenerationLayout, Processes),
     examples=(
         "megatron-ft evaluate perplexity --load runs/tuned --data data/mine-val --lengths 512,1024,2048",
-        "megatron-ft evaluate perplexity --nproc_per_node 4 --load runs/scaled runs/plain --names scaled,unscaled "
+        "megatron-ft evaluate perplexity --nproc_per_node 4 --load runs/scaled runs/plain --names scaled unscaled "
         "--data book.txt --lengths 512,1024,2048,4096,8192,12000 --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
     ),
 )
