@@ -1,0 +1,84 @@
+"""A chart of several models by length: a line each, with its own dashes and marks, so that they can be told apart in grey."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 640, 300  # SVG units
+LEFT, RIGHT, TOP, BOTTOM = 56, 150, 14, 46
+COLOURS = ("#2563c9", "#d9730d", "#17803d", "#8e44ad", "#c8281e", "#0e7c86", "#7a5c00", "#555f69")
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "12 4", "1 2", "6 2 1 2 1 2")
+_FONT = 'font-family="system-ui, DejaVu Sans, sans-serif" font-size="11.5"'
+_SOFT, _LINE = "#667079", "#e3e5e8"
+
+
+def by_length(
+    title: str, lengths: Sequence[int], series: Mapping[str, Sequence[float | None]], across: str, up: str
+) -> str:
+    """Return an SVG element that is readable alone. series: name -> score (0 to 1) at each length, drawn in percent.
+
+    Lengths stand side by side at equal distances, as they usually double. across, up: names of the axes, with units.
+    """
+    at = [_x(n, len(lengths)) for n in range(len(lengths))]
+    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>', *map(_level, (0, 0.25, 0.5, 0.75, 1))]
+    parts += [_text(x, HEIGHT - BOTTOM + 18, f"{length:,}") for x, length in zip(at, lengths, strict=True)]
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, across))
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(f'<g transform="rotate(-90 13 {middle})">{_text(13, middle, up)}</g>')
+    for n, (name, scores) in enumerate(series.items()):
+        parts.append(_line(n, name, list(zip(at, scores, strict=True)), lengths))
+        parts.append(_key(n, name))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" {_FONT}>'
+        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
+    )
+
+
+def _x(n: int, count: int) -> float:
+    room = WIDTH - LEFT - RIGHT - 40
+    return LEFT + 20 + (room / 2 if count == 1 else room * n / (count - 1))
+
+
+def _y(score: float) -> float:
+    return TOP + (HEIGHT - TOP - BOTTOM) * (1 - score)
+
+
+def _level(score: float) -> str:
+    y = _y(score)
+    return (
+        f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" style="stroke:{_SOFT if score == 0 else _LINE};fill:none"/>'
+        f"{_text(LEFT - 7, y + 4, f'{100 * score:.0f}', 'end')}"
+    )
+
+
+def _line(n: int, name: str, points: Sequence[tuple[float, float | None]], lengths: Sequence[int]) -> str:
+    there = [(x, score, length) for (x, score), length in zip(points, lengths, strict=True) if score is not None]
+    path = "L".join(f"{x:.1f} {_y(score):.1f}" for x, score, _ in there)
+    marks = "".join(
+        f"<g><title>{escape(name)}, {length:,}: {100 * score:.1f}%</title>{_mark(n, x, _y(score))}</g>"
+        for x, score, length in there
+    )
+    return f'<path d="M{path}" style="{_stroke(n)}"/>{marks}' if there else ""
+
+
+def _stroke(n: int) -> str:
+    return f"fill:none;stroke-width:2;stroke:{COLOURS[n % len(COLOURS)]};stroke-dasharray:{DASHES[n % len(DASHES)] or 'none'}"
+
+
+def _mark(n: int, x: float, y: float) -> str:
+    """Return a circle, square, triangle, diamond or cross."""
+    colour = COLOURS[n % len(COLOURS)]
+    if n % 5 == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" style="fill:{colour}"/>'
+    shapes = ("m-4 -4h8v8h-8z", "m0 -5l5 9h-10z", "m0 -6l5 6l-5 6l-5 -6z", "m-4 -4l8 8m0 -8l-8 8")
+    fill = "none" if n % 5 == 4 else colour
+    return f'<path d="M{x:.1f} {y:.1f}{shapes[n % 5 - 1]}" style="fill:{fill};stroke:{colour};stroke-width:1.6"/>'
+
+
+def _key(n: int, name: str) -> str:
+    x, y = WIDTH - RIGHT + 14, TOP + 12 + 20 * n
+    line = f'<path d="M{x} {y}h30" style="{_stroke(n)}"/>{_mark(n, x + 15, y)}'
+    return line + _text(x + 37, y + 4, name if len(name) <= 14 else f"{name[:13]}…", "start")
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="fill:{_SOFT}">{escape(text)}</text>'
