@@ -61,6 +61,9 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "evaluate perplexity": Entry(
             "megatron_ft.commands.evaluate_perplexity", "perplexity of models by length of the context"
         ),
+        "evaluate retrieval": Entry(
+            "megatron_ft.commands.evaluate_retrieval", "measure retrieval from long prompts, compare models"
+        ),
     },
     "Help": {
         "flags": Entry("megatron_ft.commands.flags", "print all flags of all commands, as Markdown"),
