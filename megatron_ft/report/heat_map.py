@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-LEFT, TOP, BOTTOM, KEY = 62, 10, 44, 62  # SVG units around the cells; KEY: the scale at the right
+LEFT, TOP, BOTTOM, KEY = 62, 10, 44, 72  # SVG units around the cells; KEY: the scale at the right
 WIDEST, CELL_HEIGHT = 92, 34
 _LIGHT, _DARK = (236, 242, 252), (13, 50, 120)
 _EMPTY = "#ffffff"

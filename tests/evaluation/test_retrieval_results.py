@@ -51,7 +51,7 @@ def test_compared():
     assert first["mean"] == (1 + 0.75 + 0.25 + 0) / 4 and second["mean"] == (1 + 0.75 + 0.75 + 0) / 4
     assert first["normalised"] == pytest.approx((1 + 1 + 1 / 3 + 0) / 4) and second["normalised"] == 0.75
     head, lines = scores_rows([first, second])
-    assert head == ["model", "lines 100", "lines 200", "topics 100", "topics 200", "mean", "normalised"]
+    assert head == ["", "lines 100", "lines 200", "topics 100", "topics 200", "mean", "normalised"]
     assert lines[0] == ["A", "100.0", "75.0", "25.0", "0.0", "50.0", "58.3"]
 
 

@@ -64,15 +64,16 @@ def _comparison(page: Page, folder: Path, models: Sequence[Model], how: str) -> 
 
 
 def scores_table(models: Sequence[Model]) -> str:
-    """Return the table of all subtasks: a row for each model."""
-    head, rows = scores_rows(models)
+    """Return the table of all subtasks: a row for each, a column for each model."""
+    names, lines = scores_rows(models)
+    head, *rows = zip(names, *lines, strict=True)
     return table(head, rows, ("", *["num"] * (len(head) - 1)))
 
 
 def scores_rows(models: Sequence[Model]) -> tuple[list[str], list[list[str]]]:
     """Return names of columns, and a row of percentages for each model."""
     columns = list(subtasks(models[0]["tasks"]))
-    head = ["model", *(f"{task} {_short(length)}" for task, length in columns), "mean"]
+    head = ["", *(f"{task} {_short(length)}" for task, length in columns), "mean"]
     rows = []
     for model in models:
         scores = subtasks(model["tasks"])
