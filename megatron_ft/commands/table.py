@@ -44,6 +44,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
             "megatron_ft.commands.verify_invariance", "check that every layout computes the same gradients"
         ),
         "report": Entry("megatron_ft.commands.report", "write the HTML page of a run: curves, data, layout"),
+        "compare": Entry("megatron_ft.commands.compare", "compare the losses of several runs in one HTML page"),
     },
     "Use": {
         "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint or an exported model"),

@@ -29,7 +29,7 @@ def picture(title: str, lines: Sequence[Line], log: bool = False, marks: Sequenc
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
-    scale = _Scale.of([point for line in lines for point in line.points], log)
+    scale = Scale.of([point for line in lines for point in line.points], log)
     parts = [_grid(scale), *(_mark(scale, at) for at in marks), *(_line(scale, line) for line in lines)]
     legend = "".join(f'<span class="key {line.style}">{escape(line.name)}</span>' for line in lines)
     if marks:
@@ -51,7 +51,7 @@ def bars(rows: Sequence[tuple[str, float, str]]) -> str:
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """Converts iterations and values to coordinates."""
 
     first: float
@@ -61,7 +61,7 @@ class _Scale:
     log: bool
 
     @classmethod
-    def of(cls, points: Curve, log: bool) -> "_Scale":
+    def of(cls, points: Curve, log: bool) -> "Scale":
         iterations = [at for at, _ in points]
         values = [math.log10(value) if log else value for _, value in points]
         low, high = min(values), max(values)
@@ -99,7 +99,7 @@ def round_steps(low: float, high: float, about: int) -> list[float]:
     return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _grid(scale: _Scale) -> str:
+def _grid(scale: Scale) -> str:
     parts = []
     for value in scale.ticks():
         y = scale.y(value)
@@ -114,7 +114,7 @@ def _grid(scale: _Scale) -> str:
     return "".join(parts) + f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
 
 
-def _line(scale: _Scale, line: Line) -> str:
+def _line(scale: Scale, line: Line) -> str:
     shown = line.points[:: max(1, len(line.points) // _POINTS)]
     if shown[-1] != line.points[-1]:
         shown = [*shown, line.points[-1]]
@@ -133,11 +133,11 @@ def _line(scale: _Scale, line: Line) -> str:
     )
 
 
-def _place(scale: _Scale, at: int, value: float) -> str:
+def _place(scale: Scale, at: int, value: float) -> str:
     return f'cx="{scale.x(at):.1f}" cy="{scale.y(value):.1f}"'
 
 
-def _mark(scale: _Scale, at: int) -> str:
+def _mark(scale: Scale, at: int) -> str:
     x = scale.x(at)
     return f'<path class="mark" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"><title>checkpoint at {at}</title></path>'
 

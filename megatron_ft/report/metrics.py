@@ -13,10 +13,11 @@ Curve = list[tuple[int, float]]  # (iteration, value), by iteration
 @dataclass
 class Metrics:
     """curves: metric name -> its values; NaN values are counted and left out, and so is the loss, 0, of steps without a supervised
-    token. checkpoints: iteration -> folder."""
+    token. checkpoints: iteration -> folder. samples: iteration -> hash of all samples used so far."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
+    samples: dict[int, str] = field(default_factory=dict)
     not_finite: int = 0
 
     def curve(self, name: str) -> Curve:
@@ -52,6 +53,8 @@ def read_metrics(path: Path) -> Metrics:
             raise DataError(f"{path}, line {number}: not a line of metrics ({error}); remove it") from error
         if "checkpoint" in entry:
             metrics.checkpoints[iteration] = entry["checkpoint"]
+        if isinstance(used := entry.get("train/samples_hash"), str):
+            metrics.samples[iteration] = used
         for name, value in entry.items():
             if value is None or isinstance(value, int | float):
                 found.setdefault(name, {})[iteration] = value

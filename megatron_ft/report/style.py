@@ -48,6 +48,14 @@ path.mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 .line.d { stroke: var(--d); }
 .dot.a { fill: var(--a); }
 .dot.b { fill: var(--b); }
+.line.n1 { stroke: var(--a); }
+.line.n2 { stroke: var(--b); stroke-dasharray: 7 3; }
+.line.n3 { stroke: var(--c); stroke-dasharray: 2 3; }
+.line.n4 { stroke: var(--d); stroke-dasharray: 8 3 2 3; }
+.line.n5 { stroke: var(--ink); stroke-width: 1.1; }
+.line.n6 { stroke: var(--bad); stroke-dasharray: 12 4; }
+.runs { display: flex; gap: 4px 18px; flex-wrap: wrap; font-size: 13.5px; margin: 0 0 10px; color: var(--soft); }
+.runs svg { display: inline-block; width: 34px; height: 9px; margin: 0 7px 0 0; vertical-align: middle; }
 .hover { fill: transparent; }
 .hover:hover { fill: var(--a); fill-opacity: .35; }
 .line.dashed { stroke-dasharray: 6 4; }
