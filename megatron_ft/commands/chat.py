@@ -40,8 +40,12 @@ class Chat:
     """sample only from this many most likely tokens; 0: from all"""
     top_p: float = 1.0
     """sample only from the most likely tokens whose probabilities add up to this; 1: from all"""
-    bf16: bool = False
-    """compute in bfloat16 instead of fp32"""
+    repetition_penalty: float = 1.0
+    """divide the logits of tokens that the conversation contains by this, as transformers does; 1: no penalty"""
+    stop: list[str] = field(default_factory=list)
+    """strings that an answer ends before, besides the stop token of the chat format"""
+    bf16: bool | None = None
+    """compute in bfloat16, --no_bf16: in fp32; default: bfloat16 for an exported model in bfloat16, else fp32"""
 
 
 COMMAND = Command(
@@ -77,7 +81,7 @@ def run(chat: Chat) -> int:
 def _converse(chat: Chat, model: ChatModel) -> None:
     from megatron_ft.generation.sampling import Sampling
 
-    sampling = Sampling(chat.temperature, chat.top_k, chat.top_p)
+    sampling = Sampling(chat.temperature, chat.top_k, chat.top_p, chat.repetition_penalty)
     opening = [{"role": "system", "content": chat.system}] if chat.system else []
     messages = list(opening)
     for turn, text in enumerate(_lines()):
@@ -88,7 +92,7 @@ def _converse(chat: Chat, model: ChatModel) -> None:
             continue
         messages.append({"role": "user", "content": text})
         try:
-            answer = model.answers([messages], chat.max_new_tokens, sampling, seed=turn)[0]
+            answer = model.answers([messages], chat.max_new_tokens, sampling, seed=turn, stop=chat.stop)[0]
         except ConfigError:  # longer than the model's positions
             print(
                 "the conversation is longer than the model's context: ask a shorter question, or start a new one with /new"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,7 @@ from megatron_ft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatron_ft.engine.parallel import Layout
+    from megatron_ft.generation.throughput import Throughput
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Generation:
     prompts: str | None = None
     """file of prompts instead of --prompt, one JSON object per line: {"prompt": text} or {"messages": [...]}"""
     output: str | None = None
-    """file for the answers, one JSON object per prompt with the key "answer"; default: print them"""
+    """file for the answers, one JSON object per prompt with the key "answer", of several answers "answers"; default: print them"""
     chat_format: str | None = None
     """chat format of the prompts; default: the one recorded in the checkpoint"""
     template_arguments: list[str] = field(default_factory=list)
@@ -51,12 +52,18 @@ class SamplingOptions:
     """sample only from this many most likely tokens; 0: from all"""
     top_p: float = 1.0
     """sample only from the most likely tokens whose probabilities add up to this; 1: from all"""
+    repetition_penalty: float = 1.0
+    """divide the logits of tokens that the conversation contains by this, as transformers does; 1: no penalty"""
+    stop: list[str] = field(default_factory=list)
+    """strings that an answer ends before, besides the stop token of the chat format"""
+    num_return_sequences: int = 1
+    """number of answers to each prompt; more than one needs a --temperature above 0"""
     seed: int = 0
     """seed of the sampling"""
     batch_size: int = 32
     """number of prompts that are answered at once"""
-    bf16: bool = False
-    """compute in bfloat16 instead of fp32"""
+    bf16: bool | None = None
+    """compute in bfloat16, --no_bf16: in fp32; default: bfloat16 for an exported model in bfloat16, else fp32"""
 
 
 @dataclass(frozen=True)
@@ -82,23 +89,28 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
     check_sampling(options)
     if options.batch_size < 1:
         raise ConfigError("--batch_size must be at least 1")
+    check_number(options)
     from megatron_ft.checkpoints.folder import check_folder
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.engine.start import prepare_engine
-    from megatron_ft.launch.places import join_srun
+    from megatron_ft.launch.places import is_rank, join_srun
     from megatron_ft.launch.run import launch, planned
 
     for given in filter(None, (generation.load, generation.adapter)):
         check_folder(Path(given))
     join_srun(processes)
+    needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if processes.nproc_per_node is None and needed > 1 and not is_rank():
+        processes = replace(processes, nproc_per_node=needed)
     if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
         return code  # the ranks have done what follows
     with process_groups(
         ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     ) as layout:
-        answers = _answer(generation, options, layout, [line["messages"] for line in lines])
+        answers, throughput = _answer(generation, options, layout, [line["messages"] for line in lines])
         if layout.is_main:
             _write(generation, lines, answers)
+            print(throughput, file=sys.stderr)
     return 0
 
 
@@ -142,6 +154,8 @@ class _Sampling(Protocol):
     temperature: float
     top_k: int
     top_p: float
+    repetition_penalty: float
+    stop: list[str]
 
 
 def check_sampling(options: _Sampling) -> None:
@@ -150,38 +164,58 @@ def check_sampling(options: _Sampling) -> None:
         raise ConfigError("--max_new_tokens must be at least 1")
     if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
         raise ConfigError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1")
+    if options.repetition_penalty <= 0:
+        raise ConfigError("--repetition_penalty must be above 0; 1 is no penalty")
+    if "" in options.stop:
+        raise ConfigError("--stop has an empty string: every answer would end at once")
 
 
-def _answer(generation: Generation, options: SamplingOptions, layout: Layout, conversations: list) -> list[str]:
-    """Return the answers to all conversations, on every rank. Data-parallel ranks take every dp_size-th prompt."""
+def check_number(options: SamplingOptions) -> None:
+    """Raise ConfigError for a number of answers that makes no sense."""
+    if options.num_return_sequences < 1:
+        raise ConfigError("--num_return_sequences must be at least 1")
+    if options.num_return_sequences > 1 and options.temperature == 0:
+        raise ConfigError("--num_return_sequences above 1 needs --temperature above 0: greedy answers are all the same")
+
+
+def _answer(
+    generation: Generation, options: SamplingOptions, layout: Layout, conversations: list
+) -> tuple[list[list[str]], Throughput]:
+    """Return the answers to each conversation, on every rank, and the speed. Data-parallel ranks take every dp_size-th prompt."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
     from megatron_ft.generation.loading import open_chat_model
     from megatron_ft.generation.sampling import Sampling
+    from megatron_ft.generation.throughput import together
 
     model = open_chat_model(
         Path(generation.load), layout, generation.chat_format, options.bf16, generation.verify_checkpoint,
         generation.template_arguments, Path(generation.adapter) if generation.adapter else None,
     )  # fmt: skip
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    mine = conversations[layout.dp_rank :: layout.dp_size]
-    answers = model.answers(mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    count = options.num_return_sequences
+    mine = [one for one in conversations[layout.dp_rank :: layout.dp_size] for _ in range(count)]
+    answers = model.answers(
+        mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank, options.stop
+    )
     shares: list[Any] = [None] * layout.dp_size
-    dist.all_gather_object(shares, answers, group=parallel_state.get_data_parallel_group())
-    return [shares[i % layout.dp_size][i // layout.dp_size] for i in range(len(conversations))]
+    dist.all_gather_object(shares, (answers, model.decoder.throughput), group=parallel_state.get_data_parallel_group())
+    places = [(i % layout.dp_size, i // layout.dp_size * count) for i in range(len(conversations))]
+    return [shares[rank][0][at : at + count] for rank, at in places], together([share[1] for share in shares])
 
 
-def _write(generation: Generation, lines: list[dict], answers: list[str]) -> None:
+def _write(generation: Generation, lines: list[dict], answers: list[list[str]]) -> None:
     from megatron_ft.files import atomic_file
 
     if generation.output is None:
-        for line, answer in zip(lines, answers, strict=True):
-            print(f"{line['messages'][-1]['content']}\n  -> {answer}")
+        for line, given in zip(lines, answers, strict=True):
+            print("\n  -> ".join([line["messages"][-1]["content"], *given]))
         return
     with atomic_file(generation.output, "w") as file:
-        for line, answer in zip(lines, answers, strict=True):
-            file.write(json.dumps({**line, "answer": answer}, ensure_ascii=False) + "\n")
+        for line, given in zip(lines, answers, strict=True):
+            several = {"answers": given} if len(given) > 1 else {}
+            file.write(json.dumps({**line, "answer": given[0], **several}, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from megatron_ft.errors import CheckpointError, DamagedError, DataError, Tokeniz
 from megatron_ft.files import read_json, read_text
 from megatron_ft.generation.decoding import Decoder
 from megatron_ft.generation.sampling import Sampling
+from megatron_ft.generation.stop_strings import StopStrings
 from megatron_ft.log import logger
 from megatron_ft.models.architecture import Architecture, check_layout
 from megatron_ft.models.build import BuildOptions, build_model
@@ -69,18 +70,36 @@ class ChatModel:
         sampling: Sampling,
         batch_size: int = 32,
         seed: int = 0,
+        stop: Sequence[str] = (),
     ) -> list[str]:
-        """Return the assistant's next message in each conversation, stripped. All ranks of a model call it together."""
+        """Return the assistant's next message in each conversation, stripped. All ranks of a model call it together.
+
+        stop: strings that an answer ends before, besides the chat format's stop token.
+        """
         prompts = [self.prompt_ids(messages) for messages in conversations]
-        ids = self.decoder.generate(prompts, max_new_tokens, sampling, batch_size, seed)
-        return [self.tokenizer.decode(answer, skip_special=True).strip() for answer in ids]
+        stops = StopStrings(stop, self.tokenizer.decode) if stop else None
+        ids = self.decoder.generate(
+            prompts, max_new_tokens, sampling, batch_size, seed, stops.is_over if stops else None
+        )
+        if stops is None:
+            return [self.tokenizer.decode(answer, skip_special=True).strip() for answer in ids]
+        return [self._cut(answer, stops) for answer in ids]
+
+    def _cut(self, answer: list[int], stops: StopStrings) -> str:
+        """Return an answer's text before the first stop string, without special tokens."""
+        whole = self.tokenizer.decode(answer)
+        if (before := stops.cut(whole)) == whole:
+            return self.tokenizer.decode(answer, skip_special=True).strip()
+        for token in self.tokenizer.special_tokens:
+            before = before.replace(token, "")
+        return before.strip()
 
 
 def open_chat_model(
     folder: Path,
     layout: Layout,
     chat_format: str | None = None,
-    bf16: bool = False,
+    bf16: bool | None = False,
     digests: bool = True,
     template_arguments: Sequence[str] = (),
     adapter: Path | None = None,
@@ -90,13 +109,14 @@ def open_chat_model(
     A checkpoint of adapters is loaded with the model that it names. adapter: a checkpoint of adapters, or a PEFT folder, for the model in
     `folder`.
 
+    bf16: compute in bfloat16; None: only if `folder` is an export whose weights are.
     chat_format: overrides the one recorded in the folder. digests: first compare the files with digests.json, if it exists.
     template_arguments: variables for the tokenizer's own chat template, as name=value.
     """
     template = replace(today(), arguments=parse_arguments(template_arguments))
     check_folder(folder)
-    options = _options(bf16)
     is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
+    options = _options(_is_bf16(folder) if bf16 is None and is_export else bool(bf16))
     read = _from_export if is_export else _from_checkpoint
     later = adapter if adapter and (is_export or is_peft(adapter)) else None
     model, arch, tokenizer, recorded = read(folder, layout, options, digests, None if later else adapter)
@@ -136,6 +156,12 @@ def _options(bf16: bool) -> BuildOptions:
     import torch
 
     return BuildOptions(dtype=torch.bfloat16 if bf16 else torch.float32)
+
+
+def _is_bf16(folder: Path) -> bool:
+    """Say if an export's weights are in bfloat16, as its config.json has it."""
+    config = _config(folder)
+    return config.get("dtype", config.get("torch_dtype")) == "bfloat16"
 
 
 def _config(folder: Path) -> dict:

@@ -9,18 +9,23 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. temperature 0 is greedy; top_k 0 and top_p 1 turn these filters off."""
+    """Sampling parameters. temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 turn these off."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
 
 GREEDY = Sampling()
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Return the sampled ids [b] for logits [b, v]."""
+def choose(
+    logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the sampled ids [b] for logits [b, v]. seen: the ids of each sequence so far [b, n], which a repetition penalty needs."""
+    if sampling.repetition_penalty != 1 and seen is not None:
+        logits = _penalise(logits.float(), seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scaled = logits.float() / sampling.temperature
@@ -29,6 +34,12 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator 
     if sampling.top_p < 1:
         scaled = _keep_top_p(scaled, sampling.top_p)
     return torch.multinomial(scaled.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Divide the logits of seen tokens by the penalty, negative ones multiply (CTRL, Keskar et al. 2019), as transformers does."""
+    found = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(found < 0, found * penalty, found / penalty))
 
 
 def _keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:

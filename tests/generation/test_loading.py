@@ -1,7 +1,11 @@
 """A model to talk to: the same answers from a checkpoint in any layout and from its export; nothing damaged is believed."""
 
 import json
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
+from megatron_ft.commands.generate import COMMAND, run
+from megatron_ft.config.cli import run_script
 from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.errors import DamagedError
 from tests.conversion.builders import make_llama, make_sentencepiece
@@ -107,3 +113,79 @@ def test_control_tokens_inside_an_answer_leave_no_gap(folders):
     words, end = ours.encode("plum ab").tolist(), ours.token_id("<|im_end|>")
     for ids in ([*words, end, *words], [end, *words], [*words, end, end], [*words[:2], end, *words[2:]], [end]):
         assert ours.decode(ids, skip_special=True) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def answer_until(folder, layout, stop):
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.generation.loading import open_chat_model
+    from megatron_ft.generation.sampling import GREEDY
+
+    with process_groups(ParallelSizes(*layout)) as here:
+        model = open_chat_model(folder, here)
+        return model.answers([CHAT, CHAT], 12, GREEDY, stop=stop)
+
+
+def test_stop_strings_are_those_of_transformers(folders, expected, one_rank, four_ranks):
+    """Strings from the middle of the answer, most of which begin or end within a token, and one that does not occur."""
+    tokenizer = AutoTokenizer.from_pretrained(folders / "hf")
+    model = AutoModelForCausalLM.from_pretrained(folders / "hf")
+    prompt = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    middle = len(expected) // 2
+    for stop in (expected[middle : middle + 3], expected[middle - 1 : middle + 4], expected[-2:], "no such text"):
+        options = {"max_new_tokens": 12, "do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer}
+        theirs = model.generate(**prompt, **options)[0, prompt["input_ids"].shape[1] :]
+        text = tokenizer.decode(theirs, skip_special_tokens=True)
+        cut = text.split(stop)[0].strip()
+        assert one_rank.run(answer_until, folders / "torch_dist", (1, 1), [stop]) == [[cut, cut]]
+    for answers in four_ranks.run(answer_until, folders / "torch", (2, 2), [stop, expected[middle]]):
+        assert answers == [expected.split(expected[middle])[0].strip()] * 2
+
+
+def dtype_of(folder, bf16):
+    from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.generation.loading import open_chat_model
+
+    with process_groups() as here:
+        return str(next(open_chat_model(folder, here, bf16=bf16).decoder.model.parameters()).dtype)
+
+
+def test_exports_in_bf16_are_computed_in_bf16(folders, one_rank, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folders / "hf").bfloat16().save_pretrained(tmp_path / "bf16")
+    AutoTokenizer.from_pretrained(folders / "hf").save_pretrained(tmp_path / "bf16")
+    cases = [("hf", None), ("torch_dist", None), (tmp_path / "bf16", None), (tmp_path / "bf16", False), ("hf", True)]
+    found = [one_rank.run(dtype_of, folders / folder, bf16)[0].removeprefix("torch.") for folder, bf16 in cases]
+    assert found == ["float32", "float32", "bfloat16", "float32", "bfloat16"]
+
+
+def test_several_answers_and_the_processes_of_a_layout(folders, tmp_path):
+    """--tensor_model_parallel_size alone starts the processes. The speed is printed."""
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "a plum"}\n{"prompt": "a longer question about plums"}\n')
+    words = (
+        f"--load {folders / 'torch_dist'} --prompts {asked} --output {tmp_path / 'answers.jsonl'} --max_new_tokens 6"
+    )
+    layout = "--tensor_model_parallel_size 2 --temperature 1.5 --num_return_sequences 3"
+    call = [sys.executable, "-m", "megatron_ft", "generate", *words.split(), *layout.split()]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["a plum", "a longer question about plums"]
+    for line in lines:
+        assert len(line["answers"]) == 3 and line["answer"] == line["answers"][0] and len(set(line["answers"])) > 1
+    assert re.search(
+        r"tokens of prompts \([\d,.]+ tokens/s\), \d+ new tokens \([\d,.]+ tokens/s\)", done.stderr + done.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--num_return_sequences 2", "needs --temperature above 0"),
+        ("--num_return_sequences 0", "must be at least 1"),
+        ("--repetition_penalty 0", "must be above 0"),
+        ("--stop ''", "empty string"),
+    ],
+)
+def test_mistakes_in_sampling_are_one_line(flags, said, capsys):
+    assert run_script(COMMAND, run, ["--load", "none", "--prompt", "a", *shlex.split(flags)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

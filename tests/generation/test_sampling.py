@@ -1,9 +1,9 @@
 """Choosing tokens: greedy, and filters against transformers' own."""
 
 import torch
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from megatron_ft.generation.sampling import GREEDY, Sampling, _keep_top_k, _keep_top_p, choose
+from megatron_ft.generation.sampling import GREEDY, Sampling, _keep_top_k, _keep_top_p, _penalise, choose
 
 
 def logits():
@@ -21,6 +21,14 @@ def test_top_k_is_transformers():
 def test_top_p_is_transformers():
     for p in (0.1, 0.5, 0.9, 0.99):
         assert torch.equal(_keep_top_p(logits(), p), TopPLogitsWarper(p)(None, logits()))
+
+
+def test_repetition_penalty_is_transformers():
+    seen = torch.randint(0, 50, (6, 9), generator=torch.Generator().manual_seed(1))  # some ids more than once
+    for penalty in (0.7, 1.3):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits())
+        assert torch.equal(_penalise(logits(), seen, penalty), expected)
+        assert torch.equal(choose(logits(), Sampling(repetition_penalty=penalty), seen=seen), expected.argmax(-1))
 
 
 def test_samples_follow_the_probabilities():

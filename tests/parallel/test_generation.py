@@ -59,5 +59,44 @@ def test_sampling_is_seeded_and_agreed(four_ranks, checkpoint, prompts):
     assert other[0] != first[0]
 
 
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2)], ids=["one", "TP2xPP2"])
+def test_repetition_penalty_equals_transformers(layout, four_ranks, one_rank, llama, checkpoint, prompts):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.4}
+    ids = [torch.from_numpy(prompt)[None] for prompt in prompts]
+    expected = [model.generate(x, attention_mask=torch.ones_like(x), **options)[0, x.shape[1] :].tolist() for x in ids]
+    ranks = one_rank if layout == (1, 1) else four_ranks
+    given = {"max_new_tokens": 20, "sampling": Sampling(repetition_penalty=1.4)}
+    for answers in ranks.run(call, checkpoint, layout, prompts, given):
+        assert answers == expected
+
+
+def test_long_prompts_are_not_read_token_by_token(one_rank, checkpoint, prompts, expected):
+    """With two new tokens, lengths 5, 5, 9, 17 and 30 are four batches of two steps each. The answers stay those of one batch."""
+    ((passes, answers),) = one_rank.run(count_passes, checkpoint, prompts)
+    assert passes == 8
+    assert answers == [answer[:2] for answer in expected]
+
+
+def count_passes(checkpoint, prompts):
+    from megatron_ft.generation.decoding import Decoder
+
+    passes, real = [], Decoder._forward
+
+    def counted(self, *args):
+        passes.append(1)
+        return real(self, *args)
+
+    Decoder._forward = counted
+    try:
+        answers = generate(checkpoint, (1, 1), prompts, max_new_tokens=2)
+        return len(passes), answers
+    finally:
+        Decoder._forward = real
+
+
 def call(checkpoint, layout, prompts, options):
     return generate(checkpoint, layout, prompts, **options)
