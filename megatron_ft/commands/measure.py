@@ -56,8 +56,7 @@ def run(options: Measure) -> int:
 
     results = []
     for job in jobs:
-        count = len(job.conversations)
-        print(f"measuring {job.bits} bits with {job.backend}: {count} prompts", file=sys.stderr, flush=True)
+        print(f"measuring {job.bits} bits with {job.backend}", file=sys.stderr, flush=True)
         results.append(measure_in_process(job))
     print(text_table(results))
     if said := verdict_of_four(results):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -16,7 +17,7 @@ from megatron_ft.evaluation.measuring.job import KILLED, NO_ROOM, Job, Measured,
 from megatron_ft.evaluation.measuring.page import Setting, write
 from megatron_ft.evaluation.measuring.runner import _message, _why
 from megatron_ft.evaluation.measuring.verdict import rows, text_table, verdict_of_four
-from megatron_ft.evaluation.measuring.with_transformers import check_quantised, linears, mend_linears
+from megatron_ft.evaluation.measuring.with_transformers import check_quantised, linears, load, mend_linears
 from tests.conversion.builders import make_family, make_sentencepiece
 
 TOKENS = 6
@@ -205,6 +206,24 @@ def test_mistakes_are_told_at_once(place, changes, message, monkeypatch):
 def test_a_prompt_that_is_too_long_is_told_by_the_process(place):
     with pytest.raises(ConfigError, match=r"^16 bits: prompt 2 has 7 tokens, .* the model's 128 positions: shorten it"):
         run(options(place, bits=["16"], max_new_tokens=125))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ({"model.safetensors": b"\x00" * 100}, r"transformers cannot open it \(.*header"),
+        ({"config.json": b'{"model_type": "RefinedWeb"}'}, r"transformers cannot open it \(.*--backend engine"),
+    ],
+)
+def test_a_damaged_folder_is_told_in_one_line(place, tmp_path, damage, message):
+    """By the function that the process runs."""
+    shutil.copytree(place / "llama", tmp_path / "m")
+    for name, content in damage.items():
+        (tmp_path / "m" / name).write_bytes(content)
+    conversation = [{"role": "user", "content": "plum"}]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(Job(str(tmp_path / "m"), "transformers", 16, [conversation], 4))
+    assert "\n" not in str(caught.value)
 
 
 def test_packages_that_are_not_installed(monkeypatch):

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,13 +24,15 @@ KINDS = {32: "fp32", 16: "bf16", 8: "int8, bitsandbytes", 4: "nf4, bitsandbytes"
 
 def load(job: Job) -> Loaded:
     """Return the model of a job. Raise ConfigError for prompts that are too long, CheckpointError where linears stayed dense."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
+    with opening(job.model):
+        config = AutoConfig.from_pretrained(job.model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
     prompts = [encode(tokenizer, messages) for messages in job.conversations]
-    config = _config(job.model)
     check_lengths(prompts, job.max_new_tokens, getattr(config, "max_position_embeddings", None) or 1 << 40)
-    model = _model(job, config)
+    with opening(job.model):
+        model = _model(job, config)
     if job.bits < 16:
         check_quantised(model)
 
@@ -53,14 +57,18 @@ def encode(tokenizer: Any, messages: list[Message]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _config(folder: str) -> Any:
-    from transformers import AutoConfig
+@contextlib.contextmanager
+def opening(folder: str) -> Iterator[None]:
+    """Turn what transformers and safetensors raise at a folder that they cannot read into a CheckpointError of one line."""
+    from safetensors import SafetensorError
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError) as error:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder}: transformers cannot open it ({why}); try --backend engine") from error
+        raise CheckpointError(
+            f"{folder}: transformers cannot open it ({why}); check the folder, or try --backend engine"
+        ) from error
 
 
 def _model(job: Job, config: Any) -> Any:
