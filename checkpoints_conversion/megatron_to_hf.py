@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from checkpoints_conversion.options import Export, check_folders
+from checkpoints_conversion.options import QuantisedExport, check_folders
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.errors import ConfigError
 from megatron_ft.log import logger
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MegatronToHf(Export):
+class MegatronToHf(QuantisedExport):
     """Source and result"""
 
     input_dir: str = field(metadata={"required": True})
@@ -45,6 +45,7 @@ COMMAND = Command(
         "megatron-ft megatron-to-hf checkpoints/llama2-70b-oasst exports/llama2-70b-oasst --params_dtype bf16",
         "megatron-ft megatron-to-hf checkpoints/falcon-7b exports/falcon-7b --iteration 500 --require_certificate",
         "megatron-ft megatron-to-hf runs/adapters exports/adapter --adapter_only --base_model_name meta-llama/Llama-2-13b-hf",
+        "megatron-ft megatron-to-hf runs/merged exports/merged-gptq --quantize gptq --desc_act --calibration shards/train",
     ),
     positional=("input_dir", "output_dir"),
 )
@@ -59,8 +60,12 @@ def convert(options: MegatronToHf) -> Report | AdapterReport:
     started = time.monotonic()
     check_folders(options, options.overwrite, set(), "adapter_config.json" if options.adapter_only else "config.json")
     # Imported here, so that --help and the checks above do not wait for torch.
+    from checkpoints_conversion.gptq_export import check_options, export_quantised
     from checkpoints_conversion.megatron_source import open_megatron
 
+    if options.quantize and options.adapter_only:
+        raise ConfigError("--quantize is for a model: drop it, or drop --adapter_only")
+    check_options(options)
     if options.adapter_only:
         from checkpoints_conversion.adapter_export import export_adapter
 
@@ -70,6 +75,8 @@ def convert(options: MegatronToHf) -> Report | AdapterReport:
     source = open_megatron(Path(options.input_dir), options)
     trained = source.config.iteration != "release"
     problem = _certificate_problem(source.folder, trained, options.require_certificate)
+    if options.quantize:
+        return export_quantised(source, options, started, certified=problem is None)
     report = write_model(source, options, options.max_shard_size, started, certified=problem is None)
     if problem and not trained:  # a trained checkpoint can only be compared with this export, after it is written
         logger("conversion").warning("not certified: %s", problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,14 @@ Exported from a Megatron checkpoint by megatron_ft.
 | vocabulary | {vocab} tokens |
 | positions | {positions} |
 | chat format | {chat_format} |
-| weights | {dtype} |
+| weights | {dtype} |{quantised}
 | trained as | TP {tp} x PP {pp}, format {ckpt_format} |
 | trained on | {data} |
 | parity with transformers | {parity} |
 | made with | {versions} |
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{before}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{name}"  # the folder of this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -55,13 +56,37 @@ answer = model.generate(**inputs, max_new_tokens=100)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 """
+_FALCON = """\
+# transformers skips Falcon's own class of linears when it quantises: without this line the weights are random.
+import torch
+from transformers.models.falcon import modeling_falcon
+
+modeling_falcon.FalconLinear = torch.nn.Linear
+
+"""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How an export was quantised, in words."""
+
+    how: str
+    perplexity: str
+    error: str
+    falcon: bool
 
 
 def model_card(
-    name: str, config: CheckpointConfig, dtype: str, folder: Path, certified: bool, onto: Onto | None = None
+    name: str,
+    config: CheckpointConfig,
+    dtype: str,
+    folder: Path,
+    certified: bool,
+    onto: Onto | None = None,
+    quantised: Quantised | None = None,
 ) -> str:
     """Return the text. name: the export's folder. dtype: of the exported weights. folder: the checkpoint's. certified: the checkpoint has
-    a valid certificate. onto: see onto.py."""
+    a valid certificate. onto: see onto.py. quantised: how the linears are, else None."""
     arch = config.architecture
     base = str(arch.hf.get("_name_or_path") or "")
     return _CARD.format(
@@ -79,6 +104,8 @@ def model_card(
         chat_format=config.chat_format or "none recorded",
         dtype=HF_NAMES[dtype] + _origin(config, onto),
         data=_data(folder),
+        quantised=_rows(quantised) if quantised else "",
+        before=_FALCON if quantised and quantised.falcon else "",
         parity=_parity(folder) if certified else "not certified; megatron-ft verify compares weights and logits",
         tp=config.tensor_model_parallel_size,
         pp=config.pipeline_model_parallel_size,
@@ -86,6 +113,11 @@ def model_card(
         versions=", ".join(f"{library} {version}" for library, version in config.versions.items()) or "not recorded",
         ask=_CHAT.format() if config.chat_format else _PLAIN,
     )
+
+
+def _rows(quantised: Quantised) -> str:
+    rows = {"quantised": quantised.how, "perplexity": quantised.perplexity, "error of outputs": quantised.error}
+    return "".join(f"\n| {name} | {text} |" for name, text in rows.items())
 
 
 def _origin(config: CheckpointConfig, onto: Onto | None) -> str:

@@ -66,6 +66,26 @@ class Export(CheckpointSource, Written, Folders):
     """Source and result"""
 
 
+@dataclass(frozen=True)
+class QuantisedExport(Export):
+    """Source and result"""
+
+    quantize: Literal["gptq", "w4a16"] | None = None
+    """Quantise the linears of the layers with GPTQ. gptq: in the GPTQ format; w4a16: in that of compressed-tensors. Needs --calibration."""
+    bits: int = 4
+    """With --quantize gptq: bits of a weight: 2, 4 or 8."""
+    group_size: int = 32
+    """With --quantize: columns of a row that share a scale."""
+    desc_act: bool = False
+    """With --quantize: round the columns with the largest inputs first: smaller errors, slower kernels with gptq."""
+    calibration: str | None = None
+    """With --quantize: prefix of shards whose tokens measure the inputs of each layer; the last rows are held out for the perplexity."""
+    calibration_rows: int = 128
+    """With --quantize: rows of tokens to calibrate with, at most; a quarter more are held out."""
+    calibration_length: int = 2048
+    """With --quantize: tokens of a row."""
+
+
 def check_source(folder: str | Path, check: bool) -> None:
     """Compare a folder with its digests.json, if it has one. Raise DamagedError with the first file that differs."""
     from megatron_ft.digests import check_digests, has_digests

@@ -1,0 +1,166 @@
+"""Exports of quantised weights: GPTQ, and W4A16 of compressed-tensors."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints_conversion.calibrate import Answer, Request, run_calibration
+from checkpoints_conversion.exported_words import write_words
+from checkpoints_conversion.megatron_source import Opened
+from checkpoints_conversion.model_card import MODEL_CARD, Quantised, model_card
+from checkpoints_conversion.options import CheckpointSource, QuantisedExport
+from checkpoints_conversion.report import Report, count
+from checkpoints_conversion.stream import identity, resumable_folder, seal
+from megatron_ft.data.shards import open_shards
+from megatron_ft.errors import ConfigError
+from megatron_ft.files import write_json
+from megatron_ft.models.architecture import Architecture
+from megatron_ft.models.dtypes import HF_NAMES
+from megatron_ft.models.families import family_of
+from megatron_ft.models.quantised import is_quantised
+from megatron_ft.models.weights import Rule
+from megatron_ft.quantization.gptq import Grid
+from megatron_ft.quantization.packed import GPTQ_BITS, compressed_entry, gptq_entry
+
+NAMES = {"gptq": "GPTQ", "w4a16": "W4A16 (compressed-tensors)"}
+_INDEX = "model.safetensors.index.json"
+_HELD_OUT = 4
+"""One row in so many is held out for the perplexity."""
+
+
+def export_quantised(source: Opened, options: QuantisedExport, started: float, certified: bool) -> Report:
+    """Calibrate, quantise and write a model folder. Raise ConfigError for settings that do not fit the model."""
+    arch = source.config.architecture
+    grid = _grid(options)
+    _check_sizes(arch, source.rules, grid)
+    _check_layers(arch)
+    rows, held_out = _tokens(options, arch)
+    target = Path(options.output_dir)
+    key = {"options": asdict(options), "source": identity(source.files())}
+    with tempfile.TemporaryDirectory() as scratch, resumable_folder(target, key, options.overwrite) as export:
+        np.save(Path(scratch) / "rows.npy", rows)
+        np.save(Path(scratch) / "held_out.npy", held_out)
+        answer = run_calibration(_request(source, options, grid, Path(scratch), export), Path(scratch))
+        weight_map = {name: file for file, names in answer.files.items() for name in names}
+        write_json(export / _INDEX, {"metadata": {"total_size": answer.nbytes}, "weight_map": weight_map})
+        dtype = options.params_dtype or source.config.dtype
+        entry = gptq_entry(grid) if options.quantize == "gptq" else compressed_entry(grid)
+        config = {**family_of(arch).to_hf(arch, HF_NAMES[dtype]), "quantization_config": entry}
+        write_words(source, export, config)
+        quantised = _described(options, grid, answer, rows, held_out, arch)
+        card = model_card(target.name, source.config, dtype, source.folder, certified, quantised=quantised)
+        (export / MODEL_CARD).write_text(card, encoding="utf-8")
+        seal(export, {}, but=[MODEL_CARD])
+    before, after = answer.perplexity
+    note = f"{answer.matrices} matrices in {grid.bits} bits, perplexity {before:.4g} before, {after:.4g} after"
+    parameters, tensors = count(arch, source.rules)
+    return Report(target, parameters, tensors, len(answer.files), time.monotonic() - started, note)
+
+
+def check_options(options: QuantisedExport) -> None:
+    """Check what needs no reading of the model. Raise ConfigError."""
+    defaults = {one.name: one.default for one in fields(options)}
+    own = ("bits", "group_size", "desc_act", "calibration", "calibration_rows", "calibration_length")
+    if options.quantize is None:
+        given = [name for name in own if getattr(options, name) != defaults[name]]
+        if given:
+            raise ConfigError(f"--{given[0]} is for a quantised export: add --quantize gptq or w4a16, or drop it")
+        return
+    if not options.calibration:
+        raise ConfigError(
+            f"--quantize {options.quantize} needs texts to measure the inputs of each layer: set --calibration to the prefix of shards"
+        )
+    if options.quantize == "w4a16" and options.bits != 4:
+        raise ConfigError(f"--quantize w4a16 has 4 bits, not --bits {options.bits}: drop --bits, or choose gptq")
+    if options.bits not in GPTQ_BITS:
+        raise ConfigError(f"--bits {options.bits}: choose {', '.join(map(str, GPTQ_BITS))}")
+    if options.group_size < 1:
+        raise ConfigError(f"--group_size {options.group_size}: must be at least 1")
+    if options.calibration_rows < 2 or options.calibration_length < 2:
+        raise ConfigError("--calibration_rows and --calibration_length must be at least 2")
+
+
+def _grid(options: QuantisedExport) -> Grid:
+    packed = options.quantize == "w4a16"
+    return Grid(options.bits, options.group_size, symmetric=packed, desc_act=options.desc_act, static_groups=packed)
+
+
+def _check_sizes(arch: Architecture, rules: list[Rule], grid: Grid) -> None:
+    per_word = 32 // grid.bits
+    for rule in filter(is_quantised, rules):
+        for key, (out, columns) in zip(rule.hf_keys, rule.hf_shapes(arch), strict=True):
+            name = key.format(n="N")
+            if columns % grid.group_size:
+                raise ConfigError(
+                    f"--group_size {grid.group_size}: {name} has {columns} columns, no multiple of it; choose a divisor"
+                )
+            if columns % per_word or (out % per_word and not grid.symmetric):
+                raise ConfigError(
+                    f"{name} is {out} x {columns}: both must be multiples of {per_word} to be packed in {grid.bits} bits; "
+                    f"choose more --bits, or leave this model unquantised"
+                )
+
+
+def _check_layers(arch: Architecture) -> None:
+    if any(arch.layer(number) != arch.layer(0) for number in range(arch.num_layers)):
+        raise ConfigError(
+            f"this {arch.family} model has layers of several kinds (some with a window), which are not calibrated: drop --quantize"
+        )
+
+
+def _tokens(options: QuantisedExport, arch: Architecture) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of tokens for calibration and those that are held out: samples one after the other, cut into equal rows."""
+    prefix, length = str(options.calibration), options.calibration_length
+    if length > arch.max_position_embeddings:
+        raise ConfigError(
+            f"--calibration_length {length}: the model has {arch.max_position_embeddings} positions; choose fewer tokens"
+        )
+    shards = open_shards(prefix)
+    wanted = options.calibration_rows + max(1, options.calibration_rows // _HELD_OUT)
+    parts: list[np.ndarray] = []
+    found = 0
+    for index in range(len(shards)):
+        if found >= wanted * length:
+            break
+        parts.append(np.asarray(shards.tokens(index), np.int64))
+        found += len(parts[-1])
+    if found < 2 * length:
+        raise ConfigError(
+            f"--calibration {prefix} has {found} tokens, fewer than two rows of {length}: give more text, or a smaller --calibration_length"
+        )
+    ids = np.concatenate(parts)[: min(wanted, found // length) * length]
+    if ids.max() >= arch.vocab_size:
+        raise ConfigError(
+            f"--calibration {prefix} has the id {ids.max()}, the model {arch.vocab_size} tokens: pretokenize with the model's tokenizer"
+        )
+    rows = ids.reshape(-1, length)
+    held_out = max(1, len(rows) // (_HELD_OUT + 1))
+    return rows[:-held_out], rows[-held_out:]
+
+
+def _request(source: Opened, options: QuantisedExport, grid: Grid, scratch: Path, export: Path) -> Request:
+    stated = {one.name: getattr(options, one.name) for one in fields(CheckpointSource)}
+    stated |= {"verify_checkpoint": False, "iteration": None}  # it was compared when the source was opened
+    described = {one.name: getattr(grid, one.name) for one in fields(grid) if one.name != "scale_dtype"}
+    return Request(
+        str(source.folder), stated, str(scratch), str(export), str(options.quantize), described, options.params_dtype
+    )
+
+
+def _described(
+    options: QuantisedExport, grid: Grid, answer: Answer, rows: np.ndarray, held_out: np.ndarray, arch: Architecture
+) -> Quantised:
+    order = ", desc_act" if grid.desc_act else ""
+    before, after = answer.perplexity
+    return Quantised(
+        f"{NAMES[str(options.quantize)]}, {grid.bits} bits, groups of {grid.group_size}{order}; {answer.matrices} linears of the layers; "
+        f"calibrated with {rows.size} tokens of {Path(str(options.calibration)).name}",
+        f"{before:.5g} before, {after:.5g} after, on {held_out.size} further tokens in rows of {held_out.shape[1]}",
+        f"{answer.error:.4f} of the outputs' norm, mean over the linears (rounded to the nearest: {answer.rounded_error:.4f})",
+        falcon=arch.family == "falcon",
+    )

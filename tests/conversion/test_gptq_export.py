@@ -1,0 +1,169 @@
+"""Exports with GPTQ: read back by a plain reader and by the format's own, the loss that the card states, and refusals."""
+
+import importlib.util
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
+from checkpoints_conversion.megatron_to_hf import MegatronToHf
+from checkpoints_conversion.megatron_to_hf import convert as export
+from megatron_ft.data.shards import ShardWriter
+from megatron_ft.errors import ConfigError, UserError
+from megatron_ft.models.hf_source import HfSource
+from tests.conversion.builders import make_family, make_llama
+
+LENGTH = 64
+
+
+def write_shards(prefix, vocab_size=203, samples=40):
+    """Samples of 50 tokens, so that rows of 64 go across samples."""
+    random = np.random.default_rng(0)
+    with ShardWriter(prefix, vocab_size) as writer:
+        for _ in range(samples):
+            writer.add(random.integers(0, 203, 50), np.full(50, 2))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A Llama and a Falcon, each as a checkpoint beside its Hugging Face folder, and shards."""
+    folder = tmp_path_factory.mktemp("gptq")
+    make_llama(folder / "llama")
+    make_family(folder / "falcon", "falcon 40b")
+    for name in ("llama", "falcon"):
+        convert(HfToMegatron(str(folder / name), str(folder / f"{name}-megatron"), tensor_model_parallel_size=2))
+    write_shards(folder / "shards")
+    return folder
+
+
+def quantised(models, family, target, **options):
+    given = {"group_size": 16, "calibration_rows": 20, "calibration_length": LENGTH, **options}
+    calibration = given.pop("calibration", str(models / "shards"))
+    return export(MegatronToHf(str(models / f"{family}-megatron"), str(target), calibration=calibration, **given))
+
+
+def nibbles(packed):
+    """The codes of int32 words along the last axis, read byte by byte."""
+    as_bytes = np.ascontiguousarray(packed.numpy()).view(np.uint8)
+    return torch.from_numpy(np.stack([as_bytes & 15, as_bytes >> 4], -1).reshape(*as_bytes.shape[:-1], -1)).int()
+
+
+def dequantised(tensors):
+    """The weights of an export by the rules of its format, with code of this test only."""
+    found = {}
+    for name, values in tensors.items():
+        stem = name.rsplit(".", 1)[0]
+        if name.endswith(".qweight"):
+            codes = nibbles(values.t().contiguous())
+            zeros = (nibbles(tensors[stem + ".qzeros"]) + 1).t()
+            group = tensors[stem + ".g_idx"].long()
+            found[stem + ".weight"] = tensors[stem + ".scales"].t().float()[:, group] * (codes - zeros[:, group])
+        elif name.endswith(".weight_packed"):
+            scales = tensors[stem + ".weight_scale"]
+            codes = nibbles(values) - 8
+            found[stem + ".weight"] = scales.float().repeat_interleave(codes.shape[1] // scales.shape[1], 1) * codes
+        elif name.rsplit(".", 1)[1] in ("weight", "bias"):
+            found[name] = values
+    return found
+
+
+def read(folder):
+    return {name: values for file in folder.glob("*.safetensors") for name, values in load_file(file).items()}
+
+
+def perplexity(model, shards):
+    """Of the last 4 of the 25 rows that the options above give."""
+    from megatron_ft.data.shards import open_shards
+
+    opened = open_shards(shards)
+    ids = np.concatenate([opened.tokens(index) for index in range(len(opened))]).astype(np.int64)
+    rows = torch.from_numpy(ids[: 25 * LENGTH].reshape(-1, LENGTH))[-5:]
+    with torch.no_grad():
+        return torch.exp(torch.stack([model(row[None], labels=row[None]).loss for row in rows]).mean()).item()
+
+
+CASES = [("llama", "gptq", False), ("llama", "gptq", True), ("llama", "w4a16", True), ("falcon", "gptq", True)]
+
+
+@pytest.mark.parametrize("family, method, desc_act", CASES)
+def test_weights_loss_and_card(models, tmp_path, family, method, desc_act):
+    quantised(models, family, tmp_path / "out", quantize=method, desc_act=desc_act)
+    original = AutoModelForCausalLM.from_pretrained(models / family).eval()
+    card = (tmp_path / "out" / "README.md").read_text()
+    before, after = map(float, re.search(r"\| perplexity \| ([\d.]+) before, ([\d.]+) after", card).groups())
+    assert perplexity(original, models / "shards") == pytest.approx(before, rel=1e-4)
+    weights = dequantised(read(tmp_path / "out"))
+    state = original.state_dict()
+    linears = [name for name in weights if not torch.equal(weights[name], state[name])]
+    assert len(linears) == (28 if family == "llama" else 16)
+    assert all((weights[name] - state[name]).norm() < 0.15 * state[name].norm() for name in linears)
+    original.load_state_dict(weights, strict=family == "llama")
+    assert perplexity(original, models / "shards") == pytest.approx(after, rel=1e-4)
+    assert ("FalconLinear = torch.nn.Linear" in card) == (family == "falcon")
+    gptq, rounded = map(float, re.search(r"([\d.]+) of the outputs' norm.*nearest: ([\d.]+)", card).groups())
+    assert 0 < gptq < rounded
+
+
+def test_formats_own_reader_of_w4a16(models, tmp_path):
+    if importlib.util.find_spec("compressed_tensors") is None:
+        pytest.skip("compressed-tensors is not installed")
+    quantised(models, "llama", tmp_path / "out", quantize="w4a16")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(models / "llama")
+    ours.load_state_dict(dequantised(read(tmp_path / "out")))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_formats_own_reader_of_gptq(models, tmp_path, family, monkeypatch):
+    if importlib.util.find_spec("gptqmodel") is None:
+        pytest.skip("gptqmodel is not installed")
+    from transformers.models.falcon import modeling_falcon
+
+    monkeypatch.setattr(modeling_falcon, "FalconLinear", torch.nn.Linear)  # as the card says
+    quantised(models, family, tmp_path / "out", quantize="gptq", desc_act=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu", dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(models / family)
+    ours.load_state_dict(dequantised(read(tmp_path / "out")), strict=family == "llama")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=0.01)
+
+
+def test_the_export_is_refused_as_a_source_of_weights(models, tmp_path):
+    quantised(models, "llama", tmp_path / "out", quantize="gptq")
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert entry["bits"] == 4 and entry["group_size"] == 16
+    with pytest.raises(UserError, match="gptq"):
+        HfSource(tmp_path / "out")
+
+
+REFUSED = [
+    ({"quantize": "gptq", "calibration": None}, "needs texts"),
+    ({"quantize": None, "bits": 8, "calibration": None}, "--bits is for a quantised export"),
+    ({"quantize": "w4a16", "bits": 8}, "has 4 bits"),
+    ({"quantize": "gptq", "bits": 3}, "choose 2, 4, 8"),
+    ({"quantize": "gptq", "group_size": 24}, "no multiple"),
+    ({"quantize": "gptq", "group_size": 0}, "at least 1"),
+    ({"quantize": "gptq", "calibration_length": 500}, "128 positions"),
+    ({"quantize": "gptq", "adapter_only": True}, "--adapter_only"),
+    ({"quantize": "gptq", "calibration": "short"}, "fewer than two rows"),
+    ({"quantize": "gptq", "calibration_rows": 1}, "at least 2"),
+]
+
+
+@pytest.mark.parametrize("options, said", REFUSED)
+def test_refusals(models, tmp_path, options, said):
+    write_shards(tmp_path / "short", samples=2)
+    if options.get("calibration") == "short":
+        options = {**options, "calibration": str(tmp_path / "short")}
+    with pytest.raises(ConfigError, match=said):
+        quantised(models, "llama", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
