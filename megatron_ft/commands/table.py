@@ -48,9 +48,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     },
     "Use": {
         "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint or an exported model"),
-        "sample": Entry(
-            "megatron_ft.commands.sample", "write a sampling report: prompts x settings, models side by side"
-        ),
+        "sample": Entry("megatron_ft.commands.sample", "sampling report: prompts x settings, models side by side"),
         "chat": Entry("megatron_ft.commands.chat", "chat with a checkpoint or an exported model"),
         "measure": Entry("megatron_ft.commands.measure", "measure memory and time of a model in 16, 8 and 4 bits"),
         "megatron-to-hf": Entry(
