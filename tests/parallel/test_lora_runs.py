@@ -42,24 +42,64 @@ def weights(root) -> dict[str, str]:
     }
 
 
+def base_before_and_after(load, shards, layout, flags) -> tuple[dict, dict]:
+    """Hashes of the model's own weights in memory, before the first step and after the last."""
+    from unittest import mock
+
+    from megatron_ft.adapters.base import weight_hashes
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.training.setup import bare
+    from megatron_ft.training.step import Stepper
+
+    arch, step, found = describe(find_checkpoint(Path(load))).architecture, Stepper.train, []
+
+    def measured(stepper, *args, **options):
+        if not found:
+            found.append(weight_hashes(bare(stepper.model), arch))
+        result = step(stepper, *args, **options)
+        found[1:] = [weight_hashes(bare(stepper.model), arch)]
+        return result
+
+    with mock.patch.object(Stepper, "train", measured):
+        train(load, shards, None, 3, layout, **flags)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("flags", [{}, {"bf16": True, "base_precision": "nf4"}], ids=["LoRA", "QLoRA"])
+def test_the_base_in_memory_stays_as_it_is(flags, four_ranks, wide_checkpoint, shards):
+    for before, after in four_ranks.run(base_before_and_after, wide_checkpoint, shards, (2, 2), LORA | flags):
+        assert before and before == after
+
+
+@pytest.fixture(scope="module")
+def wide_checkpoint(tmp_path_factory):
+    """With rows of whole blocks of NF4, also in TP2."""
+    folder = tmp_path_factory.mktemp("wide")
+    hf = make_llama(folder / "hf", hidden_size=128, intermediate_size=256, head_dim=32)
+    return to_checkpoint(hf, folder / "checkpoint", "torch_dist", 1, 1)
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [{}, {"bf16": True, "use_distributed_optimizer": True}, {"fp16": True, "recompute_granularity": "full", "initial_loss_scale": 1024.0}],
+    ("flags", "steps"),
+    [
+        ({}, 10), ({"bf16": True, "use_distributed_optimizer": True}, 10),
+        ({"fp16": True, "recompute_granularity": "full", "initial_loss_scale": 1024.0}, 4),
+    ],
     ids=["fp32", "bf16, distributed", "fp16, recomputed"],
 )  # fmt: skip
-def test_a_run_that_is_stopped_and_resumed(flags, four_ranks, checkpoint, shards, tmp_path):
+def test_a_run_that_is_stopped_and_resumed(flags, steps, four_ranks, checkpoint, shards, tmp_path):
     """A stop changes no bit. A checkpoint has the adapters and their optimizer state, and nothing of the base, which stays as it is."""
     before = hashes(checkpoint)
-    for name, until in (("straight", (4,)), ("resumed", (2, 4))):
-        for steps in until:
-            go(four_ranks, checkpoint, shards, tmp_path / name, steps, **LORA, **flags, auto_resume=True)
+    for name, until in (("straight", (steps,)), ("resumed", (steps // 2, steps))):
+        for stop in until:
+            go(four_ranks, checkpoint, shards, tmp_path / name, stop, **LORA, **flags, auto_resume=True)
     assert read_metrics(tmp_path / "straight") == read_metrics(tmp_path / "resumed")
     one, other = hashes(tmp_path / "straight"), hashes(tmp_path / "resumed")
     assert one == other and hashes(checkpoint) == before
     assert not [name for name in one if "_lora." not in name and "rng" not in name]
     assert len(weights(tmp_path / "straight")) >= 2 * 7 * 4
     losses = read_metrics(tmp_path / "straight")
-    assert losses[0] != losses[-1]
+    assert len(losses) == steps and losses[0] != losses[-1]
 
 
 def go(ranks, load, shards, save, until, layout=(2, 2), **flags):
@@ -71,8 +111,12 @@ def run_with(load, shards, save, until, layout, flags):
     return refused(load, shards, save, until, layout, **flags)
 
 
-@pytest.mark.parametrize("layout", [(4, 1), (1, 2), (1, 1)], ids=["TP4", "PP2 x DP2", "one stage, DP4"])
-def test_adapters_go_on_in_another_layout(layout, four_ranks, checkpoint, shards, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "processes"),
+    [((4, 1), 4), ((1, 2), 4), ((1, 1), 4), ((1, 1), 1)],
+    ids=["TP4", "PP2 x DP2", "one stage, DP4", "one process"],
+)
+def test_adapters_go_on_in_another_layout(layout, processes, four_ranks, one_rank, checkpoint, shards, tmp_path):
     """TP2 x PP2 -> others; the losses are those of the run that stays, and the adapters are loaded to the bit."""
     save = tmp_path / "first"
     go(four_ranks, checkpoint, shards, save, 2, **LORA)
@@ -81,11 +125,12 @@ def test_adapters_go_on_in_another_layout(layout, four_ranks, checkpoint, shards
     load = f"{save}/iter_0000002"
     assert hashes(load) == saved
     more = {"virtual_pipeline_model_parallel_size": 2} if layout == (1, 2) else {}
-    go(four_ranks, load, shards, tmp_path / "second", 4, layout, **more)
+    ranks = four_ranks if processes == 4 else one_rank
+    go(ranks, load, shards, tmp_path / "second", 4, layout, **more)
     stayed, moved = read_metrics(tmp_path / "first"), read_metrics(tmp_path / "second")
     assert np.allclose(stayed[-2:], moved, rtol=2e-5, atol=0)
     kept = str(tmp_path / "kept")
-    go(four_ranks, load, shards, kept, 1, layout, **more, finetune=True, lr=1e-30)
+    go(ranks, load, shards, kept, 1, layout, **more, finetune=True, lr=1e-30)
     before, after = whole(load), whole(kept)
     assert before.keys() == after.keys() and len(after) == 2 * 7 * 4
     assert all(np.array_equal(before[name], after[name]) for name in before)

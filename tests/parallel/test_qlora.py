@@ -104,16 +104,29 @@ def test_a_rehearsal_has_a_quantised_base_too(base, flags, roots, shards, tmp_pa
     assert "hidden 128 -> 32" not in done.stdout  # half a block: the plain small model's width
 
 
-@pytest.mark.parametrize("base", ["nf4", "double"])
-def test_another_layout_and_the_merged_model(base, roots, four_ranks, shards, tmp_path):
-    """TP2 x PP2 -> TP4; merged onto the dequantised base."""
+def test_ten_steps_with_a_stop_after_five(roots, four_ranks, shards, tmp_path):
+    for name, until in (("straight", (10,)), ("resumed", (5, 10))):
+        for steps in until:
+            go(four_ranks, roots["double"], shards, tmp_path / name, steps, **LORA, auto_resume=True)
+    losses = read_metrics(tmp_path / "straight")
+    assert len(losses) == 10 and losses == read_metrics(tmp_path / "resumed")
+    assert hashes(tmp_path / "straight") == hashes(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize(
+    ("base", "layout", "processes"),
+    [("nf4", (4, 1), 4), ("double", (4, 1), 4), ("nf4", (1, 2), 2), ("double", (1, 1), 1)],
+    ids=["TP4", "TP4, double", "PP2", "one process, double"],
+)
+def test_another_layout_and_the_merged_model(base, layout, processes, roots, pools, four_ranks, shards, tmp_path):
+    """TP2 x PP2 -> others; merged onto the dequantised base."""
     from checkpoints_conversion.megatron_to_hf import MegatronToHf
     from checkpoints_conversion.megatron_to_hf import convert as export
     from checkpoints_conversion.merge_adapter import Merge, run
 
     go(four_ranks, roots[base], shards, tmp_path / "run", 2, **LORA)
     go(four_ranks, roots[base], shards, tmp_path / "stays", 4, **LORA)
-    go(four_ranks, roots[base], shards, tmp_path / "run", 4, (4, 1), auto_resume=True)
+    go(pools[processes], roots[base], shards, tmp_path / "run", 4, layout, auto_resume=True)
     np.testing.assert_allclose(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "stays"), rtol=1e-5)
     run(Merge(str(tmp_path / "run"), str(tmp_path / "merged"), params_dtype="fp32"))
     export(MegatronToHf(roots[base], str(tmp_path / "dequantised"), params_dtype="fp32"))
