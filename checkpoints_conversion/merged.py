@@ -77,8 +77,7 @@ def open_both(
             )
         opened = open_base(find_base(described, folder, base), wanted)
         stored = of_checkpoint(folder, described)
-    later = described is not None and (described.adapter or {})["base"].get("precision") == "nf4"
-    return chosen(opened, stored.recorded, later, onto), stored, described
+    return chosen(opened, stored.recorded, stored.nf4, onto), stored, described
 
 
 def _described(base: CheckpointConfig, described: CheckpointConfig | None) -> CheckpointConfig:

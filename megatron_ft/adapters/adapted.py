@@ -33,10 +33,10 @@ def build_adapted(
         described.architecture, layout, replace(options, padded_vocab_size=vocab_rows(config), nf4=nf4_of(config))
     )
     load_weights(source, config, model, layout, verified=True)
-    add_adapters(model, described.architecture, of_checkpoint(folder, described), layout, source)
-    entry = described.adapter or {}
-    if config.quantization is None and entry["base"].get("precision") == "nf4":
-        freeze([model], config)
+    stored = of_checkpoint(folder, described)
+    add_adapters(model, described.architecture, stored, layout, source)
+    if config.quantization is None and stored.nf4:
+        freeze([model], config.dtype)
     return model
 
 

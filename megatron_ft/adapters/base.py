@@ -38,14 +38,14 @@ def load_base(
     if recorded is not None:
         check_base(recorded, found, folder)
     if nf4:
-        freeze(chunks, config)
+        freeze(chunks, config.dtype)
     return found
 
 
-def freeze(chunks: list, config: CheckpointConfig) -> None:
-    """Quantise the linears of a loaded model, with the values of a checkpoint of it that is quantised."""
+def freeze(chunks: list, dtype: str) -> None:
+    """Quantise the linears of a loaded model, with the values of a checkpoint of it in this type that is quantised."""
     for chunk in chunks:
-        freeze_linears(chunk, torch_dtype(config.dtype))
+        freeze_linears(chunk, torch_dtype(dtype))
 
 
 def weight_hashes(chunks: list, arch: Architecture) -> dict[str, str]:

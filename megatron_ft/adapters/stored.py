@@ -74,6 +74,8 @@ class Stored:
     """Hashes of the model's weights; None: not recorded, as in what PEFT has written."""
     carried: Any = None
     """adapter_config.json of the adapter that training began with."""
+    nf4: bool = False
+    """They were trained on a base that was quantised when it was loaded."""
 
     def delta(self, layer: int, projection: Projection) -> Tensor:
         """Return what a merge adds to a matrix, fp32 [rows, columns]: scale * B A, computed as PEFT does."""
@@ -101,4 +103,6 @@ def of_checkpoint(folder: Path, config: CheckpointConfig) -> Stored:
     """Return the adapters in a checkpoint."""
     lora, weights = read_checkpoint(folder, config)
     entry = config.adapter or {}
-    return Stored(folder, lora, weights.__getitem__, (entry.get("base") or {}).get("weights"), entry.get("peft"))
+    base = entry.get("base") or {}
+    nf4 = base.get("precision") == "nf4"
+    return Stored(folder, lora, weights.__getitem__, base.get("weights"), entry.get("peft"), nf4)

@@ -132,9 +132,13 @@ def open_chat_model(
 def _add(adapter: Path, model: Any, arch: Architecture, layout: Layout, folder: Path) -> None:
     """Add a PEFT adapter, or one of a checkpoint to an export, to a loaded model."""
     from megatron_ft.adapters.adapted import add_adapters
+    from megatron_ft.adapters.base import freeze
     from megatron_ft.adapters.stored import open_adapters
 
-    add_adapters(model, arch, open_adapters(adapter, arch), layout, folder)
+    stored = open_adapters(adapter, arch)
+    add_adapters(model, arch, stored, layout, folder)
+    if stored.nf4:
+        freeze([model], HfSource(folder).dtype)
 
 
 def _select_chat_format(

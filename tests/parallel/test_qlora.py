@@ -172,6 +172,38 @@ def adapted_logits(folder, tokens):
         return jobs.logits(model, torch.from_numpy(tokens), config.architecture.vocab_size, layout)
 
 
+def opened_logits(folder, adapter, tokens):
+    """Logits of what `generate --load EXPORT --adapter RUN` answers with, in fp32; this model has no tokenizer."""
+    from pathlib import Path
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.generation import loading
+    from tests.models import jobs
+
+    without = {"load_tokenizer": lambda _: SimpleNamespace(eos_id=None), "_select_chat_format": lambda *_: None}
+    with process_groups(ParallelSizes(2, 2)) as layout, torch.no_grad(), mock.patch.multiple(loading, **without):
+        model = loading.open_chat_model(Path(folder), layout, adapter=Path(adapter)).decoder.model
+        return jobs.logits(model, torch.from_numpy(tokens), 203, layout)
+
+
+def test_an_export_is_quantised_for_adapters_that_saw_it_so(hf, roots, four_ranks, shards, tmp_path):
+    """Whether the model is the checkpoint or a Hugging Face folder, its adapters answer on NF4."""
+    from checkpoints_conversion.megatron_to_hf import MegatronToHf
+    from checkpoints_conversion.megatron_to_hf import convert as export
+
+    export(MegatronToHf(roots["plain"], str(tmp_path / "export")))
+    tokens = np.random.default_rng(5).integers(0, 203, (2, 24))
+    found = {}
+    for name, flags in (("nf4", {"base_precision": "nf4"}), ("plain", {})):
+        go(four_ranks, roots["plain"], shards, tmp_path / name, 2, **LORA, **flags)
+        found[name] = four_ranks.run(adapted_logits, str(tmp_path / name), tokens)[-1]
+        other = four_ranks.run(opened_logits, str(tmp_path / "export"), str(tmp_path / name), tokens)[-1]
+        assert np.array_equal(other, found[name]), name
+    assert not np.array_equal(found["nf4"], found["plain"])
+
+
 def test_answers_and_verify(roots, four_ranks, shards, tmp_path):
     """Base and adapters compute what the merged model does, whether the base was quantised before or is when it is loaded."""
     from transformers import AutoModelForCausalLM
