@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_ft.adapters.stored import Stored
     from megatron_ft.engine.parallel import Layout
 
-_SLACK = 10
+SLACK = 10
 """Adapters beside weights add up in another order than their sums; a wrong scale or slice is far above it."""
 
 
@@ -137,9 +137,9 @@ def _check_sums(request: Request, layout: Layout) -> None:
     one = _answers(_filled(sums, layout), request, layout)
     other = _answers(_side_by_side(short, stored, sums, layout), request, layout)
     worst = max([(a - b).abs().max().item() for a, b in zip(one, other, strict=True)], default=0.0)
-    if not worst <= _SLACK * request.tolerance:
+    if not worst <= SLACK * request.tolerance:
         raise CheckpointError(
-            f"{request.checkpoint}: the logits of base and adapters and of their sums differ by {worst:.2e}, above {_SLACK} times "
+            f"{request.checkpoint}: the logits of base and adapters and of their sums differ by {worst:.2e}, above {SLACK} times "
             f"--tolerance {request.tolerance}; please report it"
         )
 

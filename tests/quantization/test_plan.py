@@ -55,7 +55,7 @@ def test_the_command(capsys):
     run(Plan("llama2-13b", gpu="a6000-48gb", recompute_granularity="full", base_precision="nf4"), Parallelism())
     out = " ".join(capsys.readouterr().out.split())
     assert (
-        "fits: 15.2 of 51.0 GB" in out and "on disk 7.8 GB, with --double_quant 7.2 GB; adapters are not counted" in out
+        "fits: 15.0 of 51.0 GB" in out and "on disk 7.8 GB, with --double_quant 7.2 GB; adapters are not counted" in out
     )
     run(
         Plan("llama2-13b", gpu="a6000-48gb", recompute_granularity="full", base_precision="nf4", lora_rank=64),
