@@ -72,12 +72,7 @@ def run(options: PerplexityOptions, parallel: GenerationLayout, processes: Proce
     sizes = ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     with process_groups(sizes) as layout:
         models = [
-            {
-                "name": name,
-                "load": load,
-                "adapter": adapter,
-                "lengths": _measured(options, load, adapter, stride, layout),
-            }
+            {"name": name, "load": load, "adapter": adapter, **_measured(options, load, adapter, stride, layout)}
             for name, load, adapter in zip(names_of(options), options.load, adapters_of(options), strict=True)
         ]
         if layout.is_main:
@@ -127,8 +122,8 @@ def adapters_of(options: PerplexityOptions) -> list[str | None]:
 
 def _measured(
     options: PerplexityOptions, load: str, adapter: str | None, stride: int, layout: Layout
-) -> list[dict[str, Any]]:
-    """Return the sums of one model at every length."""
+) -> dict[str, Any]:
+    """Return the positions of one model and its sums at every length."""
     from megatron_ft.evaluation.documents import read_documents
     from megatron_ft.evaluation.perplexity import measure
     from megatron_ft.evaluation.scoring import Scorer
@@ -149,12 +144,12 @@ def _measured(
             for kind in ("roles", "sources")
         }
         found.append({"length": length, "stride": stride, **sums.all.as_json(), **parts})
-    return found
+    return {"positions": chat.decoder.max_positions, "lengths": found}
 
 
 def _write(options: PerplexityOptions, stride: int, models: list[dict[str, Any]]) -> None:
     from megatron_ft.files import write_json
-    from megatron_ft.report.perplexity_page import by_part, how, rows_of, shown, write_page
+    from megatron_ft.report.perplexity_page import beyond, how, named_rows, write_page
 
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,17 +164,13 @@ def _write(options: PerplexityOptions, stride: int, models: list[dict[str, Any]]
     write_json(folder / "perplexity.json", result)
     write_page(result, folder / "perplexity.html", folder / "perplexity.svg")
     print(f"Perplexity. {how(result)}")
-    rows = rows_of(models)
-    for model in models:
-        rows += [
-            (f"{model['name']}, {name}", values)
-            for kind in ("roles", "sources")
-            for name, values in by_part(model, kind)
-        ]
+    rows = [row for kind in (None, "roles", "sources") for row in named_rows(models, kind)]
     width = max(len(name) for name, _ in rows)
     print(f"{'window':{width}}" + "".join(f"{length:>14}" for length in options.lengths))
     for name, values in rows:
-        print(f"{name:{width}}" + "".join(f"{shown(value):>14}" for value in values))
+        print(f"{name:{width}}" + "".join(f"{value:>14}" for value in values))
+    if star := beyond(models):
+        print(star)
     print(folder / "perplexity.html")
 
 

@@ -163,7 +163,7 @@ def check_tokenizer(
     if ours["vocab_size"] > vocab_size:
         raise DataError(
             f"{where}: tokenized for a vocabulary of {ours['vocab_size']}, the model's has {vocab_size}; "
-            f"convert the model with the same extra tokens, or {REMEDY}"
+            f"convert the model with the same extra tokens, or {REMEDY}{_both(ours, tokenizer_info)}"
         )
     if "fingerprint" not in ours or not tokenizer_info or ours["fingerprint"] == tokenizer_info["fingerprint"]:
         return
@@ -183,6 +183,12 @@ def compare_added(ours: dict[str, int], theirs: dict[str, int], where: str | Pat
             raise DataError(f"{where}: '{name}' has id {index} there and {theirs[name]} in the model; {REMEDY}")
         if names.get(index, name) != name:
             raise DataError(f"{where}: id {index} is '{name}' there and '{names[index]}' in the model; {REMEDY}")
+
+
+def _both(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Name both tokenizers, where they are known and differ."""
+    known = "kind" in ours and "kind" in theirs and ours["fingerprint"] != theirs["fingerprint"]
+    return f" (the shards' tokenizer: {_describe(ours)}; the model's: {_describe(theirs)})" if known else ""
 
 
 def _describe(info: dict[str, Any]) -> str:

@@ -1,11 +1,14 @@
 """Log-probabilities of given tokens, in any tensor x pipeline layout.
 
-The forward-only schedule of the engine runs the model without a KV cache. The logits stay split over the vocabulary; only the
-log-probability of each token leaves the last stage, and every rank of the model receives it.
+The forward-only schedule of the engine runs the model without a KV cache. The last stage computes logits in pieces along the
+sequence, of at most PIECE bytes in fp32, which stay split over the vocabulary. Only the log-probability of each token leaves it, and
+every rank of the model receives that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +20,9 @@ from torch import Tensor
 from megatron_ft import device
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.cross_entropy import vocab_parallel_cross_entropy
+
+PIECE = 1 << 28
+"""Bytes of logits in fp32 that are held at once."""
 
 
 class Scores(NamedTuple):
@@ -47,7 +53,7 @@ class Scorer:
         rows = rows.to(self.device)
         inputs, targets = rows[:, :-1], rows[:, 1:]
         outputs = get_forward_backward_func()(
-            forward_step_func=lambda _, model: (self._forward(model, inputs), _pass_through),
+            forward_step_func=lambda _, model: (self._forward(model, inputs, targets), _pass_through),
             data_iterator=iter(()),
             model=[self.model],
             num_microbatches=1,
@@ -56,20 +62,60 @@ class Scorer:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        found = torch.zeros(2, *targets.shape, device=self.device)
-        if outputs:
-            found = torch.stack(self._of_logits(outputs[0], targets))
+        found = outputs[0] if outputs else torch.zeros(2, *targets.shape, device=self.device)
         dist.broadcast(found, src=self.last_rank, group=parallel_state.get_model_parallel_group())
         return Scores(found[0], found[1].bool())
 
-    def _forward(self, model: Any, inputs: Tensor) -> Tensor:
-        return model(inputs, torch.arange(inputs.shape[1], device=self.device).expand_as(inputs), None)
+    def _forward(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what a stage hands on; of the last stage the scores, [2, b, s]: log-probability, and 1 where it is greedy."""
+        positions = torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)
+        if not model.post_process:
+            return model(inputs, positions, None)
+        with _without_logits(model) as output:
+            hidden = model(inputs, positions, None)
+        size = max(1, PIECE // (4 * len(inputs) * self._columns))
+        pieces = zip(hidden.split(size, 1), targets.split(size, 1), strict=True)
+        return torch.cat([self._of_hidden(output, piece, those) for piece, those in pieces], -1)
 
-    def _of_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and greedy (0 or 1) of this model's targets. logits [b, s, v / TP]: this rank's columns."""
+    @property
+    def _columns(self) -> int:
+        """Return the columns of the logits that a rank holds."""
+        return -(-self.model.vocab_size // self.layout.tp_size)
+
+    def _of_hidden(self, output: _Output, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the scores of a piece. hidden [b, s, h]: what the output layer reads."""
+        logits = output.logits(hidden.transpose(0, 1)).transpose(0, 1)
         group = parallel_state.get_tensor_model_parallel_group()
         losses = vocab_parallel_cross_entropy(logits, targets, self.model.true_vocab_size, group)
-        return -losses, (most_likely(logits, self.model.true_vocab_size, group) == targets).float()
+        return torch.stack([-losses, (most_likely(logits, self.model.true_vocab_size, group) == targets).float()])
+
+
+class _Output(torch.nn.Module):
+    """Takes the place of the output layer: returns its input, and computes the logits of parts of it later."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> tuple[Tensor, None]:
+        self.arguments = arguments
+        return hidden, None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return this rank's columns, [s, b, v / TP]. hidden [s, b, h]."""
+        return self.layer(hidden, **self.arguments)[0]
+
+
+@contextmanager
+def _without_logits(model: Any) -> Iterator[_Output]:
+    """Let the model return the output layer's input, [b, s, h], in place of logits."""
+    layer = model.output_layer
+    model.output_layer = _Output(layer)
+    try:
+        yield model.output_layer
+    finally:
+        model.output_layer = layer
 
 
 def most_likely(logits: Tensor, vocab_size: int, group: Any) -> Tensor:

@@ -29,11 +29,11 @@ def write_page(result: Mapping[str, Any], page: Path, figure: Path) -> None:
     html.section(
         "Perplexity",
         f'<figure style="max-width:760px">{svg}</figure>',
-        _table("model", lengths, rows_of(models)),
-        note=how(result),
+        _table("model", lengths, named_rows(models)),
+        note=" ".join(filter(None, (how(result), beyond(models)))),
     )
     for kind in ("roles", "sources"):
-        if rows := [(f"{model['name']}, {name}", values) for model in models for name, values in by_part(model, kind)]:
+        if rows := named_rows(models, kind):
             html.section(f"By {kind.removesuffix('s')}", _table("model and part", lengths, rows))
     html.write(page)
 
@@ -49,15 +49,28 @@ def how(result: Mapping[str, Any]) -> str:
     )
 
 
-def rows_of(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:
-    """Return the perplexities of each model by length."""
-    return [(model["name"], [one["perplexity"] for one in model["lengths"]]) for model in models]
+def named_rows(models: Sequence[Mapping[str, Any]], kind: str | None = None) -> list[tuple[str, list[str]]]:
+    """Return the perplexities of each model by length, for a table; of its parts with kind "roles" or "sources"."""
+    if kind is None:
+        return [(model["name"], [_marked(model, one, one) for one in model["lengths"]]) for model in models]
+    return [
+        (f"{model['name']}, {name}", [_marked(model, one, one[kind][name]) for one in model["lengths"]])
+        for model in models
+        for name in model["lengths"][0][kind]
+    ]
 
 
-def by_part(model: Mapping[str, Any], kind: str) -> list[tuple[str, list[float | None]]]:
-    """Return the perplexities of each role or source of a model, by length. kind: "roles" or "sources"."""
-    names = model["lengths"][0][kind]
-    return [(name, [one[kind][name]["perplexity"] for one in model["lengths"]]) for name in names]
+def _marked(model: Mapping[str, Any], at: Mapping[str, Any], part: Mapping[str, Any]) -> str:
+    return shown(part["perplexity"]) + ("*" if at["length"] > model["positions"] else "")
+
+
+def beyond(models: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say what a star means, or None if no window is longer than its model's positions."""
+    short = [model for model in models if model["lengths"][-1]["length"] > model["positions"]]
+    if not short:
+        return None
+    positions = ", ".join(f"{model['positions']:,} ({model['name']})" for model in short)
+    return f"* windows longer than the model's positions: {positions}."
 
 
 def shown(value: float | None) -> str:
@@ -65,8 +78,8 @@ def shown(value: float | None) -> str:
     return "too large" if value is None else f"{value:,.4f}" if value < 1e6 else f"{value:.3e}"
 
 
-def _table(head: str, lengths: Sequence[int], rows: Sequence[tuple[str, Sequence[float | None]]]) -> str:
-    cells = [(name, *map(shown, values)) for name, values in rows]
+def _table(head: str, lengths: Sequence[int], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    cells = [(name, *values) for name, values in rows]
     return table((head, *(f"{length:,} tokens" for length in lengths)), cells, ("", *["num"] * len(lengths)))
 
 

@@ -252,6 +252,11 @@ INFO = {"kind": "sentencepiece", "fingerprint": "f", "model_fingerprint": "m", "
         ({}, 100, None),
         ({}, 128, None),
         ({}, 99, "vocabulary of 100, the model's has 99"),
+        (
+            {"fingerprint": "g"},
+            99,
+            r"tokenizer: sentencepiece, 100 tokens, f; the model's: sentencepiece, 100 tokens, g\)",
+        ),
         ({"fingerprint": "g", "model_fingerprint": "other"}, 100, "another tokenizer"),
         ({"fingerprint": "g", "added_tokens": {}}, 100, None),
         ({"fingerprint": "g", "added_tokens": {"<a>": 98, "<b>": 99, "<c>": 100}}, 101, None),

@@ -14,7 +14,7 @@ from megatron_ft.data.roles import ASSISTANT, PROMPTER
 from megatron_ft.data.shards import ShardWriter
 from megatron_ft.errors import ConfigError, DataError
 from megatron_ft.evaluation.perplexity import batches, windows
-from megatron_ft.report.perplexity_page import chart
+from megatron_ft.report.perplexity_page import beyond, chart, named_rows
 from tests.conversion.builders import FAMILIES, make_family, make_sentencepiece
 
 LENGTHS, STRIDE = [16, 40, 96], 8
@@ -125,6 +125,55 @@ def test_roles_and_sources_add_up(models, place, one_rank, tmp_path):
             assert sum(part["nats"] for part in entry[kind].values()) == pytest.approx(entry["nats"])
     assert ours[0]["sources"]["long"]["tokens"] == 119 and ours[0]["sources"]["short"]["tokens"] == 37
     assert {path.name for path in tmp_path.iterdir()} == {"perplexity.json", "perplexity.html", "perplexity.svg"}
+
+
+def scored(folder, rows, piece):
+    """Scores, the largest number of logits that were held at once, and whether the output layer is in its place afterwards."""
+    from pathlib import Path
+
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.evaluation import scoring
+    from megatron_ft.generation.loading import open_chat_model
+
+    sizes = []
+    with process_groups(ParallelSizes(2, 2)) as layout, pytest.MonkeyPatch.context() as patch:
+        model = open_chat_model(Path(folder), layout).decoder.model
+        layer = getattr(model, "output_layer", None)
+        if layer:
+            layer.register_forward_hook(lambda _, args, output: sizes.append(output[0].nelement()))
+        patch.setattr(scoring, "PIECE", piece)
+        found = scoring.Scorer(model, layout).score(rows)
+        return found.log_probs, found.greedy, max(sizes, default=0), getattr(model, "output_layer", None) is layer
+
+
+def test_logits_are_computed_in_pieces_with_the_same_scores(models, four_ranks):
+    rows = torch.randint(3, 203, (3, 50), generator=torch.Generator().manual_seed(0))
+    for name in ("llama", "falcon 40b"):
+        whole = four_ranks.run(scored, models(name), rows, 1 << 28)
+        parts = four_ranks.run(scored, models(name), rows, 4096)
+        for one, other in zip(whole, parts, strict=True):
+            assert torch.allclose(one[0], other[0], atol=1e-5) and torch.equal(one[1], other[1])
+            assert one[3] and other[3]
+        assert max(one[2] for one in whole) > 3 * 49 * 100 and 0 < max(one[2] for one in parts) <= 1024
+
+
+def test_windows_beyond_the_positions_have_a_star(models, place, one_rank, tmp_path):
+    one_rank.run(measured, shortened(models("llama"), tmp_path / "short", 64), place / "chats", tmp_path / "out")
+    result = json.loads((tmp_path / "out/perplexity.json").read_text())["models"]
+    assert result[0]["positions"] == 64
+    for kind in (None, "roles", "sources"):
+        for _, cells in named_rows(result, kind):
+            assert [cell.endswith("*") for cell in cells] == [False, False, True]
+    line = "* windows longer than the model's positions: 64 (short)."
+    assert beyond(result) == line and line in (tmp_path / "out/perplexity.html").read_text().replace("&#x27;", "'")
+    assert beyond([{**result[0], "positions": 96}]) is None
+
+
+def shortened(folder, to, positions):
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+    return to
 
 
 def test_bf16_is_near(models, place, one_rank, tmp_path):
