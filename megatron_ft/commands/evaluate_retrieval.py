@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_ft.commands.generate import GenerationLayout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
-from megatron_ft.errors import ConfigError, DataError
+from megatron_ft.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_ft.engine.parallel import Layout
@@ -29,13 +29,14 @@ class RetrievalModels:
     load: list[str] = field(default_factory=list)
     """folders of checkpoints or of exported Hugging Face models; several are compared"""
     names: list[str] = field(default_factory=list)
-    """names of the models in --load or --results, in their order; default: the names of their folders"""
+    """names of the models in --load or --results, in their order; default: the names of the folders in --load, the recorded ones in
+    --results"""
     adapter: str | None = None
     """adapters of the one model in --load: a checkpoint of a run with --lora_rank, or a PEFT folder"""
     results: list[str] = field(default_factory=list)
     """instead of --load: files retrieval.json of earlier measurements, to compare their models"""
     output: str = "retrieval"
-    """folder for retrieval.json, answers.jsonl, retrieval.html and the figures"""
+    """new folder for retrieval.json, answers.jsonl, retrieval.html and the figures"""
     normalisation: Literal["best", "range", "none"] = "best"
     """how scores of a subtask are made comparable before they are averaged: divided by the best model's (best), from the worst to the best
     model (range), unchanged (none)"""
@@ -98,9 +99,11 @@ def run(
     """Measure, or compare earlier results. Raise UserError for models, files or lengths that do not fit."""
     check(models, prompts)
     if models.results:
-        _report(models, _joined(models))
+        from megatron_ft.evaluation.retrieval.earlier import joined
+
+        _write(models, joined(models.results, models.names))
         return 0
-    grid = grid_of(prompts)
+    grid, files = grid_of(prompts), digests_of(prompts)
     from megatron_ft.checkpoints.folder import check_folder
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.engine.start import prepare_engine
@@ -116,27 +119,33 @@ def run(
     with process_groups(sizes) as layout:
         measured = [_measure(folder, name, models, prompts, grid, layout) for folder, name in _named(models)]
         if layout.is_main:
-            _write_answers(models, measured)
-            _report(models, _described(prompts, grid, measured))
+            _write(models, _described(prompts, grid, files, measured), measured)
     return 0
 
 
 def check(models: RetrievalModels, prompts: RetrievalPrompts) -> None:
     """Raise ConfigError for settings that do not go together or are out of range."""
-    given = models.load or models.results
+    from megatron_ft.files import check_writable, refuse_existing
+
     if bool(models.load) == bool(models.results):
         raise ConfigError("give either --load MODEL... or --results FILE...")
-    if models.names and len(models.names) != len(given):
-        raise ConfigError(f"--names has {len(models.names)} names for {len(given)} models: give one for each")
+    if models.load and models.names and len(models.names) != len(models.load):
+        raise ConfigError(f"--names has {len(models.names)} names for {len(models.load)} models: give one for each")
     if models.adapter and len(models.load) != 1:
         raise ConfigError("--adapter belongs to one model: give one --load, and compare with --results afterwards")
-    if repeated := _repeated([name for _, name in _named(models)]):
+    if repeated := _repeated(models.names or [name for _, name in _named(models)]):
         raise ConfigError(f"two models have the name {repeated}: give each its own with --names")
     for name in ("depths", "samples", "key_digits", "max_new_tokens", "batch_size"):
         if getattr(prompts, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
     if unknown := [name for name in tasks_of(prompts) if name not in TASKS]:
         raise ConfigError(f"--tasks {unknown[0]}: is no task; choose from {', '.join(TASKS)}")
+    _check_lengths(prompts)
+    check_writable("--output", models.output)
+    refuse_existing(models.output)
+
+
+def _check_lengths(prompts: RetrievalPrompts) -> None:
     if (shortest := lengths_of(prompts)[0]) <= prompts.max_new_tokens:
         raise ConfigError(
             f"--lengths {shortest} leaves no room for a prompt: it must be above --max_new_tokens {prompts.max_new_tokens}"
@@ -162,10 +171,8 @@ def _separate(words: Sequence[str]) -> list[str]:
 
 
 def _named(models: RetrievalModels) -> list[tuple[str, str]]:
-    """Return folder or file of each model, and its name."""
-    given = models.load or models.results
-    folders = [Path(each) if models.load else Path(each).parent for each in given]
-    return list(zip(given, models.names or [folder.resolve().name for folder in folders], strict=True))
+    """Return folder and name of each model in --load."""
+    return list(zip(models.load, models.names or [Path(each).resolve().name for each in models.load], strict=True))
 
 
 def _repeated(names: Sequence[str]) -> str | None:
@@ -183,6 +190,14 @@ def grid_of(prompts: RetrievalPrompts) -> Grid:
         prompts.samples,
         prompts.seed,
     )
+
+
+def digests_of(prompts: RetrievalPrompts) -> dict[str, str | None]:
+    """Return the digest of each file that a task reads, None where it has none."""
+    from megatron_ft.files import digest
+
+    read = {name: getattr(prompts, name) if name in tasks_of(prompts) else None for name in ("topics", "documents")}
+    return {name: digest(path) if path else None for name, path in read.items()}
 
 
 def _task(name: str, prompts: RetrievalPrompts) -> Task:
@@ -211,68 +226,43 @@ def _measure(
     )  # fmt: skip
     allow_lengths(model, folder, grid.lengths[-1], prompts.beyond_positions)
     rows = answers(model, layout, grid, prompts.system, prompts.max_new_tokens, prompts.batch_size)
-    return {"name": name, "load": folder, "answers": rows, "tasks": summary(rows)}
+    return {"name": name, "load": folder, "adapter": models.adapter, "answers": rows, "tasks": summary(rows)}
 
 
-def _described(prompts: RetrievalPrompts, grid: Grid, measured: list[dict[str, Any]]) -> dict[str, Any]:
+def _described(
+    prompts: RetrievalPrompts, grid: Grid, files: dict[str, str | None], measured: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Return what retrieval.json holds, still without the comparison."""
     asked = {key: getattr(prompts, key) for key in ("seed", "samples", "max_new_tokens", "system", "key_digits")}
     models = [{key: value for key, value in each.items() if key != "answers"} for each in measured]
-    return {**asked, "lengths": list(grid.lengths), "depths": list(grid.depths), "models": models}
+    return {**asked, **files, "lengths": list(grid.lengths), "depths": list(grid.depths), "models": models}
 
 
-def _joined(models: RetrievalModels) -> dict[str, Any]:
-    """Return the models of earlier results as one. Raise DataError for files that are none or were made with other prompts."""
-    read = [_read_result(Path(path)) for path in models.results]
-    first = read[0]
-    for path, each in zip(models.results, read, strict=True):
-        if other := [key for key in ("seed", "samples", "lengths", "depths", "key_digits") if each[key] != first[key]]:
-            raise DataError(
-                f"{path}: measured with other {' and '.join(other)} than {models.results[0]}; measure both alike"
-            )
-    if all(len(each["models"]) == 1 for each in read):
-        found = [{**each["models"][0], "name": name} for each, (_, name) in zip(read, _named(models), strict=True)]
-    elif models.names:
-        raise DataError("--names: one of the --results holds several models, which keep their names; leave --names out")
-    else:
-        found = [model for each in read for model in each["models"]]
-    return {**first, "models": found}
+def _write(models: RetrievalModels, result: dict[str, Any], measured: Sequence[dict[str, Any]] = ()) -> None:
+    """Compare the models, write the folder --output, print the table. measured: models with their answers."""
+    from megatron_ft.evaluation.retrieval.page import scores_rows, write_page
+    from megatron_ft.evaluation.retrieval.results import compared
+    from megatron_ft.files import atomic_folder, write_json
+
+    how = models.normalisation
+    result = {**result, "normalisation": how, "models": compared(result["models"], how)}
+    with atomic_folder(models.output) as folder:
+        if measured:
+            _write_answers(folder, measured)
+        write_json(folder / "retrieval.json", result)
+        page = write_page(folder, result)
+    head, rows = scores_rows(result["models"])
+    print(aligned([head, *rows]))
+    print(f"-> {Path(models.output, page.name)}")
 
 
-def _read_result(path: Path) -> dict[str, Any]:
-    from megatron_ft.files import read_json
-
-    result = read_json(path)
-    needed = {"seed", "samples", "max_new_tokens", "lengths", "depths", "key_digits", "models"}
-    if not isinstance(result, dict) or not needed <= set(result) or not result["models"]:
-        raise DataError(f"{path}: is not a result of evaluate retrieval; give its retrieval.json")
-    return result
-
-
-def _write_answers(models: RetrievalModels, measured: list[dict[str, Any]]) -> None:
+def _write_answers(folder: Path, measured: Sequence[dict[str, Any]]) -> None:
     from megatron_ft.files import atomic_file
 
-    with atomic_file(Path(models.output) / "answers.jsonl", "w") as file:
+    with atomic_file(folder / "answers.jsonl", "w") as file:
         for model in measured:
             for row in model["answers"]:
                 file.write(json.dumps({"model": model["name"], **row}, ensure_ascii=False) + "\n")
-
-
-def _report(models: RetrievalModels, result: dict[str, Any]) -> None:
-    """Compare the models, write retrieval.json and the page, print the table."""
-    from megatron_ft.evaluation.retrieval.page import scores_rows, write_page
-    from megatron_ft.evaluation.retrieval.results import compared
-    from megatron_ft.files import write_json
-
-    folder = Path(models.output)
-    how = models.normalisation
-    result = {**result, "normalisation": how, "models": compared(result["models"], how)}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "retrieval.json", result)
-    page = write_page(folder, result)
-    head, rows = scores_rows(result["models"])
-    print(aligned([head, *rows]))
-    print(f"-> {page}")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

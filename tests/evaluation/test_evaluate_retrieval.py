@@ -2,14 +2,18 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
+from checkpoints_conversion.merge_adapter import Merge, merge
 from megatron_ft.commands.evaluate_retrieval import COMMAND, RetrievalModels, RetrievalPrompts, check
 from megatron_ft.config.cli import parse
 from megatron_ft.errors import UserError
+from megatron_ft.files import digest
 from tests.conversion.builders import make_llama, make_sentencepiece
+from tests.generation.test_adapters import architecture, make_adapter
 
 PROMPTS = RetrievalPrompts(
     lengths=["450,600"], depths=2, samples=2, key_digits=2, max_new_tokens=5, tasks=["key-value", "lines"]
@@ -50,8 +54,9 @@ def test_every_layout_gives_the_same_answers(place, one_rank, four_ranks):
     assert len(expected) == 2 * 2 * 2 * 2 and {row["model"] for row in expected} == {"ckpt"}
     assert all(row["length"] - 80 < row["tokens"] <= row["length"] - 5 for row in expected)
     for sizes in ((2, 2), (1, 1)):
-        said = four_ranks.run(measure, replace(models, output=str(place / "four")), PROMPTS, sizes)
-        assert said == [""] * 4 and rows(place / "four") == expected, sizes
+        folder = place / f"four-{sizes[0]}"
+        said = four_ranks.run(measure, replace(models, output=str(folder)), PROMPTS, sizes)
+        assert said == [""] * 4 and rows(folder) == expected, sizes
     result = json.loads((place / "one" / "retrieval.json").read_text())
     assert result["lengths"] == [450, 600] and set(result["models"][0]["tasks"]) == {"key-value", "lines"}
     assert (place / "one" / "retrieval.html").is_file()
@@ -65,18 +70,42 @@ def test_several_models_and_earlier_results(place, one_rank, capfd):
     for load, name in zip(both.load, both.names, strict=True):
         assert one_rank.run(measure, RetrievalModels([load], [name], output=str(place / name)), prompts) == [""]
     files = [str(place / name / "retrieval.json") for name in both.names]
-    joined = RetrievalModels(results=files, output=str(place / "joined"))
+    joined = RetrievalModels(results=files, output=str(place / "joined"))  # with their recorded names
     assert one_rank.run(measure, joined, prompts) == [""]
     together, apart = (json.loads((place / name / "retrieval.json").read_text()) for name in ("both", "joined"))
     assert together == apart and [model["name"] for model in apart["models"]] == ["PI", "YaRN"]
     assert (place / "joined" / "comparison.svg").is_file()
-    other = replace(prompts, seed=9)
-    assert one_rank.run(measure, RetrievalModels([both.load[0]], output=str(place / "other")), other) == [""]
-    mixed = replace(joined, results=[files[0], str(place / "other" / "retrieval.json")])
-    (said,) = one_rank.run(measure, mixed, prompts)
-    assert "measured with other seed than" in said
-    (said,) = one_rank.run(measure, replace(joined, results=[str(place / "hf" / "config.json")]), prompts)
-    assert "is not a result of evaluate retrieval" in said
+    (said,) = one_rank.run(measure, joined, prompts)
+    assert f"{place / 'joined'} exists and is not empty" in said
+
+
+def test_adapters_of_a_model(place, one_rank):
+    """Base and adapters answer as the model that they are merged into, and not as the base."""
+    make_adapter(place / "peft", architecture(place / "ckpt"))
+    merge(Merge(str(place / "peft"), str(place / "merged"), base=str(place / "ckpt")))
+    prompts = replace(PROMPTS, lengths=["450"])
+    answers = {}
+    for name, load, adapter in (("with", "ckpt", str(place / "peft")), ("sum", "merged", None), ("base", "ckpt", None)):
+        models = RetrievalModels([str(place / load)], ["A"], adapter=adapter, output=str(place / f"adapter-{name}"))
+        assert one_rank.run(measure, models, prompts) == [""]
+        answers[name] = [row["answer"] for row in rows(place / f"adapter-{name}")]
+    assert answers["with"] == answers["sum"] != answers["base"]
+    result = json.loads((place / "adapter-with" / "retrieval.json").read_text())
+    assert result["models"][0]["adapter"] == str(place / "peft")
+
+
+def test_files_that_prompts_are_made_of(place, one_rank):
+    """The result holds the digest of each file that a task has read."""
+    topics, documents = place / "topics.jsonl", place / "documents.jsonl"
+    text = "I would like to discuss the topic of {}. It is a fine one."
+    lines = [{"topic": f"m{n}", "conversation": text.format(f"m{n}")} for n in range(30)]
+    topics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    documents.write_text('{"title": "a", "text": "b", "question": "c", "answers": ["b"]}\n' * 2)
+    prompts = replace(PROMPTS, tasks=["topics"], lengths=["450"], topics=str(topics), documents=str(documents))
+    models = RetrievalModels([str(place / "ckpt")], output=str(place / "files"))
+    assert one_rank.run(measure, models, prompts) == [""]
+    result = json.loads((place / "files" / "retrieval.json").read_text())
+    assert (result["topics"], result["documents"]) == (digest(topics), None)
 
 
 def test_prompts_longer_than_the_positions(place, one_rank):
@@ -101,6 +130,9 @@ def test_prompts_longer_than_the_positions(place, one_rank):
         (["--load", "a", "--depths", "0"], "--depths must be at least 1"),
         (["--load", "a", "--lengths", "2048,100"], "--lengths 100 leaves no room"),
         (["--load", "a", "--tasks", "lines,needle"], "--tasks needle: is no task"),
+        (["--results", "a", "b", "--names", "c", "c"], "two models have the name c"),
+        (["--load", "a", "--output", __file__], "is not a folder"),
+        (["--load", "a", "--output", str(Path(__file__).parent)], "exists and is not empty"),
         (["--load", "a", "--lengths", "2k"], "--lengths 2k: must be whole numbers"),
     ],
 )

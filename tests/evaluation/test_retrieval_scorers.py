@@ -27,6 +27,24 @@ def test_key_value(answer, score):
 @pytest.mark.parametrize(
     "answer, score",
     [
+        ("3f", 1),
+        ('": "3F"', 1),
+        ("key:3f,", 1),
+        ("It is 3f.", 1),
+        ("a3f", 0),
+        ("3f0", 0),
+        ("0d7b3f17", 0),
+        ("é3f", 0),
+        ("3 f", 0),
+    ],
+)
+def test_short_values_stand_alone(answer, score):
+    assert holds_value(answer, ["3f"]) == score
+
+
+@pytest.mark.parametrize(
+    "answer, score",
+    [
         ("24498", 1),
         ("The <REGISTER_CONTENT> in line torpid-kid is <24498>.", 1),
         ("line 17: REGISTER_CONTENT is 24498", 1),  # the last number counts

@@ -12,8 +12,11 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def holds_value(answer: str, expected: Sequence[str]) -> float:
-    """Score key-value retrieval: the value occurs in the answer, in upper or lower case (Lost in the Middle)."""
-    return float(any(value.lower() in answer.lower() for value in expected))
+    """Score key-value retrieval: the value occurs in the answer, in upper or lower case (Lost in the Middle).
+
+    It must stand alone, so that a value of two or three digits is not found in longer ones by chance.
+    """
+    return float(any(re.search(rf"(?<![^\W_]){re.escape(value)}(?![^\W_])", answer, re.I) for value in expected))
 
 
 def last_number(answer: str, expected: Sequence[str]) -> float:
