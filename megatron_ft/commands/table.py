@@ -66,6 +66,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "evaluate retrieval": Entry(
             "megatron_ft.commands.evaluate_retrieval", "measure retrieval from long prompts, compare models"
         ),
+        "evaluate harness": Entry("megatron_ft.commands.evaluate_harness", "score a model on lm-eval's tasks"),
     },
     "Help": {
         "flags": Entry("megatron_ft.commands.flags", "print all flags of all commands, as Markdown"),
