@@ -31,6 +31,7 @@ def run(settings: TrainingSettings) -> int:
     from megatron_ft.device import order_streams
     from megatron_ft.engine.parallel import ParallelSizes, process_groups, world_size
     from megatron_ft.engine.start import prepare_engine
+    from megatron_ft.generation.prompts import read_references
     from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
     from megatron_ft.models.kernels import check_context_parallel
@@ -54,6 +55,8 @@ def run(settings: TrainingSettings) -> int:
     # Everything that needs no torch is checked before the processes wait for each other.
     for flag, place in places_to_write(settings).items():
         check_writable(flag, place)
+    if asked := settings.logging.sample_prompts:
+        read_references(Path(asked))
     requested = settings.checkpointing
     start = find_start(settings, processes)
     settings, described = start.settings, start.described

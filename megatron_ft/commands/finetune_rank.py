@@ -25,6 +25,7 @@ from megatron_ft.checkpoints.training_state import Progress
 from megatron_ft.checkpoints.verify import verify
 from megatron_ft.commands import dry_run
 from megatron_ft.commands.report import write_at_end
+from megatron_ft.commands.training_samples import make_sampler
 from megatron_ft.config.cli import write_sections
 from megatron_ft.config.sections import Adapters
 from megatron_ft.config.settings import TrainingSettings
@@ -42,10 +43,11 @@ from megatron_ft.training.adapting import Adapting, find_adapting
 from megatron_ft.training.console import make_console
 from megatron_ft.training.fit import starts_anew
 from megatron_ft.training.guard import Aside, Guarded, attempt
-from megatron_ft.training.hooks import METRICS, Hook, MetricsFile
+from megatron_ft.training.hooks import METRICS, SAMPLES, Hook, MetricsFile, SamplesFile
 from megatron_ft.training.kernel_report import report_kernels
 from megatron_ft.training.loop import Run, train
 from megatron_ft.training.resumed import log_changes
+from megatron_ft.training.samples import Sampler
 from megatron_ft.training.step import Stepper
 from megatron_ft.training.stopping import StopRequest
 from megatron_ft.training.tensorboard_hook import TensorBoard
@@ -116,6 +118,7 @@ def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> i
         progress = _load(inputs, parts)
     if settings.launching.dry_run:
         return dry_run.show(layout, settings, inputs.described, progress, inputs.train_set, parts.bare, inputs.rows)
+    sampler = make_sampler(settings, inputs.source, inputs.described, parts.model, layout)
     if inputs.folder:  # only now: a run that cannot start leaves no files
         log_to_file(file=inputs.folder / LOG)
     _log_start(inputs, trainable, progress, adapting)
@@ -123,7 +126,7 @@ def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> i
     resolved = write_sections([section for section in settings.sections if section != Adapters()])
     saver = held.enter_context(_make_saver(inputs, parts, resolved))
     _record_start(inputs, parts, progress)
-    run = _make_run(inputs, parts, saver, _hooks(inputs, resolved))
+    run = _make_run(inputs, parts, saver, _hooks(inputs, resolved), sampler)
     done = _train(inputs, run, progress, stop)
     if done.iteration < settings.batch.train_iters:
         _log_stop(inputs, progress, done, stop)
@@ -251,13 +254,15 @@ def _record_start(inputs: Inputs, parts: Parts, progress: Progress) -> None:
         attempt(str(folder / run_record.RUN), lambda: run_record.record(folder, start))
 
 
-def _make_run(inputs: Inputs, parts: Parts, saver: Any, hooks: list[Hook]) -> Run:
+def _make_run(inputs: Inputs, parts: Parts, saver: Any, hooks: list[Hook], sampler: Sampler | None) -> Run:
     batch, logging = inputs.settings.batch, inputs.settings.logging
+    sample_interval = logging.eval_interval if logging.sample_interval is None else logging.sample_interval
     return Run(
         parts.stepper, inputs.train_set, inputs.valid_set, parts.optimizer, parts.schedule, hooks=hooks,
         saver=saver, train_iters=batch.train_iters, save_interval=inputs.settings.checkpointing.save_interval,
         eval_interval=logging.eval_interval, eval_iters=logging.eval_iters, max_skipped=batch.max_skipped_iters,
         check_replicas_every=inputs.settings.numerics.check_replicas_every, architecture=inputs.described.architecture,
+        sampler=sampler, sample_interval=sample_interval,
     )  # fmt: skip
 
 
@@ -299,6 +304,8 @@ def _make_hooks(inputs: Inputs, resolved: str) -> Iterator[Hook]:
                 file.write(resolved)
 
         yield Guarded(str(folder / METRICS), lambda: MetricsFile(folder))
+        if logging.sample_prompts:
+            yield Guarded(str(folder / SAMPLES), lambda: SamplesFile(folder))
         attempt(str(folder / SETTINGS), write_settings)
     if board := logging.tensorboard_dir:
         yield Aside(f"TensorBoard in {board}", lambda: TensorBoard(board))

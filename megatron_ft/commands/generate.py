@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.model_parallel import ModelParallel
 from megatron_ft.config.sections import Processes
-from megatron_ft.errors import ConfigError, DataError
+from megatron_ft.errors import ConfigError
+from megatron_ft.generation.prompts import read_prompt_file, with_messages
 
 if TYPE_CHECKING:
     from megatron_ft.engine.parallel import Layout
@@ -119,32 +120,9 @@ def read_prompts(generation: Generation) -> list[dict]:
     if bool(generation.prompt) == bool(generation.prompts):
         raise ConfigError('give either --prompt "text" or --prompts FILE.jsonl')
     if generation.prompt:
-        return [_with_messages({"prompt": text}, "--prompt") for text in generation.prompt]
+        return [with_messages({"prompt": text}, "--prompt") for text in generation.prompt]
     assert generation.prompts is not None
-    path = Path(generation.prompts)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 file of JSON lines") from error
-    numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not numbered:
-        raise DataError(f"{path}: contains no prompts; write one JSON object per line")
-    return [_parse_line(line, f"{path}, line {number}") for number, line in numbered]
-
-
-def _parse_line(line: str, where: str) -> dict:
-    try:
-        return _with_messages(json.loads(line), where)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-
-
-def _with_messages(entry: object, where: str) -> dict:
-    if isinstance(entry, dict) and isinstance(entry.get("messages"), list) and entry["messages"]:
-        return entry
-    if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-        return {**entry, "messages": [{"role": "user", "content": entry["prompt"]}]}
-    raise DataError(f'{where}: needs {{"prompt": text}} or {{"messages": [...]}}')
+    return read_prompt_file(Path(generation.prompts))
 
 
 class _Sampling(Protocol):

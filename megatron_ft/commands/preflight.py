@@ -63,6 +63,7 @@ def run(options: Preflight, settings: TrainingSettings) -> int:
 def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Finding]:
     from megatron_ft.config.checks import check_settings, places_to_write
     from megatron_ft.files import check_writable
+    from megatron_ft.generation.prompts import read_references
 
     try:
         check_settings(settings, options.world_size)
@@ -74,6 +75,11 @@ def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Findin
     for flag, place in places_to_write(settings).items():
         try:
             check_writable(flag, place)
+        except UserError as error:
+            yield Finding("error", str(error))
+    if asked := settings.logging.sample_prompts:
+        try:
+            read_references(Path(asked))
         except UserError as error:
             yield Finding("error", str(error))
     data = settings.data

@@ -23,6 +23,7 @@ from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.device import choose_cpu
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import check_writable
+from megatron_ft.generation.prompts import read_references
 from megatron_ft.launch.places import Places, is_rank, places
 from megatron_ft.models.architecture import Architecture, padded_vocab_size
 from megatron_ft.rehearsal import make_up, shrink
@@ -162,6 +163,8 @@ class _Findings:
     def _settings(self) -> None:
         s = self.settings
         check_settings(s, self.processes)
+        if asked := s.logging.sample_prompts:
+            read_references(Path(asked))
         dp = data_parallel_size(s.parallel, self.processes)
         tp, pp, cp = s.parallel.model_parallel_sizes
         self._note("settings", f"TP{tp} x PP{pp}{f' x CP{cp}' if cp > 1 else ''} x DP{dp}, consistent")

@@ -12,6 +12,7 @@ from megatron_ft.config.sections import (
     Checkpointing,
     Data,
     Kernels,
+    Logging,
     Numerics,
     Optimizer,
     Parallelism,
@@ -277,6 +278,18 @@ def classic_saves_know_no_context_parallel(checkpointing: Checkpointing, paralle
         )
 
 
+def samples_have_prompts(logging: Logging, parallel: Parallelism) -> None:
+    if logging.sample_interval is not None and not logging.sample_prompts:
+        raise ConfigError(
+            f"--sample_interval {logging.sample_interval} has no effect without --sample_prompts: give a file of prompts"
+        )
+    if logging.sample_prompts and parallel.context_parallel_size > 1:
+        raise ConfigError(
+            f"--sample_prompts cannot answer with --context_parallel_size {parallel.context_parallel_size}, which shares the positions "
+            f"of a row: leave it out, and ask the checkpoints with megatron-ft generate"
+        )
+
+
 def places_to_write(settings: TrainingSettings) -> dict[str, str]:
     """Return flag -> folder that a run will write to."""
     logging = settings.logging
@@ -301,7 +314,7 @@ def check_settings(settings: TrainingSettings, world_size: int) -> None:
     )  # fmt: skip
     positive(batch, "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_iters")
     positive(data, "seq_length")
-    positive(s.logging, "log_interval", "eval_interval")
+    positive(s.logging, "log_interval", "eval_interval", "sample_interval", "sample_max_new_tokens")
     not_negative(s.logging, "eval_iters")
     positive(checkpointing, "save_interval", "keep_last", "save_retain_interval")
     positive(optimizer, "lr_decay_iters")
@@ -326,4 +339,5 @@ def check_settings(settings: TrainingSettings, world_size: int) -> None:
     saving_has_a_place(checkpointing)
     milestones_have_a_use(checkpointing)
     classic_saves_know_no_context_parallel(checkpointing, parallel)
+    samples_have_prompts(s.logging, parallel)
     overlaps_have_a_subject(s.kernels, parallel)

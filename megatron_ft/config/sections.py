@@ -304,6 +304,13 @@ class Logging:
     """number of steps between evaluations on the validation shards; default: only at the end"""
     eval_iters: int = 10
     """largest number of global batches per evaluation; 0: no evaluation"""
+    sample_prompts: str | None = None
+    """file of prompts that the model answers before the first step, while it is trained and at the end, one JSON object per line:
+    {"prompt": text} or {"messages": [...]}, with an "answer" to compare with where there is one; answers are greedy"""
+    sample_interval: int | None = None
+    """with --sample_prompts: number of steps between these answers; default: that of --eval_interval"""
+    sample_max_new_tokens: int = 64
+    """with --sample_prompts: largest number of tokens per answer; each token costs a forward pass of the model"""
     run_dir: str | None = None
     """folder for metrics.jsonl, training.yaml and report.html; default: the --save folder"""
     report: bool = True

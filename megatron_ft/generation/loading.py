@@ -59,9 +59,7 @@ class ChatModel:
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> np.ndarray:
         """Return the ids of a conversation for the assistant to continue; without a chat format those of its last message's text."""
-        if self.chat_format is None:
-            return self.tokenizer.encode(messages[-1]["content"])
-        return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt=True)[0]
+        return prompt_ids(messages, self.tokenizer, self.chat_format)
 
     def answers(
         self,
@@ -95,6 +93,15 @@ class ChatModel:
         return before.strip()
 
 
+def prompt_ids(
+    messages: list[dict[str, str]], tokenizer: Tokenizer, chat_format: ChatFormat | OwnTemplate | None
+) -> np.ndarray:
+    """Return the ids of a conversation for the assistant to continue; without a chat format those of its last message's text."""
+    if chat_format is None:
+        return tokenizer.encode(messages[-1]["content"])
+    return chat_format.encode(tokenizer, messages, add_generation_prompt=True)[0]
+
+
 def open_chat_model(
     folder: Path,
     layout: Layout,
@@ -123,10 +130,21 @@ def open_chat_model(
     if later:
         _add(later, model, arch, layout, folder)
     chat = _select_chat_format(chat_format or recorded, tokenizer, template)
-    stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
-    if chat:
-        stops.add(tokenizer.token_id(chat.stop_token))
+    stops = stop_ids_of(tokenizer, chat)
     return ChatModel(Decoder(model, layout, stops, arch.max_position_embeddings), tokenizer, chat)
+
+
+def stop_ids_of(tokenizer: Tokenizer, chat_format: ChatFormat | OwnTemplate | None) -> set[int]:
+    """Return the ids that end an answer: of the end of text, and of the chat format's stop token."""
+    stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
+    if chat_format:
+        stops.add(tokenizer.token_id(chat_format.stop_token))
+    return stops
+
+
+def chat_format_of(name: str | None, tokenizer: Tokenizer) -> ChatFormat | OwnTemplate | None:
+    """Return the recorded chat format of that name, else the tokenizer's own template, else None for plain text."""
+    return _select_chat_format(name, tokenizer, today())
 
 
 def _add(adapter: Path, model: Any, arch: Architecture, layout: Layout, folder: Path) -> None:

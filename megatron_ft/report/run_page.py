@@ -21,6 +21,7 @@ from megatron_ft.data.plain import is_plain
 from megatron_ft.data.roles import display_name
 from megatron_ft.errors import DataError, UserError
 from megatron_ft.report import samples
+from megatron_ft.report.answers import NOTE, SAMPLES, answers, read_answers
 from megatron_ft.report.curves import Line, bars, picture
 from megatron_ft.report.metrics import Curve, Metrics, read_metrics
 from megatron_ft.report.page import Page, badge, commands, curves, table
@@ -44,6 +45,8 @@ def write_run_report(folder: Path, target: Path | None = None) -> Path:
     now = starts[-1] if starts else {}
     page = Page(_title(folder, metrics, now), _subtitle(now))
     page.section("Result", _verdict(metrics, now), _numbers(metrics))
+    if asked := read_answers(folder / SAMPLES):
+        page.section("Answers", *answers(asked), note=NOTE)
     page.section("Curves", curves(metrics))
     if where := list(_where(metrics)):
         page.section("Loss by group", f'<div class="grid2">{"".join(where)}</div>', note=_WHERE)
@@ -310,6 +313,7 @@ def _files(folder: Path) -> Iterator[str]:
     about = {
         REPORT: "this page",
         "metrics.jsonl": "the numbers of every step",
+        SAMPLES: "the answers to --sample_prompts at every step where it was asked",
         "run.json": "layout, data and versions of each start",
         "training.yaml": "all settings, for --config",
         "finetune.log": "the log of all processes, warnings of libraries included",

@@ -7,10 +7,12 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_ft.training.hooks import Hook
+from megatron_ft.training.samples import Sample, summary
 
 
 class Console(Hook):
@@ -35,6 +37,9 @@ class Console(Hook):
             f" validation loss at iteration {iteration} | lm loss value: {metrics['eval/loss']:.6E} | "
             f"lm loss PPL: {metrics['eval/perplexity']:.6E} |"
         )
+
+    def on_samples(self, iteration: int, samples: Sequence[Sample]) -> None:
+        self.print(f" answers at iteration {iteration} | {summary(samples)} |")
 
     def on_save(self, iteration: int, folder: Path) -> None:
         self.print(f" saved checkpoint {folder}")

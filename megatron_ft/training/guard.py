@@ -10,13 +10,14 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ft.errors import UserError
 from megatron_ft.log import FROM_ANY_RANK, logger
 from megatron_ft.training.hooks import Hook
+from megatron_ft.training.samples import Sample
 
 log = logger("training")
 
@@ -58,6 +59,9 @@ class Guarded(Hook):
 
     def on_eval(self, iteration: int, metrics: dict[str, Any]) -> None:
         self._tell("on_eval", iteration, metrics)
+
+    def on_samples(self, iteration: int, samples: Sequence[Sample]) -> None:
+        self._tell("on_samples", iteration, samples)
 
     def on_save(self, iteration: int, folder: Path) -> None:
         self._tell("on_save", iteration, folder)

@@ -1,15 +1,19 @@
-"""Observers of a run. The loop calls hooks; they never change the model. This module has metrics.jsonl, for tools."""
+"""Observers of a run. The loop calls hooks; they never change the model. This module has
+metrics.jsonl and samples.jsonl, for tools."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.training.samples import Sample, line
+
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 
 
 class Hook:
@@ -17,6 +21,7 @@ class Hook:
 
     def on_step(self, iteration: int, metrics: dict[str, Any]) -> None: ...
     def on_eval(self, iteration: int, metrics: dict[str, Any]) -> None: ...
+    def on_samples(self, iteration: int, samples: Sequence[Sample]) -> None: ...
     def on_save(self, iteration: int, folder: Path) -> None: ...
     def on_end(self) -> None: ...
     def abandon(self) -> None:
@@ -55,3 +60,15 @@ class MetricsFile(Hook):
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in metrics.items()}
         self.file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
         self.file.flush()
+
+
+class SamplesFile(Hook):
+    """One JSON object per answer. The file begins with the first answers; resumed runs append."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / SAMPLES
+
+    def on_samples(self, iteration: int, samples: Sequence[Sample]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(line(iteration, sample) for sample in samples)

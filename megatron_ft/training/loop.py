@@ -16,6 +16,7 @@ from megatron_ft.models.architecture import Architecture
 from megatron_ft.training import sample_hash
 from megatron_ft.training.hooks import Hook
 from megatron_ft.training.replicas import check_replicas
+from megatron_ft.training.samples import Sampler
 from megatron_ft.training.step import Stepper, StepResult
 from megatron_ft.training.stopping import BrokenGradients, StopRequest
 from megatron_ft.training.throughput import peak_tflops, step_flops
@@ -40,6 +41,9 @@ class Run:
     check_replicas_every: int | None = None
     architecture: Architecture | None = None
     """To count operations by; None: not counted."""
+    sampler: Sampler | None = None
+    """Answers prompts; None: there are none."""
+    sample_interval: int | None = None
 
 
 def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
@@ -51,6 +55,8 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     skipped = 0
     try:
         stopping = stop.agreed()  # requested while loading: there is nothing new to save
+        if run.sampler and not progress.iteration and not stopping:
+            _sample(run, run.sampler, progress)
         while progress.iteration < run.train_iters and not stopping:
             metrics = _timed_step(run, progress)
             progress = Progress(
@@ -77,6 +83,8 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 and (last or _due(progress.iteration, run.eval_interval))
             ):
                 _evaluate(run, run.valid_set, progress)
+            if run.sampler and not stopping and (last or _due(progress.iteration, run.sample_interval)):
+                _sample(run, run.sampler, progress)
             if run.saver:
                 due = _due(progress.iteration, run.save_interval)
                 _save(run, run.saver, progress, due, leaving=last or stopping)
@@ -166,3 +174,10 @@ def _evaluate(run: Run, valid_set: ChatDataset, progress: Progress) -> None:
     }
     for hook in run.hooks:
         hook.on_eval(progress.iteration, metrics)
+
+
+def _sample(run: Run, sampler: Sampler, progress: Progress) -> None:
+    run.stepper.settle()  # else ranks with fewer prompts would not take part in gathering the weights
+    samples = sampler()
+    for hook in run.hooks:
+        hook.on_samples(progress.iteration, samples)

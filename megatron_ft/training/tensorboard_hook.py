@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_ft.errors import ConfigError
 from megatron_ft.training.hooks import Hook, numbers
+from megatron_ft.training.samples import Sample
 
 
 class TensorBoard(Hook):
@@ -23,6 +25,10 @@ class TensorBoard(Hook):
             self.writer.add_scalar(name, value, iteration)
 
     on_eval = on_step
+
+    def on_samples(self, iteration: int, samples: Sequence[Sample]) -> None:
+        for number, sample in enumerate(samples, 1):
+            self.writer.add_text(f"samples/{number}", sample.markdown(), iteration)
 
     def on_end(self) -> None:
         self.writer.close()

@@ -6,12 +6,13 @@ import atexit
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ft.errors import ConfigError
 from megatron_ft.training.hooks import Hook, numbers
+from megatron_ft.training.samples import COLUMNS, Sample
 
 
 class WeightsAndBiases(Hook):
@@ -35,12 +36,19 @@ class WeightsAndBiases(Hook):
                 raise ConfigError(
                     f"--wandb_logger: {error} (or set WANDB_API_KEY; WANDB_MODE=offline logs to this machine alone)"
                 ) from error
+        self.table: Callable[..., Any] = wandb.Table
+        self.rows: list[list[Any]] = []
+        """Of all samples so far: wandb shows the last table of a run."""
         self.teardown: Callable[[], None] = wandb.teardown
 
     def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:
         self.run.log(dict(numbers(metrics)), step=iteration)
 
     on_eval = on_step
+
+    def on_samples(self, iteration: int, samples: Sequence[Sample]) -> None:
+        self.rows += [[iteration, *one.cells()] for one in samples]
+        self.run.log({"samples": self.table(columns=["iteration", *COLUMNS], data=self.rows)}, step=iteration)
 
     def on_end(self) -> None:
         self.run.finish()
