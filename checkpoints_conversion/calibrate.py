@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_conversion.options import CheckpointSource
-from megatron_ft import device
-from megatron_ft.errors import CheckpointError, UserError
+from checkpoints_conversion.own_process import ask
+from megatron_ft.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,20 +121,7 @@ class _Writer:
 
 def run_calibration(request: Request, folder: Path) -> Answer:
     """Run `calibrate` in a process of its own. Raise CheckpointError for a user's error."""
-    (folder / "request.json").write_text(json.dumps(asdict(request)))
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = {"PYTHONPATH": os.pathsep.join(paths), **device.CPU}
-    environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "WORLD_SIZE", "RANK")}
-    command = [sys.executable, "-m", "checkpoints_conversion.calibrate"]
-    ended = subprocess.run(command, input=str(folder), env={**environment, **settings}, capture_output=True, text=True)
-    path = folder / "answer.json"
-    if ended.returncode or not path.is_file():
-        raise RuntimeError(f"the calibration ended with {ended.returncode}:\n{ended.stderr[-4000:]}")
-    answer: Any = json.loads(path.read_text())
-    if "user_error" in answer:
-        raise CheckpointError(answer["user_error"])
-    return Answer(**answer)
+    return Answer(**ask("checkpoints_conversion.calibrate", request, folder, "the calibration"))
 
 
 def main(folder: Path) -> None:

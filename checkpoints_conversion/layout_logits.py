@@ -8,14 +8,12 @@ FOLDER/request.json has the checkpoint and the prompts, FOLDER/N.npy transformer
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ft import device
+from checkpoints_conversion.own_process import ask
 from megatron_ft.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -187,20 +185,7 @@ def _logits(model: Any, layout: Layout, ids: Tensor) -> Any:
 
 def differences_in_layout(request: Request, folder: Path) -> list[float]:
     """Run `differences` on the ranks of the request's layout, in separate processes. Raise CheckpointError for a user's error."""
-    (folder / "request.json").write_text(json.dumps(asdict(request)))
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = {"PYTHONPATH": os.pathsep.join(paths), **device.CPU}
-    environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "WORLD_SIZE", "RANK")}
-    command = [sys.executable, "-m", "checkpoints_conversion.layout_logits"]
-    ended = subprocess.run(command, input=str(folder), env={**environment, **settings}, capture_output=True, text=True)
-    path = folder / "answer.json"
-    if ended.returncode or not path.is_file():
-        raise RuntimeError(f"the ranks ended with {ended.returncode}:\n{ended.stderr[-4000:]}")
-    answer: Any = json.loads(path.read_text())
-    if "user_error" in answer:
-        raise CheckpointError(answer["user_error"])
-    return answer["differences"]
+    return ask("checkpoints_conversion.layout_logits", request, folder, "the ranks")["differences"]
 
 
 def main(folder: Path) -> None:
