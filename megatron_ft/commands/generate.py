@@ -94,15 +94,13 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
     from megatron_ft.checkpoints.folder import check_folder
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.engine.start import prepare_engine
-    from megatron_ft.launch.places import is_rank, join_srun
+    from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
 
     for given in filter(None, (generation.load, generation.adapter)):
         check_folder(Path(given))
     join_srun(processes)
-    needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if processes.nproc_per_node is None and needed > 1 and not is_rank():
-        processes = replace(processes, nproc_per_node=needed)
+    processes = enough_for(parallel, processes)
     if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
         return code  # the ranks have done what follows
     with process_groups(
@@ -113,6 +111,16 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
             _write(generation, lines, answers)
             print(throughput, file=sys.stderr)
     return 0
+
+
+def enough_for(parallel: GenerationLayout, processes: Processes) -> Processes:
+    """Return the processes to start: those of the layout, if their number is not given and no launcher has started this one."""
+    from megatron_ft.launch.places import is_rank
+
+    needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if processes.nproc_per_node is None and needed > 1 and not is_rank():
+        return replace(processes, nproc_per_node=needed)
+    return processes
 
 
 def read_prompts(generation: Generation) -> list[dict]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ft.commands.generate import GenerationLayout
+from megatron_ft.commands.generate import GenerationLayout, enough_for
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError, DataError
@@ -64,7 +64,7 @@ def run(options: Sample, parallel: GenerationLayout, processes: Processes) -> in
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.engine.start import prepare_engine
     from megatron_ft.generation.sampling_report import as_report, read_report, read_settings
-    from megatron_ft.launch.places import is_rank, join_srun
+    from megatron_ft.launch.places import join_srun
     from megatron_ft.launch.run import launch, planned
 
     if options.num_samples < 1 or options.batch_size < 1:
@@ -74,9 +74,7 @@ def run(options: Sample, parallel: GenerationLayout, processes: Processes) -> in
     for given in filter(None, (options.load, options.adapter)):
         check_folder(Path(given))
     join_srun(processes)
-    needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if processes.nproc_per_node is None and needed > 1 and not is_rank():
-        processes = replace(processes, nproc_per_node=needed)
+    processes = enough_for(parallel, processes)
     if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
         return code  # the ranks have done what follows
     sizes = ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
