@@ -48,6 +48,7 @@ BROKEN = {
     "milestones_have_a_use": "--save {save} --save_retain_interval 5",
     "classic_saves_know_no_context_parallel": "--save {save} --ckpt_format torch --context_parallel_size 2 --no_packing",
     "overlaps_have_a_subject": "--overlap_param_gather",
+    "samples_have_prompts": "--sample_interval 5",
     "refuse_experts": "--load {experts}",
     "check_model_flags": "--num_layers 5",
     "split_layers": "--pipeline_model_parallel_size 2 --decoder_first_pipeline_num_layers 4",
