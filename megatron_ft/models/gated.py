@@ -35,8 +35,8 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return _Gated.apply(x, self.function)
 
-    def sharded_state_dict(self, *_: Any) -> dict:
-        """Answer the engine, which asks every part of an MLP for its weights."""
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Answer the engine, which asks every part of an MLP for its weights: there are none."""
         return {}
 
 

@@ -1,10 +1,12 @@
 """The gated activation: the numbers of torch's own operations, bit for bit, and nothing but the input kept."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
 
-from megatron_ft.models.gated import GRADIENTS, _Gated
+from megatron_ft.models.gated import GRADIENTS, Gated, _Gated
 
 
 @pytest.mark.parametrize("function", GRADIENTS, ids=lambda function: function.__name__)
@@ -29,3 +31,10 @@ def test_keeps_its_input_only():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         _Gated.apply(x, functional.silu)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+def test_answers_every_engine_that_asks_for_its_weights():
+    """megatron-core 0.16 asks with values in their order, 0.19 by their names."""
+    gated = Gated(SimpleNamespace(activation_func=functional.silu))
+    assert gated.sharded_state_dict("mlp.", (), {}) == {}
+    assert gated.sharded_state_dict(prefix="mlp.", sharded_offsets=(), metadata={}) == {}
