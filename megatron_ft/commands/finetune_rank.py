@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft import device
-from megatron_ft.adapters.base import load_base
+from megatron_ft.adapters.base import load_base, weight_hashes
 from megatron_ft.adapters.lora import fill_adapters, initialise
 from megatron_ft.adapters.new_rows import summing
 from megatron_ft.adapters.spec import BASE, TRAINED
@@ -28,6 +28,7 @@ from megatron_ft.commands.report import write_at_end
 from megatron_ft.commands.training_samples import make_sampler
 from megatron_ft.config.cli import write_sections
 from megatron_ft.config.sections import Adapters
+from megatron_ft.config.sections import Distillation as DistillationSection
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.engine.optimizer import make_optimizer, make_schedule
@@ -36,6 +37,7 @@ from megatron_ft.files import atomic_file
 from megatron_ft.log import logger
 from megatron_ft.log import setup as log_to_file
 from megatron_ft.models.build import attention_needs
+from megatron_ft.models.distilled_loss import Mix
 from megatron_ft.models.kernels import choose, machine
 from megatron_ft.models.trainable import ALL, Trainable, count
 from megatron_ft.training import run_record, sample_hash, setup
@@ -46,10 +48,13 @@ from megatron_ft.training.guard import Aside, Guarded, attempt
 from megatron_ft.training.hooks import METRICS, SAMPLES, Hook, MetricsFile, SamplesFile
 from megatron_ft.training.kernel_report import report_kernels
 from megatron_ft.training.loop import Run, train
+from megatron_ft.training.objectives.distillation import Distillation
+from megatron_ft.training.objectives.objective import Objective
 from megatron_ft.training.resumed import log_changes
 from megatron_ft.training.samples import Sampler
 from megatron_ft.training.step import Stepper
 from megatron_ft.training.stopping import StopRequest
+from megatron_ft.training.teacher import Teacher, find_teacher, stored_teachers
 from megatron_ft.training.tensorboard_hook import TensorBoard
 from megatron_ft.training.trained_on import trained_on
 from megatron_ft.training.wandb_hook import WeightsAndBiases
@@ -111,21 +116,25 @@ def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> i
         settings, inputs.described, inputs.source, starts_anew(inputs.described, settings.checkpointing)
     )
     trainable = TRAINED if adapting else Trainable(tuple(settings.optimizer.unfrozen_parameters))
-    parts = _build(inputs, trainable, adapting)
+    teacher = find_teacher(settings, inputs.described)
+    parts = _build(inputs, trainable, adapting, teacher)
     if adapting:
         inputs, progress = _load_adapters(inputs, parts, adapting)
     else:
         progress = _load(inputs, parts)
+    distilled = _load_teacher(inputs, parts, teacher)
     if settings.launching.dry_run:
         return dry_run.show(layout, settings, inputs.described, progress, inputs.train_set, parts.bare, inputs.rows)
     sampler = make_sampler(settings, inputs.source, inputs.described, parts.model, layout)
     if inputs.folder:  # only now: a run that cannot start leaves no files
         log_to_file(file=inputs.folder / LOG)
     _log_start(inputs, trainable, progress, adapting)
-    # Without adapters their section is left out.
-    resolved = write_sections([section for section in settings.sections if section != Adapters()])
+    # Without adapters and without a teacher their sections are left out.
+    resolved = write_sections(
+        [section for section in settings.sections if section not in (Adapters(), DistillationSection())]
+    )
     saver = held.enter_context(_make_saver(inputs, parts, resolved))
-    _record_start(inputs, parts, progress)
+    _record_start(inputs, parts, progress, distilled)
     run = _make_run(inputs, parts, saver, _hooks(inputs, resolved), sampler)
     done = _train(inputs, run, progress, stop)
     if done.iteration < settings.batch.train_iters:
@@ -134,14 +143,14 @@ def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> i
     return 0
 
 
-def _build(inputs: Inputs, trainable: Trainable, adapting: Adapting | None) -> Parts:
+def _build(inputs: Inputs, trainable: Trainable, adapting: Adapting | None, teacher: Teacher | None) -> Parts:
     """Build the model with new weights, its optimizer and its schedule."""
     settings, described = inputs.settings, inputs.described
     numerics = settings.numerics
     model = setup.make_model(
         described.architecture, inputs.layout, settings.data, settings.parallel, numerics, settings.kernels,
         vocab_rows(adapting.described if adapting else described), trainable, adapting.lora if adapting else None,
-        nf4_of(adapting.described) if adapting else None,
+        nf4_of(adapting.described) if adapting else None, teacher,
     )  # fmt: skip
     optimizer = make_optimizer(model, settings.optimizer, numerics, settings.parallel.use_distributed_optimizer)
     schedule = make_schedule(optimizer, settings.optimizer, settings.batch)
@@ -150,8 +159,28 @@ def _build(inputs: Inputs, trainable: Trainable, adapting: Adapting | None) -> P
         exact_phases=settings.logging.log_timers_to_tensorboard,
         dropout_seed=settings.data.seed if numerics.hidden_dropout or (adapting and adapting.lora.dropout) else None,
         before_reduction=summing(setup.bare(model), described.architecture.tied_embeddings),
+        objective=_objective(settings),
     )  # fmt: skip
     return Parts(model, optimizer, schedule, stepper)
+
+
+def _objective(settings: TrainingSettings) -> Objective | None:
+    """Return what is minimised; None: cross-entropy."""
+    one = settings.distillation
+    if not one.has_teacher:
+        return None
+    return Distillation(Mix(one.ce_weight, one.kd_weight, one.kd_temperature))
+
+
+def _load_teacher(inputs: Inputs, parts: Parts, teacher: Teacher | None) -> dict[str, Any] | None:
+    """Fill the weights of a resident teacher. Return what run.json says of the teacher, None without one. All ranks call it."""
+    if teacher is None:
+        return stored_teachers(inputs.train_set)
+    folder, described, chunks = teacher.folder, teacher.described, setup.teachers(parts.model)
+    verify(folder, described, inputs.layout, inputs.settings.checkpointing.verify_checkpoint)
+    load_weights(folder, described, chunks, inputs.layout, verified=True)
+    log.info(f"teacher {folder}: {described.architecture.family}, {described.architecture.num_layers} layers, frozen")
+    return {"path": str(folder.resolve()), "weights": weight_hashes(chunks, described.architecture)}
 
 
 def _load(inputs: Inputs, parts: Parts) -> Progress:
@@ -243,13 +272,15 @@ def _make_saver(inputs: Inputs, parts: Parts, resolved: str) -> contextlib.Abstr
     return training_state.make_saver(contents, inputs.settings.checkpointing)
 
 
-def _record_start(inputs: Inputs, parts: Parts, progress: Progress) -> None:
+def _record_start(inputs: Inputs, parts: Parts, progress: Progress, teacher: dict[str, Any] | None) -> None:
     """Add this start to run.json. A collective: all ranks call it, the reporting rank writes."""
     settings = inputs.settings
     start = run_record.start_of_run(
         parts.bare, inputs.layout, inputs.described, settings.data, inputs.train_set, inputs.valid_set,
         inputs.source, progress.iteration, settings.batch.train_iters,
     )  # fmt: skip
+    if teacher:
+        start["teacher"] = teacher
     if folder := inputs.reports_to:
         attempt(str(folder / run_record.RUN), lambda: run_record.record(folder, start))
 

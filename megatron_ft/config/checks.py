@@ -11,6 +11,7 @@ from megatron_ft.config.sections import (
     Batch,
     Checkpointing,
     Data,
+    Distillation,
     Kernels,
     Logging,
     Numerics,
@@ -290,6 +291,21 @@ def samples_have_prompts(logging: Logging, parallel: Parallelism) -> None:
         )
 
 
+def teacher_has_a_use(distillation: Distillation) -> None:
+    one = distillation
+    if one.teacher is not None and one.teacher_logits:
+        raise ConfigError("--teacher and --teacher_logits both give the teacher's distribution: drop one of them")
+    for name, default in (("kd_weight", 1.0), ("ce_weight", 1.0), ("kd_temperature", 1.0)):
+        if getattr(one, name) != default and not one.has_teacher:
+            raise ConfigError(
+                f"--{name} {getattr(one, name):g} has no effect without a teacher: give --teacher or --teacher_logits, or drop it"
+            )
+    if not (0 < one.kd_temperature < math.inf):
+        raise ConfigError(f"--kd_temperature {one.kd_temperature:g}: must be above 0")
+    if one.kd_weight == 0 and one.has_teacher:
+        raise ConfigError("--kd_weight 0 gives the teacher no effect: raise it, or drop the teacher")
+
+
 def places_to_write(settings: TrainingSettings) -> dict[str, str]:
     """Return flag -> folder that a run will write to."""
     logging = settings.logging
@@ -340,4 +356,6 @@ def check_settings(settings: TrainingSettings, world_size: int) -> None:
     milestones_have_a_use(checkpointing)
     classic_saves_know_no_context_parallel(checkpointing, parallel)
     samples_have_prompts(s.logging, parallel)
+    not_negative(s.distillation, "kd_weight", "ce_weight")
+    teacher_has_a_use(s.distillation)
     overlaps_have_a_subject(s.kernels, parallel)

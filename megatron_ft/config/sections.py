@@ -202,6 +202,27 @@ class Adapters:
 
 
 @dataclass
+class Distillation:
+    """Distillation from a teacher"""
+
+    teacher: str | None = None
+    """checkpoint of a frozen teacher with the same vocabulary, in memory beside the model; the loss is then ce_weight x cross-entropy +
+    kd_weight x T^2 x KL(teacher || model); default: no distillation"""
+    teacher_logits: list[str] = field(default_factory=list)
+    """prefixes of a teacher's stored log-probabilities (megatron-ft score), one for each --data_path, in place of --teacher"""
+    kd_weight: float = 1.0
+    """with a teacher: weight of the KL divergence"""
+    ce_weight: float = 1.0
+    """with a teacher: weight of the cross-entropy"""
+    kd_temperature: float = 1.0
+    """with a teacher: temperature T of both distributions of the KL divergence"""
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher is not None or bool(self.teacher_logits)
+
+
+@dataclass
 class Checkpointing:
     """Loading and saving checkpoints"""
 

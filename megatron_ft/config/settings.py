@@ -10,6 +10,7 @@ from megatron_ft.config.sections import (
     Batch,
     Checkpointing,
     Data,
+    Distillation,
     Kernels,
     Launching,
     Logging,
@@ -35,6 +36,7 @@ class TrainingSettings:
     optimizer: Optimizer = field(default_factory=Optimizer)
     numerics: Numerics = field(default_factory=Numerics)
     adapters: Adapters = field(default_factory=Adapters)
+    distillation: Distillation = field(default_factory=Distillation)
     logging: Logging = field(default_factory=Logging)
     model: Model = field(default_factory=Model)
     kernels: Kernels = field(default_factory=Kernels)

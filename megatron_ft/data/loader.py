@@ -113,10 +113,23 @@ class Samples(Protocol):
     def loss_weights(self, by_role: np.ndarray, marked_loss_weight: float = 1.0) -> np.ndarray: ...
 
 
+class Scored(Protocol):
+    """The interface of stored log-probabilities (data/teacher_logits.py)."""
+
+    top_k: int
+
+    def rows(self, sample: int, first: int, count: int, /) -> np.ndarray: ...
+    def record(self) -> dict: ...
+
+
 class ChatDataset:
     """Rows of chat samples from one or more shards, shuffled anew each epoch. loss_weights: float32 [7] or [4], by role."""
 
-    def __init__(self, shards: Sequence[Samples], loss_weights: np.ndarray, choices: Choices):
+    def __init__(
+        self, shards: Sequence[Samples], loss_weights: np.ndarray, choices: Choices, scored: Sequence[Scored] | None = None
+    ):  # fmt: skip
+        """scored: a teacher's log-probabilities of the tokens of each of the shards; None: there are none."""
+        self.scored = scored
         self.shards, self.choices, self.seq_length = list(shards), choices, choices.seq_length
         self.packed = choices.packed
         self._weight_by_byte = [shard.loss_weights(loss_weights, choices.marked_loss_weight) for shard in self.shards]
@@ -258,6 +271,26 @@ class ChatDataset:
                 segments.append(shape[1] - at)
         return Microbatch(tokens, labels, weights, groups, np.array(segments, np.int32) if self.packed else None)
 
+    def top(self, rows: Sequence[int], end: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return a teacher's most likely labels for the microbatch of these rows: ids [k, b, s] int32, log-probabilities [k, b, s]
+        float16, the probability of all others [b, s] float32. Padding has zeros.
+        """
+        assert self.scored
+        pieces = self._pieces_of(rows, end)
+        shape = (self.scored[0].top_k, len(rows), self._width(pieces))
+        ids, log_probs, tail = np.zeros(shape, np.int32), np.zeros(shape, np.float16), np.zeros(shape[1:], np.float32)
+        for i, row in enumerate(pieces):
+            at = 0
+            for piece in row.tolist():
+                shard, local = self._sample_of(piece)
+                size = int(self._sizes[piece])
+                found = self.scored[shard].rows(local, int(self._pieces.start[piece]) + 1, size)
+                here = slice(at, at + size)
+                ids[:, i, here], log_probs[:, i, here] = found["ids"].T, found["log_probs"].T
+                tail[i, here] = found["tail"]
+                at += size
+        return ids, log_probs, tail
+
     def width(self, rows: Sequence[int], end: int | None = None) -> int:
         """Return the positions in each row of the microbatch of these rows, without building it."""
         return self._width(self._pieces_of(rows, end))
@@ -275,14 +308,20 @@ class ChatDataset:
     def _read(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """Return a piece's tokens, role bytes and loss weights, [size + 1] each, and its source."""
         sample = int(self._pieces.sample[piece])
-        shard = int(np.searchsorted(self._first, sample, side="right")) - 1
+        shard, local = self._sample_of(piece)
         here = slice(int(self._pieces.start[piece]), int(self._pieces.start[piece] + self._sizes[piece] + 1))
-        opened, local = self.shards[shard], sample - int(self._first[shard])
+        opened = self.shards[shard]
         role_bytes = opened.role_bytes(local)
         weights = self._weight_by_byte[shard][role_bytes]
         if self.choices.last_turn_only:
             weights[: last_turn(role_bytes)] = 0
         return opened.tokens(local)[here], role_bytes[here], weights[here], int(self._source_of[sample])
+
+    def _sample_of(self, piece: int) -> tuple[int, int]:
+        """Return the shard of a piece, and its sample's number there."""
+        sample = int(self._pieces.sample[piece])
+        shard = int(np.searchsorted(self._first, sample, side="right")) - 1
+        return shard, sample - int(self._first[shard])
 
 
 def step_rows(

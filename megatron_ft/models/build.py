@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,18 +52,30 @@ class ChatModel(GPTModel):
     true_vocab_size: int
     fused: bool = False
     """whether the loss is computed by compiled kernels"""
+    loss_of: Callable[..., torch.Tensor] | None = None
+    """the loss of this forward pass; None: cross entropy"""
 
-    def forward(self, *args: Any, packed_seq_params: Any = None, **options: Any) -> torch.Tensor:
+    def forward(
+        self, *args: Any, packed_seq_params: Any = None, loss_of: Callable[..., torch.Tensor] | None = None, **options: Any
+    ) -> torch.Tensor:  # fmt: skip
+        """Return what the engine's model does. loss_of: (logits [s, b, v/tp], labels [s, b], vocab_size, group) -> losses [.., s, b], in
+        place of cross entropy.
+        """
         if self.pre_process:
             self.embedding.embedding_dropout.keys = getattr(packed_seq_params, "keys", None)
         self.rotary_pos_emb.positions = getattr(packed_seq_params, "positions", None)
-        return super().forward(*args, packed_seq_params=packed_seq_params, **options)
+        self.loss_of = loss_of
+        try:
+            return super().forward(*args, packed_seq_params=packed_seq_params, **options)
+        finally:
+            self.loss_of = None  # it may hold a teacher's logits
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the loss per token [b, s]. Labels [b, s], logits [s, b, v/tp]."""
-        losses = vocab_parallel_cross_entropy(
-            logits, labels.transpose(0, 1), self.true_vocab_size, self.pg_collection.tp, self.fused
-        )
+        """Return the loss per token [b, s], or what `loss_of` returns. Labels [b, s], logits [s, b, v/tp]."""
+        by_position, size, group = labels.transpose(0, 1), self.true_vocab_size, self.pg_collection.tp
+        if self.loss_of is not None:
+            return self.loss_of(logits, by_position, size, group)
+        losses = vocab_parallel_cross_entropy(logits, by_position, size, group, self.fused)
         return losses.transpose(0, 1).contiguous()
 
 

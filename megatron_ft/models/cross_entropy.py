@@ -44,12 +44,12 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, valid: int, group: Any, fused: bool) -> Tensor:
         rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         steps = _steps(fused)
-        peak = _joined(steps.peak(rows[part], valid) for part in _parts(rows, fused))
-        _reduce(peak, dist.ReduceOp.MAX, group)
-        found = [steps.sums(rows[part], flat[part], peak[part], valid) for part in _parts(rows, fused)]
-        total, predicted = (_joined(values) for values in zip(*found, strict=True))
-        _reduce(predicted, dist.ReduceOp.SUM, group)
-        _reduce(total, dist.ReduceOp.SUM, group)
+        peak = joined(steps.peak(rows[part], valid) for part in pieces(rows, fused))
+        reduce_over(peak, dist.ReduceOp.MAX, group)
+        found = [steps.sums(rows[part], flat[part], peak[part], valid) for part in pieces(rows, fused)]
+        total, predicted = (joined(values) for values in zip(*found, strict=True))
+        reduce_over(predicted, dist.ReduceOp.SUM, group)
+        reduce_over(total, dist.ReduceOp.SUM, group)
         ctx.save_for_backward(logits, targets, peak, total)
         ctx.valid, ctx.fused = valid, fused
         return (torch.log(total) - predicted).view(targets.shape)
@@ -60,24 +60,24 @@ class _CrossEntropy(torch.autograd.Function):
         rows, flat, factor = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), grad.reshape(-1)
         gradient = _steps(ctx.fused).gradient
         out = torch.empty_like(rows)
-        for part in _parts(rows, ctx.fused):
+        for part in pieces(rows, ctx.fused):
             gradient(out[part], rows[part], flat[part], peak[part], total[part], factor[part], ctx.valid)
         return out.view(logits.shape), None, None, None, None
 
 
-def _parts(rows: Tensor, fused: bool) -> Iterator[slice]:
+def pieces(rows: Tensor, fused: bool) -> Iterator[slice]:
     """Cut [n, v] into pieces of at most CHUNK bytes in fp32; compiled kernels take it whole."""
     size = CHUNK if rows.device.type == "cpu" else CHUNK_ON_GPU
     each = max(1, rows.shape[0] if fused else size // (4 * rows.shape[1]))
     return (slice(start, start + each) for start in range(0, rows.shape[0], each))
 
 
-def _joined(parts: Iterable[Tensor]) -> Tensor:
+def joined(parts: Iterable[Tensor]) -> Tensor:
     parts = list(parts)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _reduce(values: Tensor, how: Any, group: Any) -> None:
+def reduce_over(values: Tensor, how: Any, group: Any) -> None:
     if group.size() > 1:
         dist.all_reduce(values, op=how, group=group)
 
@@ -110,7 +110,7 @@ def _peak(rows: Tensor, valid: int) -> Tensor:
     return rows[:, :valid].amax(-1).float()
 
 
-def _shifted(rows: Tensor, peak: Tensor, valid: int) -> Tensor:
+def shifted_by(rows: Tensor, peak: Tensor, valid: int) -> Tensor:
     """Return rows - peak in fp32, a new tensor; -inf in columns that do not count."""
     shifted = rows - peak[:, None]
     shifted[:, valid:] = float("-inf")
@@ -118,7 +118,7 @@ def _shifted(rows: Tensor, peak: Tensor, valid: int) -> Tensor:
 
 
 def _sums(rows: Tensor, targets: Tensor, peak: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    shifted = _shifted(rows, peak, valid)
+    shifted = shifted_by(rows, peak, valid)
     mine = (targets >= 0) & (targets < rows.shape[1])
     predicted = shifted.gather(1, targets.where(mine, 0)[:, None])[:, 0]
     return shifted.exp_().sum(-1), predicted.where(mine, 0.0)
@@ -127,7 +127,7 @@ def _sums(rows: Tensor, targets: Tensor, peak: Tensor, valid: int) -> tuple[Tens
 def _gradient(
     out: Tensor, rows: Tensor, targets: Tensor, peak: Tensor, total: Tensor, factor: Tensor, valid: int
 ) -> None:
-    softmax = _shifted(rows, peak, valid).exp_().div_(total[:, None])
+    softmax = shifted_by(rows, peak, valid).exp_().div_(total[:, None])
     mine = (targets >= 0) & (targets < rows.shape[1])
     softmax.scatter_add_(1, targets.where(mine, 0)[:, None], -mine[:, None].float())
     out.copy_(softmax.mul_(factor[:, None]))

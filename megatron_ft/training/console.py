@@ -63,9 +63,18 @@ class Console(Hook):
             f"consumed samples: {last['train/consumed_samples']:8d} | "
             f"elapsed time per iteration (ms): {1000 * seconds / count:.1f} | learning rate: {last['train/lr']:.3E} | "
             f"global batch size: {last['train/global_batch_size']:5d} | "
-            f"lm loss: {self._mean_loss()} | "
+            f"lm loss: {self._mean_loss()} | {self._parts()}"
             f"{scale}grad norm: {last['train/grad_norm']:.3f} | number of skipped iterations: {self.skipped} | "
             f"number of nan iterations: {self.nan} | tokens/s: {rates[0]:.0f} | trained tokens/s: {rates[1]:.0f} | {speed}eta: {left} |"
+        )
+
+    def _parts(self) -> str:
+        """The means of the parts of a distilled loss; empty for others."""
+        steps = [m for m in self.window if not m.get("train/empty")]
+        return "".join(
+            f"{name} loss: {sum(m[f'train/{name}'] for m in steps) / len(steps):.6E} | "
+            for name in ("ce", "kl")
+            if steps and all(f"train/{name}" in m for m in steps)
         )
 
     def _mean_loss(self) -> str:

@@ -31,6 +31,7 @@ from megatron_ft.models.pipeline import split_layers
 from megatron_ft.models.trainable import check_patterns
 from megatron_ft.training.adapting import find_adapting
 from megatron_ft.training.model_flags import check_model_flags
+from megatron_ft.training.teacher import find_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def check_model(
     check_patterns(settings.optimizer.unfrozen_parameters, described.architecture)
     anew = starts_anew(described, checkpointing)
     find_adapting(settings, described, folder, anew)
+    find_teacher(settings, described)
     if not anew:
         check_training_state(folder, described)
     return described

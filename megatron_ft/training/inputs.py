@@ -27,6 +27,8 @@ from megatron_ft.training.throughput import pairs
 AHEAD = 2
 """Microbatches that are built before they are asked for."""
 
+TOP = ("top_ids", "top_log_probs", "tail")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -44,6 +46,9 @@ class Inputs:
     """Arguments of the layers; None: no arguments."""
     counts: np.ndarray
     """[3] float64: real tokens, supervised tokens, pairs of tokens in which one attends to the other"""
+    top: tuple[Tensor, ...] = ()
+    """A stored teacher's most likely tokens, on the last stage: ids [k, b, s], log-probabilities [k, b, s] fp16, tail [b, s] fp32; or
+    nothing"""
 
     @property
     def position_ids(self) -> Tensor:
@@ -111,6 +116,8 @@ class InputStream:
         """Run by the thread."""
         batch = task.dataset.microbatch(task.rows, task.end)
         arrays = {name: getattr(batch, name) for name in ("tokens", "labels", "weights", "groups")}
+        if task.dataset.scored and self.layout.is_last_stage:
+            arrays |= zip(TOP, task.dataset.top(task.rows, task.end), strict=True)
         if self.layout.cp_size > 1:
             arrays = {name: own_positions(array, self.layout, -1) for name, array in arrays.items()}
         if batch.segments is not None:  # the rows of a packed batch are one long row
@@ -134,7 +141,8 @@ class InputStream:
             rows = packed_rows(built.lengths, here.pop("positions"), here.pop("boundaries"), keys, all_keys)
         elif keys is not None:
             rows = one_sample_a_row(built.width, keys, all_keys)
-        return Inputs(**here, rows=rows, counts=built.counts)
+        top = tuple(here.pop(name) for name in TOP if name in here)
+        return Inputs(**here, rows=rows, counts=built.counts, top=top)
 
     def _keys(self, seed: int, batch: Microbatch, rows: tuple[int, ...]) -> np.ndarray:
         """Return the dropout keys in the order of the layers' tokens: [2, s, b]."""

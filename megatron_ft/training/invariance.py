@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_ft.adapters.new_rows import summing
 from megatron_ft.adapters.spec import BASE, TRAINED, Lora
-from megatron_ft.checkpoints.folder import MODEL_PREFIX, describe
+from megatron_ft.checkpoints.folder import MODEL_PREFIX, CheckpointConfig, describe
 from megatron_ft.checkpoints.load import load_weights, sharded_weights
 from megatron_ft.config.sections import Batch, Data, Kernels, Numerics, Optimizer, Parallelism
 from megatron_ft.data.loader import ChatDataset, Choices
@@ -38,6 +38,7 @@ from megatron_ft.training import setup
 from megatron_ft.training.objectives.cross_entropy import CrossEntropy
 from megatron_ft.training.objectives.objective import Objective
 from megatron_ft.training.step import Stepper
+from megatron_ft.training.teacher import Teacher, teacher_split
 
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 """What is padded, in rows."""
@@ -69,6 +70,8 @@ class Problem:
     numerics: Numerics = field(default_factory=Numerics)
     objective: Objective = field(default_factory=CrossEntropy)
     trainable: Trainable = ALL
+    teacher: Architecture | None = None
+    """of a resident teacher, with made-up weights of its own"""
     lora: Lora | None = None
     """adapters, which are then all that is trained"""
     checkpoint: str | None = None
@@ -145,7 +148,8 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
     data = Data(seq_length=problem.seq_length, packing=case.packing, seed=problem.seed)
     with process_groups(ParallelSizes.of(parallel, split.virtual_size), problem.seed) as layout:
         chunks = setup.make_model(
-            arch, layout, data, parallel, numerics, case.kernels, trainable=problem.trainable, lora=problem.lora
+            arch, layout, data, parallel, numerics, case.kernels, trainable=problem.trainable, lora=problem.lora,
+            teacher=_teacher(problem, parallel),
         )  # fmt: skip
         bare = setup.bare(chunks)
         section = Optimizer(
@@ -159,6 +163,8 @@ def measure(problem: Problem, case: Case, prepare: Callable[[list], None] | None
             make_up_weights(bare, arch, adapters_only=True)
         else:
             make_up_weights(bare, arch)
+        if problem.teacher:
+            make_up_weights(setup.teachers(chunks), problem.teacher, of="teacher")
         optimizer.reload_model_params()
         if case.broken:
             _forget_norms(bare)
@@ -216,13 +222,23 @@ def _box(part: ShardedTensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offset, part.local_shape, strict=True))
 
 
-def make_up_weights(chunks: list, arch: Architecture, adapters_only: bool = False) -> None:
-    """Set weights as a function of their names: the same in every layout. Larger than a usual initialisation, so that differences show."""
+def _teacher(problem: Problem, parallel: Parallelism) -> Teacher | None:
+    if problem.teacher is None:
+        return None
+    arch = problem.teacher
+    described = CheckpointConfig(arch, "torch_dist", 1, 1, arch.vocab_size, "release", "fp32")
+    return Teacher(Path(), described, teacher_split(arch.num_layers, problem.architecture.num_layers, parallel))
+
+
+def make_up_weights(chunks: list, arch: Architecture, adapters_only: bool = False, of: str = "") -> None:
+    """Set weights as a function of their names (and of `of`): the same in every layout. Larger than a usual initialisation, so that
+    differences show.
+    """
     for part in _parts(chunks, lambda parameter: parameter.data):
         if adapters_only and part.key.removeprefix(MODEL_PREFIX) not in TRAINED:
             continue
         shape = part.global_shape[part.prepend_axis_num :]
-        stream = torch.Generator().manual_seed(zlib.crc32(part.key.encode()))
+        stream = torch.Generator().manual_seed(zlib.crc32((of + part.key).encode()))
         rows = arch.vocab_size if part.key.endswith(TABLES) else shape[0]
         whole = torch.zeros(shape)
         whole[:rows] = torch.randn((rows, *shape[1:]), generator=stream) * (1 / math.sqrt(shape[-1]))

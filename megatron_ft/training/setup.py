@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,25 +12,30 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_ft.adapters.lora import attach
 from megatron_ft.adapters.spec import TRAINED, Lora
+from megatron_ft.checkpoints.folder import vocab_rows
+from megatron_ft.checkpoints.quantised import nf4_of
 from megatron_ft.config.sections import Data, Kernels, Numerics, Parallelism
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.architecture import Architecture, refuse_experts
 from megatron_ft.models.build import BuildOptions, attention_needs, build_chunks
 from megatron_ft.models.kernels import choose, machine
+from megatron_ft.models.pair import Pair
 from megatron_ft.models.pipeline import split_layers
 from megatron_ft.models.trainable import ALL, Trainable
+from megatron_ft.training.teacher import Teacher
 
 
 def make_model(
     arch: Architecture, layout: Layout, data: Data, parallel: Parallelism, numerics: Numerics,
     kernels: Kernels | None = None, rows: int | None = None, trainable: Trainable = ALL, lora: Lora | None = None,
-    nf4: torch.dtype | None = None,
+    nf4: torch.dtype | None = None, teacher: Teacher | None = None,
 ) -> list[DistributedDataParallel]:  # fmt: skip
     """Return the chunks of this rank's stage (one, unless the pipeline is interleaved), each in the engine's data-parallel wrapper
     (gradients in fp32 buffers, unless --grad_reduce_in_bf16).
 
     rows: of the embedding with padding, if a checkpoint defines them. trainable: the parameters to train; the others get no gradients.
-    lora: adapters to add; then only they are trained. nf4: as BuildOptions'.
+    lora: adapters to add; then only they are trained. nf4: as BuildOptions'. teacher: the frozen model beside it, whose weights are
+    loaded later (models/pair.py).
     """
     refuse_experts(arch)
     kernels, here = kernels or Kernels(), machine()
@@ -64,6 +71,9 @@ def make_model(
         trainable = TRAINED
     for chunk in chunks:
         trainable.freeze_others(chunk)
+    if teacher:
+        chunks = _pairs(chunks, teacher, layout, options)
+        config = chunks[0].config
     wrapped = [
         # Gradients of later chunks come first in the backward pass: only there buckets are useful.
         DistributedDataParallel(
@@ -78,6 +88,31 @@ def make_model(
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
+
+
+def _pairs(chunks: list, teacher: Teacher, layout: Layout, options: BuildOptions) -> list:
+    """Return every chunk with that of the teacher, which has neither dropout nor recomputation."""
+    plain = dataclasses.replace(
+        options, hidden_dropout=0.0, attention_dropout=0.0, lima_dropout=False, recompute_granularity=None,
+        recompute_method=None, recompute_num_layers=None, recompute_modules=(), split=teacher.split,
+        padded_vocab_size=vocab_rows(teacher.described), nf4=nf4_of(teacher.described),
+        kernels=options.kernels and dataclasses.replace(options.kernels, accumulates=False),
+    )  # fmt: skip
+    theirs = build_chunks(teacher.described.architecture, layout, plain)
+    config = copy.copy(chunks[0].config)
+    config.hidden_size += theirs[0].config.hidden_size
+    return [Pair(chunk, of.to(options.dtype), config) for chunk, of in zip(chunks, theirs, strict=True)]
+
+
+def teachers(chunks: list) -> list:
+    """Return the teacher's chunks; [] without one."""
+    return [pair.teacher for pair in map(_pair, chunks) if pair is not None]
+
+
+def _pair(model: Any) -> Pair | None:
+    while not isinstance(model, Pair) and hasattr(model, "module"):
+        model = model.module
+    return model if isinstance(model, Pair) else None
 
 
 def dtype_of(numerics: Numerics) -> torch.dtype:

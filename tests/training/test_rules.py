@@ -49,6 +49,8 @@ BROKEN = {
     "classic_saves_know_no_context_parallel": "--save {save} --ckpt_format torch --context_parallel_size 2 --no_packing",
     "overlaps_have_a_subject": "--overlap_param_gather",
     "samples_have_prompts": "--sample_interval 5",
+    "teacher_has_a_use": "--kd_temperature 2",
+    "find_teacher": "--teacher {experts}",
     "refuse_experts": "--load {experts}",
     "check_model_flags": "--num_layers 5",
     "split_layers": "--pipeline_model_parallel_size 2 --decoder_first_pipeline_num_layers 4",

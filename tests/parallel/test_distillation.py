@@ -1,0 +1,291 @@
+"""A resident teacher: the same loss and gradients in every layout, as transformers and torch compute them, and what a run leaves."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.parallel.jobs import SEQ_LENGTH, finetune, make_llama, read_metrics, to_checkpoint, to_hf
+from tests.parallel.test_against_transformers import samples_of
+from tests.parallel.test_invariance import FALCON, LLAMA, TOLERANCE
+
+WIDER = dataclasses.replace(LLAMA, hidden_size=96, num_attention_heads=12, ffn_hidden_size=192, num_layers=8)
+PAIRS = {
+    "a wider and deeper teacher": (LLAMA, WIDER),
+    "other activation, tied": (dataclasses.replace(FALCON, activation="relu"), FALCON),
+}
+LAYOUTS = {
+    "TP2 + sequence parallel": 2, "PP2": 2, "PP4": 4, "PP2, interleaved": 2, "PP2, uneven": 2,
+    "TP2 x PP2 + sequence parallel": 4, "DP2": 2, "two rows at once": 1,
+}  # fmt: skip
+
+
+def measure(case, student, teacher):
+    from megatron_ft.models.distilled_loss import Mix
+    from megatron_ft.training import invariance
+    from megatron_ft.training.objectives.distillation import Distillation
+
+    objective = Distillation(Mix(0.5, 0.7, 2.0))
+    return invariance.measure(invariance.Problem(student, objective=objective, teacher=teacher), case)
+
+
+@pytest.fixture(scope="module")
+def pools(one_rank, four_ranks):
+    from tests.ranks import Ranks
+
+    two = Ranks(2)
+    yield {1: one_rank, 2: two, 4: four_ranks}
+    two.close()
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_every_layout_computes_the_same(kind, pools):
+    from megatron_ft.commands.verify_invariance import cases_for
+    from megatron_ft.training.invariance import Case, compare
+
+    (reference,) = pools[1].run(measure, Case("one", 1), *PAIRS[kind])
+    cases = [case for case in cases_for(LLAMA) if case.name in LAYOUTS and case.packing]
+    assert {case.name for case in cases} == set(LAYOUTS)
+    for case in cases:
+        found = compare(reference, pools[case.processes].run(measure, case, *PAIRS[kind])[0])
+        assert found.largest < TOLERANCE, (case.name, found)
+
+
+@pytest.fixture(scope="module")
+def hf_teacher(tmp_path_factory):
+    """Wider, deeper, of the same vocabulary."""
+    sizes = {"hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 8}
+    return make_llama(tmp_path_factory.mktemp("teacher") / "hf", **sizes)
+
+
+@pytest.fixture(scope="module")
+def teacher(hf_teacher, tmp_path_factory):
+    return to_checkpoint(hf_teacher, tmp_path_factory.mktemp("teacher") / "checkpoint", "torch_dist", 1, 1)
+
+
+def train(layout, load, shards, save, until, flags):
+    finetune(
+        layout, load=load, data_path=[shards], save=save, train_iters=until, lr_decay_iters=10, report=False, **flags
+    )
+
+
+MIX = {"kd_weight": 0.7, "ce_weight": 0.5, "kd_temperature": 2.0}
+
+
+def distilled_step(layout, load, shards, teacher):
+    """(loss, ce, kl, gradients by name, without padding) of the first step, from the rank that has them."""
+    from unittest import mock
+
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.training import invariance, setup
+    from megatron_ft.training.step import Stepper
+
+    arch, step, found = describe(find_checkpoint(Path(load))).architecture, Stepper.train, []
+
+    def measured(stepper, *args, **options):
+        result = step(stepper, *args, **options)
+        found.append((result.loss, result.more, invariance._gathered(setup.bare(stepper.model), arch)))
+        return result
+
+    with mock.patch.object(Stepper, "train", measured):
+        flags = {"packing": False, "teacher": teacher, "clip_grad": 0.0, **MIX}
+        train(layout, load, shards, None, 1, flags)
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def theirs(llama, hf_teacher, shards):
+    """(ce, kl, gradients) of the first step with transformers and torch in fp64."""
+    from transformers import LlamaForCausalLM
+
+    from megatron_ft.data.roles import ASSISTANT
+    from megatron_ft.data.shards import open_shards
+
+    model, of = (LlamaForCausalLM.from_pretrained(one, dtype=torch.float64) for one in (llama, hf_teacher))
+    opened, sums, weight = open_shards(shards), [0.0, 0.0], 0
+    temperature = MIX["kd_temperature"]
+    for sample in samples_of(shards, 0):
+        tokens, roles = opened.tokens(sample)[: SEQ_LENGTH + 1], opened.roles(sample)[: SEQ_LENGTH + 1]
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        logits = model(input_ids=ids[:, :-1]).logits[0]
+        with torch.no_grad():
+            log_p = (of(input_ids=ids[:, :-1]).logits[0] / temperature).log_softmax(-1)
+        mask = torch.from_numpy((roles[1:] == ASSISTANT).astype(np.float64))
+        ce = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        log_q = (logits / temperature).log_softmax(-1)
+        kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+        sums = [sums[0] + (ce * mask).sum(), sums[1] + (kl * mask).sum()]
+        weight += int(mask.sum())
+    ce, kl = (one / weight for one in sums)
+    (MIX["ce_weight"] * ce + MIX["kd_weight"] * temperature**2 * kl).backward()
+    return float(ce), float(kl), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2)], ids=["one process", "TP2xPP2"])
+def test_as_transformers_computes_it(layout, theirs, one_rank, four_ranks, checkpoint, teacher, shards):
+    pool = four_ranks if layout == (2, 2) else one_rank
+    ce, kl, gradients = theirs
+    results = pool.run(distilled_step, layout, checkpoint, shards, teacher)
+    loss, more, _ = results[-1]
+    assert abs(more["ce"] - ce) < 1e-6 and abs(more["kl"] - kl) < 1e-6
+    assert abs(loss / (0.5 * ce + 0.7 * 4 * kl) - 1) < 1e-6
+    assert {"ce_by_role/assistant", "kl_by_role/assistant", "kl_by_position/0-127"} <= more.keys()
+    ours = next(found for _, _, found in results if found is not None)
+    pairs = {
+        "embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight",
+        "decoder.final_layernorm.weight": "model.norm.weight",
+    } | {
+        f"decoder.layers.{n}.{mine}": f"model.layers.{n}.{name}" for n in range(4)
+        for mine, name in (
+            ("self_attention.linear_proj.weight", "self_attn.o_proj.weight"), ("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+        )
+    }  # fmt: skip
+    for mine, name in pairs.items():
+        expected = gradients[name].numpy()
+        assert abs(ours[f"model.{mine}"] - expected).max() < 3e-6 * abs(expected).max(), name
+
+
+def test_nothing_to_learn_from_oneself(four_ranks, checkpoint, shards):
+    """KL and gradient are exactly 0, also in bf16, where both models are rounded alike."""
+    for flags in ({}, {"bf16": True, "use_distributed_optimizer": True}):
+        found = four_ranks.run(own_teacher, checkpoint, shards, flags)
+        assert all(norm == 0 for _, norm in found) and found[-1][0] == 0
+
+
+def own_teacher(load, shards, flags):
+    """(KL, gradient norm) of the first step."""
+    from unittest import mock
+
+    from megatron_ft.training.step import Stepper
+
+    step, found = Stepper.train, []
+
+    def measured(stepper, *args, **options):
+        found.append(step(stepper, *args, **options))
+        return found[-1]
+
+    with mock.patch.object(Stepper, "train", measured):
+        train((2, 2), load, shards, None, 1, {"teacher": load, "ce_weight": 0.0, **flags})
+    return found[0].more.get("kl"), found[0].grad_norm
+
+
+ALL = {"hidden_dropout": 0.1, "lima_dropout": True, "recompute_granularity": "full", "use_distributed_optimizer": True}
+RUNS = {
+    "TP2xPP2": ((2, 2), {}),
+    "PP2, interleaved, bf16": ((1, 2), {"virtual_pipeline_model_parallel_size": 2, "bf16": True}),
+    "LoRA": ((2, 2), {"lora_rank": 4, "use_distributed_optimizer": False}),
+}
+
+
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.thorough] * (run == "LoRA")) for run in RUNS])
+def test_ten_steps_are_five_and_five(run, four_ranks, checkpoint, teacher, shards, tmp_path):
+    layout, flags = RUNS[run]
+    flags = ALL | {"teacher": teacher, "global_batch_size": 4, "micro_batch_size": 1} | flags
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    four_ranks.run(train, layout, checkpoint, shards, str(straight), 10, flags)
+    four_ranks.run(train, layout, checkpoint, shards, str(resumed), 5, flags)
+    four_ranks.run(train, layout, str(resumed), shards, str(resumed), 10, flags)
+    for name in ("train/loss", "train/ce", "train/kl", "train/kl_by_role/assistant"):
+        assert read_metrics(straight, name) == read_metrics(resumed, name) and len(read_metrics(straight, name)) == 10
+    one, other = (tensors(folder) for folder in (straight, resumed))
+    assert one == other and one
+
+
+def tensors(root) -> dict[str, str]:
+    from megatron_ft.checkpoints.folder import find_checkpoint
+    from megatron_ft.checkpoints.verify import tensor_hashes
+
+    return {name: value for name, value in tensor_hashes(find_checkpoint(root)).items() if "extra_state" not in name}
+
+
+def test_the_teacher_is_neither_trained_nor_saved(four_ranks, checkpoint, teacher, shards, tmp_path):
+    for before, after in four_ranks.run(teacher_hashes, checkpoint, shards, teacher, str(tmp_path / "run")):
+        assert before and before == after
+    saved = to_hf(str(tmp_path / "run"), tmp_path / "hf")
+    assert saved["model.embed_tokens.weight"].shape[1] == 64 and "model.layers.4.mlp.up_proj.weight" not in saved
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert start["teacher"] == {"path": str(Path(teacher).resolve() / "release"), "weights": before}
+    assert "teacher: " in (tmp_path / "run" / "training.yaml").read_text()
+
+
+def teacher_hashes(load, shards, teacher, save):
+    """The teacher's weights in memory, before the first step and after the last."""
+    from unittest import mock
+
+    from megatron_ft.adapters.base import weight_hashes
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.training.setup import teachers
+    from megatron_ft.training.step import Stepper
+
+    arch, step, found = describe(find_checkpoint(Path(teacher))).architecture, Stepper.train, []
+
+    def measured(stepper, *args, **options):
+        if not found:
+            found.append(weight_hashes(teachers(stepper.model), arch))
+        result = step(stepper, *args, **options)
+        found[1:] = [weight_hashes(teachers(stepper.model), arch)]
+        return result
+
+    with mock.patch.object(Stepper, "train", measured):
+        train((2, 2), load, shards, save, 3, {"teacher": teacher, "bf16": False})
+    return found[0], found[1]
+
+
+def test_answers_while_training(four_ranks, checkpoint, teacher, shards):
+    """The student answers alone; stages still exchange what the pair exchanges."""
+    for layout, chunks in (((2, 2), None), ((1, 2), 2)):
+        with_teacher, without = (
+            four_ranks.run(answers, layout, chunks, checkpoint, shards, one) for one in (teacher, None)
+        )
+        assert with_teacher == without and without[0]
+
+
+def answers(layout, chunks, load, shards, teacher):
+    from unittest import mock
+
+    from megatron_ft.generation.whole_rows import RowDecoder
+    from megatron_ft.training.step import Stepper
+
+    step, found = Stepper.train, []
+
+    def measured(stepper, *args, **options):
+        decoder = RowDecoder(stepper.model, stepper.layout, [], 203, SEQ_LENGTH, 128)
+        found.extend(decoder.generate([np.arange(1, 9), np.arange(20, 25)], 6))
+        return step(stepper, *args, **options)
+
+    with mock.patch.object(Stepper, "train", measured):
+        flags = {"teacher": teacher, "virtual_pipeline_model_parallel_size": chunks}
+        train(layout, load, shards, None, 1, flags)
+    return found
+
+
+def refused(load, shards, flags, layout=(1, 1)):
+    from megatron_ft.errors import UserError
+
+    try:
+        train(layout, load, shards, None, 1, flags)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_teachers_that_do_not_fit(one_rank, four_ranks, checkpoint, teacher, shards, tmp_path):
+    other = to_checkpoint(make_llama(tmp_path / "hf", vocab_size=211), tmp_path / "other", "torch_dist", 1, 1)
+    three = to_checkpoint(make_llama(tmp_path / "hf3", num_hidden_layers=3), tmp_path / "three", "torch_dist", 1, 1)
+    short = to_checkpoint(
+        make_llama(tmp_path / "short", max_position_embeddings=32), tmp_path / "of32", "torch_dist", 1, 1
+    )
+    classic = to_checkpoint(tmp_path / "hf3", tmp_path / "classic", "torch", 1, 1)
+    cases = [
+        (one_rank, (1, 1), other, "a vocabulary of 211, the model one of 203"),
+        (four_ranks, (1, 2), three, "does not divide the model's num_layers 3"),
+        (four_ranks, (2, 1), classic, "classic format for TP1 x PP1, this run is TP2 x PP1"),
+        (one_rank, (1, 1), short, "--seq_length 64 is beyond the model's 32 positions"),
+        (one_rank, (1, 1), str(tmp_path / "nowhere"), "no such folder"),
+    ]
+    for pool, layout, wrong, message in cases:
+        error = pool.run(refused, checkpoint, shards, {"teacher": wrong}, layout)[0]
+        assert error.startswith("--teacher: ") and message in error and "\n" not in error
