@@ -60,7 +60,7 @@ def run(settings: TrainingSettings) -> int:
     requested = settings.checkpointing
     start = find_start(settings, processes)
     settings, described = start.settings, start.described
-    train_set, valid_set = datasets.make_datasets(data, described)
+    train_set, valid_set = datasets.make_datasets(data, described, settings.distillation)
     described = datasets.with_chat_format(described, train_set)
     if starts and (code := launch(starts, launching.log_dir, prepare_engine)) is not None:
         return code  # the ranks have run the lines below

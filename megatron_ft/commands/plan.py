@@ -15,6 +15,7 @@ from megatron_ft.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_ft.adapters.spec import Lora
     from megatron_ft.models.architecture import Architecture
+    from megatron_ft.models.pipeline import PipelineSplit
     from megatron_ft.planner.memory import Job
 
 
@@ -54,6 +55,8 @@ class Plan:
     """with --lora_rank: dropout probability on the adapters' input; above 0, it keeps a copy of that"""
     train_new_tokens: int = 0
     """with --lora_rank: number of added tokens whose rows of the embedding and the output layer are trained too"""
+    teacher: str | None = None
+    """teacher of a distillation, in memory beside the model: a name, a config.json or a checkpoint, as for the model; default: none"""
     train_iters: int | None = None
     """number of optimizer steps, to estimate the duration of the run; default: no estimate"""
     proposals: int = 5
@@ -84,6 +87,7 @@ def run(plan: Plan, parallel: Parallelism) -> int:
     limit = (plan.gpu_memory_gb * 1e9) if plan.gpu_memory_gb else kind.memory * 1e9
     found = {
         "model": plan.model,
+        **({"teacher": {"model": plan.teacher, "parameters": figures.whole_model(job.teacher)}} if job.teacher else {}),
         "parameters": figures.whole_model(arch),
         **({"adapters": {"rank": job.lora.rank, "parameters": job.lora.parameters(arch)}} if job.lora else {}),
         "gpus": job.gpus,
@@ -157,8 +161,26 @@ def _job(arch: Architecture, plan: Plan, parallel: Parallelism) -> Job:
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         distributed_optimizer=parallel.use_distributed_optimizer, recompute=plan.recompute_granularity,
         bf16=not plan.fp32, dropout=plan.hidden_dropout > 0, cp=parallel.context_parallel_size, lora=_lora(arch, plan),
-        nf4=plan.base_precision == "nf4",
+        nf4=plan.base_precision == "nf4", teacher=_teacher(arch, plan, parallel, split),
     )  # fmt: skip
+
+
+def _teacher(arch: Architecture, plan: Plan, parallel: Parallelism, split: PipelineSplit) -> Architecture | None:
+    """Return the architecture of the teacher. Raise ConfigError if it has another vocabulary, or the layout does not divide it."""
+    from megatron_ft.models.architecture import check_layout
+    from megatron_ft.models.pipeline import split_beside
+    from megatron_ft.planner import known
+
+    if plan.teacher is None:
+        return None
+    found: Architecture = known.architecture(plan.teacher)
+    if found.vocab_size != arch.vocab_size:
+        raise ConfigError(
+            f"--teacher {plan.teacher} has a vocabulary of {found.vocab_size}, the model one of {arch.vocab_size}: it must have the same"
+        )
+    check_layout(found, parallel.tensor_model_parallel_size)
+    split_beside(split, arch.num_layers, found.num_layers)
+    return found
 
 
 def _lora(arch: Architecture, plan: Plan) -> Lora | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_ft.adapters.spec import Lora
     from megatron_ft.checkpoints.folder import CheckpointConfig
     from megatron_ft.models.pipeline import PipelineSplit
+    from megatron_ft.training.teacher import Teacher
 
 
 @dataclass
@@ -86,6 +87,8 @@ def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Findin
     described = yield from _checkpoint(settings, options.world_size if consistent else None)
     for prefix in [*data.data_path, *data.valid_data_path]:
         yield from _shards(prefix, data, described, not (consistent and data.verify_data))
+    if consistent and data.data_path and settings.distillation.teacher_logits and described is not None:
+        yield from _stored(settings, described)
     if consistent:
         yield from _length(data, settings.batch, options.world_size, settings.parallel)
 
@@ -101,6 +104,7 @@ def _checkpoint(
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.training.adapting import find_adapting
     from megatron_ft.training.fit import find_start, starts_anew
+    from megatron_ft.training.teacher import find_teacher
 
     start, problem = None, None
     if world_size is not None:
@@ -126,8 +130,21 @@ def _checkpoint(
         if adapting:
             trained = adapting.lora.parameters(described.architecture)
             yield from adapters(adapting.lora, described, split)
+        if teacher := find_teacher(settings, described):
+            yield Finding("ok", f"teacher {teacher.folder}: {_of_teacher(teacher, settings)}")
         yield from disk(folder, described, settings.checkpointing, settings.batch, settings.numerics, trained)
     return described
+
+
+def _of_teacher(teacher: Teacher, settings: TrainingSettings) -> str:
+    """Return the teacher's family and the memory of its weights in the fullest process."""
+    from megatron_ft.planner.memory import parameters
+
+    arch, split, tp = teacher.described.architecture, teacher.split, settings.parallel.tensor_model_parallel_size
+    last = split.stages - 1
+    most = max(parameters(arch, tp, len(split.layers_of(n)), n == 0, n == last) for n in range(split.stages))
+    width = 2 if settings.numerics.bf16 or settings.numerics.fp16 else 4
+    return f"{arch.family}, layers {split}, {most * width / 1e9:.2f} GB of weights a process"
 
 
 def adapters(lora: Lora, described: CheckpointConfig, split: PipelineSplit) -> Iterator[Finding]:
@@ -219,6 +236,18 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
             )
     if not quick:
         yield from supervision(prefix, shards, data)
+
+
+def _stored(settings: TrainingSettings, described: CheckpointConfig) -> Iterator[Finding]:
+    """Yield a finding on a teacher's stored log-probabilities."""
+    from megatron_ft.training.datasets import make_datasets
+
+    try:
+        train, _ = make_datasets(settings.data, described, settings.distillation)
+        for one in train.scored or []:
+            yield Finding("ok", f"{one.record()['path']}: top {one.top_k} of a teacher, fits the shards and the run")
+    except UserError as error:
+        yield Finding("error", f"{error} (--teacher_logits)")
 
 
 def supervision(prefix: str, shards: Any, data: Data) -> Iterator[Finding]:

@@ -31,6 +31,7 @@ from megatron_ft.rehearsal.meeting import AT_ONCE, BY_HAND, Meeting, shared_plac
 
 if TYPE_CHECKING:
     from megatron_ft.training.adapting import Adapting
+    from megatron_ft.training.teacher import Teacher
 
 T = TypeVar("T")
 VARIABLE, MODEL_VARIABLE = "MEGATRON_FT_REHEARSE", "MEGATRON_FT_MAKE_BELIEVE"
@@ -127,6 +128,8 @@ class _Findings:
     """Of the model to rehearse with, where a model was found."""
     adapting: Adapting | None = None
     """The adapters of the real run, if it has any."""
+    teacher: Teacher | None = None
+    """The resident teacher of the real run, if it has one."""
 
     def __init__(self, settings: TrainingSettings, processes: int, make_believe: str | None):
         self.lines: list[str] = []
@@ -151,6 +154,14 @@ class _Findings:
         """The description of the model, where nothing is missing."""
         assert self.described is not None
         return self.described
+
+    @property
+    def small_teacher(self) -> Architecture:
+        """The teacher to rehearse with: of the real one's kind, with the layers of the small model."""
+        if self.teacher is None:
+            return self.small
+        arch = self.teacher.described.architecture.with_layers(self.model.architecture.num_layers)
+        return shrink.architecture(arch, self.settings.parallel)
 
     @property
     def nf4(self) -> bool:
@@ -178,11 +189,14 @@ class _Findings:
             s = replace(s, model=replace(flags, vocab_file=None))
         load = Path(s.checkpointing.load)
         if self.stand_in is not None and not load.exists():
-            made_up = replace(s, adapters=shrink.unknown_adapters(s.adapters))
+            made_up = replace(
+                s, adapters=shrink.unknown_adapters(s.adapters), distillation=shrink.unknown_teacher(s.distillation)
+            )
             self.described = check_model(made_up, self.stand_in, load, self.processes)
             self.adapting = find_adapting(made_up, self.described, load, starts_anew=True)
             self._note("--load", f"{load}: MISSING, generated")
             self._note_adapters()
+            self._note_teacher(made_up)
             return
         start = find_start(s, self.processes)
         self.source, self.described = start.folder, start.described
@@ -191,6 +205,19 @@ class _Findings:
         kind, iteration = start.described.ckpt_format, start.described.iteration
         self._note("--load", f"{start.folder}: {kind}, iteration {iteration}, all files exist")
         self._note_adapters()
+        self._note_teacher(start.settings)
+
+    def _note_teacher(self, settings: TrainingSettings) -> None:
+        from megatron_ft.training.teacher import find_teacher
+
+        self.teacher = find_teacher(settings, self.model)
+        if self.teacher:
+            arch = self.teacher.described.architecture
+            self._note(
+                "--teacher", f"{self.teacher.folder}: {arch.family}, layers {self.teacher.split}, all files exist"
+            )
+        elif self.settings.distillation.teacher:
+            self._note("--teacher", f"{self.settings.distillation.teacher}: MISSING, generated")
 
     def _note_adapters(self) -> None:
         if self.adapting:
@@ -221,7 +248,9 @@ class _Findings:
             self.generated_data = gone
             self._note("--data_path", f"{', '.join(gone)}: MISSING, generated")
             return
-        train, valid = datasets.make_datasets(replace(data, verify_data=False), self.described)
+        train, valid = datasets.make_datasets(
+            replace(data, verify_data=False), self.described, self.settings.distillation
+        )
         more = f", {valid.num_samples:,} to validate" if valid else ""
         self._note(
             "--data_path",
@@ -294,6 +323,7 @@ def _shrunk(
         logging=shrink.logging(settings.logging, folder), model=shrink.model(settings.model),
         launching=shrink.launching(settings.launching, processes, folder), stopping=shrink.stopping(settings.stopping),
         adapters=shrink.adapters(found.adapting.lora, found.nf4) if found.adapting else settings.adapters,
+        distillation=shrink.distillation(settings.distillation, folder / "teacher"),
     )  # fmt: skip
 
 
@@ -311,6 +341,8 @@ def _prepare(folder: Path, found: _Findings, small: TrainingSettings) -> None:
         quantization=None,
     )  # fmt: skip
     make_up.model(folder / "model", made_up, found.source / TOKENIZER_FOLDER if found.source else None)
+    if small.distillation.teacher:
+        make_up.model(folder / "teacher", replace(made_up, architecture=found.small_teacher), None)
 
 
 def _verdict(code: int, processes: int, settings: TrainingSettings, seconds: float) -> str:

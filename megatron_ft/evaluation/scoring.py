@@ -37,6 +37,9 @@ class Scores(NamedTuple):
 class Scorer:
     """Scores rows of tokens with an unwrapped model without sequence parallelism, whose weights are loaded."""
 
+    numbers = 2
+    """of each token, that leave the last stage"""
+
     def __init__(self, model: Any, layout: Layout):
         assert not model.config.sequence_parallel, "rows of any length cannot be split along the sequence"
         self.model, self.layout = model.eval(), layout
@@ -50,6 +53,12 @@ class Scorer:
 
         A token is scored with the tokens before it in its row, so padding at the end of a row changes nothing before it.
         """
+        found = self.of_tokens(rows)
+        return Scores(found[0], found[1].bool())
+
+    @torch.no_grad()
+    def of_tokens(self, rows: Tensor) -> Tensor:
+        """Return the numbers of each token after the first, [numbers, b, s - 1] fp32."""
         rows = rows.to(self.device)
         inputs, targets = rows[:, :-1], rows[:, 1:]
         outputs = get_forward_backward_func()(
@@ -62,12 +71,12 @@ class Scorer:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        found = outputs[0] if outputs else torch.zeros(2, *targets.shape, device=self.device)
+        found = outputs[0] if outputs else torch.zeros(self.numbers, *targets.shape, device=self.device)
         dist.broadcast(found, src=self.last_rank, group=parallel_state.get_model_parallel_group())
-        return Scores(found[0], found[1].bool())
+        return found
 
     def _forward(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return what a stage hands on; of the last stage the scores, [2, b, s]: log-probability, and 1 where it is greedy."""
+        """Return what a stage hands on; of the last stage the numbers of each token, [numbers, b, s]."""
         positions = torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)
         if not model.post_process:
             return model(inputs, positions, None)
@@ -83,8 +92,11 @@ class Scorer:
         return -(-self.model.vocab_size // self.layout.tp_size)
 
     def _of_hidden(self, output: _Output, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the scores of a piece. hidden [b, s, h]: what the output layer reads."""
-        logits = output.logits(hidden.transpose(0, 1)).transpose(0, 1)
+        """Return the numbers of a piece. hidden [b, s, h]: what the output layer reads."""
+        return self.of_logits(output.logits(hidden.transpose(0, 1)).transpose(0, 1), targets)
+
+    def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return of each token its log-probability, and 1 where it is greedy. logits [b, s, v / TP], targets [b, s]."""
         group = parallel_state.get_tensor_model_parallel_group()
         losses = vocab_parallel_cross_entropy(logits, targets, self.model.true_vocab_size, group)
         return torch.stack([-losses, (most_likely(logits, self.model.true_vocab_size, group) == targets).float()])

@@ -134,6 +134,28 @@ def open_chat_model(
     return ChatModel(Decoder(model, layout, stops, arch.max_position_embeddings), tokenizer, chat)
 
 
+def open_bare(folder: Path, layout: Layout, bf16: bool, digests: bool) -> tuple[Any, Architecture, dict[str, Any]]:
+    """Load the model in `folder`, a checkpoint or an export, which need not have a tokenizer. Return (model, its architecture, what is
+    known of its tokenizer). All ranks call it. Raise CheckpointError for adapters.
+    """
+    check_folder(folder)
+    options = _options(bf16)
+    if not (folder / TRACKER).exists() and "model_type" in _config(folder):
+        model, arch, tokenizer, _ = _from_export(folder, layout, options, digests)
+        return model, arch, tokenizer.info()
+    found = find_checkpoint(folder)
+    config = describe(found)
+    if config.adapter is not None:
+        raise CheckpointError(f"{found} holds adapters, not a model: merge them first, with megatron-ft megatron-to-hf")
+    check_quantised(config, layout.tp_size)
+    check_layout(config.architecture, layout.tp_size, layout.pp_size)
+    verify(found, config, layout, digests)
+    held = replace(options, padded_vocab_size=vocab_rows(config), nf4=nf4_of(config))
+    model = build_model(config.architecture, layout, held)
+    load_weights(found, config, model, layout, verified=True)
+    return model, config.architecture, config.tokenizer
+
+
 def stop_ids_of(tokenizer: Tokenizer, chat_format: ChatFormat | OwnTemplate | None) -> set[int]:
     """Return the ids that end an answer: of the end of text, and of the chat format's stop token."""
     stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()

@@ -76,6 +76,18 @@ def plain_split(num_layers: int, stages: int) -> PipelineSplit:
     return split_layers(num_layers, Parallelism(pipeline_model_parallel_size=stages))
 
 
+def split_beside(split: PipelineSplit, num_layers: int, layers: int) -> PipelineSplit:
+    """Return the stages of a model of so many `layers` beside one of `num_layers` with this split: the same, else as many chunks of even
+    size. Raise ConfigError if they do not divide.
+    """
+    if layers == num_layers:
+        return split
+    chunks = split.virtual_size if split.virtual_size > 1 else None
+    return split_layers(
+        layers, Parallelism(pipeline_model_parallel_size=split.stages, virtual_pipeline_model_parallel_size=chunks)
+    )
+
+
 def _from_counts(counts: list[int], stages: int) -> PipelineSplit:
     """Return the split for the layers of each chunk (counts), in the order in which layers run."""
     chunks = [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]

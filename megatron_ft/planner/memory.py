@@ -8,14 +8,14 @@ norms that keep their input in the compute type, no dropout masks if dropout is 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
 from megatron_ft.adapters.spec import Lora, projections
 from megatron_ft.models.architecture import Architecture, padded_vocab_size
 from megatron_ft.models.families import family_of
-from megatron_ft.models.pipeline import PipelineSplit
+from megatron_ft.models.pipeline import PipelineSplit, split_beside
 from megatron_ft.models.quantised import is_quantised
 from megatron_ft.quantization.sizes import bits_in_memory
 from megatron_ft.shares import deal
@@ -44,6 +44,8 @@ class Job:
     cp: int = 1
     nf4: bool = False
     """the base is frozen, and the linears of its layers are NF4"""
+    teacher: Architecture | None = None
+    """Resident, for distillation: weights without gradients."""
     lora: Lora | None = None
     """Adapters, which are then all that has gradients and optimizer state."""
 
@@ -140,12 +142,20 @@ def _stage(arch: Architecture, job: Job, number: int) -> Stage:
     trained = own if job.lora else 0 if job.nf4 else count
     return Stage(
         layers, count, trained,
-        weights=(count + own) * job.width - _saved_by_nf4(arch, job, layers),
+        weights=(count + own) * job.width - _saved_by_nf4(arch, job, layers) + _teacher_weights(arch, job, number),
         gradients=trained * 4,  # one fp32 buffer, whatever the compute type
         optimizer=optimizer_bytes(trained, job),
         activations=_activations(arch, job, number),
         working=_working(arch, job, last),
     )  # fmt: skip
+
+
+def _teacher_weights(arch: Architecture, job: Job, number: int) -> int:
+    """Return the bytes of a stage's part of the teacher."""
+    if job.teacher is None:
+        return 0
+    layers = len(split_beside(job.split, arch.num_layers, job.teacher.num_layers).layers_of(number))
+    return parameters(job.teacher, job.tp, layers, number == 0, number == job.pp - 1) * job.width
 
 
 def quantised_parts(arch: Architecture, tp: int) -> list[int]:
@@ -260,6 +270,8 @@ def _activations(arch: Architecture, job: Job, number: int) -> int:
     shared = job.tp if job.sequence_parallel else 1
     residual = job.positions * job.micro_batch * arch.hidden_size / shared * job.width
     ends = 2 * residual if number == job.pp - 1 else 0  # the last norm's input and output
+    if job.teacher and job.pp > 1:  # what stages exchange, forward and backward
+        ends += 2 * residual * (1 + job.teacher.hidden_size / arch.hidden_size)
     return round(in_flight(job, number) * layer_activations(arch, job) + ends)
 
 
@@ -268,11 +280,17 @@ def _working(arch: Architecture, job: Job, last: bool) -> int:
     tokens = job.positions * job.micro_batch
     rows = padded_vocab_size(arch.vocab_size, job.tp) // job.tp
     logits = (
-        tokens * rows * (job.width + 4 + 4) if last else 0
-    )  # as computed; in fp32; their softmax, later the gradient
+        tokens * rows * (job.width + (job.width if job.teacher else 4 + 4)) if last else 0
+    )  # as computed; in fp32; their softmax, later the gradient; distilled: the teacher's, and the gradient in place
     gathered = 2 * tokens * arch.hidden_size * job.width  # sequence parallelism gathers inputs before a matrix product
     again = layer_activations(arch, job, "none") if job.recompute == "full" else 0
     widest = (2 if arch.gated else 1) * tokens * arch.ffn_hidden_size // job.tp * job.width  # a gradient inside the MLP
     # A dequantised weight: pairs of codes as int32, levels in fp32, the result. bitsandbytes' kernel needs only the last.
     dense = (2 + 4 + job.width) * max(quantised_parts(arch, job.tp)) if job.nf4 else 0
-    return max(logits, gathered + again + 2 * widest + dense)
+    theirs = _working(job.teacher, _alone(job), False) if job.teacher else 0
+    return max(logits, gathered + again + 2 * widest + dense, theirs)
+
+
+def _alone(job: Job) -> Job:
+    """Return the job of the teacher's forward pass."""
+    return replace(job, teacher=None, recompute="none", nf4=False, lora=None)

@@ -9,7 +9,7 @@ from megatron_ft.config.sections import Parallelism
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture, check_layout
 from megatron_ft.models.families import family_of
-from megatron_ft.models.pipeline import PipelineSplit, split_layers
+from megatron_ft.models.pipeline import PipelineSplit, split_beside, split_layers
 from megatron_ft.models.quantised import check_blocks
 from megatron_ft.planner.figures import step_time
 from megatron_ft.planner.known import Gpu
@@ -52,7 +52,7 @@ def candidates(arch: Architecture, job: Job, gpus_per_node: int) -> Iterator[Job
     Context parallelism is not proposed: it needs Transformer Engine and rows of one sample.
     """
     for tp in _divisors(min(job.gpus, gpus_per_node)):
-        if job.gpus % tp or not _divides(arch, tp, job.nf4) or (tp > 1 and job.seq_length % tp):
+        if job.gpus % tp or not _divides(arch, tp, job.nf4, job.teacher) or (tp > 1 and job.seq_length % tp):
             continue
         for pp in _divisors(job.gpus // tp):
             dp = job.gpus // tp // pp
@@ -60,7 +60,7 @@ def candidates(arch: Architecture, job: Job, gpus_per_node: int) -> Iterator[Job
                 if job.global_batch % (micro * dp):
                     continue
                 for chunks in CHUNKS if pp > 1 else (1,):
-                    split = _split(arch, pp, chunks)
+                    split = _split(arch, pp, chunks, job.teacher)
                     if split is None or (chunks > 1 and job.global_batch // (micro * dp) % pp):
                         continue
                     for recompute in RECOMPUTE:
@@ -83,21 +83,26 @@ def flags(job: Job) -> str:
     return " ".join(words)
 
 
-def _split(arch: Architecture, pp: int, chunks: int) -> PipelineSplit | None:
+def _split(arch: Architecture, pp: int, chunks: int, teacher: Architecture | None) -> PipelineSplit | None:
     try:
-        return split_layers(
+        found = split_layers(
             arch.num_layers,
             Parallelism(
                 pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None
             ),
         )
+        if teacher:
+            split_beside(found, arch.num_layers, teacher.num_layers)
+        return found
     except ConfigError:
         return None
 
 
-def _divides(arch: Architecture, tp: int, nf4: bool) -> bool:
+def _divides(arch: Architecture, tp: int, nf4: bool, teacher: Architecture | None) -> bool:
     try:
         check_layout(arch, tp)
+        if teacher:
+            check_layout(teacher, tp)
         if nf4:
             check_blocks(arch, family_of(arch).rules(arch), tp)
     except ConfigError:

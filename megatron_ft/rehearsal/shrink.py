@@ -14,6 +14,7 @@ from megatron_ft.config.sections import (
     Batch,
     Checkpointing,
     Data,
+    Distillation,
     Launching,
     Logging,
     Model,
@@ -124,6 +125,16 @@ def unknown_adapters(real: Adapters) -> Adapters:
     adapter = real.adapter if real.adapter and Path(real.adapter).exists() else None
     rank = RANK if real.lora_rank is None and adapter is None else real.lora_rank
     return replace(real, lora_rank=rank, adapter=adapter, base=None, train_new_tokens=False)
+
+
+def unknown_teacher(real: Distillation) -> Distillation:
+    """Return flags without a teacher that does not exist yet."""
+    return real if real.teacher is None or Path(real.teacher).exists() else Distillation()
+
+
+def distillation(real: Distillation, teacher: Path) -> Distillation:
+    """Return the flags with a small teacher. Stored log-probabilities are of the real rows, which are cut: they are left out."""
+    return Distillation() if real.teacher is None else replace(real, teacher=str(teacher))
 
 
 def checkpointing(real: Checkpointing, load: Path, save: Path) -> Checkpointing:

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_ft.checkpoints.folder import CheckpointConfig
-from megatron_ft.config.sections import Data
+from megatron_ft.config.sections import Data, Distillation
 from megatron_ft.data.foreign import open_any
 from megatron_ft.data.loader import ChatDataset, Choices, NothingFits, Samples
 from megatron_ft.data.manifest import check_tokenizer
 from megatron_ft.data.plain import PlainShards, is_plain
 from megatron_ft.data.roles import ALL_NAMES
 from megatron_ft.data.shards import Shards
+from megatron_ft.data.teacher_logits import TeacherLogits, description_path
 from megatron_ft.data.trained_on import weights_of
 from megatron_ft.data.verify import verify_shards
 from megatron_ft.engine.parallel import local_rank
 from megatron_ft.errors import DataError
 from megatron_ft.log import logger
+from megatron_ft.models.architecture import Architecture
 
 log = logger("training")
 
 
-def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset, ChatDataset | None]:
-    """Return (training set, validation set or None). Raise DataError when shards and model do not belong together."""
+def make_datasets(
+    data: Data, checkpoint: CheckpointConfig, distillation: Distillation | None = None
+) -> tuple[ChatDataset, ChatDataset | None]:
+    """Return (training set, validation set or None). Raise DataError when shards and model do not belong together.
+
+    distillation: names a teacher's stored log-probabilities of the training set. The validation set's are used if they are beside it.
+    """
     weights = weights_of(data)
     train = _dataset(data.data_path, data, checkpoint, weights, shuffle=True)
     if train.over_long:
@@ -34,10 +42,58 @@ def make_datasets(data: Data, checkpoint: CheckpointConfig) -> tuple[ChatDataset
             f"{FATE_OF_OVER_LONG[data.over_long]}; raise --seq_length, or choose otherwise with --over_long"
         )
     valid = _validation(data, checkpoint, weights)
+    if distillation and distillation.teacher_logits:
+        train.scored = scored(distillation.teacher_logits, train, data, checkpoint, distillation.kd_temperature)
+        beside = [str(shard.prefix) for shard in valid.shards] if valid else []
+        if valid and all(description_path(prefix).is_file() for prefix in beside):
+            valid.scored = scored(beside, valid, data, checkpoint, distillation.kd_temperature)
     if data.verify_data and local_rank() == 0:
+        for one in [*(train.scored or []), *((valid and valid.scored) or [])]:
+            one.verify()
         # One process per machine, before others wait for it: a file system may return different bytes on each machine.
         verify_shards([*train.shards, *(valid.shards if valid else [])], "--no_verify_data")
     return train, valid
+
+
+def scored(
+    prefixes: list[str], dataset: ChatDataset, data: Data, checkpoint: CheckpointConfig, temperature: float
+) -> list[TeacherLogits]:
+    """Return a teacher's stored log-probabilities of a set's shards. Raise DataError if they are of something else."""
+    if len(prefixes) != len(dataset.shards):
+        raise DataError(
+            f"--teacher_logits has {len(prefixes)} prefix(es) for {len(dataset.shards)} --data_path: give one for each"
+        )
+    opened = [TeacherLogits(prefix) for prefix in prefixes]
+    for one, shard in zip(opened, dataset.shards, strict=True):
+        one.check(shard, checkpoint.architecture.vocab_size, data.seq_length, data.over_long, temperature)
+        _check_teacher(one, checkpoint)
+    if len({one.top_k for one in opened}) > 1:
+        raise DataError(
+            f"--teacher_logits: made with --top_k {', '.join(str(one.top_k) for one in opened)}: use one value"
+        )
+    return opened
+
+
+def _check_teacher(one: TeacherLogits, checkpoint: CheckpointConfig) -> None:
+    """Raise DataError unless the teacher had the model's tokenizer and, if it is of the same size, its RoPE scaling."""
+    arch, where, made = checkpoint.architecture, description_path(one.prefix), one.described
+    ours, theirs = checkpoint.tokenizer.get("fingerprint"), made["tokenizer"]
+    if ours and theirs and ours != theirs:
+        raise DataError(
+            f"{where}: its teacher has another tokenizer ({theirs[:13]}) than the model ({ours[:13]}): score the shards with a teacher of "
+            f"the model's tokenizer"
+        )
+    same = made["size"] == [arch.num_layers, arch.hidden_size]
+    if same and made["rope"] != rope_of(arch):
+        raise DataError(
+            f"{where}: its teacher has the rotary embedding {made['rope']}, the model {rope_of(arch)}: score the shards with one like the "
+            f"model's"
+        )
+
+
+def rope_of(arch: Architecture) -> dict[str, Any]:
+    """Return what a model's rotary embedding depends on, as JSON."""
+    return {"theta": arch.rope_theta, "scaling": arch.rope_scaling and dict(arch.rope_scaling)}
 
 
 def _validation(data: Data, checkpoint: CheckpointConfig, weights: np.ndarray) -> ChatDataset | None:

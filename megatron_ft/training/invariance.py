@@ -32,13 +32,13 @@ from megatron_ft.data.roles import ASSISTANT, PROMPTER, byte_weights, loss_weigh
 from megatron_ft.engine.optimizer import make_optimizer, make_schedule
 from megatron_ft.engine.parallel import Layout, ParallelSizes, process_groups
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.pipeline import split_layers
+from megatron_ft.models.pipeline import split_beside, split_layers
 from megatron_ft.models.trainable import ALL, Trainable
 from megatron_ft.training import setup
 from megatron_ft.training.objectives.cross_entropy import CrossEntropy
 from megatron_ft.training.objectives.objective import Objective
 from megatron_ft.training.step import Stepper
-from megatron_ft.training.teacher import Teacher, teacher_split
+from megatron_ft.training.teacher import Teacher
 
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 """What is padded, in rows."""
@@ -225,9 +225,9 @@ def _box(part: ShardedTensor) -> tuple[slice, ...]:
 def _teacher(problem: Problem, parallel: Parallelism) -> Teacher | None:
     if problem.teacher is None:
         return None
-    arch = problem.teacher
+    arch, ours = problem.teacher, split_layers(problem.architecture.num_layers, parallel)
     described = CheckpointConfig(arch, "torch_dist", 1, 1, arch.vocab_size, "release", "fp32")
-    return Teacher(Path(), described, teacher_split(arch.num_layers, problem.architecture.num_layers, parallel))
+    return Teacher(Path(), described, split_beside(ours, problem.architecture.num_layers, arch.num_layers))
 
 
 def make_up_weights(chunks: list, arch: Architecture, adapters_only: bool = False, of: str = "") -> None:

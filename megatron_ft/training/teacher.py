@@ -8,12 +8,11 @@ from typing import Any
 
 from megatron_ft.checkpoints.folder import CheckpointConfig, check_sizes, describe, find_checkpoint, vocab_rows
 from megatron_ft.config.checks import rows_fit_positions
-from megatron_ft.config.sections import Parallelism
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.models.architecture import padded_vocab_size, refuse_experts
-from megatron_ft.models.pipeline import PipelineSplit, split_layers
+from megatron_ft.models.pipeline import PipelineSplit, split_beside, split_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,8 @@ def _found(settings: TrainingSettings, student: CheckpointConfig, root: Path) ->
     refuse_experts(arch)
     same_vocabulary(folder, described, student)
     rows_fit_positions(settings.data, arch.max_position_embeddings)
-    split = teacher_split(arch.num_layers, student.architecture.num_layers, settings.parallel)
+    ours = split_layers(student.architecture.num_layers, settings.parallel)
+    split = split_beside(ours, student.architecture.num_layers, arch.num_layers)
     check_sizes(folder, described, settings.parallel.tensor_model_parallel_size, split.stages, split)
     same_rows(folder, described, student, settings.parallel.tensor_model_parallel_size)
     return Teacher(folder, described, split)
@@ -78,18 +78,6 @@ def same_rows(folder: Path, teacher: CheckpointConfig, student: CheckpointConfig
             f"{folder} has {theirs} rows in its embedding, the model {ours}, so that ranks would hold different tokens: make both "
             f"torch_dist checkpoints with megatron-ft reshard"
         )
-
-
-def teacher_split(layers: int, of_student: int, parallel: Parallelism) -> PipelineSplit:
-    """Return the stages of a teacher: the student's, if it has as many layers, else as many chunks of even size. Raise ConfigError."""
-    ours = split_layers(of_student, parallel)
-    if layers == of_student:
-        return ours
-    chunks = ours.virtual_size if ours.virtual_size > 1 else None
-    even = Parallelism(
-        pipeline_model_parallel_size=ours.stages, virtual_pipeline_model_parallel_size=chunks,
-    )  # fmt: skip
-    return split_layers(layers, even)
 
 
 def stored_teachers(train_set: ChatDataset) -> dict[str, Any] | None:

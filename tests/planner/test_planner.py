@@ -157,6 +157,21 @@ def test_new_tokens_on_the_command_line():
     )
 
 
+def test_a_teacher_is_weights_and_logits():
+    """Of another depth: its own layers of each stage in bf16, no gradients, no optimizer; proposals divide both models."""
+    arch, teacher = known.architecture("llama2-7b"), known.architecture("llama2-70b")
+    alone = job(arch, 2, 4)
+    plain, beside = (memory.stages(arch, one) for one in (alone, replace(alone, teacher=teacher)))
+    weights = [one.weights - other.weights for one, other in zip(beside, plain, strict=True)]
+    assert weights == [2 * stage.parameters for stage in memory.stages(teacher, job(teacher, 2, 4))]
+    assert all(
+        (one.gradients, one.optimizer) == (other.gradients, other.optimizer) for one, other in zip(beside, plain)
+    )
+    assert all(one.total > other.total for one, other in zip(beside, plain))
+    found = list(search.candidates(arch, replace(alone, teacher=known.architecture("llama2-13b")), 8))
+    assert found and all(40 % (one.pp * one.split.virtual_size) == 0 for one in found)
+
+
 def test_optimizer_and_microbatches_in_flight():
     arch = known.architecture("llama2-70b")
     plain = memory.stages(arch, job(arch, 8, 4))

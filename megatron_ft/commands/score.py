@@ -1,0 +1,168 @@
+"""megatron-ft score: store a teacher's most likely tokens at every place of shards, from which finetune --teacher_logits distils."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_ft.commands.generate import GenerationLayout
+from megatron_ft.config.checks import positive
+from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import Processes
+from megatron_ft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_ft.data.shards import Shards
+    from megatron_ft.engine.parallel import Layout
+
+
+@dataclass
+class Score:
+    """Teacher and shards"""
+
+    load: str = field(default="", metadata={"required": True})
+    """teacher: folder of a checkpoint or of an exported Hugging Face model"""
+    data_path: list[str] = field(default_factory=list, metadata={"required": True})
+    """prefixes of the shards to score, one or more"""
+    output: list[str] = field(default_factory=list)
+    """prefixes to write to (PREFIX-teacher.bin, PREFIX-teacher.json), one for each --data_path; default: beside the shards"""
+    top_k: int = 64
+    """number of most likely tokens that are stored for each token; the others are stored as one probability"""
+    seq_length: int = 4096
+    """tokens per row of the run that will read them; longer samples are treated as there"""
+    over_long: Literal["cut", "drop", "split"] = "cut"
+    """what that run does with longer samples"""
+    kd_temperature: float = 1.0
+    """temperature of the KL divergence of that run"""
+    batch_size: int = 8
+    """number of samples that are computed at once"""
+    bf16: bool = False
+    """compute in bfloat16 instead of fp32"""
+    verify_checkpoint: bool = True
+    """compare the teacher's files with their digests before loading it; --no_verify_checkpoint skips this"""
+
+
+COMMAND = Command(
+    name="score",
+    summary="store a teacher's most likely tokens beside shards, for distillation",
+    sections=(Score, GenerationLayout, Processes),
+    examples=(
+        "megatron-ft score --nproc_per_node 4 --load runs/teacher --data_path data/chats-train data/chats-val --top_k 64 "
+        "--seq_length 4096 --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
+    ),
+)
+
+
+def run(options: Score, parallel: GenerationLayout, processes: Processes) -> int:
+    """Score all shards. Raise UserError for a teacher or shards that do not fit."""
+    check(options)
+    from megatron_ft.checkpoints.folder import check_folder
+    from megatron_ft.data.shards import open_shards
+    from megatron_ft.data.verify import verify_shards
+    from megatron_ft.engine.parallel import ParallelSizes, local_rank, process_groups
+    from megatron_ft.engine.start import prepare_engine
+    from megatron_ft.files import check_writable
+    from megatron_ft.launch.places import join_srun
+    from megatron_ft.launch.run import launch, planned
+
+    check_folder(Path(options.load))
+    outputs = options.output or options.data_path
+    for prefix in outputs:
+        check_writable("--output", Path(prefix).absolute().parent)
+    several = [open_shards(prefix) for prefix in options.data_path]
+    if local_rank() == 0:
+        verify_shards(several, "nothing")
+    join_srun(processes)
+    if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
+        return code  # the ranks have done what follows
+    sizes = ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    with process_groups(sizes) as layout:
+        _score(options, several, outputs, layout)
+    return 0
+
+
+def check(options: Score) -> None:
+    positive(options, "top_k", "seq_length", "batch_size")
+    if not options.data_path:
+        raise ConfigError("--data_path is needed: prefixes of shards to score")
+    if options.output and len(options.output) != len(options.data_path):
+        raise ConfigError(
+            f"--output has {len(options.output)} prefix(es) for {len(options.data_path)} --data_path: give one for each"
+        )
+    if not 0 < options.kd_temperature < float("inf"):
+        raise ConfigError(f"--kd_temperature {options.kd_temperature:g}: must be above 0")
+
+
+def _score(options: Score, several: list[Shards], outputs: list[str], layout: Layout) -> None:
+    from megatron_ft.adapters.base import weight_hashes
+    from megatron_ft.data.manifest import check_tokenizer
+    from megatron_ft.evaluation.top_k import TopScorer
+    from megatron_ft.generation.loading import open_bare
+    from megatron_ft.training.datasets import rope_of
+
+    model, arch, tokenizer = open_bare(Path(options.load), layout, options.bf16, options.verify_checkpoint)
+    if options.top_k > arch.vocab_size:
+        raise ConfigError(f"--top_k {options.top_k} is more than the vocabulary's {arch.vocab_size}: lower it")
+    if options.seq_length > arch.max_position_embeddings:
+        raise ConfigError(
+            f"--seq_length {options.seq_length} is beyond the teacher's {arch.max_position_embeddings} positions: lower it"
+        )
+    for shards in several:
+        check_tokenizer(shards.manifest, tokenizer, arch.vocab_size, shards.prefix)
+    described = {
+        "teacher": {"path": str(Path(options.load).resolve()), "weights": weight_hashes([model], arch)},
+        "tokenizer": tokenizer.get("fingerprint"), "rope": rope_of(arch), "size": [arch.num_layers, arch.hidden_size],
+        "vocab_size": arch.vocab_size, "top_k": options.top_k, "seq_length": options.seq_length,
+        "over_long": options.over_long, "temperature": float(options.kd_temperature),
+        "precision": "bf16" if options.bf16 else "fp32",
+    }  # fmt: skip
+    scorer = TopScorer(model, layout, options.top_k, options.kd_temperature)
+    for shards, output in zip(several, outputs, strict=True):
+        _score_one(options, scorer, shards, output, described, layout)
+
+
+def _score_one(
+    options: Score, scorer: Any, shards: Shards, output: str, described: dict[str, Any], layout: Layout
+) -> None:
+    """Write the rows under a temporary name, rename them, and write their description last."""
+    import os
+
+    import torch.distributed as dist
+
+    from megatron_ft.data.teacher_logits import (
+        description_path,
+        digest_of_tokens,
+        row_type,
+        rows_path,
+        write_description,
+    )  # fmt: skip
+    from megatron_ft.evaluation.top_k import score_shards, write_unknown
+    from megatron_ft.files import temporary_name
+
+    tokens, kind = int(shards.lengths.sum(dtype="int64")), row_type(options.top_k, described["vocab_size"])
+    name = [temporary_name(rows_path(output))]
+    if layout.is_main:
+        write_unknown(name[0], tokens, kind)
+    dist.broadcast_object_list(name, src=0)
+    try:
+        score_shards(
+            scorer, shards, name[0], described["vocab_size"], options.seq_length, options.over_long, options.batch_size
+        )
+        dist.barrier()
+        if layout.is_main:
+            description_path(output).unlink(missing_ok=True)
+            os.replace(name[0], rows_path(output))
+            write_description(output, {**described, "shards": digest_of_tokens(shards), "tokens": tokens})
+            print(
+                f"{rows_path(output)}: {tokens:,} tokens, {kind.itemsize} bytes each, {tokens * kind.itemsize / 1e6:,.1f} MB"
+            )
+    finally:
+        if layout.is_main:
+            name[0].unlink(missing_ok=True)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(COMMAND, run))
