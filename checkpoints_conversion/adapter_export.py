@@ -16,6 +16,8 @@ from megatron_ft.adapters.peft_files import config_of, write_peft
 from megatron_ft.adapters.stored import of_checkpoint
 from megatron_ft.checkpoints.folder import find_checkpoint, read_config
 from megatron_ft.errors import CheckpointError
+from megatron_ft.log import logger
+from megatron_ft.models.activation_swap import swap_of
 from megatron_ft.models.dtypes import cast
 from megatron_ft.models.families import family_of
 from megatron_ft.models.weights import Placed
@@ -60,6 +62,12 @@ def export_adapter(options: Export, base_name: str | None) -> AdapterReport:
     arch, stored = config.architecture, of_checkpoint(folder, config)
     carried = stored.carried if isinstance(stored.carried, dict) else None
     recorded_name = "" if carried else str(arch.hf.get("_name_or_path") or "")
+    if recorded_name and not base_name and (swap := swap_of(arch)):
+        logger("conversion").warning(
+            f"the adapters belong to a model with activation {swap.after}, {recorded_name} has {swap.before}: the export names no model; "
+            f"name one with --base_model_name"
+        )
+        recorded_name = ""
     peft = config_of(stored.lora, arch, base_name or recorded_name, carried)
     names = stored.lora.shapes(arch)
     rules = family_of(arch).rules(arch)

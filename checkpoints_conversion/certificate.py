@@ -19,6 +19,7 @@ from checkpoints_conversion.torch_zip import as_bytes
 from megatron_ft.checkpoints.folder import CERTIFICATE
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import digest, read_json, write_json
+from megatron_ft.models.activation_swap import SWAP, before_swap, swap_of
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.dtypes import cast
 from megatron_ft.models.hf_source import HfSource
@@ -56,7 +57,9 @@ class Certificate:
             where = f"one process, because {reason}" if reason else sizes
             logits = f"logits of {answers['prompts']} prompts in {where} differ by at most {answers['largest_difference']:.1e}"
         base = "the base is unchanged, " if "base" in self.content else ""
-        return f"{base}{in_words(weights['equal'], weights['tensors'])}, {logits} -> {self.path}"
+        swap = self.content.get("activation_swap")
+        swapped = f"activation swapped ({swap['from']} -> {swap['to']}), " if swap else ""
+        return f"{base}{swapped}{in_words(weights['equal'], weights['tensors'])}, {logits} -> {self.path}"
 
 
 def compare_weights(hf: Path, opened: Opened) -> Weights:
@@ -69,7 +72,7 @@ def compare_weights(hf: Path, opened: Opened) -> Weights:
         "head_dim",
         "tied_embeddings",
         "norm_epsilon",
-        "activation",
+        *([] if before_swap(theirs, ours) else ["activation"]),
         "sliding_window",
         "window_layers",
     ):
@@ -122,6 +125,7 @@ def make_certificate(
         "checkpoint": hashes(opened.folder),
         "hf": {**hashes(hf, ("*.safetensors", "*.bin", "config.json", "adapter_config.json"))},
         **({"base": base} if base else {}),
+        **({SWAP: config.architecture.hf[SWAP]} if swap_of(config.architecture) else {}),
         "layout": {
             "ckpt_format": config.ckpt_format,
             "tensor_model_parallel_size": config.tensor_model_parallel_size,

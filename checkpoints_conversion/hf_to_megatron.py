@@ -14,6 +14,7 @@ from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.model_parallel import ModelParallel
 from megatron_ft.config.sections import RopeScaling
 from megatron_ft.errors import ConfigError
+from megatron_ft.models.activation_swap import Activation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,9 @@ class HfToMegatron(Written, CheckpointFormat, ModelParallel, Folders):
     """RoPE scaling method with which --rope_scaling_factor extends the context."""
     rope_scaling_factor: float = 1.0
     """Extend the model's context by this factor, recorded in the checkpoint for training, generation and export; 1: no extension."""
+    activation: Activation | None = None
+    """Swap the activation of the MLP for this one, which training then has to make up for; a gated MLP stays gated (relu: ReGLU).
+    Recorded in the checkpoint, its certificate and its exports. Default: the source's."""
     tokenizer: str | None = None
     """Tokenizer: a tokenizer.model, a tokenizer.json or a folder; default: that of the model folder."""
     quantize: Literal["nf4", "none"] | None = None
@@ -74,6 +78,7 @@ COMMAND = Command(
         "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --ckpt_format torch --chat_format chatml",
         "megatron-ft hf-to-megatron mistral-7b checkpoints/mistral-7b-32k "
         "--rope_scaling_type yarn --rope_scaling_factor 4",
+        "megatron-ft hf-to-megatron falcon-40b checkpoints/relu-falcon-40b --activation relu --tensor_model_parallel_size 8",
     ),
     positional=("input_dir", "output_dir"),
 )
@@ -91,7 +96,7 @@ def planned(options: HfToMegatron) -> str:
     units = plan_units(
         Path(options.input_dir), target, options.tensor_model_parallel_size, options.pipeline_model_parallel_size,
         options.ckpt_format, options.params_dtype, options.make_vocab_size_divisible_by, len(_tokens(options)),
-        _quantization(options, None),
+        _quantization(options, None), options.activation,
     )  # fmt: skip
     return describe(units, target)
 
@@ -108,6 +113,7 @@ def convert(options: HfToMegatron) -> Report:
     from checkpoints_conversion.tokenizer_copy import load_before_and_after
     from checkpoints_conversion.vocabulary import plan_growth
     from megatron_ft.data.tokenizer_check import check_vocabulary
+    from megatron_ft.models.activation_swap import in_words as swap_in_words
     from megatron_ft.models.architecture import check_layout
     from megatron_ft.models.dtypes import cast, torch_dtype
     from megatron_ft.models.hf_source import HfSource
@@ -141,7 +147,7 @@ def convert(options: HfToMegatron) -> Report:
         {"options": asdict(options), "source": identity(source.files.values())}, options.overwrite,
     )  # fmt: skip
     parameters, tensors = count(config.architecture, source.rules)
-    return Report(target, parameters, tensors, files, time.monotonic() - started)
+    return Report(target, parameters, tensors, files, time.monotonic() - started, swap_in_words(config.architecture))
 
 
 def _quantization(options: HfToMegatron, source: HfSource | None) -> Quantization | None:
@@ -188,6 +194,7 @@ def _checkpoint_config(
     from importlib.metadata import version
 
     from megatron_ft.checkpoints.folder import CheckpointConfig
+    from megatron_ft.models.activation_swap import swap_activation
     from megatron_ft.models.architecture import padded_vocab_size
     from megatron_ft.models.rope import extend
 
@@ -195,8 +202,10 @@ def _checkpoint_config(
         raise ConfigError(f"--make_vocab_size_divisible_by {options.make_vocab_size_divisible_by}: must be at least 1")
     tp_size = options.tensor_model_parallel_size
     arch = extend(source.arch, options.rope_scaling_type, options.rope_scaling_factor)
+    arch = replace(arch, vocab_size=vocab_size, hf=source.carried())
+    arch = swap_activation(arch, options.activation) if options.activation else arch
     return CheckpointConfig(
-        architecture=replace(arch, vocab_size=vocab_size, hf=source.carried()),
+        architecture=arch,
         ckpt_format=options.ckpt_format,
         tensor_model_parallel_size=tp_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,

@@ -12,6 +12,8 @@ from checkpoints_conversion.onto import IN_WORDS, Onto
 from megatron_ft.checkpoints.folder import TRAINED_ON, CheckpointConfig
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
+from megatron_ft.models.activation_swap import entry_of, swap_of
+from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.dtypes import HF_NAMES
 
 MODEL_CARD = "README.md"
@@ -35,7 +37,7 @@ Exported from a Megatron checkpoint by megatron_ft.
 |---|---|
 | base model | {base} |
 | iteration | {iteration} |
-| architecture | {family}, {layers} layers, hidden size {hidden}, {heads} heads, {groups} key-value groups |
+| architecture | {family}, {layers} layers, hidden size {hidden}, {heads} heads, {groups} key-value groups |{activation}
 | vocabulary | {vocab} tokens |
 | positions | {positions} |
 | chat format | {chat_format} |
@@ -99,6 +101,7 @@ def model_card(
         hidden=arch.hidden_size,
         heads=arch.num_attention_heads,
         groups=arch.num_query_groups,
+        activation=_activation(arch),
         vocab=arch.vocab_size,
         positions=arch.max_position_embeddings,
         chat_format=config.chat_format or "none recorded",
@@ -113,6 +116,14 @@ def model_card(
         versions=", ".join(f"{library} {version}" for library, version in config.versions.items()) or "not recorded",
         ask=_CHAT.format() if config.chat_format else _PLAIN,
     )
+
+
+def _activation(arch: Architecture) -> str:
+    """Return a row about a swapped activation, or nothing."""
+    swap, entry = swap_of(arch), entry_of(arch)
+    if not swap:
+        return ""
+    return f"\n| activation | {swap.after} in place of {swap.before} (config.json: {entry.key}) |"
 
 
 def _rows(quantised: Quantised) -> str:

@@ -16,6 +16,7 @@ from checkpoints_conversion.stream import Unit
 from megatron_ft.checkpoints.folder import CheckpointConfig, iteration_folder
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
+from megatron_ft.models.activation_swap import Activation, swap_activation
 from megatron_ft.models.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_ft.models.bitsandbytes_files import without_sides
 from megatron_ft.models.dtypes import HF_NAMES, torch_dtype
@@ -27,6 +28,7 @@ from megatron_ft.models.weights import Rule, placed_rules
 def plan_units(
     input_dir: Path, output_dir: Path, tp_size: int, pp_size: int, ckpt_format: str, dtype: str | None,
     multiple: int = 128, added_tokens: int = 0, quantization: Quantization | None = None,
+    activation: Activation | None = None,
 ) -> list[Unit]:  # fmt: skip
     """Return the weight files. dtype: None: that of config.json. added_tokens: rows beyond the source's.
 
@@ -34,6 +36,7 @@ def plan_units(
     """
     hf_config = read_json(input_dir / "config.json")
     family, arch = parse_hf_config(hf_config)
+    arch = swap_activation(arch, activation) if activation else arch
     check_layout(arch, tp_size, pp_size)
     rules = family.rules(arch)
     hf_dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"

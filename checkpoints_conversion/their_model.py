@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from checkpoints_conversion.megatron_source import Opened
+from megatron_ft.models.activation_swap import before_swap, entry_of
 from megatron_ft.models.dtypes import torch_dtype
 from megatron_ft.models.hf_source import HfSource
 from megatron_ft.models.quantised import is_quantised
@@ -15,23 +16,28 @@ from megatron_ft.models.weights import placed_rules
 
 
 def their_model(hf: Path, opened: Opened) -> Any:
-    """Return the model in the folder hf. Of a quantised checkpoint, its linears have the dequantised weights."""
-    from transformers import AutoModelForCausalLM
+    """Return the model in the folder hf, with the activation that the checkpoint swapped for its own.
+
+    Of a quantised checkpoint, its linears have the dequantised weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source, dtype = HfSource(hf), torch_dtype(opened.config.dtype)
+    config = AutoConfig.from_pretrained(hf)
+    if swap := before_swap(source.arch, opened.config.architecture):
+        setattr(config, entry_of(source.arch).key, swap.after)
     if source.quantization:
-        model = _without_bitsandbytes(source, dtype)
+        model = _without_bitsandbytes(source, config, dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(hf, config=config, dtype=dtype)
     if opened.config.quantization and not source.quantization:
         _dequantise(model, opened)
     return model.float().eval()
 
 
-def _without_bitsandbytes(source: HfSource, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _without_bitsandbytes(source: HfSource, config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source.folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     parameters = dict(model.named_parameters())

@@ -274,7 +274,7 @@ class Model:
     """the model is expected to have RMSNorm instead of LayerNorm"""
     layernorm_epsilon: float | None = None
     """expected epsilon, added to the variance in the norms"""
-    glu_activation: Literal["swiglu"] | None = None
+    glu_activation: Literal["swiglu", "geglu", "reglu"] | None = None
     """expected gated activation of the MLP"""
     no_tie_embed_logits: bool = False
     """the model is expected to have separate weights in embedding and output layer"""

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_ft.errors import CheckpointError, ConfigError
 from megatron_ft.models.parts import AttentionPart, ExpertsPart, Layer, MlpPart, NormPart, Rope
 
-GATED = ("swiglu", "geglu", "reglu")
+GATED = ("swiglu", "geglu", "reglu", "relu2glu")
 
 
 MOST_LAYERS = 10_000
@@ -56,7 +56,7 @@ class Architecture:
     norm: str = "rmsnorm"
     """rmsnorm, or layernorm (with bias)."""
     activation: str = "swiglu"
-    """Gated: swiglu, geglu, reglu. Not gated: gelu (the exact one), relu."""
+    """Gated: swiglu, geglu, reglu, relu2glu. Not gated: gelu (the exact one), relu, relu2 (its square), silu."""
     tied_embeddings: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None

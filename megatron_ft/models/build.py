@@ -28,7 +28,7 @@ from megatron_ft.models.architecture import Architecture, check_layout, padded_v
 from megatron_ft.models.attention import SdpaAttention
 from megatron_ft.models.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ft.models.dropout import RowDropout, RowLayer
-from megatron_ft.models.gated import Gated
+from megatron_ft.models.gated import Gated, relu2
 from megatron_ft.models.kernels import Attention, Choice
 from megatron_ft.models.norms import NORMS
 from megatron_ft.models.parallel_block import ParallelBlock
@@ -38,8 +38,9 @@ from megatron_ft.models.rope import attention_factor
 from megatron_ft.models.rotary import Rotary, ropes_of, turn_by_table
 from megatron_ft.quantization.frozen import frozen_linears, mlp_submodules, plan_frozen
 
-_FUNCTIONS = {"swiglu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
-ACTIVATIONS = {**_FUNCTIONS, "geglu": functional.gelu, "reglu": functional.relu}
+_PLAIN = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu, "relu2": relu2}
+_GATED = {"swiglu": functional.silu, "geglu": functional.gelu, "reglu": functional.relu, "relu2glu": relu2}
+ACTIVATIONS = {**_PLAIN, **_GATED}
 """Architecture.activation -> function. Which are gated: Architecture.gated."""
 
 
@@ -150,7 +151,8 @@ def transformer_config(arch: Architecture, layout: Layout, options: BuildOptions
         embedding_init_method=_leave,
         gradient_accumulation_fusion=bool(options.kernels and options.kernels.accumulates),
         masked_softmax_fusion=False,
-        bias_activation_fusion=fused and arch.activation in (("swiglu",) if arch.num_experts else ("swiglu", "geglu")),
+        # The engine's kernel for GeGLU computes the tanh approximation of GELU, not GELU.
+        bias_activation_fusion=fused and arch.activation == "swiglu",
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,

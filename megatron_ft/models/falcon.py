@@ -20,7 +20,8 @@ NAME = "falcon"
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 HF_CLASSES = ("FalconForCausalLM",)
 
-_ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
+ACTIVATION = hf_config.ActivationEntry("activation", {name: name for name in ("gelu", "relu", "relu2", "silu")})
+"""Releases of transformers from before the entry existed take GELU, whatever config.json says."""
 _MUST_BE = {
     "alibi": (False, "ALiBi instead of rotary embeddings"),
     "bias": (False, "biases in the linears"),
@@ -42,7 +43,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
     parallel = {} if new else {"parallel_attn": (True, "attention and MLP one after the other")}
     # The published models name code from before transformers supported them; it runs only with the user's permission.
     hf_config.refuse(config, {**_MUST_BE, **parallel}, ignore=("auto_map",))
-    activation = hf_config.choice(config, "activation", _ACTIVATIONS, "gelu")
+    activation = hf_config.choice(config, ACTIVATION.key, ACTIVATION.names, "gelu")
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         positions = config.get("max_position_embeddings", 2048)
@@ -88,7 +89,7 @@ def to_hf(arch: Architecture, dtype: str | None = None) -> dict[str, Any]:
         "max_position_embeddings": arch.max_position_embeddings,
         "layer_norm_epsilon": arch.norm_epsilon,
         "tie_word_embeddings": arch.tied_embeddings,
-        "activation": arch.activation,
+        ACTIVATION.key: ACTIVATION.name_of(arch.activation),
         "new_decoder_architecture": not old,
         "multi_query": arch.num_query_groups == 1 or not old,
         "parallel_attn": True,

@@ -13,7 +13,7 @@ from megatron_ft.models import falcon, llama, mistral, qwen2, qwen3
 from megatron_ft.models.architecture import MOST_LAYERS, Architecture
 
 FAMILIES: dict[str, ModuleType] = {family.NAME: family for family in (llama, mistral, qwen2, qwen3, falcon)}
-"""name -> module with from_hf(config), to_hf(arch, dtype), rules(arch), MODEL_TYPES and HF_CLASSES."""
+"""name -> module with from_hf(config), to_hf(arch, dtype), rules(arch), MODEL_TYPES, HF_CLASSES and ACTIVATION."""
 
 
 def family_for(hf_config: Mapping[str, Any]) -> ModuleType:

@@ -17,10 +17,18 @@ Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
 """f(gradient of the activation, its input, out)"""
 
 _aten = torch.ops.aten
+
+
+def relu2(x: Tensor) -> Tensor:
+    """Return the square of ReLU, as transformers' activation of that name."""
+    return functional.relu(x).square()
+
+
 GRADIENTS: dict[Any, Gradient] = {
     functional.silu: lambda gradient, x, out: _aten.silu_backward.grad_input(gradient, x, grad_input=out),
     functional.gelu: lambda gradient, x, out: _aten.gelu_backward.grad_input(gradient, x, grad_input=out),
     functional.relu: lambda gradient, x, out: _aten.threshold_backward.grad_input(gradient, x, 0, grad_input=out),
+    relu2: lambda gradient, x, out: torch.mul(gradient, 2 * functional.relu(x), out=out),
 }
 """Activation -> its gradient"""
 

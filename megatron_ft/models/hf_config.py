@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models import hf_rope
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.bitsandbytes_files import is_nf4
 
-ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
-"""hidden_act of a gated MLP -> Architecture.activation."""
+
+class ActivationEntry(NamedTuple):
+    """How a family's config.json names the activation of the MLP."""
+
+    key: str
+    names: Mapping[str, str]
+    """Value of the entry -> Architecture.activation."""
+
+    def name_of(self, activation: str) -> str:
+        """Return the value for Architecture.activation."""
+        return next(name for name, ours in self.names.items() if ours == activation)
+
+
+GATED_MLP = ActivationEntry("hidden_act", {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "relu2": "relu2glu"})
 _MUST_BE = {
     "attention_bias": (False, "biases in the attention projections"),
     "mlp_bias": (False, "biases in the MLP"),
@@ -42,7 +54,7 @@ def read(
     Raise CheckpointError with the reason for what is not supported.
     """
     refuse(config, _MUST_BE)
-    activation = choice(config, "hidden_act", ACTIVATIONS, "silu")
+    activation = choice(config, GATED_MLP.key, GATED_MLP.names, "silu")
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         positions = config.get("max_position_embeddings", positions)
@@ -83,7 +95,7 @@ def write(arch: Architecture, model_type: str, hf_class: str, dtype: str | None,
         "max_position_embeddings": arch.max_position_embeddings,
         "rms_norm_eps": arch.norm_epsilon,
         "tie_word_embeddings": arch.tied_embeddings,
-        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == arch.activation),
+        GATED_MLP.key: GATED_MLP.name_of(arch.activation),
         **entries,
     }
 

@@ -17,6 +17,7 @@ from megatron_ft.models.weights import Rule
 NAME = "llama"
 MODEL_TYPES = ("llama",)
 HF_CLASSES = ("LlamaForCausalLM",)
+ACTIVATION = hf_config.GATED_MLP
 
 _HF = "model.layers.{n}."
 

@@ -11,6 +11,7 @@ from megatron_ft.models.architecture import Architecture
 NAME = "mistral"
 MODEL_TYPES = ("mistral",)
 HF_CLASSES = ("MistralForCausalLM",)
+ACTIVATION = hf_config.GATED_MLP
 
 rules = llama.rules
 

@@ -12,6 +12,7 @@ from megatron_ft.models.architecture import Architecture
 NAME = "qwen2"
 MODEL_TYPES = ("qwen2",)
 HF_CLASSES = ("Qwen2ForCausalLM",)
+ACTIVATION = hf_config.GATED_MLP
 
 rules = llama.rules
 

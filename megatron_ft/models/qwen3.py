@@ -12,6 +12,7 @@ from megatron_ft.models.qwen2 import window_entries, window_fields, window_keys
 NAME = "qwen3"
 MODEL_TYPES = ("qwen3",)
 HF_CLASSES = ("Qwen3ForCausalLM",)
+ACTIVATION = hf_config.GATED_MLP
 
 rules = llama.rules
 

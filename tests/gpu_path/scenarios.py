@@ -27,6 +27,11 @@ ARCHITECTURES = {
         LLAMA, family="falcon", norm="layernorm", activation="gelu", parallel_block=True, tied_embeddings=True
     ),
     "blocks": dataclasses.replace(LLAMA, hidden_size=128, ffn_hidden_size=256, head_dim=32),
+    "relu-falcon": dataclasses.replace(
+        LLAMA, family="falcon", norm="layernorm", activation="relu", parallel_block=True, tied_embeddings=True
+    ),
+    "relu": dataclasses.replace(LLAMA, activation="reglu"),
+    "relu2": dataclasses.replace(LLAMA, activation="relu2glu"),
     "qwen": dataclasses.replace(
         LLAMA, family="qwen3", qkv_bias=True, qk_norm=True, tied_embeddings=True, activation="geglu"
     ),
@@ -99,6 +104,10 @@ SCENARIOS = {
         Scenario("bf16-gradients-bf16", 1, BF16 | {"grad_reduce_in_bf16": True}),
         Scenario("bf16-qwen", 1, BF16, architecture="qwen", **_quick),
         Scenario("bf16-falcon", 1, BF16, architecture="falcon"),
+        Scenario("bf16-relu-falcon", 1, BF16, architecture="relu-falcon", **_quick),
+        Scenario("bf16-relu", 1, BF16, architecture="relu"),
+        Scenario("fp32-relu2", architecture="relu2"),
+        Scenario("fp32-qwen", architecture="qwen", **_quick),
         Scenario("dp2-bf16", 2, BF16),
         Scenario("dp2-distributed-bf16", 2, BF16, DISTRIBUTED),
         Scenario("dp2-distributed-overlap-bf16", 2, BF16, DISTRIBUTED, OVERLAP, **_quick),
