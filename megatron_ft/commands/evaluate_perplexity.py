@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ft.commands.compared_models import ComparedModels, adapters_of, check_models, names_of
 from megatron_ft.commands.generate import GenerationLayout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
@@ -18,17 +18,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PerplexityOptions:
+class PerplexityOptions(ComparedModels):
     """Models and texts"""
 
-    load: list[str] = field(default_factory=list)
-    """folders of checkpoints or of exported Hugging Face models; several are compared"""
-    names: list[str] = field(default_factory=list)
-    """names of the models in --load, in their order, separated by spaces; default: the names of their folders"""
-    adapter: list[str] = field(default_factory=list)
-    """adapters of the models in --load, in their order (none: a model without): checkpoints of runs with --lora_rank, or PEFT folders"""
-    data: list[str] = field(default_factory=list)
-    """prefixes of shards, whose samples are documents, or text files, each of them one document"""
     lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048])
     """largest numbers of tokens in a window, separated by commas: those scored and the context before them"""
     stride: int | None = None
@@ -82,15 +74,11 @@ def run(options: PerplexityOptions, parallel: GenerationLayout, processes: Proce
 
 def check(options: PerplexityOptions) -> int:
     """Return the stride. Raise ConfigError for settings that do not fit."""
-    if not options.load:
-        raise ConfigError("--load is needed: the folder of a checkpoint or of an exported model, or several")
-    if not options.data:
-        raise ConfigError("--data is needed: prefixes of shards or text files")
+    check_models(options)
     if not options.lengths or min(options.lengths) < 2 or sorted(set(options.lengths)) != options.lengths:
         raise ConfigError("--lengths must be at least 2 and in rising order, such as 512,1024,2048")
     if options.batch_size < 1:
         raise ConfigError("--batch_size must be at least 1")
-    names_of(options), adapters_of(options)
     stride = options.lengths[0] // 2 if options.stride is None else options.stride
     if not 0 < stride < options.lengths[0]:
         raise ConfigError(
@@ -98,26 +86,6 @@ def check(options: PerplexityOptions) -> int:
             f"the same tokens: lower it, or leave it out"
         )
     return stride
-
-
-def names_of(options: PerplexityOptions) -> list[str]:
-    """Return a name for each model, all different."""
-    names = options.names or [Path(load).resolve().name for load in options.load]
-    if len(names) != len(options.load):
-        raise ConfigError(f"--names has {len(names)} names for {len(options.load)} models in --load: give one for each")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ConfigError(f"two models have the name {twice[0]}: give different ones with --names")
-    return names
-
-
-def adapters_of(options: PerplexityOptions) -> list[str | None]:
-    """Return the adapter of each model, or None."""
-    given = options.adapter or ["none"] * len(options.load)
-    if len(given) != len(options.load):
-        raise ConfigError(
-            f"--adapter has {len(given)} entries for {len(options.load)} models in --load: give one for each, none for a model without"
-        )
-    return [None if adapter == "none" else adapter for adapter in given]
 
 
 def _measured(

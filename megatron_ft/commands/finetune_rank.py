@@ -27,7 +27,7 @@ from megatron_ft.commands import dry_run
 from megatron_ft.commands.report import write_at_end
 from megatron_ft.commands.training_samples import make_sampler
 from megatron_ft.config.cli import write_sections
-from megatron_ft.config.sections import Adapters
+from megatron_ft.config.sections import Adapters, Logging
 from megatron_ft.config.sections import Distillation as DistillationSection
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.data.loader import ChatDataset
@@ -36,9 +36,11 @@ from megatron_ft.engine.parallel import Layout
 from megatron_ft.files import atomic_file
 from megatron_ft.log import logger
 from megatron_ft.log import setup as log_to_file
+from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.build import attention_needs
 from megatron_ft.models.distilled_loss import Mix
 from megatron_ft.models.kernels import choose, machine
+from megatron_ft.models.sparsity import ZeroCounts
 from megatron_ft.models.trainable import ALL, Trainable, count
 from megatron_ft.training import run_record, sample_hash, setup
 from megatron_ft.training.adapting import Adapting, find_adapting
@@ -160,6 +162,7 @@ def _build(inputs: Inputs, trainable: Trainable, adapting: Adapting | None, teac
         dropout_seed=settings.data.seed if numerics.hidden_dropout or (adapting and adapting.lora.dropout) else None,
         before_reduction=summing(setup.bare(model), described.architecture.tied_embeddings),
         objective=_objective(settings),
+        zeros=_zeros(settings.logging, described.architecture, setup.bare(model)),
     )  # fmt: skip
     return Parts(model, optimizer, schedule, stepper)
 
@@ -181,6 +184,12 @@ def _load_teacher(inputs: Inputs, parts: Parts, teacher: Teacher | None) -> dict
     load_weights(folder, described, chunks, inputs.layout, verified=True)
     log.info(f"teacher {folder}: {described.architecture.family}, {described.architecture.num_layers} layers, frozen")
     return {"path": str(folder.resolve()), "weights": weight_hashes(chunks, described.architecture)}
+
+
+def _zeros(logging: Logging, arch: Architecture, bare: list) -> ZeroCounts | None:
+    """Return what counts the zeros in the MLPs; None: they are not logged."""
+    wanted = arch.has_zeros if logging.log_sparsity is None else logging.log_sparsity
+    return ZeroCounts(bare, arch.num_layers) if wanted else None
 
 
 def _load(inputs: Inputs, parts: Parts) -> Progress:

@@ -66,6 +66,9 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "evaluate perplexity": Entry(
             "megatron_ft.commands.evaluate_perplexity", "perplexity of models by length of the context"
         ),
+        "evaluate sparsity": Entry(
+            "megatron_ft.commands.evaluate_sparsity", "share of zeros in the MLPs of models, by layer"
+        ),
         "evaluate retrieval": Entry(
             "megatron_ft.commands.evaluate_retrieval", "measure retrieval from long prompts, compare models"
         ),

@@ -338,6 +338,9 @@ class Logging:
     """write report.html into the run's folder at the end; `megatron-ft report` writes it at any other time"""
     tensorboard_dir: str | None = None
     """folder for TensorBoard's event files; default: none are written"""
+    log_sparsity: bool | None = None
+    """log the share of exact zeros in the MLPs (at the input of the down projection), overall and by layer; default: only for models with
+    ReLU or its square"""
     log_timers_to_tensorboard: bool = False
     """wait for the device after each phase of a step, so that the logged seconds per phase are exact; slower"""
     wandb_logger: bool = False

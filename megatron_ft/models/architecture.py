@@ -14,6 +14,7 @@ from megatron_ft.errors import CheckpointError, ConfigError
 from megatron_ft.models.parts import AttentionPart, ExpertsPart, Layer, MlpPart, NormPart, Rope
 
 GATED = ("swiglu", "geglu", "reglu", "relu2glu")
+WITH_ZEROS = ("relu", "relu2", "reglu", "relu2glu")
 
 
 MOST_LAYERS = 10_000
@@ -207,6 +208,11 @@ class Architecture:
     def gated(self) -> bool:
         """Return whether the MLP multiplies two projections, [gate; up] in one matrix."""
         return self.activation in GATED
+
+    @property
+    def has_zeros(self) -> bool:
+        """Return whether the activation makes many values exactly zero."""
+        return self.activation in WITH_ZEROS
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types. What only few models have is left out where it is absent, so that earlier versions read the rest."""

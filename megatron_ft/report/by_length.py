@@ -7,6 +7,7 @@ WIDTH, HEIGHT = 640, 300  # SVG units
 LEFT, RIGHT, TOP, BOTTOM = 56, 150, 14, 46
 COLOURS = ("#2563c9", "#d9730d", "#17803d", "#8e44ad", "#c8281e", "#0e7c86", "#7a5c00", "#555f69")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "12 4", "1 2", "6 2 1 2 1 2")
+_MOST = 20  # number of lengths that are all named and marked
 _FONT = 'font-family="system-ui, DejaVu Sans, sans-serif" font-size="11.5"'
 _SOFT, _LINE = "#667079", "#e3e5e8"
 
@@ -20,12 +21,13 @@ def by_length(
     """
     at = [_x(n, len(lengths)) for n in range(len(lengths))]
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>', *map(_level, (0, 0.25, 0.5, 0.75, 1))]
-    parts += [_text(x, HEIGHT - BOTTOM + 18, f"{length:,}") for x, length in zip(at, lengths, strict=True)]
+    step = -(-len(lengths) // _MOST)
+    parts += [_text(x, HEIGHT - BOTTOM + 18, f"{length:,}") for x, length in [*zip(at, lengths, strict=True)][::step]]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, across))
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<g transform="rotate(-90 13 {middle})">{_text(13, middle, up)}</g>')
     for n, (name, scores) in enumerate(series.items()):
-        parts.append(_line(n, name, list(zip(at, scores, strict=True)), lengths))
+        parts.append(_line(n, name, list(zip(at, scores, strict=True)), lengths, step))
         parts.append(_key(n, name))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" {_FONT}>'
@@ -50,12 +52,13 @@ def _level(score: float) -> str:
     )
 
 
-def _line(n: int, name: str, points: Sequence[tuple[float, float | None]], lengths: Sequence[int]) -> str:
+def _line(n: int, name: str, points: Sequence[tuple[float, float | None]], lengths: Sequence[int], step: int) -> str:
+    """Return a line with a mark at every `step`th point."""
     there = [(x, score, length) for (x, score), length in zip(points, lengths, strict=True) if score is not None]
     path = "L".join(f"{x:.1f} {_y(score):.1f}" for x, score, _ in there)
     marks = "".join(
         f"<g><title>{escape(name)}, {length:,}: {100 * score:.1f}%</title>{_mark(n, x, _y(score))}</g>"
-        for x, score, length in there
+        for x, score, length in there[::step]
     )
     return f'<path d="M{path}" style="{_stroke(n)}"/>{marks}' if there else ""
 

@@ -77,5 +77,12 @@ def curves(metrics: Metrics) -> str:
         picture("learning rate", [Line("learning rate", metrics.curve("train/lr"), "a")]),
         picture("gradient norm, before clipping", [Line("norm", metrics.curve("train/grad_norm"), "a")], log=True),
         picture("tokens per second", [Line("all", tokens, "a"), Line("trained on", trained, "b")]),
+        picture(
+            "exact zeros in the MLPs (share)",
+            [
+                Line("training", metrics.curve("train/sparsity"), "a"),
+                Line("validation", metrics.curve("eval/sparsity"), "b", dots=True),
+            ],
+        ),
     )
     return f'<div class="pictures">{"".join(pictures)}</div>'

@@ -25,6 +25,7 @@ from megatron_ft.report.answers import NOTE, SAMPLES, answers, read_answers
 from megatron_ft.report.curves import Line, bars, picture
 from megatron_ft.report.metrics import Curve, Metrics, read_metrics
 from megatron_ft.report.page import Page, badge, commands, curves, table
+from megatron_ft.report.zeros import ZEROS, by_layer
 
 REPORT = "report.html"
 _LAST = 10  # number of last steps that a final value is the mean of
@@ -50,6 +51,8 @@ def write_run_report(folder: Path, target: Path | None = None) -> Path:
     page.section("Curves", curves(metrics))
     if where := list(_where(metrics)):
         page.section("Loss by group", f'<div class="grid2">{"".join(where)}</div>', note=_WHERE)
+    if zeros := by_layer(metrics):
+        page.section("Zeros in the MLPs", zeros, note=ZEROS)
     if now:
         page.section("Training data", *_data(folder, now["data"]))
         page.section("Layout", *_layout(now))

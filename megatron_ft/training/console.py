@@ -58,6 +58,7 @@ class Console(Hook):
             mfu = f" ({last['train/mfu']:.1%} MFU)" if "train/mfu" in last else ""
             speed = f"throughput per GPU (TFLOP/s/GPU): {last['train/tflops']:.1f}{mfu} | "
         scale = f"loss scale: {last['train/loss_scale']:.1f} | " if "train/loss_scale" in last else ""
+        zeros = f"MLP zeros: {self._mean_sparsity():.2%} | " if "train/sparsity" in last else ""
         return (
             f" iteration {iteration:{width}d}/ {self.train_iters} | "
             f"consumed samples: {last['train/consumed_samples']:8d} | "
@@ -65,7 +66,8 @@ class Console(Hook):
             f"global batch size: {last['train/global_batch_size']:5d} | "
             f"lm loss: {self._mean_loss()} | {self._parts()}"
             f"{scale}grad norm: {last['train/grad_norm']:.3f} | number of skipped iterations: {self.skipped} | "
-            f"number of nan iterations: {self.nan} | tokens/s: {rates[0]:.0f} | trained tokens/s: {rates[1]:.0f} | {speed}eta: {left} |"
+            f"number of nan iterations: {self.nan} | tokens/s: {rates[0]:.0f} | trained tokens/s: {rates[1]:.0f} | "
+            f"{zeros}{speed}eta: {left} |"
         )
 
     def _parts(self) -> str:
@@ -81,6 +83,9 @@ class Console(Hook):
         """The mean over the steps of the window that had a supervised token."""
         losses = [m["train/loss"] for m in self.window if not m.get("train/empty")]
         return f"{sum(losses) / len(losses):.6E}" if losses else "none (no supervised token)"
+
+    def _mean_sparsity(self) -> float:
+        return sum(m["train/sparsity"] for m in self.window) / len(self.window)
 
     def _rates(self) -> tuple[float, list[float]]:
         """Return (seconds, [tokens/s, trained tokens/s]) over the window."""
@@ -114,7 +119,8 @@ class LiveConsole(Console):
         _, (tokens, trained) = self._rates()
         rates = f"{_short(tokens)} tok/s ({_short(trained)} trained)"
         loss = next((f"{m['train/loss']:.3f}" for m in reversed(self.window) if not m.get("train/empty")), "none")
-        text = f"loss {loss}  grad {metrics['train/grad_norm']:.2f}  {rates}"
+        zeros = f"  zeros {metrics['train/sparsity']:.1%}" if "train/sparsity" in metrics else ""
+        text = f"loss {loss}  grad {metrics['train/grad_norm']:.2f}{zeros}  {rates}"
         self.progress.update(self.task, completed=iteration, description=text)
 
     def on_end(self) -> None:

@@ -19,6 +19,7 @@ from megatron_ft import device
 from megatron_ft.data.loader import ChatDataset, step_rows
 from megatron_ft.engine.exchange import known_shapes
 from megatron_ft.engine.parallel import Layout
+from megatron_ft.models.sparsity import ZeroCounts
 from megatron_ft.training.global_weight import GlobalWeight
 from megatron_ft.training.inputs import Inputs, InputStream
 from megatron_ft.training.objectives.cross_entropy import CrossEntropy
@@ -47,7 +48,8 @@ class StepResult:
     loss_scale: float = 1.0
     """By which the loss was multiplied (fp16)."""
     more: dict[str, float] = field(default_factory=dict)
-    """Other values that the objective logs; cross-entropy: mean loss by role, source and position, {"loss_by_role/assistant": 1.2, ...}."""
+    """Other values that the objective logs; cross-entropy: mean loss by role, source and position, {"loss_by_role/assistant": 1.2, ...}.
+    With `zeros` also the shares of zeros in the MLPs."""
 
 
 class Phases(dict):
@@ -71,15 +73,17 @@ class Stepper:
 
     model: the chunks of this rank's stage (setup.make_model). dropout_seed: of the residual dropout's masks; None: no dropout.
     objective: what is minimised; None: cross-entropy. before_reduction: called each step before gradients are reduced over the ranks.
+    zeros: counts those in the MLPs; None: they are not counted.
     """
 
     def __init__(
         self, model: list, layout: Layout, micro_batch_size: int, global_batch_size: int, exact_phases: bool = False,
         dropout_seed: int | None = None, objective: Objective | None = None,
-        before_reduction: Callable[[], None] | None = None,
+        before_reduction: Callable[[], None] | None = None, zeros: ZeroCounts | None = None,
     ):  # fmt: skip
         self.model, self.layout = model, layout
         self.objective = objective or CrossEntropy()
+        self.zeros = zeros
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.weight = GlobalWeight(before_reduction)
         self.device = device.current_device()
@@ -97,6 +101,7 @@ class Stepper:
         if self.model[0].config.fp16:
             self.model[0].config.grad_scale_func = optimizer.scale_loss
         self.phases.clear()
+        self._count_anew()
         with self.phases("forward_backward"):
             sums = self._run(dataset, consumed, forward_only=False, last=last)
         with self.phases("optimizer"):
@@ -123,6 +128,7 @@ class Stepper:
         """
         for chunk in self.model:
             chunk.eval()
+        self._count_anew()
         rows = len(dataset.epoch_rows(0))
         batches = min(iters, -(-rows // self.global_batch_size))
         shares = (
@@ -177,8 +183,13 @@ class Stepper:
             if self.layout.cp_rank == 0:  # the others have the same rows
                 counts += batch.counts
             self.weight.add(self.objective.weight(batch))
-        output = self.objective.forward(model, batch)
+        with self.zeros.counting(batch.groups[0] >= 0) if self.zeros else contextlib.nullcontext():
+            output = self.objective.forward(model, batch)
         return output, partial(self.objective.contribution, batch=batch, dataset=dataset)
+
+    def _count_anew(self) -> None:
+        if self.zeros:
+            self.zeros.start()
 
     def _shape(self, dataset: ChatDataset) -> dict:
         """Return the shape of what passes between pipeline stages, [s, b, h]; a packed batch is one row of b * s."""
@@ -199,5 +210,7 @@ class Stepper:
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         tokens, supervised, seen, *log = sums.tolist()
         loss, others = self.objective.read(log, dataset)
+        if self.zeros:
+            others = {**others, **self.zeros.shares().metrics()}
         counted = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seen": seen}
         return StepResult(loss, more=others, **counted, **more)

@@ -1,0 +1,52 @@
+"""Flags of the commands that evaluate several models on the same texts, with a name for each model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ft.errors import ConfigError
+
+
+@dataclass
+class ComparedModels:
+    """Models and texts"""
+
+    load: list[str] = field(default_factory=list)
+    """folders of checkpoints or of exported Hugging Face models; several are compared"""
+    names: list[str] = field(default_factory=list)
+    """names of the models in --load, in their order, separated by spaces; default: the names of their folders"""
+    adapter: list[str] = field(default_factory=list)
+    """adapters of the models in --load, in their order (none: a model without): checkpoints of runs with --lora_rank, or PEFT folders"""
+    data: list[str] = field(default_factory=list)
+    """prefixes of shards, whose samples are documents, or text files, each of them one document"""
+
+
+def check_models(options: ComparedModels) -> None:
+    """Raise ConfigError for missing models or texts, and for names or adapters that do not fit."""
+    if not options.load:
+        raise ConfigError("--load is needed: the folder of a checkpoint or of an exported model, or several")
+    if not options.data:
+        raise ConfigError("--data is needed: prefixes of shards or text files")
+    names_of(options), adapters_of(options)
+
+
+def names_of(options: ComparedModels) -> list[str]:
+    """Return a name for each model, all different."""
+    names = options.names or [Path(load).resolve().name for load in options.load]
+    if len(names) != len(options.load):
+        raise ConfigError(f"--names has {len(names)} names for {len(options.load)} models in --load: give one for each")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"two models have the name {twice[0]}: give different ones with --names")
+    return names
+
+
+def adapters_of(options: ComparedModels) -> list[str | None]:
+    """Return the adapter of each model, or None."""
+    given = options.adapter or ["none"] * len(options.load)
+    if len(given) != len(options.load):
+        raise ConfigError(
+            f"--adapter has {len(given)} entries for {len(options.load)} models in --load: give one for each, none for a model without"
+        )
+    return [None if adapter == "none" else adapter for adapter in given]
