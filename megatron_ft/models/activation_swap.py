@@ -53,10 +53,12 @@ def swap_of(arch: Architecture) -> Swap | None:
 
 
 def before_swap(theirs: Architecture, ours: Architecture) -> Swap | None:
-    """Return the swap that makes the activation of theirs that of ours; None: there is none."""
+    """Return the swap that makes the activation of theirs that of ours; None: there is none. Theirs may be an earlier swap's result."""
     swap = swap_of(ours)
-    same = theirs.family == ours.family and swap and entry_of(theirs).name_of(theirs.activation) == swap.before
-    return swap if same else None
+    if swap is None or theirs.family != ours.family or theirs.activation == ours.activation:
+        return None
+    now, earlier = entry_of(theirs).name_of(theirs.activation), swap_of(theirs)
+    return Swap(now, swap.after) if swap.before == (earlier.before if earlier else now) else None
 
 
 def in_words(arch: Architecture) -> str:

@@ -129,7 +129,10 @@ def test_a_swap_back_leaves_no_record(models, tmp_path):
     arch = parse_hf_config(json.loads((models("llama") / "config.json").read_text()))[1]
     relu = swap_activation(arch, "relu")
     assert (relu.activation, swap_of(relu)) == ("reglu", ("silu", "relu"))
-    assert swap_of(swap_activation(relu, "gelu")) == ("silu", "gelu")
+    gelu = swap_activation(relu, "gelu")
+    assert swap_of(gelu) == ("silu", "gelu")
+    assert [before_swap(one, gelu) for one in (arch, relu, gelu)] == [("silu", "gelu"), ("relu", "gelu"), None]
+    assert before_swap(relu, arch) is None  # no record says so
     assert swap_activation(relu, "silu") == arch and swap_activation(arch, "silu") == arch
 
 
