@@ -6,6 +6,7 @@ downloaded model would stand. Written without transformers.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,10 @@ class TinyFalcon:
     """Layers."""
     seed: int = 1
     """Of the weights."""
+    texts: str | None = None
+    """JSON lines with "text", to train a tokenizer on; default: a token is a byte."""
+    vocab_size: int = 2048
+    """With --texts: tokens of the tokenizer."""
 
 
 COMMAND = Command(
@@ -46,7 +51,7 @@ def run(options: TinyFalcon) -> None:
     if options.hidden_size < 2 * _HEAD or options.hidden_size % (2 * _HEAD):
         raise ConfigError(f"--hidden_size {options.hidden_size}: must be a multiple of {2 * _HEAD}")
     with atomic_folder(options.output_dir) as folder:
-        vocabulary = write_tokenizer(folder)
+        vocabulary = write_tokenizer(folder, Path(options.texts) if options.texts else None, options.vocab_size)
         config = falcon_config(options, vocabulary)
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0})
@@ -54,20 +59,26 @@ def run(options: TinyFalcon) -> None:
     print(f"{parameters / 1e6:.1f} M random parameters in bf16 -> {options.output_dir}")
 
 
-def write_tokenizer(folder: Path) -> int:
-    """Write a tokenizer whose tokens are bytes, and the end of a text. Returns the size of its vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def write_tokenizer(folder: Path, texts: Path | None = None, vocab_size: int = 0) -> int:
+    """Write a tokenizer whose tokens are bytes, and the end of a text; or pieces of words of the texts. Returns its size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([_END, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if texts:
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[_END], initial_alphabet=letters, show_progress=False
+        )
+        lines = texts.read_text(encoding="utf-8").splitlines()
+        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
     tokenizer.add_special_tokens([_END])
     tokenizer.save(str(folder / "tokenizer.json"))
     entries = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END, "bos_token": _END}
     write_json(folder / "tokenizer_config.json", entries)
-    return len(vocabulary)
+    return tokenizer.get_vocab_size()
 
 
 def falcon_config(options: TinyFalcon, vocabulary: int) -> dict[str, Any]:

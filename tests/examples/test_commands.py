@@ -25,6 +25,7 @@ SCRIPTS = {
     "airophin_13b/phase1.sbatch": ["finetune"],
     "airophin_13b/phase2.sbatch": ["finetune"],
     "alfred_40b/prepare.sh": ["pretokenize", "hf-to-megatron"],
+    "relu_falcon_40b/prepare.sh": ["pretokenize", "hf-to-megatron", "hf-to-megatron"],
     "oasst_llama2_70b/prepare.sh": ["pretokenize", "pretokenize", "hf-to-megatron"],
 }  # fmt: skip
 """Script -> the commands that it starts, in order."""

@@ -130,3 +130,9 @@ def test_the_line_of_progress():
     for iteration, share in ((1, 0.5), (2, 0.6)):
         console.on_step(iteration, step | {"train/sparsity": share})
     assert "| MLP zeros: 55.00% | eta:" in out.getvalue()
+
+
+def test_a_teacher_is_not_counted(place, four_ranks, tmp_path):
+    """Its layers run in the same passes."""
+    train(four_ranks, place, tmp_path, (2, 2), packing=False, teacher=str(place / "llama"))
+    assert logged(tmp_path)[0] == pytest.approx(expected(place), abs=1e-4)
