@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from checkpoints_conversion.options import CheckpointFormat, Folders, Written, check_folders, check_source, note_sizes
 from megatron_ft.checkpoints.folder import TRACKER
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.expected import RopeScaling
 from megatron_ft.config.model_parallel import ModelParallel
-from megatron_ft.config.sections import RopeScaling
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.activation_swap import Activation
 

@@ -20,6 +20,7 @@ COMMAND = Command(
         "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2 --train_iters 100 --save runs/tuned",
         "megatron-ft finetune --config finetune.yaml --lr 2e-5",
     ),
+    megatron_flags=True,
 )
 
 

@@ -351,5 +351,4 @@ def _make_hooks(inputs: Inputs, resolved: str) -> Iterator[Hook]:
         yield Aside(f"TensorBoard in {board}", lambda: TensorBoard(board))
     if logging.wandb_logger:
         values = {k: v for section in settings.sections for k, v in vars(section).items()}
-        name = logging.wandb_name
-        yield Aside("wandb", lambda: WeightsAndBiases(logging.wandb_project, name, folder, values))
+        yield Aside("wandb", lambda: WeightsAndBiases(logging, folder, values))

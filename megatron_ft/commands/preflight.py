@@ -39,6 +39,7 @@ COMMAND = Command(
         "megatron-ft preflight --world_size 32 --load runs/model --data_path data/mine-train --train_iters 500 "
         "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --seq_length 4096",
     ),
+    megatron_flags=True,
 )
 
 

@@ -49,6 +49,7 @@ COMMAND = Command(
         "torchrun --nproc_per_node 4 -m megatron_ft resume-check --config runs/tuned/training.yaml --load runs/tuned "
         "--resume_tensor_model_parallel_size 4 --resume_pipeline_model_parallel_size 1",
     ),
+    megatron_flags=True,
 )
 
 

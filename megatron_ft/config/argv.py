@@ -8,8 +8,10 @@ import re
 from typing import Any
 
 from megatron_ft.config.fields import Option
-from megatron_ft.config.hints import suggestion
+from megatron_ft.config.hints import Wrong, refused_names, suggestion
+from megatron_ft.config.megatron_flags import MEANS, SAME, Given, accepted, foreign, refusal
 from megatron_ft.config.renamed import current
+from megatron_ft.config.values import unquoted
 from megatron_ft.errors import ConfigError
 
 _FLAG = re.compile(r"(--?)([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
@@ -24,13 +26,23 @@ def switch_flags(option: Option, options: dict[str, Option]) -> list[str]:
     return [option.name] if option.name.startswith("no_") or negated in options else [option.name, negated]
 
 
-def ready(argv: list[str], options: dict[str, Option], others: dict[str, Any] | None) -> list[str]:
-    """Return argv in the form that argparse expects. others: receives unknown flags; None: raise ConfigError for them."""
+def ready(
+    argv: list[str],
+    options: dict[str, Option],
+    others: dict[str, Any] | None,
+    megatron: dict[str, Given] | None = None,
+) -> list[str]:
+    """Return argv in the form that argparse expects.
+
+    others: receives unknown flags; None: raise ConfigError, which names all of them. megatron: receives flags of Megatron that are not
+    ours; None: they are unknown.
+    """
     switches = {
         flag: option for option in options.values() if option.is_switch for flag in switch_flags(option, options)
     }
     known = {*options, *switches, *OWN_FLAGS}
     done: list[str] = []
+    wrong: list[Wrong] = []
     rest = list(argv)
     while rest and rest[0] != "--":
         token = rest.pop(0)
@@ -40,13 +52,57 @@ def ready(argv: list[str], options: dict[str, Option], others: dict[str, Any] | 
             continue
         dashes, inline = match[1], match[3]
         name = current(match[2].replace("-", "_"), known, "--") if dashes == "--" else match[2]
+        if megatron is not None and name not in known:
+            name = SAME.get(name, name)
         if name in known and dashes == "--":
             done.append(_known_flag(name, inline, rest, options, switches))
+        elif megatron is not None and name in MEANS and dashes == "--":
+            done += _meaning(name, inline)
+        elif megatron is not None and name in foreign() and dashes == "--":
+            wrong += _foreign(name, inline, rest, megatron)
         elif others is None or dashes == "-":
-            raise ConfigError(f"unknown flag {dashes}{match[2]}{suggestion(name, known, '--')}")
+            similar = known if megatron is None else {*known, *accepted()}
+            wrong.append(Wrong(dashes + match[2], suggestion(name, similar, "--")))
+            _values(rest)
         else:
             _collect(name, inline, rest, others)
+    if wrong:
+        raise ConfigError(refused_names("flag", wrong))
     return done + rest
+
+
+def _meaning(name: str, inline: str | None) -> list[str]:
+    """Return our flag for a switch of Megatron."""
+    ours, value = MEANS[name]
+    if inline is not None and not _truth(name, inline):
+        return []
+    return [f"--{ours}"] if value is True else [f"--{ours}={value}"]
+
+
+def _foreign(name: str, inline: str | None, rest: list[str], megatron: dict[str, Given]) -> list[Wrong]:
+    """Read a flag of Megatron that is not ours, with its values. Return what is wrong with it."""
+    known = foreign()[name]
+    value: Any = _values(rest) if known.arity == "*" or known.fate == "refused" else True
+    if inline is not None:
+        value = inline
+    elif known.arity == "=":
+        if not rest or (_FLAG.fullmatch(rest[0]) and not _NEGATIVE.fullmatch(rest[0])):
+            raise ConfigError(f"--{name}: expected one argument; see --help")
+        value = rest.pop(0)
+    value = unquoted(value) if isinstance(value, str) else value
+    if why := refusal(name, value):
+        return [Wrong(f"--{name}", refused=why)]
+    if known.arity or inline is None or _truth(name, inline):
+        megatron[name] = Given(value, f"--{name}", 2)
+    return []
+
+
+def _values(rest: list[str]) -> list[str]:
+    """Take the words up to the next flag."""
+    taken = []
+    while rest and (not rest[0].startswith("-") or _NEGATIVE.fullmatch(rest[0])):
+        taken.append(rest.pop(0))
+    return taken
 
 
 def _known_flag(
@@ -66,11 +122,15 @@ def _known_flag(
 
 def _switch(name: str, text: str, switches: dict[str, Option]) -> str:
     """Return `--x=yes` as `--x`, `--x=no` and `--no_x=yes` as `--x=false`, which flags.py reads as one word."""
+    wanted = _truth(name, text) == (name == switches[name].name)
+    return f"--{switches[name].name}" if wanted else f"--{switches[name].name}=false"
+
+
+def _truth(name: str, text: str) -> bool:
     value = _TRUTH.get(text.lower())
     if value is None:
         raise ConfigError(f"--{name}={text}: {text!r} is not true or false")
-    wanted = value == (name == switches[name].name)
-    return f"--{switches[name].name}" if wanted else f"--{switches[name].name}=false"
+    return value
 
 
 def _collect(name: str, inline: str | None, rest: list[str], others: dict[str, Any]) -> None:

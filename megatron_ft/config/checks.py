@@ -147,6 +147,24 @@ def shares_fit(data: Data) -> None:
         raise ConfigError(f"--data_weights {data.data_weights}: shares must not be negative, and not all 0")
 
 
+def shares_of_split(data: Data) -> tuple[float, float, float] | None:
+    """Return --split as three shares. Raise ConfigError for other text."""
+    if data.split is None:
+        return None
+    parts = data.split.replace("/", ",").split(",")
+    try:
+        shares = [float(part) for part in parts] + [0.0] * (3 - len(parts))
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or not shares[0]:
+        raise ConfigError(
+            f"--split {data.split}: write shares to train on, to validate on and to leave out, as in 969,30,1"
+        )
+    if data.valid_data_path:
+        raise ConfigError(f"--split {data.split} and --valid_data_path both define the validation set: keep one")
+    return shares[0], shares[1], shares[2]
+
+
 def role_weights(data: Data) -> dict[str, float]:
     """Return --role_loss_weights as a mapping. Raise ConfigError for an entry that is not name=number."""
     found = {}
@@ -345,6 +363,7 @@ def check_settings(settings: TrainingSettings, world_size: int) -> None:
     sequence_parallel_fits(parallel, batch, data)
     context_fits(parallel, data)
     shares_fit(data)
+    shares_of_split(data)
     role_weights(data)
     variable_rows_fit(data, parallel)
     rates_in_order(optimizer)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.config import megatron_flags, translate
 from megatron_ft.config.command import Command
 from megatron_ft.config.fields import Option, default_of, flat, members, options_of
 from megatron_ft.config.flags import Given, read_flags
@@ -116,14 +117,21 @@ def _resolve(command: Command, options: dict[str, Option], given: Given) -> tupl
 
     values = {name: default_of(option) for name, option in options.items() if not option.required}
     others: dict[str, Any] = {}
+    megatron: dict[str, megatron_flags.Given] = {}
+    levels = {}
     if given.config is not None:
         from megatron_ft.config.yaml_file import read_settings
 
-        entries, others = read_settings(given.config, options, command.open_flags)
+        taken = megatron if command.megatron_flags else None
+        entries, others = read_settings(given.config, options, command.open_flags, taken)
         for name, entry in entries.items():
             values[name] = checked(options[name], entry.value, f"{entry.where}: {name}")
+            levels[name] = 1
     for name, text in given.values.items():
         values[name] = text if isinstance(text, bool) else from_text(options[name], text, f"--{name}")
+        levels[name] = 2
+    if command.megatron_flags:
+        values |= translate.apply(megatron | given.megatron, values, levels)
     return values, others | given.others
 
 

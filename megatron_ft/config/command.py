@@ -18,6 +18,7 @@ class Command:
     positional: names of fields that may also be given without their flag, in this order.
     open_flags: take flags that no section knows, `--key value` as {"key": value typed as YAML would} and `--no_key`
         as {"key": None}.
+    megatron_flags: take the flags of Megatron's training commands too (megatron_flags.py).
     """
 
     name: str
@@ -26,6 +27,7 @@ class Command:
     examples: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()
     open_flags: bool = False
+    megatron_flags: bool = False
 
 
 def command_line() -> str:

@@ -5,6 +5,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from megatron_ft.config import megatron_flags
 from megatron_ft.config.argv import OWN_FLAGS, ready, switch_flags
 from megatron_ft.config.command import Command
 from megatron_ft.config.fields import MISSING, Option, default_of, flat, section_title
@@ -21,6 +22,8 @@ class Given:
     config: str | None = None
     print_config: bool = False
     others: dict[str, Any] = field(default_factory=dict)
+    megatron: dict[str, megatron_flags.Given] = field(default_factory=dict)
+    """Flags of Megatron that are not ours."""
 
 
 def read_flags(command: Command, options: dict[str, Option], argv: list[str]) -> Given:
@@ -30,7 +33,9 @@ def read_flags(command: Command, options: dict[str, Option], argv: list[str]) ->
     """
     parser = _parser(command, options)
     given = Given({})
-    cleaned = ready(argv, options, given.others if command.open_flags else None)
+    cleaned = ready(
+        argv, options, given.others if command.open_flags else None, given.megatron if command.megatron_flags else None
+    )
     parse = parser.parse_intermixed_args if command.positional else parser.parse_args
     values = vars(parse(cleaned))
     for name in command.positional:

@@ -1,7 +1,10 @@
-"""Suggestions for an unknown setting: the most similar known name, or our name for a flag of Hugging Face."""
+"""Suggestions for unknown settings: the most similar known name, or our name for a flag of another tool."""
 
 import difflib
 from collections.abc import Iterable
+from typing import NamedTuple
+
+from megatron_ft.config.megatron_flags import SAME, is_known
 
 # Flag of transformers' TrainingArguments and of its scripts -> (our flag, what is different about it).
 HUGGING_FACE = {
@@ -39,16 +42,41 @@ HUGGING_FACE = {
 }
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return "; did you mean X?" for the most similar known name, "" if none is similar."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str], prefix: str = "", similarity: float = 0.6) -> str:
+    """Return "; did you mean X?" for the most similar known name, "" if none is similar. similarity: the least, from 0 to 1."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=similarity)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
 
 
 def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return the hint for a name that is not known here. prefix: "--" for flags, nothing for YAML keys."""
+    """Return the hint for a name that is not known here. prefix: "--" for flags, nothing for YAML keys.
+
+    A flag of Megatron's training is not a misspelling, so there is no guess for it in other commands.
+    """
     known = list(known)
     ours, remark = HUGGING_FACE.get(name, ("", ""))
+    ours = ours if ours in known else SAME.get(name, "")
     if ours in known:
         return f"; here it is {prefix}{ours}" + (f" ({remark})" if remark else "")
-    return nearest(name, known, prefix)
+    return "" if is_known(name) else nearest(name, known, prefix, similarity=0.7)
+
+
+class Wrong(NamedTuple):
+    """A name that is not taken. hint: as suggestion() returns it. refused: why, for a flag of Megatron."""
+
+    name: str
+    hint: str = ""
+    refused: str = ""
+
+
+def refused_names(what: str, wrong: list[Wrong]) -> str:
+    """Return one message about all names that are not taken. what: "flag" or "key"."""
+    if len(wrong) == 1 and wrong[0].refused:
+        return f"{wrong[0].name} is refused: {wrong[0].refused}"
+    if len(wrong) == 1:
+        return f"unknown {what} {wrong[0].name}{wrong[0].hint}"
+    listed = []
+    for one in wrong:
+        remark = f"refused: {one.refused}" if one.refused else one.hint.removeprefix("; ") or "unknown"
+        listed.append(f"{one.name} ({remark})")
+    return f"{len(wrong)} {what}s are not taken: {', '.join(listed)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from megatron_ft.config.expected import Model
 from megatron_ft.config.sections import (
     Adapters,
     Batch,
@@ -14,7 +15,6 @@ from megatron_ft.config.sections import (
     Kernels,
     Launching,
     Logging,
-    Model,
     Numerics,
     Optimizer,
     Parallelism,

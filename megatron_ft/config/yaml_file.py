@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from megatron_ft.config.fields import Option, section_name
-from megatron_ft.config.hints import suggestion
+from megatron_ft.config.hints import Wrong, refused_names, suggestion
+from megatron_ft.config.megatron_flags import MEANS, SAME, Given, accepted, foreign, refusal
 from megatron_ft.config.renamed import current
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import read_text
@@ -81,10 +82,13 @@ def yaml_value(text: str) -> Any:
         return text
 
 
-def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tuple[dict[str, Entry], dict[str, Any]]:
+def read_settings(
+    path: str, options: dict[str, Option], open_keys: bool, megatron: dict[str, Given] | None = None
+) -> tuple[dict[str, Entry], dict[str, Any]]:
     """Return the settings of a file by name, and (with open_keys) unknown keys as plain values.
 
-    Raise ConfigError with file and line for invalid YAML, a file that is no mapping, an unknown key, or a setting given twice.
+    Raise ConfigError with file and line for invalid YAML, a file that is no mapping, unknown keys, or a setting given twice.
+    megatron: receives flags of Megatron that are not ours; None: they are unknown.
     """
     text = read_text(path)
     _check_text(text, path)
@@ -95,7 +99,7 @@ def read_settings(path: str, options: dict[str, Option], open_keys: bool) -> tup
         if not isinstance(top, yaml.MappingNode):
             raise ConfigError(f"{path}: holds no settings; write lines such as `name: value`")
         _check_size(top, path)
-        return _settings(loader, top, options, open_keys)
+        return _Reading(loader, options, megatron).settings(top, open_keys)
 
 
 def write_settings(
@@ -143,51 +147,89 @@ def _check_size(top: yaml.Node, path: str) -> None:
         raise ConfigError(f"{path}: its aliases expand to more than {_MOST_VALUES:,} values; write the values out")
 
 
-def _settings(
-    loader: _Loader, top: yaml.MappingNode, options: dict[str, Option], open_keys: bool
-) -> tuple[dict[str, Entry], dict[str, Any]]:
-    sections = {section_name(option.section): option.section for option in options.values()}
-    found: dict[str, Entry] = {}
-    others: dict[str, Any] = {}
-    for written, node, where in loader.pairs(top):
-        key, inverse = _current(written, options)
-        if key in sections and isinstance(node, yaml.MappingNode):
-            for written, inner, inner_where in loader.pairs(node):
-                name, inverse = _current(written, options)
-                if name not in options:
-                    raise ConfigError(f"{inner_where}: unknown key {name} in {key}{suggestion(name, options)}")
-                if options[name].section is not sections[key]:
-                    right = section_name(options[name].section)
-                    raise ConfigError(f"{inner_where}: {name} belongs in {right}, not in {key}")
-                _put(found, name, Entry(_value(loader, inner, inverse), inner_where))
-        elif key in options:
-            _put(found, key, Entry(_value(loader, node, inverse), where))
-        elif key in sections:
-            if node.tag != "tag:yaml.org,2002:null":  # an empty section is valid
-                raise ConfigError(f"{where}: {key} is a section; write its settings below it, indented")
-        elif open_keys:
-            others[key] = loader.construct_object(node, deep=True)
+class _Reading:
+    """Settings found so far, and keys that are none."""
+
+    def __init__(self, loader: _Loader, options: dict[str, Option], megatron: dict[str, Given] | None):
+        self.loader, self.options, self.megatron = loader, options, megatron
+        self.sections = {section_name(option.section): option.section for option in options.values()}
+        self.found: dict[str, Entry] = {}
+        self.wrong: list[tuple[str, Wrong]] = []
+        """With their places."""
+
+    def settings(self, top: yaml.MappingNode, open_keys: bool) -> tuple[dict[str, Entry], dict[str, Any]]:
+        others: dict[str, Any] = {}
+        for written, node, where in self.loader.pairs(top):
+            key, inverse = self._current(written)
+            if key in self.sections and isinstance(node, yaml.MappingNode):
+                self._section(key, node)
+            elif key in self.sections and key not in self.options:
+                if node.tag != "tag:yaml.org,2002:null":  # an empty section is valid
+                    raise ConfigError(f"{where}: {key} is a section; write its settings below it, indented")
+            elif open_keys and key not in self.options:
+                others[key] = self.loader.construct_object(node, deep=True)
+            else:
+                self._setting(key, inverse, node, where)
+        self._refuse()
+        return self.found, others
+
+    def _section(self, section: str, top: yaml.MappingNode) -> None:
+        for written, node, where in self.loader.pairs(top):
+            name, inverse = self._current(written)
+            if name in self.options and self.options[name].section is not self.sections[section]:
+                right = section_name(self.options[name].section)
+                raise ConfigError(f"{where}: {name} belongs in {right}, not in {section}")
+            self._setting(name, inverse, node, where, f" in {section}")
+
+    def _setting(self, name: str, inverse: bool, node: yaml.Node, where: str, inside: str = "") -> None:
+        if name in self.options:
+            self._put(name, Entry(_value(self.loader, node, inverse), where))
+        elif self.megatron is not None and name in MEANS:
+            ours, value = MEANS[name]
+            if self.loader.construct_object(node, deep=True):
+                self._put(ours, Entry(value, where))
+        elif self.megatron is not None and name in foreign():
+            self._foreign(name, self.loader.construct_object(node, deep=True), where, self.megatron)
         else:
-            raise ConfigError(f"{where}: unknown key {key}{suggestion(key, [*options, *sections])}")
-    return found, others
+            known = [*self.options, *([] if inside else self.sections), *([] if self.megatron is None else accepted())]
+            self.wrong.append((where, Wrong(name + inside, suggestion(name, known))))
 
+    def _foreign(self, name: str, value: Any, where: str, megatron: dict[str, Given]) -> None:
+        if value is None or value is False:
+            return  # as where it is not given
+        if why := refusal(name, value):
+            self.wrong.append((where, Wrong(name, refused=why)))
+        else:
+            megatron[name] = Given(value, f"{where}: {name}", 1)
 
-def _current(written: str, options: dict[str, Option]) -> tuple[str, bool]:
-    """Return the name that a key has now, and whether its value means the contrary there."""
-    name = current(written, {*options, *(f"no_{option}" for option in options)})
-    inverse = name != written and name not in options
-    return (name.removeprefix("no_"), True) if inverse else (name, False)
+    def _current(self, written: str) -> tuple[str, bool]:
+        """Return the name that a key has now, and whether its value means the contrary there."""
+        if self.megatron is not None and written not in self.options:
+            written = SAME.get(written, written)
+        name = current(written, {*self.options, *(f"no_{option}" for option in self.options)})
+        inverse = name != written and name not in self.options
+        return (name.removeprefix("no_"), True) if inverse else (name, False)
+
+    def _put(self, name: str, entry: Entry) -> None:
+        if name in self.found:
+            raise ConfigError(f"{entry.where}: {name} is given twice, first in {self.found[name].where}; keep one")
+        self.found[name] = entry
+
+    def _refuse(self) -> None:
+        """Raise ConfigError about all keys that are not taken, each with its line."""
+        if len(self.wrong) == 1:
+            where, wrong = self.wrong[0]
+            raise ConfigError(f"{where}: {refused_names('key', [wrong])}")
+        if self.wrong:
+            named = [
+                wrong._replace(name=f"{wrong.name} in line {where.rpartition(' ')[2]}") for where, wrong in self.wrong
+            ]
+            raise ConfigError(f"{self.loader.path}: {refused_names('key', named)}")
 
 
 def _value(loader: _Loader, node: yaml.Node, inverse: bool) -> Any:
     value = loader.construct_object(node, deep=True)
     return not value if inverse and isinstance(value, bool) else value
-
-
-def _put(found: dict[str, Entry], name: str, entry: Entry) -> None:
-    if name in found:
-        raise ConfigError(f"{entry.where}: {name} is given twice, first in {found[name].where}; keep one")
-    found[name] = entry
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ They have the same interface as role-labelled shards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,15 @@ from megatron_ft.errors import DataError
 
 
 class PlainShards:
-    """Documents as samples. vocab_size: of the model; ids must be below it."""
+    """Documents as samples. vocab_size: of the model; ids must be below it. part: which of them, see part_of(); None: all."""
 
-    def __init__(self, prefix: str, vocab_size: int):
+    def __init__(self, prefix: str, vocab_size: int, part: tuple[Sequence[float], int] | None = None):
         self.prefix, self.vocab_size = prefix, vocab_size
         self._text = Sequences(prefix, foreign=True)
         self._starts = _document_starts(self._text)
+        if part:
+            first, end = part_of(len(self._starts) - 1, *part)
+            self._starts = self._starts[first : end + 1]
         self.lengths: np.ndarray = np.diff(self._starts).astype(np.int32)
         tokens = int(self.lengths.sum(dtype=np.int64))
         counts = {name: 0 for name in ROLE_NAMES} | {ROLE_NAMES[CONTEXT]: tokens}
@@ -55,6 +59,14 @@ def _document_starts(text: Sequences) -> np.ndarray:
     if len(text.documents) == 1:
         return ends
     return ends[np.unique([*text.documents, len(text)])]
+
+
+def part_of(documents: int, shares: Sequence[float], number: int) -> tuple[int, int]:
+    """Return first and end of a part's documents, as Megatron divides them: rounded shares, what rounding loses goes to the first part."""
+    sizes = [round(share / sum(shares) * documents) for share in shares]
+    shift = documents - sum(sizes)
+    ends = [0, *(sum(sizes[: last + 1]) + shift for last in range(len(sizes)))]
+    return ends[number], ends[number + 1]
 
 
 def is_plain(prefix: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 
-from megatron_ft.config.sections import RopeScaling
+from megatron_ft.config.expected import RopeScaling
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 

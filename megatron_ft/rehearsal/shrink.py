@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft.adapters.spec import Lora
+from megatron_ft.config.expected import Model
 from megatron_ft.config.sections import (
     Adapters,
     Batch,
@@ -17,7 +18,6 @@ from megatron_ft.config.sections import (
     Distillation,
     Launching,
     Logging,
-    Model,
     Numerics,
     Optimizer,
     Parallelism,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ft.checkpoints.folder import CheckpointConfig
+from megatron_ft.config.checks import shares_of_split
 from megatron_ft.config.sections import Data, Distillation
 from megatron_ft.data.foreign import open_any
 from megatron_ft.data.loader import ChatDataset, Choices, NothingFits, Samples
@@ -98,7 +99,17 @@ def rope_of(arch: Architecture) -> dict[str, Any]:
 
 def _validation(data: Data, checkpoint: CheckpointConfig, weights: np.ndarray) -> ChatDataset | None:
     """Return the validation set, if there is one. An unusable one that was only found beside the training set is ignored."""
+    split = shares_of_split(data)
+    if split and not split[1]:
+        return None
     paths = data.valid_data_path or _siblings(data.data_path)
+    if split and all(map(is_plain, data.data_path)):
+        paths = data.data_path
+    elif split and not paths:
+        raise DataError(
+            f"--split {data.split}: shards with roles are divided when they are made: pretokenize with --val_split, and give "
+            f"--data_path PREFIX-train; or train on all samples with --split 100,0,0"
+        )
     try:
         return _dataset(paths, data, checkpoint, weights, shuffle=False) if paths else None
     except NothingFits as error:
@@ -120,7 +131,7 @@ FATE_OF_OVER_LONG = {"cut": "cut", "drop": "dropped", "split": "split over sever
 def _dataset(
     prefixes: list[str], data: Data, checkpoint: CheckpointConfig, weights: np.ndarray, shuffle: bool
 ) -> ChatDataset:
-    shards = [_open(prefix, checkpoint) for prefix in prefixes]
+    shards = [_open(prefix, checkpoint, data, 0 if shuffle else 1) for prefix in prefixes]
     supervised = sum(loss_weight_of(shard, weights, data.marked_loss_weight) for shard in shards)
     if shuffle and supervised == 0:
         raise DataError(
@@ -143,11 +154,22 @@ def _plans(data: Data) -> str | None:
     return str(Path(data.data_path[0]).parent / ".plans")
 
 
-def _open(prefix: str, checkpoint: CheckpointConfig) -> Samples:
-    """Open role-labelled shards that fit the checkpoint's tokenizer, or plain pretraining shards."""
+def _open(prefix: str, checkpoint: CheckpointConfig, data: Data, part: int) -> Samples:
+    """Open role-labelled shards that fit the checkpoint's tokenizer, or plain pretraining shards. part: of --split."""
     vocab_size = checkpoint.architecture.vocab_size
-    if is_plain(prefix):
-        return PlainShards(prefix, vocab_size)
+    kind, expected = "gpt" if is_plain(prefix) else "instruction", data.data_type
+    if expected not in (kind, None):
+        has = (
+            "are plain text, without roles"
+            if kind == "gpt"
+            else "have roles, and the assistant's tokens are trained on"
+        )
+        raise DataError(
+            f"--data_type {expected}: the shards of {prefix} {has}; give --data_type {kind}, or other shards"
+        )
+    if kind == "gpt":
+        split = shares_of_split(data)
+        return PlainShards(prefix, vocab_size, (split, part) if split else None)
     shard = open_any(prefix, vocab_size, checkpoint.tokenizer)
     if isinstance(shard, Shards):
         check_tokenizer(shard.manifest, checkpoint.tokenizer, vocab_size, where=shard.prefix)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from megatron_ft.checkpoints.folder import CheckpointConfig
-from megatron_ft.config.sections import Model
+from megatron_ft.config.expected import Model
 from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
 from megatron_ft.errors import ConfigError
 from megatron_ft.log import logger
@@ -28,6 +28,11 @@ SIZES = {
     "max_position_embeddings": "max_position_embeddings",
     "layernorm_epsilon": "norm_epsilon",
     "glu_activation": "activation",
+    "kv_channels": "head_dim",
+    "rotary_base": "rope_theta",
+    "rotary_percent": "rotary_share",
+    "sliding_window_size": "sliding_window",
+    "vocab_size": "vocab_size",
 }
 """Flag -> field of Architecture that must equal it."""
 
@@ -55,10 +60,25 @@ def _differences(flags: Model, arch: Architecture) -> Iterator[str]:
             yield f"--{flag} {given}, checkpoint {is_}"
     if flags.model_name and _family(flags.model_name) != _family(arch.family):
         yield f"--model_name {flags.model_name}, checkpoint {arch.family}"
-    if flags.use_rms_norm and arch.norm != "rmsnorm":
-        yield f"--use_rms_norm, checkpoint {arch.norm}"
-    if flags.no_tie_embed_logits and arch.tied_embeddings:
-        yield "--no_tie_embed_logits, checkpoint tied"
+    if flags.normalization and flags.normalization.lower() != arch.norm:
+        yield f"--normalization {flags.normalization}, checkpoint {arch.norm}"
+    for flag, contradicts, is_ in _contradictions(flags, arch):
+        if getattr(flags, flag) and contradicts:
+            yield f"--{flag}, checkpoint {is_}"
+
+
+def _contradictions(flags: Model, arch: Architecture) -> Iterator[tuple[str, bool, str]]:
+    """Yield (switch, whether the model contradicts it, what the model is)."""
+    yield "use_rms_norm", arch.norm != "rmsnorm", arch.norm
+    yield "no_tie_embed_logits", arch.tied_embeddings, "tied"
+    many = arch.num_query_groups == arch.num_attention_heads and flags.num_attention_heads_kv is None
+    yield "group_query_attention", many, f"as many key-value heads as query heads, {arch.num_attention_heads}"
+    yield "add_qkv_bias", not arch.qkv_bias, "no biases on query, key and value"
+    without = arch.qkv_bias and not flags.add_qkv_bias
+    yield "disable_bias_linear", without, "biases on query, key and value (--add_qkv_bias)"
+    yield "qk_layernorm", not arch.qk_norm, "no norms of query and key"
+    yield "parallel_attn", not arch.parallel_block, "attention before MLP"
+    yield "parallel_layernorm", not arch.parallel_block or arch.shared_norm, "one norm"
 
 
 def _family(name: str) -> str:

@@ -13,7 +13,7 @@ from megatron_ft.log import logger
 
 log = logger("finetune")
 
-ROWS = ("data_path", "seq_length", "packing", "over_long", "data_weights", "data_weights_by", "seed")
+ROWS = ("data_path", "split", "seq_length", "packing", "over_long", "data_weights", "data_weights_by", "seed")
 """Settings of Data that decide which samples the rows of a run hold, and in which order."""
 
 

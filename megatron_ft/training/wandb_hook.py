@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
+import logging as log_lines
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.config.sections import Logging
 from megatron_ft.errors import ConfigError
 from megatron_ft.training.hooks import Hook, numbers
 from megatron_ft.training.samples import COLUMNS, Sample
@@ -22,7 +23,7 @@ class WeightsAndBiases(Hook):
     hangs, the program can still end.
     """
 
-    def __init__(self, project: str, name: str | None, folder: Path | None, settings: dict[str, Any]):
+    def __init__(self, logging: Logging, folder: Path | None, settings: dict[str, Any]):
         with _nothing_at_exit("wandb"):
             try:
                 import wandb
@@ -31,7 +32,10 @@ class WeightsAndBiases(Hook):
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
             try:
-                self.run = wandb.init(project=project, name=name, dir=folder and str(folder), config=settings)
+                self.run = wandb.init(
+                    project=logging.wandb_project, name=logging.wandb_name, entity=logging.wandb_entity, id=logging.wandb_id,
+                    resume="allow" if logging.wandb_id else None, dir=folder and str(folder), config=settings,
+                )  # fmt: skip
             except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
                 raise ConfigError(
                     f"--wandb_logger: {error} (or set WANDB_API_KEY; WANDB_MODE=offline logs to this machine alone)"
@@ -56,7 +60,7 @@ class WeightsAndBiases(Hook):
 
     def abandon(self) -> None:
         # It still reads what is printed, and would write a message to our log file for every line, because its service has ended.
-        logging.getLogger("wandb").propagate = False
+        log_lines.getLogger("wandb").propagate = False
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ BROKEN = {
     "sequence_parallel_fits": "--tensor_model_parallel_size 2 --sequence_parallel --seq_length 33",
     "context_fits": "--context_parallel_size 2",
     "shares_fit": "--data_weights 0.5 0.5",
+    "shares_of_split": "--split 90,ten,0",
     "role_weights": "--role_loss_weights user:1",
     "variable_rows_fit": "--variable_seq_lengths",
     "rates_in_order": "--lr 0",
