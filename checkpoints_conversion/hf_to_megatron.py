@@ -34,7 +34,7 @@ class HfToMegatron(Written, CheckpointFormat, ModelParallel, Folders):
 
     input_dir: str = field(metadata={"required": True})
     """Hugging Face model folder to convert, with config.json, safetensors and tokenizer files."""
-    output_dir: str = field(metadata={"required": True})
+    output_dir: str = field(metadata={"required": True, "writes": "folder"})
     """Folder of the new checkpoint, for finetune's --load."""
     tokenizer_type: str | None = None
     """Tokenizer type, which must be the same as for pretokenize; SentencePieceTokenizer adds Megatron's own five tokens before the extra

@@ -25,7 +25,7 @@ class MegatronToHf(QuantisedExport):
 
     input_dir: str = field(metadata={"required": True})
     """Checkpoint to convert, of megatron-ft or Megatron-LLM: its root, or one release or iter_ folder."""
-    output_dir: str = field(metadata={"required": True})
+    output_dir: str = field(metadata={"required": True, "writes": "folder"})
     """Folder of the new Hugging Face model."""
     max_shard_size: str = "5GB"
     """Largest size of a safetensors file, such as 5GB or 200MB."""

@@ -21,7 +21,7 @@ class Merge(CheckpointSource, Written, Folders):
 
     input_dir: str = field(metadata={"required": True})
     """Adapters to merge: a checkpoint of a run with --lora_rank (its root, or one iter_ folder), or a PEFT folder."""
-    output_dir: str = field(metadata={"required": True})
+    output_dir: str = field(metadata={"required": True, "writes": "folder"})
     """Folder of the new Hugging Face model."""
     base: str | None = None
     """Checkpoint of the model that the adapters belong to; default: the one that they name. A PEFT folder names none."""

@@ -17,7 +17,7 @@ class Folders:
 
     input_dir: str = field(metadata={"required": True})
     """Folder to convert."""
-    output_dir: str = field(metadata={"required": True})
+    output_dir: str = field(metadata={"required": True, "writes": "folder"})
     """Folder of the result."""
 
 

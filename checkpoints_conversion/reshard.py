@@ -34,7 +34,7 @@ class Reshard(CheckpointSource, Written, CheckpointFormat, ModelParallel, Folder
 
     input_dir: str = field(metadata={"required": True})
     """Checkpoint to convert, of megatron-ft or Megatron-LLM: its root, or one release or iter_ folder."""
-    output_dir: str = field(metadata={"required": True})
+    output_dir: str = field(metadata={"required": True, "writes": "folder"})
     """Folder of the new checkpoint."""
     ckpt_format: CkptFormat = "torch_dist"
     """Checkpoint format; torch_dist: loads into any layout, keeps the training state of a torch_dist source; torch: one mp_rank file per

@@ -104,11 +104,50 @@ def digest(path: str | os.PathLike) -> str:
 def check_writable(flag: str, place: str | os.PathLike) -> str:
     """Return whether a folder exists, or where it will be created. Raise UserError with the flag if it cannot be written to."""
     place = Path(place)
-    nearest = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = "cannot be written to" if nearest.is_dir() else "is not a folder"
-        raise UserError(f"{flag} {place}: {nearest} {what}; choose another place, or change its rights")
+    nearest = place
+    try:
+        nearest = next(folder for folder in (place, *place.absolute().parents) if os.path.lexists(folder))
+        if nearest.exists() and not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "is not a folder")
+        if any(len(os.fsencode(name)) > _LONGEST_NAME for name in place.parts):
+            raise OSError(errno.ENAMETOOLONG, "a name of its path is too long")
+        _try_to_write(nearest)
+    except OSError as error:
+        what = "is not a folder" if error.errno == errno.ENOTDIR else "cannot be written to"
+        why = "" if error.errno in (errno.ENOTDIR, errno.EACCES) else f" ({(error.strerror or '').lower()})"
+        raise UserError(f"{flag} {place}: {nearest} {what}{why}; choose another place, or change its rights") from None
     return "there, can be written to" if nearest == place else f"will be made in {nearest}"
+
+
+def check_file_writable(flag: str, path: str | os.PathLike) -> None:
+    """Raise UserError with the flag if a file cannot be written, because of its folder or because it is one."""
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: is a folder; give the name of a file")
+    check_prefix_writable(flag, path)
+
+
+def check_prefix_writable(flag: str, prefix: str | os.PathLike) -> None:
+    """Raise UserError with the flag if files whose names begin so cannot be written."""
+    check_writable(flag, Path(prefix).absolute().parent)
+
+
+_LONGEST_NAME = 200
+"""Bytes. File systems allow 255; the temporary name is longer than the final one."""
+_NO_PLACES = ("/proc", "/sys", "/dev")
+"""Of the system, not of users: a folder made in some of them is a command to the kernel, in others it lies in memory."""
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise OSError if nothing can be made in a folder. Rights alone do not tell: root has all, also where nothing can be written."""
+    real = folder.resolve(strict=True)  # a link to nothing is no place either
+    system = any(real.is_relative_to(place) for place in _NO_PLACES) and not real.is_relative_to("/dev/shm")
+    if system:
+        raise OSError(errno.EPERM, "a folder of the system")
+    if not os.access(real, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no rights")
+    trial = temporary_name(real / "trial")
+    trial.mkdir()
+    trial.rmdir()
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -1,12 +1,22 @@
 """Nothing half-written, whatever goes wrong, and reading errors that name file and line."""
 
+import errno
 import os
 import stat
 
 import pytest
 
 from megatron_ft.errors import UserError
-from megatron_ft.files import atomic_file, atomic_folder, digest, read_json, read_text, write_json
+from megatron_ft.files import (
+    atomic_file,
+    atomic_folder,
+    check_file_writable,
+    check_writable,
+    digest,
+    read_json,
+    read_text,
+    write_json,
+)
 
 
 class Broken(Exception):
@@ -178,3 +188,47 @@ def test_a_disk_that_fails_while_flushing_is_not_ignored(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output error"), atomic_folder(tmp_path / "a") as folder:
         (folder / "x").write_text("x")
     assert names(tmp_path) == []
+
+
+def test_places_that_can_be_written_stay_as_they_are(tmp_path):
+    assert check_writable("--save", tmp_path) == "there, can be written to"
+    assert check_writable("--save", tmp_path / "a" / "b") == f"will be made in {tmp_path}"
+    check_file_writable("--output", tmp_path / "a" / "page.html")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    assert check_writable("--save", tmp_path / "link" / "a") == f"will be made in {tmp_path}/link"
+    assert names(tmp_path) == ["link"]
+
+
+@pytest.mark.parametrize("place", ["/proc", "/proc/foo", "/sys/foo", "/sys/fs/cgroup/foo", "/dev/foo"])
+def test_folders_of_the_system_are_refused(place):
+    """Root has all rights in them, and still nothing can be kept there."""
+    with pytest.raises(
+        UserError, match=rf"^--save {place}: /.* cannot be written to \(a folder of the system\); choose another place"
+    ):
+        check_writable("--save", place)
+
+
+def test_other_places_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for place, message in (
+        (tmp_path / "file", "file is not a folder; choose"),
+        (tmp_path / "file" / "below", "file is not a folder; choose"),
+        ("/dev/null/below", "/dev/null is not a folder; choose"),
+        (tmp_path / "nowhere" / "below", r"nowhere cannot be written to \(no such file or directory\)"),
+        (tmp_path / ("long" * 60), r"cannot be written to \(a name of its path is too long\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_writable("--save", place)
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        check_file_writable("--output", tmp_path)
+
+    def read_only(self, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", read_only)
+    with pytest.raises(UserError, match=r"cannot be written to \(read-only file system\)"):
+        check_writable("--save", tmp_path / "run")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="cannot be written to; choose another place, or change its rights"):
+        check_writable("--save", tmp_path / "run")

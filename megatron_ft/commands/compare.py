@@ -25,7 +25,7 @@ class Compare:
     """number of first steps whose gradient norms are shown"""
     smoothing: int = 1
     """number of steps whose mean is drawn as training loss; 1: each step"""
-    output: str = "compare.html"
+    output: str = field(default="compare.html", metadata={"writes": "file"})
     """file for the page"""
 
 

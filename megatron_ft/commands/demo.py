@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron_ft.config.cli import Command, run_script
 class Demo:
     """Demo"""
 
-    run_dir: str = "runs/demo"
+    run_dir: str = field(default="runs/demo", metadata={"writes": "folder"})
     """folder for all files of the demo; an earlier demo in it is replaced"""
     seed: int = 1
     """seed of the generated chats, the initial weights and the order of training"""

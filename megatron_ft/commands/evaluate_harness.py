@@ -60,7 +60,7 @@ class HarnessTasks:
     """system message before each question"""
     limit: int | None = None
     """questions of each task; default: all"""
-    output: str = "harness"
+    output: str = field(default="harness", metadata={"writes": "folder"})
     """folder for harness.json"""
 
 

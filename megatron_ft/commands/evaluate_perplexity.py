@@ -27,7 +27,7 @@ class PerplexityOptions(ComparedModels):
     """number of tokens that a window scores, below the smallest length; default: half of that length"""
     batch_size: int = 8
     """number of windows that are computed at once"""
-    output: str = "perplexity"
+    output: str = field(default="perplexity", metadata={"writes": "folder"})
     """folder for perplexity.json, perplexity.html and perplexity.svg"""
     bf16: bool = False
     """compute in bfloat16 instead of fp32"""

@@ -6,10 +6,13 @@ import contextlib
 import sys
 from pathlib import Path
 
-from megatron_ft.config.checks import check_settings, places_to_write
+from megatron_ft.config.checks import check_settings, doubtful_rate, places_to_write
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.files import check_writable
+from megatron_ft.log import logger
+
+log = logger("finetune")
 
 COMMAND = Command(
     name="finetune",
@@ -51,6 +54,8 @@ def run(settings: TrainingSettings) -> int:
     starts = planned(launching)
     processes = starts.world_size if starts else world_size()
     check_settings(settings, processes)
+    if doubt := doubtful_rate(settings.optimizer):
+        log.warning(doubt)
     if parallel.context_parallel_size > 1:
         check_context_parallel(parallel, glance())
     # Everything that needs no torch is checked before the processes wait for each other.

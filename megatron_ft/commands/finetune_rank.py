@@ -142,6 +142,8 @@ def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> i
     if done.iteration < settings.batch.train_iters:
         _log_stop(inputs, progress, done, stop)
         return stop.exit_code
+    if said := run.skipped.judge(settings.optimizer.lr):
+        log.warning(said)
     return 0
 
 

@@ -31,7 +31,7 @@ class Generation:
     """prompts to answer, each as a separate user message"""
     prompts: str | None = None
     """file of prompts instead of --prompt, one JSON object per line: {"prompt": text} or {"messages": [...]}"""
-    output: str | None = None
+    output: str | None = field(default=None, metadata={"writes": "file"})
     """file for the answers, one JSON object per prompt with the key "answer", of several answers "answers"; default: print them"""
     chat_format: str | None = None
     """chat format of the prompts; default: the one recorded in the checkpoint"""

@@ -26,7 +26,7 @@ class Inspect:
     """number of samples to show if --sample is not given"""
     tokens: bool = False
     """list every token with its id, role and loss weight instead of continuous text"""
-    html: str | None = None
+    html: str | None = field(default=None, metadata={"writes": "file"})
     """file for an HTML page; default: print to the terminal"""
     seq_length: int | None = None
     """also show how samples are packed into a row of this many tokens; default: no row is shown"""

@@ -63,7 +63,7 @@ def run(options: Preflight, settings: TrainingSettings) -> int:
 
 
 def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Finding]:
-    from megatron_ft.config.checks import check_settings, places_to_write
+    from megatron_ft.config.checks import check_settings, doubtful_rate, places_to_write
     from megatron_ft.files import check_writable
     from megatron_ft.generation.prompts import read_references
 
@@ -74,6 +74,8 @@ def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Findin
     except UserError as error:
         yield Finding("error", str(error))
         consistent = False  # their effect on a model and on rows cannot be computed
+    if doubt := doubtful_rate(settings.optimizer):
+        yield Finding("warning", doubt)
     for flag, place in places_to_write(settings).items():
         try:
             check_writable(flag, place)

@@ -15,7 +15,7 @@ class Report:
 
     run_dir: str = field(default="", metadata={"required": True})
     """folder of the run: finetune's --run_dir, or its --save if that was not set"""
-    output: str | None = None
+    output: str | None = field(default=None, metadata={"writes": "file"})
     """file for the page; default: report.html in the folder of the run"""
 
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class ResumeCheck:
     """largest accepted difference of a step's loss if the layout changes; if it does not, the runs must be bit-identical"""
     check_processes: int | None = None
     """number of processes to start on this machine's CPU if no launcher has started them; default: TP x PP"""
-    work_dir: str | None = None
+    work_dir: str | None = field(default=None, metadata={"writes": "folder"})
     """folder for the checkpoints of the runs, with space for three; default: a temporary folder, removed at the end"""
 
 

@@ -31,7 +31,7 @@ class Sample:
     """file of prompts, one JSON text or {"prompt": text} per line"""
     settings: str = field(default="", metadata={"required": True})
     """JSON file of settings: {"configurations": [{"name": text, "generate_args": {"top_p": 0.9, ...}}]}"""
-    report: str = "sampling.json"
+    report: str = field(default="sampling.json", metadata={"writes": "file"})
     """file for the report; the page has the same name with .html"""
     beside: list[str] = field(default_factory=list)
     """reports of other models, which the page shows beside this one"""

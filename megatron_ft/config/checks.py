@@ -196,6 +196,21 @@ def rates_in_order(optimizer: Optimizer) -> None:
         raise ConfigError(f"--min_lr {optimizer.min_lr} is above --lr {optimizer.lr}: lower --min_lr")
 
 
+USUAL_RATES = (1e-8, 1e-2)
+"""AdamW moves each weight by about the rate in a step, and weights are about 0.02: above, they are lost; below, they do not move."""
+
+
+def doubtful_rate(optimizer: Optimizer) -> str | None:
+    """Return a warning about a learning rate that hardly any run wants."""
+    low, high = USUAL_RATES
+    if low <= optimizer.lr <= high:
+        return None
+    what = (
+        "moves every weight further than its own size in a step" if optimizer.lr > high else "hardly changes a weight"
+    )
+    return f"--lr {optimizer.lr:g} {what} with AdamW; usual are 1e-6 to 1e-4, with --lora_rank to 1e-3: check --lr"
+
+
 def warmup_fits(optimizer: Optimizer, batch: Batch) -> None:
     decay = optimizer.lr_decay_iters or batch.train_iters
     if optimizer.lr_warmup_iters >= decay:

@@ -19,6 +19,7 @@ from megatron_ft.config.fields import Option, default_of, flat, members, options
 from megatron_ft.config.flags import Given, read_flags
 from megatron_ft.config.rank_errors import has_shared_folder, is_loss, print_once, should_report, write_stack_on_signal
 from megatron_ft.errors import ConfigError, UserError
+from megatron_ft.files import check_file_writable, check_prefix_writable, check_writable
 from megatron_ft.log import setup
 
 __all__ = ["Command", "parse", "run_script", "write_sections"]
@@ -78,6 +79,7 @@ def _outcome(command: Command, run: Callable[..., int | None], argv: Sequence[st
     sections = None
     try:
         sections = parse(command, sys.argv[1:] if argv is None else argv)
+        _check_places(command, sections)
         return run(*sections) or 0
     except UserError as error:
         _report(command, error, parsed=sections is not None)
@@ -133,6 +135,15 @@ def _resolve(command: Command, options: dict[str, Option], given: Given) -> tupl
     if command.megatron_flags:
         values |= translate.apply(megatron | given.megatron, values, levels)
     return values, others | given.others
+
+
+def _check_places(command: Command, sections: Sequence[Any]) -> None:
+    """Raise UserError for a folder or file of `writes` that cannot be written, before anything is computed for it."""
+    check = {"folder": check_writable, "file": check_file_writable, "prefix": check_prefix_writable}
+    for option in options_of(command.sections).values():
+        holder = next((section for section in sections if type(section) is option.section), None)
+        if option.writes and (place := getattr(holder, option.name, None)):
+            check[option.writes](f"--{option.name}", place)
 
 
 def _build(section: type, options: dict[str, Option], values: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import sys
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 MISSING = dataclasses.MISSING
 _SUFFIX = re.compile(r"_(config|section|options|settings)$")
@@ -32,6 +32,8 @@ class Option:
     """Whether the setting must be given. A default of such a field is not used."""
     help: str
     section: type
+    writes: Literal["folder", "file", "prefix"] | None = None
+    """What the command writes under this name: a folder, a file, or files that begin so (prefix). Checked before the command starts."""
 
     @property
     def bare_type(self) -> Any:
@@ -119,7 +121,10 @@ def _section_options(section: type) -> list[Option]:
             continue
         default = field.default if field.default_factory is MISSING else _Factory(field.default_factory)
         required = default is MISSING or bool(field.metadata.get("required"))
-        options.append(Option(field.name, hints[field.name], default, required, helps.get(field.name, ""), section))
+        writes = field.metadata.get("writes")
+        options.append(
+            Option(field.name, hints[field.name], default, required, helps.get(field.name, ""), section, writes)
+        )
     return options
 
 

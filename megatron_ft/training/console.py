@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -51,7 +50,7 @@ class Console(Hook):
     def _line(self, iteration: int) -> str:
         last, count = self.window[-1], len(self.window)
         seconds, rates = self._rates()
-        left = time.strftime("%H:%M:%S", time.gmtime((self.train_iters - iteration) * seconds / count))
+        left = duration((self.train_iters - iteration) * seconds / count)
         width = len(str(self.train_iters))
         speed = ""
         if "train/tflops" in last:
@@ -128,6 +127,14 @@ class LiveConsole(Console):
 
     def print(self, line: str) -> None:
         self.progress.console.print(line.strip(" |"), highlight=False, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """Return HH:MM:SS, with days in front if there are any: 4 d 23:00:00."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days} d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
 
 
 def _short(number: float) -> str:

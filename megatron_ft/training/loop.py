@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ft import device
@@ -18,7 +18,7 @@ from megatron_ft.training.hooks import Hook
 from megatron_ft.training.replicas import check_replicas
 from megatron_ft.training.samples import Sampler
 from megatron_ft.training.step import Stepper, StepResult
-from megatron_ft.training.stopping import BrokenGradients, StopRequest
+from megatron_ft.training.stopping import BrokenGradients, Skipped, StopRequest
 from megatron_ft.training.throughput import peak_tflops, step_flops
 
 
@@ -44,6 +44,8 @@ class Run:
     sampler: Sampler | None = None
     """Answers prompts; None: there are none."""
     sample_interval: int | None = None
+    skipped: Skipped = field(default_factory=Skipped)
+    """Filled by train()."""
 
 
 def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
@@ -67,8 +69,7 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             if _due(progress.iteration, run.check_replicas_every):
                 run.stepper.settle()
                 check_replicas(run.stepper.model, progress.iteration)
-            broken = metrics["train/skipped"] and not (metrics["train/overflow"] or metrics["train/empty"])
-            skipped = skipped + 1 if broken else 0
+            skipped = skipped + 1 if run.skipped.count(metrics) else 0
             if skipped >= run.max_skipped:
                 raise BrokenGradients(
                     f"{skipped} steps in a row had gradients that are not finite, up to iteration {progress.iteration}: "

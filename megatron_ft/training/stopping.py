@@ -6,6 +6,7 @@ EXIT_REQUEUE, on which a launch script can requeue.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -22,6 +23,53 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 class BrokenGradients(UserError):
     """Too many steps in a row whose gradients were not finite; the weights are those before them."""
+
+
+class MostlySkipped(UserError):
+    """The run has reached its last step, and most of its steps changed nothing."""
+
+
+@dataclasses.dataclass
+class Skipped:
+    """Steps of this start that changed nothing, by reason: gradients that are not finite, none to train on, overflow of a dynamic scale."""
+
+    steps: int = 0
+    broken: int = 0
+    empty: int = 0
+    overflow: int = 0
+
+    def count(self, metrics: dict[str, Any]) -> bool:
+        """Count a step. Return whether its gradients were not finite for another reason than a loss scale that finds its height."""
+        self.steps += 1
+        if not metrics["train/skipped"]:
+            return False
+        reason = next((name for name in ("overflow", "empty") if metrics[f"train/{name}"]), "broken")
+        setattr(self, reason, getattr(self, reason) + 1)
+        return reason == "broken"
+
+    def judge(self, lr: float) -> str | None:
+        """Return what to say if most steps were skipped by overflows. Raise MostlySkipped if most were for another reason."""
+        remedies = {
+            "broken": (
+                f"with gradients that are not finite: start again with a lower --lr (it was {lr:g})",
+                self.broken,
+            ),
+            "empty": (
+                "without a token to train on: check the loss weights and the shards with megatron-ft preflight",
+                self.empty,
+            ),
+        }
+        if 2 * (self.broken + self.empty) > self.steps:
+            why = ", ".join(f"{number} {text}" for text, number in remedies.values() if number)
+            raise MostlySkipped(
+                f"{self.broken + self.empty} of {self.steps} steps were skipped and changed nothing, so the model is hardly trained; {why}"
+            )
+        if 2 * (self.broken + self.empty + self.overflow) > self.steps:
+            return (
+                f"{self.overflow} of {self.steps} steps were skipped while the fp16 loss scale was too high; train longer, use --bf16, or "
+                f"lower --initial_loss_scale"
+            )
+        return None
 
 
 def time_limit(section: Stopping) -> float | None:

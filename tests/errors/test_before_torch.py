@@ -37,6 +37,12 @@ def pretokenize(shop, tmp_path, source) -> list:
 
 
 class TestPretokenize:
+    def test_a_place_of_the_system(self, refused, shop):
+        words = ["--input", shop.chats, "--tokenizer", shop.tokenizer, "--output_prefix", "/proc/foo/x"]
+        refused(
+            r"--output_prefix /proc/foo: /proc cannot be written to \(a folder of the system\)", "pretokenize", *words
+        )
+
     def test_missing_chats(self, refused, shop, tmp_path):
         words = pretokenize(shop, tmp_path, tmp_path / "nowhere.jsonl")
         refused(r"nowhere\.jsonl: cannot be read .*check the path", *words)
@@ -237,6 +243,11 @@ class TestFinetune:
     def test_save_that_is_a_checkpoint_or_a_model(self, refused, shop):
         for folder in (shop.dist / "release", shop.trained / "iter_0000002", shop.hf):
             refused("--save .* is itself a checkpoint, or a model: give the folder", *finetune(shop, save=folder))
+
+    @pytest.mark.parametrize("flag", ["save", "run_dir", "log_dir", "tensorboard_dir"])
+    def test_places_of_the_system(self, refused, shop, flag):
+        message = rf"--{flag} /proc/foo: /proc cannot be written to \(a folder of the system\); choose another place"
+        refused(message, *finetune(shop), f"--{flag}", "/proc/foo", "--nproc_per_node", 1)
 
     def test_missing_shards(self, refused, shop, tmp_path):
         refused(r"c-train-manifest\.json: no such file; give the prefix", *finetune(shop, data=tmp_path / "c-train"))

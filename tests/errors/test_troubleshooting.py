@@ -187,6 +187,7 @@ CONVERSIONS = {
 """A word of the entry's text -> what another program has written."""
 ON_THE_WAY = {
     "steps in a row": (2, ["--lr", "1e30", "--max_skipped_iters", 2], {}),
+    "changed nothing": (2, ["--lr", "1e30", "--train_iters", 4, "--lr_decay_style", "constant"], {}),
     "torch cannot use": (2, [], {"hook": "tests.errors.test_troubleshooting:a_gpu_out_of_reach"}),
     "stopped by a signal": (75, ["--log_interval", 100000], {"hook": "tests.errors.test_troubleshooting:stop_soon"}),
 }

@@ -236,8 +236,9 @@ def poisoned(layout, load, shards, save, until, rank, value):
 
 
 def without_labels(layout, load, shards, save):
-    """Every loss weight of every batch 0, as if only users spoke."""
+    """Every loss weight of every batch 0, as if only users spoke: the run ends with an error."""
     from megatron_ft.data.loader import ChatDataset
+    from megatron_ft.training.stopping import MostlySkipped
 
     original = ChatDataset.microbatch
 
@@ -248,7 +249,10 @@ def without_labels(layout, load, shards, save):
 
     ChatDataset.microbatch = microbatch
     try:
-        train(layout, load, shards, None, {"save": save, "train_iters": 3, "max_skipped_iters": 1})
+        with pytest.raises(
+            MostlySkipped, match=r"3 of 3 steps were skipped .* 3 without a token to train on: check the loss"
+        ):
+            train(layout, load, shards, None, {"save": save, "train_iters": 3, "max_skipped_iters": 1})
     finally:
         ChatDataset.microbatch = original
 

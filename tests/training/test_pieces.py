@@ -96,6 +96,13 @@ def test_progress_line_is_megatrons():
     assert line.count("\n") == 1
 
 
+def test_the_time_left_has_days():
+    """12,000 steps of 36 s take 119 hours and more."""
+    out = io.StringIO()
+    Console(train_iters=12_000, log_interval=1, out=out).on_step(1, {**step_metrics(loss=3.0), "train/seconds": 36.0})
+    assert "| eta: 4 d 23:59:24 |" in out.getvalue()
+
+
 def test_the_printed_loss_leaves_out_steps_without_a_supervised_token():
     """Their loss is 0, of nothing."""
     out = io.StringIO()

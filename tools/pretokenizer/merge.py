@@ -30,7 +30,7 @@ class Merge:
 
     prefixes: list[str] = field(default_factory=list, metadata={"required": True})
     """prefixes of the shards to join, in the order of their samples"""
-    output: str = field(default="", metadata={"required": True})
+    output: str = field(default="", metadata={"required": True, "writes": "prefix"})
     """prefix of the merged shards"""
     overwrite: bool = False
     """replace finished shards of the same name"""

@@ -17,7 +17,7 @@ from megatron_ft.data.manifest import manifest_path
 from megatron_ft.data.shards import remove_shards
 from megatron_ft.data.tokenizer import extra_tokens, load_tokenizer
 from megatron_ft.errors import ConfigError, DataError
-from megatron_ft.files import write_json
+from megatron_ft.files import check_prefix_writable, write_json
 from tools.pretokenizer.counting import count
 from tools.pretokenizer.finished import ENDING as SETTINGS_ENDING
 from tools.pretokenizer.finished import difference, record
@@ -68,6 +68,7 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
             )
         print(f"{settings.prefix}-train: already made from the same input with the same settings; nothing to do")
         return
+    check_prefix_writable("--output_prefix" if flags.output_prefix else "output_dir", settings.prefix)
     worker_settings, workers = _worker_settings(settings, sources, extra, text), _workers(settings, sources)
     here = Worker(worker_settings, tokenizer, threads=1 if workers > 1 else None)
     finish_checks = begin_checks(tokenizer, sources, here)
