@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,21 @@ def apply(given: dict[str, Given], values: dict[str, Any], levels: dict[str, int
 
     values: all settings. levels: 2 or 1 for settings that were given on the command line or in a file. Raise ConfigError.
     """
-    computed = _steps_of_run(values)
+    computed, sources = _steps_of_run(values), []
     for name, how in _COMPUTED.items():
         if name in given:
             for ours, value in how(name, given[name], {**values, **computed}).items():
                 if _wins(name, given[name], ours, value, values, levels):
                     computed[ours] = value
+                    sources.append(f"--{name}")
     computed |= _weights_between_prefixes({**values, **computed})
     if values["data_type"] == "instruction" and values["variable_seq_lengths"] and "packing" not in levels:
         computed["packing"] = False  # Megatron-LLM puts one sample in a row
-    _log({name: foreign()[name] for name in given}, computed)
+    _log_idle({name: foreign()[name] for name in given})
+    if computed:
+        log.info(
+            f"taken from {', '.join(dict.fromkeys(sources)) or 'what is given'}: {', '.join(starmap(_flag, computed.items()))}"
+        )
     return computed
 
 
@@ -43,7 +49,8 @@ def _wins(name: str, flag: Given, ours: str, value: Any, values: dict[str, Any],
     return level <= flag.level
 
 
-def _log(flags: dict[str, Foreign], computed: dict[str, Any]) -> None:
+def _log_idle(flags: dict[str, Foreign]) -> None:
+    """Log the flags without an effect, in one line."""
     idle: dict[str, list[str]] = {}
     for name, flag in flags.items():
         if flag.fate != "computed":
@@ -51,14 +58,13 @@ def _log(flags: dict[str, Foreign], computed: dict[str, Any]) -> None:
     if idle:
         groups = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in idle.items())
         log.info(f"accepted, without an effect here: {groups}")
-    if computed:
-        names = [f"--{name}" for name, flag in flags.items() if flag.fate == "computed"]
-        ours = ", ".join(f"--{name} {_shown(value)}" for name, value in computed.items())
-        log.info(f"taken from {', '.join(names) or 'what is given'}: {ours}")
 
 
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _flag(name: str, value: Any) -> str:
+    """Return a setting as it is written on the command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _number(kind: type, flag: Given) -> Any:

@@ -131,6 +131,14 @@ TRANSLATED = [
 ]  # fmt: skip
 
 
+def test_what_they_became_is_in_one_line(caplog):
+    settings(
+        *"--lr_warmup_fraction 0.1 --train_samples 1000 --no_load_rng --data_type instruction --variable_seq_lengths".split()
+    )
+    line = "taken from --train_samples, --lr_warmup_fraction: --train_iters 100, --lr_warmup_iters 10, --no_packing"
+    assert caplog.messages == [line]
+
+
 @pytest.mark.parametrize(("theirs", "ours"), TRANSLATED)
 def test_what_flags_mean(theirs, ours):
     assert settings(*theirs.split()) == settings(*ours.split())
