@@ -314,7 +314,14 @@ def _shrunk(
     data = replace(settings.data, seq_length=shrink.seq_length(settings.data, parallel), verify_data=False)
     replicas = dp * settings.parallel.context_parallel_size
     if found.generated_data:
-        data = replace(data, data_path=[str(folder / "data" / "made_up-train")], valid_data_path=[], data_weights=[])
+        data = replace(
+            data,
+            data_path=[str(folder / "data" / "made_up-train")],
+            valid_data_path=[],
+            data_weights=[],
+            data_type=None,
+            split=None,
+        )
     return replace(
         settings,
         checkpointing=shrink.checkpointing(settings.checkpointing, folder / "model", folder / "save"),

@@ -1,6 +1,7 @@
 """The command line: flags and their help made from Options. The only module that uses argparse."""
 
 import argparse
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -11,6 +12,8 @@ from megatron_ft.config.command import Command
 from megatron_ft.config.fields import MISSING, Option, default_of, flat, section_title
 from megatron_ft.errors import ConfigError
 
+_OVERRIDE = re.compile(r"(?<!\S)(?:\w+\.)+(\w+)=(\S+)")
+"""A setting as Megatron-Bridge and Hydra write it: train.train_iters=50."""
 _METAVAR = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -55,7 +58,9 @@ def read_flags(command: Command, options: dict[str, Option], argv: list[str]) ->
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message.replace("argument --", "--").replace("unrecognized arguments", "nothing takes")
-        raise ConfigError(message + "; see --help")
+        overrides = _OVERRIDE.findall(message) if "nothing takes" in message else []
+        hint = f" (as flags: {' '.join(f'--{key} {value}' for key, value in overrides)})" if overrides else ""
+        raise ConfigError(f"{message}{hint}; see --help")
 
 
 class _Switch(argparse.Action):
