@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ft.config.fields import Option
 from megatron_ft.config.hints import Wrong, refused_names, suggestion
-from megatron_ft.config.megatron_flags import MEANS, SAME, Given, accepted, foreign, refusal
+from megatron_ft.config.megatron_flags import MEANS, SAME, Foreign, Given, accepted, find, refusal
 from megatron_ft.config.renamed import current
 from megatron_ft.config.values import unquoted
 from megatron_ft.errors import ConfigError
@@ -58,8 +58,8 @@ def ready(
             done.append(_known_flag(name, inline, rest, options, switches))
         elif megatron is not None and name in MEANS and dashes == "--":
             done += _meaning(name, inline)
-        elif megatron is not None and name in foreign() and dashes == "--":
-            wrong += _foreign(name, inline, rest, megatron)
+        elif megatron is not None and dashes == "--" and (flag := find(name)):
+            wrong += _foreign(name, flag, inline, rest, megatron)
         elif others is None or dashes == "-":
             similar = known if megatron is None else {*known, *accepted()}
             wrong.append(Wrong(dashes + match[2], suggestion(name, similar, "--")))
@@ -79,9 +79,8 @@ def _meaning(name: str, inline: str | None) -> list[str]:
     return [f"--{ours}"] if value is True else [f"--{ours}={value}"]
 
 
-def _foreign(name: str, inline: str | None, rest: list[str], megatron: dict[str, Given]) -> list[Wrong]:
+def _foreign(name: str, known: Foreign, inline: str | None, rest: list[str], megatron: dict[str, Given]) -> list[Wrong]:
     """Read a flag of Megatron that is not ours, with its values. Return what is wrong with it."""
-    known = foreign()[name]
     value: Any = _values(rest) if known.arity == "*" or known.fate == "refused" else True
     if inline is not None:
         value = inline

@@ -172,6 +172,22 @@ REFUSED = (
 """(Reason, flags that are refused)."""
 
 
+FAMILIES = (
+    ("models with experts cannot be trained", "moe_"),
+    ("there is no reinforcement learning", "rl_ grpo_"),
+    ("no model here is built like this, see docs/conversion.md for those that are", "mamba_ mtp_ yarn_ heterogeneous_ linear_attention_"),
+    ("this is for inference", "inference_"),
+    ("fp8 and fp4 are not supported; use --bf16", "fp8_ fp4_ kitchen_"),
+    ("AdamW is the only optimizer", "muon_ lion_"),
+    ("models for images are not trained", "vision_ swin_ dino_ img_"),
+    ("BERT and models for retrieval are not trained", "bert_ biencoder_ retriever_ retro_ ict_"),
+    ("text is not trained with its middle at the end", "fim_"),
+    ("the launcher watches the processes; jobs are continued with --auto_resume", "ft_ inprocess_"),
+    ("weights are split with tensor and pipeline parallelism", "megatron_fsdp_ fsdp_ torch_fsdp2_"),
+)  # fmt: skip
+"""(Reason, beginnings of names of further flags that are refused)."""
+
+
 class Foreign(NamedTuple):
     """A flag of Megatron that is not ours. fate: computed, no effect, only or refused. arity: "", "=" or "*". values: allowed; (): all."""
 
@@ -206,11 +222,18 @@ class Given(NamedTuple):
     level: int
 
 
+def find(name: str) -> Foreign | None:
+    """Return a flag of foreign(), or one of FAMILIES."""
+    reasons = (reason for reason, beginnings in FAMILIES if name.startswith(tuple(beginnings.split())))
+    family = next(reasons, None)
+    return foreign().get(name) or (Foreign("refused", family) if family else None)
+
+
 def refusal(name: str, value: Any = None) -> str | None:
     """Return why a foreign flag is refused with this value; None if it is not."""
-    known = foreign()[name]
-    if known.fate == "refused":
-        return known.reason
+    known = find(name)
+    if known is None or known.fate == "refused":
+        return known and known.reason
     if known.values and str(value).strip() not in known.values:
         return f"{value} is none of {', '.join(known.values)}: {known.reason}"
     return None
@@ -229,13 +252,13 @@ def fate_of(name: str, ours: Container[str], compared: Container[str]) -> str | 
         return "taken"
     if name in SAME or name in MEANS:
         return "translated"
-    fate = foreign()[name].fate if name in foreign() else None
-    return {"computed": "translated", "only": "no effect"}.get(fate, fate) if fate else None
+    flag = find(name)
+    return {"computed": "translated", "only": "no effect"}.get(flag.fate, flag.fate) if flag else None
 
 
 def is_known(name: str) -> bool:
     """Return whether one of the Megatrons has this flag, as far as this table knows."""
-    return name in SAME or name in MEANS or name in foreign()
+    return name in SAME or name in MEANS or find(name) is not None
 
 
 def as_table() -> str:
@@ -248,6 +271,7 @@ def as_table() -> str:
     rows += [(f"`--{spec.rstrip('=')}`", text) for spec, text in COMPUTED.items()]
     for fate, groups in (("no effect: ", NO_EFFECT), ("only these values: ", ONLY), ("refused: ", REFUSED)):
         rows += [(_flags(specs), fate + reason) for reason, specs in groups]
+    rows += [(", ".join(f"`--{start}...`" for start in starts.split()), "refused: " + why) for why, starts in FAMILIES]
     return "\n".join(["| there | here |", "|---|---|", *(f"| {there} | {here} |" for there, here in rows)])
 
 

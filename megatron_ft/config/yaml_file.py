@@ -16,7 +16,7 @@ import yaml
 
 from megatron_ft.config.fields import Option, section_name
 from megatron_ft.config.hints import Wrong, refused_names, suggestion
-from megatron_ft.config.megatron_flags import MEANS, SAME, Given, accepted, foreign, refusal
+from megatron_ft.config.megatron_flags import MEANS, SAME, Given, accepted, find, refusal
 from megatron_ft.config.renamed import current
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import read_text
@@ -188,7 +188,7 @@ class _Reading:
             ours, value = MEANS[name]
             if self.loader.construct_object(node, deep=True):
                 self._put(ours, Entry(value, where))
-        elif self.megatron is not None and name in foreign():
+        elif self.megatron is not None and find(name):
             self._foreign(name, self.loader.construct_object(node, deep=True), where, self.megatron)
         else:
             known = [*self.options, *([] if inside else self.sections), *([] if self.megatron is None else accepted())]

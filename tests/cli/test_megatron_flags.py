@@ -157,6 +157,7 @@ def test_what_flags_mean(theirs, ours):
         ("--use_mcore_models=perhaps", "'perhaps' is not true or false"),
         ("--optimizer sgd", "--optimizer is refused: sgd is none of adam, adamw: AdamW is the only optimizer"),
         ("train.train_iters=50 model.seq_length=8", "model.seq_length=8 (as flags: --train_iters 50 --seq_length 8)"),
+        ("--moe-of-tomorrow 8", "--moe_of_tomorrow is refused: models with experts cannot be trained"),
         ("--num-experts 8", "--num_experts is refused: models with experts cannot be trained"),
     ],
 )  # fmt: skip
