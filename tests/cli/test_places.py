@@ -26,7 +26,7 @@ def filled(name, but):
     return command, words
 
 
-@pytest.mark.parametrize(("name", "flag"), places())
+@pytest.mark.parametrize(("name", "flag"), list(places()))
 def test_a_place_that_cannot_be_written_is_refused_at_once(name, flag, capsys):
     command, words = filled(name, flag)
     code = run_script(command, lambda *_: pytest.fail("it started"), [*words, f"--{flag}", "/proc/foo/bar"])
