@@ -5,7 +5,7 @@
 #   examples/benchmarks/run.sh LIST MODEL OUTPUT [more flags of evaluate harness]
 #
 # ReluFalcon's six benchmarks, on 8 GPUs:
-#   examples/benchmarks/run.sh examples/benchmarks/six.txt runs/relu results/relu --nproc_per_node 8 --tensor_model_parallel_size 8
+#   examples/benchmarks/run.sh examples/benchmarks/six.txt runs/relu results/relu --tensor_model_parallel_size 8
 # The same model at 2K and at 8K:
 #   examples/benchmarks/run.sh examples/benchmarks/context.txt runs/base results/2k --max_length 2048
 #   examples/benchmarks/run.sh examples/benchmarks/context.txt runs/extended results/8k --max_length 8192

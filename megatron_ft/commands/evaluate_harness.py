@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ft.commands.generate import GenerationLayout
+from megatron_ft.commands.in_layout import GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -70,7 +70,7 @@ COMMAND = Command(
     sections=(HarnessModel, HarnessTasks, GenerationLayout, Processes),
     examples=(
         "megatron-ft evaluate harness --load runs/tuned --task_folders my_tasks --tasks questions --num_fewshot 2",
-        "megatron-ft evaluate harness --nproc_per_node 4 --load runs/tuned --tasks arc_challenge --num_fewshot 25 "
+        "megatron-ft evaluate harness --load runs/tuned --tasks arc_challenge --num_fewshot 25 "
         "--lm_eval_tasks --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
     ),
 )
@@ -82,22 +82,16 @@ def run(model: HarnessModel, given: HarnessTasks, parallel: GenerationLayout, pr
     if not given.lm_eval_tasks:
         os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
     from megatron_ft.checkpoints.folder import check_folder
-    from megatron_ft.engine.parallel import ParallelSizes, process_groups
-    from megatron_ft.engine.start import prepare_engine
-    from megatron_ft.launch.places import join_srun
-    from megatron_ft.launch.run import launch, planned
 
     for folder in filter(None, (model.load, model.adapter)):
         check_folder(Path(folder))
-    join_srun(processes)
-    if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
-        return code  # the ranks have done what follows
-    sizes = ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    with process_groups(sizes) as layout:
+
+    def work(layout: Layout) -> None:
         results = _evaluated(model, given, layout)
         if layout.is_main:
             _write(model, given, results)
-    return 0
+
+    return in_layout(work, parallel, processes)
 
 
 def check(model: HarnessModel, given: HarnessTasks) -> None:
@@ -153,7 +147,7 @@ def _evaluated(model: HarnessModel, given: HarnessTasks, layout: Layout) -> dict
 
 def _write(model: HarnessModel, given: HarnessTasks, results: dict[str, Any]) -> None:
     from megatron_ft.commands.evaluate_retrieval import aligned
-    from megatron_ft.evaluation.harness.run import rows
+    from megatron_ft.evaluation.harness.requests import table_rows
     from megatron_ft.files import write_json
 
     folder = Path(given.output)
@@ -166,7 +160,7 @@ def _write(model: HarnessModel, given: HarnessTasks, results: dict[str, Any]) ->
         "num_fewshot": given.num_fewshot, "apply_chat_template": given.apply_chat_template, "system": given.system,
     }  # fmt: skip
     write_json(folder / "harness.json", {**settings, **kept})
-    print(aligned([("task", "few-shot", "metric", "value"), *rows(results)]))
+    print(aligned([("task", "few-shot", "metric", "value"), *table_rows(results)]))
     print(f"-> {folder / 'harness.json'}")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ft.commands.generate import GenerationLayout
+from megatron_ft.commands.in_layout import GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -105,22 +105,16 @@ def run(
         return 0
     grid, files = grid_of(prompts), digests_of(prompts)
     from megatron_ft.checkpoints.folder import check_folder
-    from megatron_ft.engine.parallel import ParallelSizes, process_groups
-    from megatron_ft.engine.start import prepare_engine
-    from megatron_ft.launch.places import join_srun
-    from megatron_ft.launch.run import launch, planned
 
     for given in filter(None, (*models.load, models.adapter)):
         check_folder(Path(given))
-    join_srun(processes)
-    if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
-        return code  # the ranks have done what follows
-    sizes = ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    with process_groups(sizes) as layout:
+
+    def work(layout: Layout) -> None:
         measured = [_measure(folder, name, models, prompts, grid, layout) for folder, name in _named(models)]
         if layout.is_main:
             _write(models, _described(prompts, grid, files, measured), measured)
-    return 0
+
+    return in_layout(work, parallel, processes)
 
 
 def check(models: RetrievalModels, prompts: RetrievalPrompts) -> None:

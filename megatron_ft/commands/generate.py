@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_ft.commands.in_layout import GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
-from megatron_ft.config.model_parallel import ModelParallel
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
 from megatron_ft.generation.prompts import read_prompt_file, with_messages
@@ -67,11 +67,6 @@ class SamplingOptions:
     """compute in bfloat16, --no_bf16: in fp32; default: bfloat16 for an exported model in bfloat16, else fp32"""
 
 
-@dataclass(frozen=True)
-class GenerationLayout(ModelParallel):
-    """Parallel layout of the model; the remaining processes divide the prompts among them"""
-
-
 COMMAND = Command(
     name="generate",
     summary="answer prompts with a checkpoint or an exported model",
@@ -92,35 +87,17 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
         raise ConfigError("--batch_size must be at least 1")
     check_number(options)
     from megatron_ft.checkpoints.folder import check_folder
-    from megatron_ft.engine.parallel import ParallelSizes, process_groups
-    from megatron_ft.engine.start import prepare_engine
-    from megatron_ft.launch.places import join_srun
-    from megatron_ft.launch.run import launch, planned
 
     for given in filter(None, (generation.load, generation.adapter)):
         check_folder(Path(given))
-    join_srun(processes)
-    processes = enough_for(parallel, processes)
-    if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
-        return code  # the ranks have done what follows
-    with process_groups(
-        ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    ) as layout:
+
+    def work(layout: Layout) -> None:
         answers, throughput = _answer(generation, options, layout, [line["messages"] for line in lines])
         if layout.is_main:
             _write(generation, lines, answers)
             print(throughput, file=sys.stderr)
-    return 0
 
-
-def enough_for(parallel: GenerationLayout, processes: Processes) -> Processes:
-    """Return the processes to start: those of the layout, if their number is not given and no launcher has started this one."""
-    from megatron_ft.launch.places import is_rank
-
-    needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if processes.nproc_per_node is None and needed > 1 and not is_rank():
-        return replace(processes, nproc_per_node=needed)
-    return processes
+    return in_layout(work, parallel, processes)
 
 
 def read_prompts(generation: Generation) -> list[dict]:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ft.commands.generate import GenerationLayout, enough_for
+from megatron_ft.commands.in_layout import GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError, DataError
@@ -61,11 +61,7 @@ COMMAND = Command(
 def run(options: Sample, parallel: GenerationLayout, processes: Processes) -> int:
     """Write the report and its page. Raise UserError for malformed prompts or settings, and for what is not a model."""
     from megatron_ft.checkpoints.folder import check_folder
-    from megatron_ft.engine.parallel import ParallelSizes, process_groups
-    from megatron_ft.engine.start import prepare_engine
     from megatron_ft.generation.sampling_report import as_report, read_report, read_settings
-    from megatron_ft.launch.places import join_srun
-    from megatron_ft.launch.run import launch, planned
 
     if options.num_samples < 1 or options.batch_size < 1:
         raise ConfigError("--num_samples and --batch_size must be at least 1")
@@ -73,18 +69,15 @@ def run(options: Sample, parallel: GenerationLayout, processes: Processes) -> in
     others = [read_report(Path(path)) for path in options.beside]
     for given in filter(None, (options.load, options.adapter)):
         check_folder(Path(given))
-    join_srun(processes)
-    processes = enough_for(parallel, processes)
-    if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
-        return code  # the ranks have done what follows
-    sizes = ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    with process_groups(sizes) as layout:
+
+    def work(layout: Layout) -> None:
         answers = _answers(options, layout, prompts, settings)
         if layout.is_main:
             date = datetime.now(UTC).replace(tzinfo=None).isoformat()
             report = as_report(options.load, date, asdict(options), prompts, settings, answers)
             _write(Path(options.report), report, others)
-    return 0
+
+    return in_layout(work, parallel, processes)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -43,10 +43,11 @@ class Decoder:
     def generate(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling = GREEDY,
         batch_size: int = 32, seed: int = 0, is_over: Callable[[list[int]], bool] | None = None,
+        advance: Callable[[int], Any] = lambda _: None,
     ) -> list[list[int]]:  # fmt: skip
         """Return the ids after each prompt, up to and without the stop token. All ranks of a model call it with the same arguments.
 
-        is_over: says of the ids of an answer so far if the answer ends with them.
+        is_over: says of the ids of an answer so far if the answer ends with them. advance: is told how many prompts were answered.
         Raise ConfigError for an empty prompt and for one that fills the model's context.
         """
         for number, prompt in enumerate(prompts):
@@ -60,6 +61,7 @@ class Decoder:
             texts = self._batch([prompts[i] for i in batch], max_new_tokens, sampling, generator, is_over)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
+            advance(len(batch))
         return answers
 
     def _batch(

@@ -1,11 +1,21 @@
-"""lm-eval on our ranks: the scores of lm-eval's own class for transformers on the same model, in one process and in TP2 x PP2."""
+"""lm-eval on our ranks: the scores of lm-eval's own class for transformers on the same model.
 
+In several layouts, from a checkpoint and from its export, for another family, with adapters.
+"""
+
+import contextlib
+import functools
 import importlib.util
+import io
 import json
 import shutil
 
 import pytest
+import torch
 
+from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
+from checkpoints_conversion.megatron_to_hf import MegatronToHf
+from checkpoints_conversion.megatron_to_hf import convert as export
 from megatron_ft.commands.evaluate_harness import HarnessModel, HarnessTasks, check, names_of
 from megatron_ft.errors import ConfigError
 from tests.conversion.builders import make_family, make_sentencepiece
@@ -57,15 +67,17 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model with tokenizer and chat template, and a folder of tasks."""
+    """A model with tokenizer and chat template, its checkpoint and the export of it; a Falcon; a folder of tasks."""
+    if importlib.util.find_spec("lm_eval"):  # before ranks are forked, which need not import it again
+        import lm_eval.models.huggingface  # noqa: F401
+        import peft  # noqa: F401
     place = tmp_path_factory.mktemp("harness")
-    make_family(place / "model", "llama")
     make_sentencepiece(place / "tokenizer")
-    shutil.copy(place / "tokenizer/tokenizer.model", place / "model")
-    (place / "model/chat_template.jinja").write_text(TEMPLATE)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **names}
-    (place / "model/tokenizer_config.json").write_text(json.dumps(config))
+    for name, family in (("model", "llama"), ("falcon", "falcon 40b")):
+        make_family(place / name, family, bos_token_id=1, eos_token_id=2)
+        give_tokenizer(place, name)
+    convert(HfToMegatron(str(place / "model"), str(place / "checkpoint")))
+    export(MegatronToHf(str(place / "checkpoint"), str(place / "export")))
     rows = [
         {
             "q": f"which plum is the {'abcdefg'[n]} of them",
@@ -84,7 +96,16 @@ def place(tmp_path_factory):
     return place
 
 
-def run_ours(place, output, layout=(1, 1), shots=0, chat=False):
+def give_tokenizer(place, name):
+    """Put a tokenizer with a chat template into the folder of a model."""
+    shutil.copy(place / "tokenizer/tokenizer.model", place / name)
+    (place / name / "chat_template.jinja").write_text(TEMPLATE)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **names}
+    (place / name / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def run_ours(place, output, layout=(1, 1), shots=0, chat=False, load="model", adapter=None):
     """Return the answers of the command as a rank runs it; it writes harness.json."""
     from megatron_ft.commands.evaluate_harness import run
     from megatron_ft.commands.generate import GenerationLayout
@@ -101,7 +122,13 @@ def run_ours(place, output, layout=(1, 1), shots=0, chat=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(place / "cache"))
         patch.setattr(RanksLM, "generate_until", kept)
-        model = HarnessModel(str(place / "model"), max_length=64, batch_size=3)
+        model = HarnessModel(
+            str(place / load),
+            str(place / adapter) if adapter else None,
+            max_length=64,
+            batch_size=3,
+            add_bos_token=True,
+        )
         tasks = HarnessTasks(
             TASKS, [str(place / "tasks")], num_fewshot=shots, apply_chat_template=chat, output=str(output)
         )
@@ -113,13 +140,14 @@ def written(output):
     return json.loads((output / "harness.json").read_text())["results"]
 
 
-def run_theirs(place, shots, chat):
+@functools.cache
+def run_theirs(place, shots=0, chat=False, load="model", **options):
     """Return the same of lm-eval's class for transformers."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(str(place / "model"), device="cpu", dtype="float32", max_length=64, batch_size=3)
+    lm = HFLM(str(place / load), device="cpu", dtype="float32", max_length=64, batch_size=3, **options)
     results = lm_eval.simple_evaluate(
         lm, tasks=TASKS, task_manager=TaskManager(include_path=str(place / "tasks"), include_defaults=False),
         num_fewshot=shots, apply_chat_template=chat,
@@ -133,13 +161,70 @@ def run_theirs(place, shots, chat):
 def test_scores_are_those_of_transformers(place, one_rank, four_ranks, tmp_path, monkeypatch, shots, chat):
     monkeypatch.setenv("HF_HOME", str(place / "cache"))
     theirs, answers = run_theirs(place, shots, chat)
-    for ranks, layout in ((one_rank, (1, 1)), (four_ranks, (2, 2)), (four_ranks, (2, 1))):
+    layouts = [(one_rank, (1, 1)), (four_ranks, (2, 2)), (four_ranks, (2, 1))]
+    for ranks, layout in layouts[: None if shots == 0 else 2]:
         output = tmp_path / f"{layout}"
         for said in ranks.run(run_ours, place, output, layout, shots, chat):
             assert said == answers and any(answers)
-        for task in TASKS:
-            numbers = {key: value for key, value in theirs[task].items() if isinstance(value, float)}
-            assert numbers and {key: written(output)[task][key] for key in numbers} == pytest.approx(numbers, rel=1e-5)
+        assert_same(written(output), theirs)
+
+
+def assert_same(ours, theirs):
+    for task in TASKS:
+        numbers = {key: value for key, value in theirs[task].items() if isinstance(value, float)}
+        assert numbers and {key: ours[task][key] for key in numbers} == pytest.approx(numbers, rel=1e-5)
+
+
+@needs_lm_eval
+def test_a_checkpoint_and_its_export_have_the_same_scores(place, one_rank, four_ranks, tmp_path):
+    (said,) = one_rank.run(run_ours, place, tmp_path / "export", (1, 1), 0, False, "export")
+    for others in four_ranks.run(run_ours, place, tmp_path / "checkpoint", (2, 2), 0, False, "checkpoint"):
+        assert others == said and any(said)
+    assert_same(written(tmp_path / "checkpoint"), written(tmp_path / "export"))
+
+
+@needs_lm_eval
+def test_falcon_in_two_stages(place, four_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(place / "cache"))
+    theirs, answers = run_theirs(place, load="falcon")
+    for said in four_ranks.run(run_ours, place, tmp_path, (2, 2), 0, False, "falcon"):
+        assert said == answers
+    assert_same(written(tmp_path), theirs)
+
+
+@needs_lm_eval
+def test_adapters(place, four_ranks, tmp_path, monkeypatch):
+    """Of PEFT, which reads them for the other side; they change the scores."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(place / "model"), config).save_pretrained(place / "peft")
+    monkeypatch.setenv("HF_HOME", str(place / "cache"))
+    theirs, answers = run_theirs(place, peft=str(place / "peft"))
+    for load in ("model", "checkpoint"):
+        for said in four_ranks.run(run_ours, place, tmp_path / load, (2, 1), 0, False, load, "peft"):
+            assert said == answers
+        assert_same(written(tmp_path / load), theirs)
+    plain, key = run_theirs(place)[0], "word_perplexity,none"
+    assert abs(plain["local_text"][key] / theirs["local_text"][key] - 1) > 0.01
+
+
+@needs_lm_eval
+def test_only_the_first_rank_shows_progress(place, four_ranks, tmp_path):
+    shown = four_ranks.run(shown_by, place, tmp_path, (2, 1))
+    assert "requests scored" in shown[0] and "requests answered" in shown[0]
+    assert not any("%|" in text for text in shown[1:])  # no bar
+
+
+def shown_by(place, output, layout):
+    """Return what a rank writes to standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        run_ours(place, output, layout)
+    return shown.getvalue()
 
 
 @pytest.mark.parametrize(

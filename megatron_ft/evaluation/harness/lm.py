@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron.core import parallel_state
+from tqdm import tqdm
 
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import ConfigError, DataError
+from megatron_ft.evaluation.harness.requests import batches_of, padded, sampling_of
 from megatron_ft.evaluation.harness.texts import Texts
 from megatron_ft.evaluation.scoring import Scorer
 from megatron_ft.generation.loading import ChatModel
-from megatron_ft.generation.sampling import GREEDY, Sampling
 from megatron_ft.generation.stop_strings import StopStrings
 from megatron_ft.models.rope import LENGTH_METHODS, method_of
-
-_SAMPLING = {"temperature", "top_k", "top_p", "repetition_penalty", "do_sample"}
 
 
 class RanksLM(TemplateLM):
@@ -76,29 +74,20 @@ class RanksLM(TemplateLM):
     def _scored(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        for batch in self._batches([len(row) for row in rows]):
-            padded = torch.zeros(len(batch), max(len(rows[i]) for i in batch), dtype=torch.long)
-            for row, i in zip(padded, batch, strict=True):
-                row[: len(rows[i])] = torch.tensor(rows[i])
-            scores = self.scorer.score(padded)
-            log_probs, greedy = scores.log_probs.double().cpu(), scores.greedy.cpu()
-            for n, i in enumerate(batch):
-                last = len(rows[i]) - 1
-                those = slice(last - len(requests[i][2]), last)
-                found[i] = (float(log_probs[n, those].sum()), bool(greedy[n, those].all()))
+        with self._bar(len(rows), "scored") as bar:
+            for batch in batches_of([len(row) for row in rows], self.batch_size, self.pads):
+                scores = self.scorer.score(padded([rows[i] for i in batch]))
+                log_probs, greedy = scores.log_probs.double().cpu(), scores.greedy.cpu()
+                for n, i in enumerate(batch):
+                    last = len(rows[i]) - 1
+                    those = slice(last - len(requests[i][2]), last)
+                    found[i] = (float(log_probs[n, those].sum()), bool(greedy[n, those].all()))
+                bar.update(len(batch))
         return found
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the numbers of rows of similar length together, the longest first."""
-        batch: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            unequal = batch and lengths[i] != lengths[batch[0]] and not self.pads
-            if len(batch) == self.batch_size or unequal:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+    def _bar(self, total: int, what: str) -> tqdm:
+        """Return a progress bar over this replica's requests, which only the first rank shows."""
+        return tqdm(total=total, desc=f"requests {what}", disable=not self.layout.is_main)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each text, in windows that do not overlap."""
@@ -135,15 +124,16 @@ class RanksLM(TemplateLM):
                 f"a task asks for {count} new tokens and the model reads {self.max_length}: lower max_gen_toks in the task's "
                 "generation_kwargs, or raise --max_length"
             )
-        if unknown := sorted(set(options) - _SAMPLING):
-            raise ConfigError(f"generation_kwargs of a task: {unknown[0]} is not supported; take it out of the task")
-        sampling = _sampling(options)
+        sampling = sampling_of(options)
         stop = StopStrings([one for one in stops if one], self.chat.tokenizer.decode)
 
         def answered(some: Sequence[str]) -> list[str]:
             ids = [np.array(self.tok_encode(text)[-(self.max_length - count) :]) for text in some]
             seed = self.layout.dp_rank
-            found = self.chat.decoder.generate(ids, count, sampling, self.batch_size, seed, stop.is_over)
+            with self._bar(len(ids), "answered") as bar:
+                found = self.chat.decoder.generate(
+                    ids, count, sampling, self.batch_size, seed, stop.is_over, bar.update
+                )
             return [self.chat.tokenizer.decode(one, skip_special=True) for one in found]
 
         return [postprocess_generated_text(text, stops, None) for text in self._shared(prompts, answered)]
@@ -155,10 +145,3 @@ class RanksLM(TemplateLM):
         mine = work(items[self.layout.dp_rank :: size])
         dist.all_gather_object(shares, mine, group=parallel_state.get_data_parallel_group())
         return [shares[i % size][i // size] for i in range(len(items))]
-
-
-def _sampling(options: dict[str, Any]) -> Sampling:
-    penalty = options.get("repetition_penalty", 1.0)
-    if not options.get("do_sample"):
-        return Sampling(repetition_penalty=penalty) if penalty != 1 else GREEDY
-    return Sampling(options.get("temperature", 1.0), options.get("top_k", 0), options.get("top_p", 1.0), penalty)

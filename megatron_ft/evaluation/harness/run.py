@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import lm_eval
+from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
 from megatron_ft.config.hints import nearest
 from megatron_ft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megatron_ft.evaluation.harness.lm import RanksLM
 
 
 def task_manager(folders: Sequence[str], own: bool, tasks: Sequence[str]) -> TaskManager:
@@ -25,29 +31,32 @@ def task_manager(folders: Sequence[str], own: bool, tasks: Sequence[str]) -> Tas
     return manager
 
 
-def scores(lm: Any, tasks: Sequence[str], manager: TaskManager, **options: Any) -> dict[str, Any]:
+def scores(lm: RanksLM, tasks: Sequence[str], manager: TaskManager, **options: Any) -> dict[str, Any]:
     """Return lm-eval's results, {} on ranks to which it returns none. Raise DataError for data that is missing or cannot be read."""
     from datasets.exceptions import DatasetsError
 
     try:
-        found = lm_eval.simple_evaluate(lm, tasks=list(tasks), task_manager=manager, **options)
+        with _only(lm.layout.is_main):
+            found = lm_eval.simple_evaluate(lm, tasks=list(tasks), task_manager=manager, **options)
     except (FileNotFoundError, ConnectionError, DatasetsError) as error:
         raise DataError(
             f"data of {', '.join(tasks)}: {' '.join(str(error).split())}; check dataset_kwargs in the task"
         ) from error
+    except ValueError as error:
+        if "Sample larger than population" not in str(error):
+            raise
+        raise ConfigError(
+            f"--num_fewshot {options.get('num_fewshot')}: a task of {', '.join(tasks)} has fewer examples; give a smaller number"
+        ) from error
     return dict(found) if found else {}
 
 
-def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Return task, few-shot examples, metric and value of every score."""
-    found = []
-    for task, values in sorted(results["results"].items()):
-        shots = str(results.get("n-shot", {}).get(task, ""))
-        for key, value in values.items():
-            metric, _, filtered = key.partition(",")
-            if isinstance(value, int | float) and filtered and not metric.endswith("_stderr"):
-                name = metric if filtered == "none" else f"{metric} ({filtered})"
-                error = values.get(f"{metric}_stderr,{filtered}")
-                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
-                found.append((task, shots, name, f"{value:.4f}{spread}"))
-    return found
+@contextlib.contextmanager
+def _only(is_main: bool) -> Iterator[None]:
+    """Show progress bars of lm-eval and its libraries on the first rank alone. Errors pass on every rank."""
+    # Not used; git would complain on the screen where there is no repository, and pip would be started by every rank.
+    evaluator.get_git_commit_hash, evaluator.add_env_info = (lambda: None), (lambda results: None)
+    with contextlib.ExitStack() as stack:
+        if not is_main:
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
