@@ -225,7 +225,12 @@ def commands(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], object
                 ask, generate.SamplingOptions(max_new_tokens=1), generate.GenerationLayout(), generate.Processes()
             ),
         )
-        yield "chat", lambda: chat.run(chat.Chat(load=source, verify_checkpoint=False))
+        yield (
+            "chat",
+            lambda: chat.run(
+                chat.Chat(load=source, verify_checkpoint=False), generate.GenerationLayout(), generate.Processes()
+            ),
+        )
         yield "finetune", lambda: finetune(folder, load=source)
     if kind in ("trained", "classic"):
         yield (

@@ -34,6 +34,10 @@ def has_gpu() -> bool:
     return os.environ.get("MEGATRON_FT_DEVICE", "") != "cpu" and torch.cuda.is_available()
 
 
+HOST_BACKEND = "gloo"
+"""The torch.distributed backend for objects of the hosts, on every device; its processes wait without using a core."""
+
+
 def backend() -> str:
     """Return the torch.distributed backend for the device: nccl on a GPU, gloo on a CPU."""
     return "nccl" if has_gpu() else "gloo"
@@ -184,6 +188,15 @@ def claim(store: Store) -> None:
             f"two processes of this run were given the same GPU of {socket.gethostname()}: give each its own (srun --gpus-per-task=1), "
             f"or start one process per machine with --nproc_per_node"
         )
+
+
+def memories() -> list[int]:
+    """Return the bytes of memory of each GPU that this process may use; [] on a CPU."""
+    if not has_gpu():
+        return []
+    import torch
+
+    return [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
 
 
 def adopt(where: torch.device) -> None:

@@ -141,6 +141,23 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no such folder; give a checkpoint or an exported Hugging Face model")
 
 
+def is_export(folder: Path) -> bool:
+    """Say if a folder holds an exported Hugging Face model and no checkpoint."""
+    return not (Path(folder) / TRACKER).exists() and "model_type" in _entries(folder)
+
+
+def export_dtype(folder: Path) -> str | None:
+    """Return the type of an export's weights, as its config.json has it."""
+    config = _entries(folder)
+    return config.get("dtype", config.get("torch_dtype"))
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """Return config.json; {} where there is none."""
+    path = Path(folder) / CONFIG
+    return read_json(path) if path.is_file() else {}
+
+
 def find_checkpoint(root: Path, iteration: int | str | None = None) -> Path:
     """Return the release or iter_ folder to read: the requested one, else that of the tracker. `root` may be such a folder itself.
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ft.commands.generate import check_sampling
+from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_ft.engine.parallel import Layout
     from megatron_ft.generation.loading import ChatModel
 
 
@@ -51,21 +55,21 @@ class Chat:
 COMMAND = Command(
     name="chat",
     summary="chat with a checkpoint or an exported model in the terminal",
-    sections=(Chat,),
+    sections=(Chat, GenerationLayout, Processes),
     examples=("megatron-ft chat runs/demo/hf", "megatron-ft chat runs/tuned --temperature 0.8 --top_p 0.9"),
     positional=("load",),
 )
 
 
-def run(chat: Chat) -> int:
+def run(chat: Chat, parallel: GenerationLayout, processes: Processes) -> int:
     """Answer line by line until the input ends; /new starts a new conversation, /quit ends. Raise UserError as `generate` does."""
     from megatron_ft.checkpoints.folder import check_folder
-    from megatron_ft.engine.parallel import process_groups
 
     check_sampling(chat)
     for given in filter(None, (chat.load, chat.adapter)):
         check_folder(Path(given))
-    with process_groups() as layout:
+
+    def work(layout: Layout) -> None:
         from megatron_ft.generation.loading import open_chat_model
 
         model = open_chat_model(
@@ -73,18 +77,20 @@ def run(chat: Chat) -> int:
             Path(chat.adapter) if chat.adapter else None,
         )  # fmt: skip
         chat_format = model.chat_format.name if model.chat_format else "plain text"
-        print(f"{chat.load}, {chat_format}. /new starts a new conversation, /quit ends.")
-        _converse(chat, model)
-    return 0
+        _say(layout, f"{chat.load}, {chat_format}. /new starts a new conversation, /quit ends.")
+        _converse(chat, model, layout)
+
+    asked = Asked(chat.load, chat.adapter, chat.bf16)
+    return in_layout(work, [asked], parallel, processes, reads_input=True)
 
 
-def _converse(chat: Chat, model: ChatModel) -> None:
+def _converse(chat: Chat, model: ChatModel, layout: Layout) -> None:
     from megatron_ft.generation.sampling import Sampling
 
     sampling = Sampling(chat.temperature, chat.top_k, chat.top_p, chat.repetition_penalty)
     opening = [{"role": "system", "content": chat.system}] if chat.system else []
     messages = list(opening)
-    for turn, text in enumerate(_lines()):
+    for turn, text in enumerate(_shared(_lines() if layout.is_main else iter(()), layout)):
         if text == "/quit":
             return
         if text == "/new":
@@ -94,13 +100,37 @@ def _converse(chat: Chat, model: ChatModel) -> None:
         try:
             answer = model.answers([messages], chat.max_new_tokens, sampling, seed=turn, stop=chat.stop)[0]
         except ConfigError:  # longer than the model's positions
-            print(
-                "the conversation is longer than the model's context: ask a shorter question, or start a new one with /new"
+            _say(
+                layout,
+                "the conversation is longer than the model's context: ask a shorter question, or start a new one with /new",
             )
             messages.pop()
             continue
-        print(answer)
+        _say(layout, answer)
         messages.append({"role": "assistant", "content": answer})
+
+
+def _say(layout: Layout, text: str) -> None:
+    if layout.is_main:
+        print(text, flush=True)
+
+
+def _shared(lines: Iterator[str], layout: Layout) -> Iterator[str]:
+    """Yield the first rank's lines on every rank. The others wait for the user as long as it takes, without using their cores."""
+    if layout.world_size == 1:
+        yield from lines
+        return
+    import torch.distributed as dist
+
+    from megatron_ft import device
+
+    waiting = dist.new_group(backend=device.HOST_BACKEND, timeout=timedelta(days=365))
+    while True:
+        box = [next(lines, None)]
+        dist.broadcast_object_list(box, src=0, group=waiting)
+        if box[0] is None:
+            return
+        yield box[0]
 
 
 def _lines() -> Iterator[str]:

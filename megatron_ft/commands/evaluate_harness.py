@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ft.commands.in_layout import GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -91,7 +91,8 @@ def run(model: HarnessModel, given: HarnessTasks, parallel: GenerationLayout, pr
         if layout.is_main:
             _write(model, given, results)
 
-    return in_layout(work, parallel, processes)
+    asked = Asked(model.load, model.adapter, model.bf16, model.batch_size, model.max_length)
+    return in_layout(work, [asked], parallel, processes)
 
 
 def check(model: HarnessModel, given: HarnessTasks) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ft.commands.compared_models import ComparedModels, adapters_of, check_models, names_of
-from megatron_ft.commands.in_layout import GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -63,7 +63,12 @@ def run(options: PerplexityOptions, parallel: GenerationLayout, processes: Proce
         if layout.is_main:
             _write(options, stride, models)
 
-    return in_layout(work, parallel, processes)
+    rows, length = options.batch_size, options.lengths[-1]
+    asked = [
+        Asked(load, adapter, options.bf16, rows, length)
+        for load, adapter in zip(options.load, adapters_of(options), strict=True)
+    ]
+    return in_layout(work, asked, parallel, processes)
 
 
 def check(options: PerplexityOptions) -> int:

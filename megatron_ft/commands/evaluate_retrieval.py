@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ft.commands.in_layout import GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -114,7 +114,9 @@ def run(
         if layout.is_main:
             _write(models, _described(prompts, grid, files, measured), measured)
 
-    return in_layout(work, parallel, processes)
+    rows, length = prompts.batch_size, grid.lengths[-1]
+    asked = [Asked(folder, models.adapter, models.bf16, rows, length) for folder in models.load]
+    return in_layout(work, asked, parallel, processes)
 
 
 def check(models: RetrievalModels, prompts: RetrievalPrompts) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_ft.commands.in_layout import GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -97,7 +97,14 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
             _write(generation, lines, answers)
             print(throughput, file=sys.stderr)
 
-    return in_layout(work, parallel, processes)
+    return in_layout(work, [_asked(generation, options, lines)], parallel, processes)
+
+
+def _asked(generation: Generation, options: SamplingOptions, lines: list[dict]) -> Asked:
+    """Return the model and its largest batch. Tokens of prompts are not counted yet: of two characters each, few texts have more."""
+    longest = max(sum(len(str(message.get("content"))) for message in line["messages"]) for line in lines)
+    rows = min(options.batch_size, len(lines) * options.num_return_sequences)
+    return Asked(generation.load, generation.adapter, options.bf16, rows, longest // 2 + options.max_new_tokens)
 
 
 def read_prompts(generation: Generation) -> list[dict]:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ft.commands.in_layout import GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError, DataError
@@ -77,7 +77,10 @@ def run(options: Sample, parallel: GenerationLayout, processes: Processes) -> in
             report = as_report(options.load, date, asdict(options), prompts, settings, answers)
             _write(Path(options.report), report, others)
 
-    return in_layout(work, parallel, processes)
+    longest = max(map(len, prompts)) // 2 + max(setting.max_new_tokens for setting in settings)
+    rows = min(options.batch_size, len(prompts) * options.num_samples)
+    asked = Asked(options.load, options.adapter, options.bf16, rows, longest)
+    return in_layout(work, [asked], parallel, processes)
 
 
 def read_lines(path: Path) -> list[str]:

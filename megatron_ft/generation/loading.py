@@ -16,11 +16,12 @@ from megatron_ft.adapters.peft_files import is_peft
 from megatron_ft.checkpoints.fill import fill_from
 from megatron_ft.checkpoints.folder import (
     TOKENIZER_FOLDER,
-    TRACKER,
     check_folder,
     check_quantised,
     describe,
+    export_dtype,
     find_checkpoint,
+    is_export,
     vocab_rows,
 )
 from megatron_ft.checkpoints.load import load_weights
@@ -34,7 +35,7 @@ from megatron_ft.digests import check_digests, has_digests
 from megatron_ft.engine.collective_errors import raise_together
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError, DamagedError, DataError, TokenizerError
-from megatron_ft.files import read_json, read_text
+from megatron_ft.files import read_text
 from megatron_ft.generation.decoding import Decoder
 from megatron_ft.generation.sampling import Sampling
 from megatron_ft.generation.stop_strings import StopStrings
@@ -122,10 +123,10 @@ def open_chat_model(
     """
     template = replace(today(), arguments=parse_arguments(template_arguments))
     check_folder(folder)
-    is_export = not (folder / TRACKER).exists() and "model_type" in _config(folder)
-    options = _options(_is_bf16(folder) if bf16 is None and is_export else bool(bf16))
-    read = _from_export if is_export else _from_checkpoint
-    later = adapter if adapter and (is_export or is_peft(adapter)) else None
+    exported = is_export(folder)
+    options = _options(export_dtype(folder) == "bfloat16" if bf16 is None and exported else bool(bf16))
+    read = _from_export if exported else _from_checkpoint
+    later = adapter if adapter and (exported or is_peft(adapter)) else None
     model, arch, tokenizer, recorded = read(folder, layout, options, digests, None if later else adapter)
     if later:
         _add(later, model, arch, layout, folder)
@@ -200,16 +201,6 @@ def _options(bf16: bool) -> BuildOptions:
     import torch
 
     return BuildOptions(dtype=torch.bfloat16 if bf16 else torch.float32)
-
-
-def _is_bf16(folder: Path) -> bool:
-    """Say if an export's weights are in bfloat16, as its config.json has it."""
-    config = _config(folder)
-    return config.get("dtype", config.get("torch_dtype")) == "bfloat16"
-
-
-def _config(folder: Path) -> dict:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests: bool, adapter: Path | None) -> _Read:

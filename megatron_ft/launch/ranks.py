@@ -51,23 +51,29 @@ class Rank:
 
 
 def start(
-    places: Places, folder: Path, piped: bool, prepare: Callable[[], None], held: int | None = None
+    places: Places,
+    folder: Path,
+    piped: bool,
+    prepare: Callable[[], None],
+    held: int | None = None,
+    reads_input: bool = False,
 ) -> list[Rank] | None:
     """Start this machine's ranks. Return them in the launcher, None in a forked rank.
 
     folder: for notes between these processes and the launcher, see config/rank_errors.py. piped: read their output through pipes.
-    prepare: called once before forking. held: file descriptor of the socket on which rank 0 listens.
+    prepare: called once before forking. held: file descriptor of the socket on which rank 0 listens. reads_input: rank 0 reads this
+    process's standard input.
     """
     _share_cores(places.here)
     if device.may_use_driver():
-        return [_spawn(places, local, folder, piped, held) for local in range(places.here)]
+        return [_spawn(places, local, folder, piped, held, reads_input) for local in range(places.here)]
     prepare()
     gc.freeze()  # a collection in a rank would mark, and so copy, the pages that it shares with the others
     sys.stdout.flush()
     sys.stderr.flush()
     ranks: list[Rank] = []
     for local in range(places.here):
-        rank = _fork(places, local, folder, piped, held, ranks)
+        rank = _fork(places, local, folder, piped, held, ranks, reads_input)
         if rank is None:
             return None
         ranks.append(rank)
@@ -85,13 +91,13 @@ def _environment(places: Places, local: int, folder: Path, held: int | None) -> 
     return {**places.environment(local), FOLDER: str(folder), "PYTHONUNBUFFERED": "1", **meeting}
 
 
-def _spawn(places: Places, local: int, folder: Path, piped: bool, held: int | None) -> Rank:
+def _spawn(places: Places, local: int, folder: Path, piped: bool, held: int | None, reads_input: bool) -> Rank:
     """Start a rank with this process's command line, as torchrun would."""
     ends = subprocess.PIPE if piped else None
     environment = _environment(places, local, folder, held)
     with _signals_held_back():
         process = subprocess.Popen(
-            sys.orig_argv, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=ends, stderr=ends,
+            sys.orig_argv, env={**os.environ, **environment}, stdin=_input(reads_input, places, local), stdout=ends, stderr=ends,
             preexec_fn=_begin_as_child, pass_fds=[held] if held is not None and MEETING in environment else [],
         )  # fmt: skip
     outputs = {}
@@ -103,7 +109,14 @@ def _spawn(places: Places, local: int, folder: Path, piped: bool, held: int | No
     return Rank(places.rank(local), process.pid, outputs=outputs)
 
 
-def _fork(places: Places, local: int, folder: Path, piped: bool, held: int | None, older: list[Rank]) -> Rank | None:
+def _input(reads_input: bool, places: Places, local: int) -> int | None:
+    """Return what a rank has as its standard input, as Popen takes it: None is this process's own."""
+    return None if reads_input and places.rank(local) == 0 else subprocess.DEVNULL
+
+
+def _fork(
+    places: Places, local: int, folder: Path, piped: bool, held: int | None, older: list[Rank], reads_input: bool
+) -> Rank | None:
     pipes = {number: os.pipe() for number in (1, 2)} if piped else {}
     with _signals_held_back():
         pid = os.fork()
@@ -116,7 +129,8 @@ def _fork(places: Places, local: int, folder: Path, piped: bool, held: int | Non
     for rank in older:
         for end in rank.outputs.values():
             os.close(end)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if _input(reads_input, places, local) is not None:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for output, (ours, theirs) in pipes.items():
         os.dup2(theirs, output)
         os.close(ours)

@@ -25,10 +25,11 @@ def planned(launching: Processes) -> Places | None:
     return None if launching.nproc_per_node is None or is_rank() else places(launching)
 
 
-def launch(here: Places, log_dir: str | None, prepare: Callable[[], None]) -> int | None:
+def launch(here: Places, log_dir: str | None, prepare: Callable[[], None], reads_input: bool = False) -> int | None:
     """Start ranks that run this process's command, and wait for them. Return the exit code; in a forked rank return None.
 
     log_dir: folder of one log file per rank. prepare: called once before forking (imports the engine).
+    reads_input: rank 0 has this process's standard input; else no rank has.
     """
     logs = Path(log_dir) if log_dir else None
     if logs is not None:
@@ -44,7 +45,9 @@ def launch(here: Places, log_dir: str | None, prepare: Callable[[], None]) -> in
                     ranks = []
                     return 130 if signal.SIGINT in received.ever else EXIT_REQUEUE
                 where, link = met
-                ranks = start(where, folder, logs is not None, prepare, None if held is None else held.fileno())
+                ranks = start(
+                    where, folder, logs is not None, prepare, None if held is None else held.fileno(), reads_input
+                )
             if ranks is not None:
                 return supervise(ranks, folder, received, Relay(ranks, logs), link)
     finally:

@@ -16,8 +16,9 @@ from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
 from megatron_ft.commands.generate import COMMAND, run
 from megatron_ft.config.cli import run_script
+from megatron_ft.config.sections import Processes
 from megatron_ft.data.tokenizer import load_tokenizer
-from megatron_ft.errors import DamagedError
+from megatron_ft.errors import ConfigError, DamagedError
 from tests.conversion.builders import make_llama, make_sentencepiece
 
 CHAT = [{"role": "user", "content": "a plum"}]
@@ -189,3 +190,39 @@ def test_mistakes_in_sampling_are_one_line(flags, said, capsys):
     assert run_script(COMMAND, run, ["--load", "none", "--prompt", "a", *shlex.split(flags)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def sizes(load, adapter=None, world=None, **given):
+    """The layout that is chosen without GPUs."""
+    from megatron_ft.commands.layout_choice import Asked, GenerationLayout, sizes_for
+
+    return sizes_for([Asked(str(one), adapter) for one in load], GenerationLayout(**given), Processes(world))
+
+
+def test_a_layout_is_chosen_by_the_folder(folders, tmp_path):
+    assert sizes([folders / "torch_dist"]) == sizes([folders / "hf"]) == (1, 1)
+    assert sizes([folders / "torch"]) == sizes([folders / "hf", folders / "torch"]) == (2, 2)
+    assert sizes([folders / "torch"], tensor_model_parallel_size=4) == (4, 1)  # what is given is not changed
+    assert sizes([folders / "torch"], world=4) == (1, 1)  # the ranks choose
+    convert(HfToMegatron(str(folders / "source"), str(tmp_path / "other"), 1, 2, ckpt_format="torch"))
+    with pytest.raises(ConfigError, match=r"classic format for TP2 x PP2, .*other for TP1 x PP2: make a torch_dist"):
+        sizes([folders / "torch", tmp_path / "other"])
+    with pytest.raises(ConfigError, match="--pipeline_model_parallel_size 0 must be at least 1"):
+        sizes([folders / "torch"], pipeline_model_parallel_size=0)
+
+
+def test_a_classic_checkpoint_of_more_processes_than_a_machine_is_refused(folders, monkeypatch):
+    monkeypatch.setattr("megatron_ft.device.memories", lambda: [80 * 10**9] * 2)
+    with pytest.raises(
+        ConfigError, match=r"TP2 x PP2, 4 processes, and this machine has 2 GPU\(s\): start them on several"
+    ):
+        sizes([folders / "torch"])
+
+
+def test_chat_over_several_processes_reads_the_terminal(folders, expected):
+    """A classic checkpoint starts its four processes; the first one reads, and all answer."""
+    call = [sys.executable, "-m", "megatron_ft", "chat", str(folders / "torch"), "--max_new_tokens", "12"]
+    typed = "a plum\n\n/new\na plum\n"
+    done = subprocess.run(call, input=typed, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if expected in line] == [f"> {expected}", f"> > {expected}"]
