@@ -81,6 +81,29 @@ def test_long_prompts_are_not_read_token_by_token(one_rank, checkpoint, prompts,
     assert answers == [answer[:2] for answer in expected]
 
 
+@pytest.mark.parametrize("layout", [(4, 1), (1, 4), (2, 2)], ids=["TP4", "PP4", "TP2xPP2"])
+def test_the_cache_has_the_size_of_its_formula(layout, four_ranks, checkpoint, prompts):
+    for held, formula in four_ranks.run(cache_bytes, checkpoint, layout, prompts[-1:]):
+        assert held == formula > 0
+
+
+def cache_bytes(checkpoint, layout, prompts):
+    """Return the bytes of keys and values that a rank holds, and those of the formula by which a layout is chosen."""
+    from megatron_ft.generation import decoding
+    from megatron_ft.planner.answering import Reader
+    from megatron_ft.planner.known import architecture
+
+    made, real = [], decoding.StaticInferenceContext
+    decoding.StaticInferenceContext = lambda *sizes: made.append(real(*sizes)) or made[-1]
+    try:
+        generate(checkpoint, layout, prompts, max_new_tokens=6)
+    finally:
+        decoding.StaticInferenceContext = real
+    held = sum(tensor.nbytes for pair in made[-1].key_value_memory_dict.values() for tensor in pair)
+    arch, (tp, pp) = architecture(str(checkpoint)), layout
+    return held, Reader(arch, 4, len(prompts[0]) + 6).cache(tp, arch.num_layers // pp)
+
+
 def count_passes(checkpoint, prompts):
     from megatron_ft.generation.decoding import Decoder
 
