@@ -14,6 +14,7 @@ from tests.errors.conftest import copy, finetune
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
 ANY = "…"
+COMMAND = re.compile(r"^megatron-ft [\w -]+: error: ")
 
 
 def entries() -> list[str]:
@@ -100,11 +101,21 @@ def read_in_two_ways(shop, tmp_path) -> list:
     return tokenizer(shop, tmp_path, tokenizer_model=shop.tokenizer.read_bytes(), tokenizer_config_json={})
 
 
+def perplexity(load, shop, *more) -> list:
+    return ["evaluate", "perplexity", "--load", load, *more, "--data", shop.shards]
+
+
+def sample(shop, tmp_path, prompts: str, settings: str) -> list:
+    for name, content in (("prompts", prompts), ("settings", settings)):
+        (tmp_path / name).write_text(content)
+    return ["sample", "--load", shop.dist, "--prompts", tmp_path / "prompts", "--settings", tmp_path / "settings"]
+
+
 # A word of the entry's text -> what has to be done wrong for it.
 MISTAKES = {
     "learning_rate": lambda shop, _: [*finetune(shop), "--learning_rate", "1e-5"],
     "cannot hold": too_large_a_layout,
-    "classic format": lambda shop, _: finetune(shop, shop.split),
+    "this run is TP": lambda shop, _: finetune(shop, shop.split),
     "is a Hugging Face model": lambda shop, _: finetune(shop, shop.hf),
     "is not supported": unknown_architecture,
     "no such part": lambda shop, _: [*finetune(shop), "--lora_rank", 8, "--lora_target", "query"],
@@ -122,7 +133,16 @@ MISTAKES = {
     "is lost in its tokens": of_three_tokens,
     "tokens, the model of": of_another_model,
     "gives other ids": read_in_two_ways,
-}
+    "so that every length scores": lambda shop, _: [*perplexity(shop.dist, shop), "--lengths", "64,128", "--stride", 64],
+    "no folder with YAML": lambda shop, tmp_path: [
+        "evaluate", "harness", "--load", shop.dist, "--tasks", "questions", "--task_folders", tmp_path,
+    ],
+    "contains no prompts": lambda shop, tmp_path: sample(shop, tmp_path, "", "{}"),
+    "configurations": lambda shop, tmp_path: sample(shop, tmp_path, '"a plum"', "{}"),
+    "no metrics.jsonl": lambda shop, _: ["compare", shop.trained, shop.dist],
+    "only Hugging Face folders": lambda shop, _: ["measure", shop.dist, "--backend", "transformers"],
+    "measure the inputs": lambda shop, tmp_path: ["megatron-to-hf", shop.dist, tmp_path / "out", "--quantize", "gptq"],
+}  # fmt: skip
 
 
 def weights(change):
@@ -194,6 +214,25 @@ ON_THE_WAY = {
 """A word of the entry's text -> (exit code, more words of a long run, hook)."""
 
 
+ANSWERING = {
+    "add --beyond_positions": (["evaluate", "retrieval", "--lengths", 256, "--tasks", "lines"], {}),
+    "lm-eval is not": (
+        ["evaluate", "harness", "--tasks", "questions", "--lm_eval_tasks"],
+        {"hook": "tests.errors.test_troubleshooting:without_lm_eval"},
+    ),
+    "classic format for TP… x PP…, … for": (["evaluate", "perplexity"], {}),
+}
+"""A word of the entry's text -> words of a command that answers or scores, hook."""
+
+
+def without_lm_eval() -> None:
+    """A Python in which lm-eval is not installed."""
+    import importlib.util
+
+    real = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *more: None if name == "lm_eval" else real(name, *more)
+
+
 def stop_soon() -> None:
     """A signal in a few seconds, wherever the run is by then."""
     threading.Timer(4, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -215,14 +254,14 @@ def a_gpu_out_of_reach() -> None:
 @pytest.mark.parametrize("word", MISTAKES)
 def test_the_mistake_gives_the_text_of_its_entry(desk, shop, tmp_path, word):
     done = desk(*MISTAKES[word](shop, tmp_path))
-    said = re.sub(r"^megatron-ft [\w-]+: error: ", "", done.err.strip())
+    said = re.sub(COMMAND, "", done.err.strip())
     assert done.code == 2 and pattern(word).fullmatch(said), said
 
 
 @pytest.mark.parametrize("word", CONVERSIONS)
 def test_weights_of_other_programs_give_the_text_of_their_entry(engine, shop, tmp_path, word):
     done = engine(*weights(CONVERSIONS[word])(shop, tmp_path))
-    said = re.sub(r"^megatron-ft [\w-]+: error: ", "", done.err.strip())
+    said = re.sub(COMMAND, "", done.err.strip())
     assert done.code == 2 and pattern(word).fullmatch(said), said
 
 
@@ -234,6 +273,16 @@ def test_what_happens_on_the_way_gives_the_text_of_its_entry(engine, shop, word)
     assert done.code == code and pattern(word).fullmatch(said), done.err
 
 
+@pytest.mark.parametrize("word", ANSWERING)
+def test_commands_that_answer_give_the_text_of_their_entry(engine, shop, tmp_path, word):
+    words, hook = ANSWERING[word]
+    load = [shop.classic, shop.split] if "classic" in word else [shop.dist]
+    more = ["--data", shop.shards] if "perplexity" in words else []
+    done = engine(*words, "--load", *load, "--output", tmp_path / "out", *more, **hook)
+    said = re.sub(COMMAND, "", done.err.strip().splitlines()[-1])
+    assert done.code == 2 and pattern(word).fullmatch(said), done.err
+
+
 def pattern(word: str) -> re.Pattern:
     """The text of the one entry that has the word."""
     (text,) = (text for text in entries() if word in text)
@@ -241,4 +290,6 @@ def pattern(word: str) -> re.Pattern:
 
 
 def test_every_entry_has_its_mistake():
-    assert all(sum(word in text for word in (*MISTAKES, *CONVERSIONS, *ON_THE_WAY)) == 1 for text in entries())
+    assert all(
+        sum(word in text for word in (*MISTAKES, *CONVERSIONS, *ON_THE_WAY, *ANSWERING)) == 1 for text in entries()
+    )
