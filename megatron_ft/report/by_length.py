@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 640, 300  # SVG units
-LEFT, RIGHT, TOP, BOTTOM = 56, 150, 14, 46
-COLOURS = ("#2563c9", "#d9730d", "#17803d", "#8e44ad", "#c8281e", "#0e7c86", "#7a5c00", "#555f69")
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "12 4", "1 2", "6 2 1 2 1 2")
+from megatron_ft.report.marks import mark, shortened, stroke
+
+WIDTH, HEIGHT = 720, 300  # SVG units
+LEFT, RIGHT, TOP, BOTTOM = 56, 216, 14, 46
 _MOST = 20  # number of lengths that are all named and marked
 _FONT = 'font-family="system-ui, DejaVu Sans, sans-serif" font-size="11.5"'
 _SOFT, _LINE = "#667079", "#e3e5e8"
@@ -57,30 +57,16 @@ def _line(n: int, name: str, points: Sequence[tuple[float, float | None]], lengt
     there = [(x, score, length) for (x, score), length in zip(points, lengths, strict=True) if score is not None]
     path = "L".join(f"{x:.1f} {_y(score):.1f}" for x, score, _ in there)
     marks = "".join(
-        f"<g><title>{escape(name)}, {length:,}: {100 * score:.1f}%</title>{_mark(n, x, _y(score))}</g>"
+        f"<g><title>{escape(name)}, {length:,}: {100 * score:.1f}%</title>{mark(n, x, _y(score))}</g>"
         for x, score, length in there[::step]
     )
-    return f'<path d="M{path}" style="{_stroke(n)}"/>{marks}' if there else ""
-
-
-def _stroke(n: int) -> str:
-    return f"fill:none;stroke-width:2;stroke:{COLOURS[n % len(COLOURS)]};stroke-dasharray:{DASHES[n % len(DASHES)] or 'none'}"
-
-
-def _mark(n: int, x: float, y: float) -> str:
-    """Return a circle, square, triangle, diamond or cross."""
-    colour = COLOURS[n % len(COLOURS)]
-    if n % 5 == 0:
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" style="fill:{colour}"/>'
-    shapes = ("m-4 -4h8v8h-8z", "m0 -5l5 9h-10z", "m0 -6l5 6l-5 6l-5 -6z", "m-4 -4l8 8m0 -8l-8 8")
-    fill = "none" if n % 5 == 4 else colour
-    return f'<path d="M{x:.1f} {y:.1f}{shapes[n % 5 - 1]}" style="fill:{fill};stroke:{colour};stroke-width:1.6"/>'
+    return f'<path d="M{path}" style="{stroke(n)}"/>{marks}' if there else ""
 
 
 def _key(n: int, name: str) -> str:
     x, y = WIDTH - RIGHT + 14, TOP + 12 + 20 * n
-    line = f'<path d="M{x} {y}h30" style="{_stroke(n)}"/>{_mark(n, x + 15, y)}'
-    return line + _text(x + 37, y + 4, name if len(name) <= 14 else f"{name[:13]}…", "start")
+    line = f'<path d="M{x} {y}h40" style="{stroke(n)}"/>{mark(n, x + 20, y)}'
+    return line + _text(x + 47, y + 4, shortened(name), "start")
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:

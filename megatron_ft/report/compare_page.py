@@ -73,13 +73,13 @@ def _losses(runs: Sequence[RunCurves], by: By, across: str, smoothing: int) -> s
             "training loss",
             [(run.name, smoothed(run.points("train/loss", by), smoothing)) for run in runs],
             across,
-            "nats per trained token",
+            "nats per trained token (logarithmic)",
         ),
         overlay(
             "validation loss",
             [(run.name, run.points("eval/loss", by)) for run in runs],
             across,
-            "nats per trained token",
+            "nats per trained token (logarithmic)",
         ),
     ]
     return f'<div class="pictures">{"".join(figures)}</div>'
@@ -87,7 +87,7 @@ def _losses(runs: Sequence[RunCurves], by: By, across: str, smoothing: int) -> s
 
 def _norms(runs: Sequence[RunCurves], count: int) -> str:
     lines = [(run.name, [(float(at), value) for at, value in run.first_norms(count)]) for run in runs]
-    figure = overlay("gradient norm", lines, "optimizer step", "norm, before clipping")
+    figure = overlay("gradient norm", lines, "optimizer step", "norm, logarithmic")
     return f'<div class="pictures">{figure}{table(NORMS, norm_rows(runs, count), ["", *["num"] * 4])}</div>'
 
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft.files import atomic_file
+from megatron_ft.report.marks import mark, shortened, stroke
 from megatron_ft.report.page import Page, table
 
-WIDTH, HEIGHT = 640, 320  # SVG units
-LEFT, RIGHT, TOP, BOTTOM = 62, 160, 16, 48
-COLOURS = ("#2563c9", "#d9730d", "#17803d", "#8e44ad", "#c8281e", "#0e7c86")
-DASHES = ("none", "7 3", "2 3", "9 3 2 3", "12 4", "1 2")
-_MARKS = ("m-4 -4h8v8h-8z", "m0 -5l5 9h-10z", "m0 -6l5 6l-5 6l-5 -6z", "m-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0")
+WIDTH, HEIGHT = 720, 320  # SVG units
+LEFT, RIGHT, TOP, BOTTOM = 62, 216, 16, 48
 _SOFT, _LINE = "#667079", "#e3e5e8"
 
 
@@ -28,7 +26,7 @@ def write_page(result: Mapping[str, Any], page: Path, figure: Path) -> None:
     html = Page("Perplexity by length of the context", ", ".join(result["data"]))
     html.section(
         "Perplexity",
-        f'<figure style="max-width:760px">{svg}</figure>',
+        f'<figure style="max-width:820px">{svg}</figure>',
         _table("model", lengths, named_rows(models)),
         note=" ".join(filter(None, (how(result), beyond(models)))),
     )
@@ -97,7 +95,7 @@ def chart(lengths: Sequence[int], series: Mapping[str, Sequence[float | None]]) 
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" style="fill:#ffffff"/>']
     for tick in ticks:
         parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}" style="stroke:{_LINE};fill:none"/>')
-        parts.append(_text(LEFT - 7, y(tick) + 4, f"{tick:.4g}" if tick < 1e6 else f"{tick:.0e}", "end"))
+        parts.append(_text(LEFT - 7, y(tick) + 4, _label(tick) if tick < 1e6 else f"{tick:.0e}", "end"))
     parts.append(f'<path d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}" style="stroke:{_SOFT};fill:none"/>')
     parts += [_text(x, bottom + 18, f"{length:,}") for x, length in zip(at, lengths, strict=True)]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "largest context (tokens)"))
@@ -111,6 +109,10 @@ def chart(lengths: Sequence[int], series: Mapping[str, Sequence[float | None]]) 
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="perplexity by length" '
         f'font-family="system-ui, DejaVu Sans, sans-serif" font-size="11.5">{"".join(parts)}</svg>'
     )
+
+
+def _label(tick: float) -> str:
+    return f"{tick:,.0f}" if tick >= 1000 else f"{tick:.4g}"
 
 
 def _x(n: int, count: int) -> float:
@@ -135,22 +137,14 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _line(n: int, name: str, points: Sequence[tuple[float, float, float]]) -> str:
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in points)
-    marks = "".join(f"<g><title>{escape(name)}: {shown(value)}</title>{_mark(n, x, y)}</g>" for x, y, value in points)
-    return f'<path d="M{path}" style="{_stroke(n)}"/>{marks}' if points else ""
-
-
-def _stroke(n: int) -> str:
-    return f"fill:none;stroke-width:2;stroke:{COLOURS[n % len(COLOURS)]};stroke-dasharray:{DASHES[n % len(DASHES)]}"
-
-
-def _mark(n: int, x: float, y: float) -> str:
-    return f'<path d="M{x:.1f} {y:.1f}{_MARKS[n % len(_MARKS)]}" style="fill:{COLOURS[n % len(COLOURS)]};stroke:none"/>'
+    marks = "".join(f"<g><title>{escape(name)}: {shown(value)}</title>{mark(n, x, y)}</g>" for x, y, value in points)
+    return f'<path d="M{path}" style="{stroke(n)}"/>{marks}' if points else ""
 
 
 def _key(n: int, name: str) -> str:
     x, y = WIDTH - RIGHT + 14, TOP + 12 + 20 * n
-    text = name if len(name) <= 15 else f"{name[:14]}…"
-    return f'<path d="M{x} {y}h30" style="{_stroke(n)}"/>{_mark(n, x + 15, y)}{_text(x + 37, y + 4, text, "start")}'
+    line = f'<path d="M{x} {y}h40" style="{stroke(n)}"/>{mark(n, x + 20, y)}'
+    return line + _text(x + 47, y + 4, shortened(name), "start")
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:

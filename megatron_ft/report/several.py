@@ -56,15 +56,22 @@ class _Area(Scale):
         return cls(min(at for at, _ in points), max(at for at, _ in points), low - room, high + room, log)
 
     def x(self, at: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (at - self.first) / ((self.last - self.first) or 1)
+        if self.last == self.first:  # one place, in the middle
+            return (LEFT + WIDTH - RIGHT) / 2
+        return LEFT + (WIDTH - LEFT - RIGHT) * (at - self.first) / (self.last - self.first)
 
     def y(self, value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - math.log10(value)) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        """Return round values: powers of ten, or equal steps where the range is smaller."""
-        found = super().ticks()
-        return found if len(found) > 3 else round_steps(10**self.low, 10**self.high, 5)
+        """Return round values: powers of ten, with others between them where they are few, or equal steps over a small range."""
+        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+        for digits in ((1,), (1, 3), (1, 2, 5)):
+            found = [digit * 10.0**power for power in powers for digit in digits]
+            found = [value for value in found if self.low <= math.log10(value) <= self.high]
+            if len(found) > 3:
+                return found
+        return round_steps(10**self.low, 10**self.high, 5)
 
 
 def _grid(scale: _Area) -> list[str]:
@@ -90,7 +97,7 @@ def _names(across: str, up: str) -> list[str]:
 def _line(scale: _Area, number: int, name: str, points: Points) -> str:
     path = "L".join(f"{scale.x(at):.1f} {scale.y(value):.1f}" for at, value in _thinned(points, _POINTS))
     if len(points) == 1:
-        path += "h4"  # a run of one step is a short line
+        path += "m-6 0h12"  # a run of one step is a short line
     hover = "".join(
         f'<circle class="hover" r="7" cx="{scale.x(at):.1f}" cy="{scale.y(value):.1f}">'
         f"<title>{escape(name)}, {short(at)}: {short(value)}</title></circle>"

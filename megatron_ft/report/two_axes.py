@@ -57,7 +57,7 @@ def chart(title: str, columns: Sequence[str], below: str, left: Axis, right: Axi
 def figure(title: str, svg: str, left: Axis, right: Axis) -> str:
     """Return the chart with its title and legend, for a page."""
     return (
-        f'<figure><figcaption><b>{escape(title)}</b><span class="key bars">{escape(left.name)}</span>'
+        f'<figure><figcaption><b style="flex-basis:100%">{escape(title)}</b><span class="key bars">{escape(left.name)}</span>'
         f'<span class="key b dashed">{escape(right.name)}</span></figcaption>{svg}</figure>'
     )
 
@@ -97,7 +97,7 @@ def _y(value: float, axis: Axis) -> float:
 def _ticks(axis: Axis, x: float, grid: bool) -> list[str]:
     side, anchor = (x - 7, "end") if grid else (x + 7, "start")
     found = []
-    for value in round_steps(0, axis.end, 4):
+    for value in round_steps(0, axis.end, 5):
         y = _y(value, axis)
         if grid:
             found.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')

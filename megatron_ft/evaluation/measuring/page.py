@@ -93,7 +93,7 @@ def _page(setting: Setting, results: Sequence[Measured]) -> Page:
         f"{len(results[0].runs) or 'Several'} prompts, {setting.max_new_tokens} new tokens each, one after another, after a short warm-up. "
         f"Each configuration in a process of its own. Memory: {setting.memory}."
     )
-    page.section("Configurations", table(HEAD, rows(results), ("num", "", *["num"] * 6)), _below(results), note=note)
+    page.section("Configurations", table(HEAD, _cells(results), ("num", "", *["num"] * 6)), _below(results), note=note)
     drawn = [
         figure(title, chart(title, columns, below, *axes), *axes)
         for _, title, columns, below, axes in _charts(setting, results)
@@ -108,8 +108,14 @@ def _page(setting: Setting, results: Sequence[Measured]) -> Page:
 
 
 def _below(results: Sequence[Measured]) -> str:
-    said = verdict_of_four(results)
-    return f'<p class="below">{escape(said)}</p>' if said else ""
+    """Return why configurations failed, and what the others say about 4 bits."""
+    said = [f"{one.bits} bits failed: {one.failed}." for one in results if one.failed]
+    return "".join(f'<p class="below">{escape(text)}</p>' for text in [*said, verdict_of_four(results)] if text)
+
+
+def _cells(results: Sequence[Measured]) -> list[tuple[str, ...]]:
+    """Return the table's rows. The reason of a failure would not fit into a cell."""
+    return [(*row[:-1], "failed") if one.failed else row for one, row in zip(results, rows(results), strict=True)]
 
 
 def _runs(one: Measured) -> str:
