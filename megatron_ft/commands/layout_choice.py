@@ -65,10 +65,10 @@ def sizes_for(models: Sequence[Asked], given: GenerationLayout, processes: Proce
         return sizes[0] or 1, sizes[1] or 1
     if processes.nproc_per_node is not None and not is_rank():
         return 1, 1
-    return _bound(models) or _fitting(models)
+    return bound_layout(models) or _fitting(models)
 
 
-def _bound(models: Sequence[Asked]) -> tuple[int, int] | None:
+def bound_layout(models: Sequence[Asked]) -> tuple[int, int] | None:
     """Return the layout of the classic checkpoints among the models; None without any."""
     found: dict[tuple[int, int], str] = {}
     for one in models:

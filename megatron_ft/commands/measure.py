@@ -34,21 +34,32 @@ class Measure:
     """folder for measure.json, measure.html and the charts; default: only print the table"""
 
 
+@dataclass(frozen=True)
+class MeasureLayout:
+    """Parallel layout, with the engine"""
+
+    tensor_model_parallel_size: int | None = None
+    """number of parts that each weight matrix is split into (TP); default: 1, of a classic checkpoint its own"""
+    pipeline_model_parallel_size: int | None = None
+    """number of pipeline stages that the layers are divided over (PP); default: 1, of a classic checkpoint its own"""
+
+
 COMMAND = Command(
     name="measure",
     summary="measure memory and time of a model in 16, 8 and 4 bits",
-    sections=(Measure,),
+    sections=(Measure, MeasureLayout),
     examples=(
         "megatron-ft measure models/falcon-40b-instruct --bits 16,8,4 --output runs/measure",
         "megatron-ft measure runs/tuned --backend engine --bits 16,4 --max_new_tokens 20",
+        "megatron-ft measure runs/llama2-70b --bits 16,4 --tensor_model_parallel_size 4",
     ),
     positional=("model",),
 )
 
 
-def run(options: Measure) -> int:
+def run(options: Measure, parallel: MeasureLayout = MeasureLayout()) -> int:
     """Measure each precision in a process of its own; print the table. Return 1 if one failed for another reason than memory."""
-    jobs = planned(options)
+    jobs = planned(options, parallel)
     from megatron_ft.evaluation.measuring.page import setting_of, write
     from megatron_ft.evaluation.measuring.runner import measure_in_process
     from megatron_ft.evaluation.measuring.verdict import text_table, verdict_of_four
@@ -68,8 +79,8 @@ def run(options: Measure) -> int:
     return int(any(one.failed and not one.is_full for one in results))
 
 
-def planned(options: Measure) -> list[Job]:
-    """Return the configurations to measure. Raise ConfigError or CheckpointError for what cannot be; torch is not imported."""
+def planned(options: Measure, parallel: MeasureLayout = MeasureLayout()) -> list[Job]:
+    """Return the configurations to measure. Raise ConfigError or CheckpointError for what cannot be; mistakes do not wait for torch."""
     from megatron_ft.checkpoints.folder import check_folder
     from megatron_ft.commands.generate import Generation, read_prompts
     from megatron_ft.config.checks import positive
@@ -91,10 +102,29 @@ def planned(options: Measure) -> list[Job]:
         refuse_existing(options.output)
         check_writable("--output", options.output)
     stored = stored_bits(folder, backend) is not None
+    sizes = _sizes(options, parallel, backend)
     return [
-        Job(options.model, backend, number, conversations, options.max_new_tokens, stored, options.adapter)
+        Job(options.model, backend, number, conversations, options.max_new_tokens, stored, options.adapter, *sizes)
         for number in bits
     ]
+
+
+def _sizes(options: Measure, parallel: MeasureLayout, backend: str) -> tuple[int, int]:
+    """Return TP and PP. Raise ConfigError where the backend cannot split a model."""
+    from megatron_ft.commands.layout_choice import Asked, bound_layout
+
+    given = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for name, size in zip(("tensor", "pipeline"), given, strict=True):
+        if size is not None and size < 1:
+            raise ConfigError(f"--{name}_model_parallel_size {size} must be at least 1")
+    sizes = given[0] or 1, given[1] or 1
+    if backend == "transformers":
+        if sizes != (1, 1):
+            raise ConfigError(
+                "transformers measures a model in one process: give --backend engine, or drop the sizes of a layout"
+            )
+        return sizes
+    return sizes if any(given) else bound_layout([Asked(options.model, options.adapter)]) or (1, 1)
 
 
 def _bits(given: list[str], backend: str, stored: int | None) -> list[int]:

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
-from megatron_ft.commands.measure import Measure, planned, run
+from megatron_ft.commands.measure import Measure, MeasureLayout, planned, run
 from megatron_ft.errors import CheckpointError, ConfigError, UserError
 from megatron_ft.evaluation.measuring import memory, model_folder, worker
-from megatron_ft.evaluation.measuring.job import KILLED, NO_ROOM, Job, Measured, Product, Run
+from megatron_ft.evaluation.measuring.job import KILLED, NO_ROOM, Job, Measured, Product, Run, together
 from megatron_ft.evaluation.measuring.page import Setting, write
 from megatron_ft.evaluation.measuring.runner import _message, _why
 from megatron_ft.evaluation.measuring.verdict import rows, text_table, verdict_of_four
@@ -71,6 +71,43 @@ def test_both_backends_answer_as_transformers_alone(place, measured):
             told = one(measured, backend, 32)["runs"][n]
             assert (told["answer"].strip(), told["new_tokens"]) == (answer.strip(), TOKENS), backend
             assert told["prompt_tokens"] == ids["input_ids"].shape[1]
+
+
+def test_a_split_model_answers_alike_and_its_parts_are_counted_together(place, measured, tmp_path):
+    """TP2: all weights of both processes, of which norms are on both; the largest linear is a process's half."""
+    split = options(place, backend="engine", bits=["32"], output=str(tmp_path / "split"))
+    assert run(split, MeasureLayout(tensor_model_parallel_size=2)) == 0
+    (found,) = json.loads((tmp_path / "split" / "measure.json").read_text())["configurations"]
+    whole = one(measured, "engine", 32)
+    assert [each["answer"] for each in found["runs"]] == [each["answer"] for each in whole["runs"]]
+    assert whole["weight_bytes"] <= found["weight_bytes"] < 1.05 * whole["weight_bytes"]
+    assert found["kind"] == "fp32, engine, TP2 x PP1"
+    assert found["product"]["shape"] == [whole["product"]["shape"][0] // 2, whole["product"]["shape"][1]]
+
+
+def test_parts_of_a_model_are_put_together():
+    """All weights, the fullest process's peaks, the first one's times of runs."""
+    parts = [
+        Measured(16, "x", None, weight, 1, load, peak, True, [Run(3, 5, seconds, peak, "a")])
+        for weight, load, peak, seconds in ((10, 1.0, 7, 2.0), (12, 3.0, 9, 2.5))
+    ]
+    found = together(parts)
+    assert (found.weight_bytes, found.load_seconds, found.load_peak_bytes) == (22, 3.0, 9)
+    assert found.runs == [Run(3, 5, 2.0, 9, "a")]
+
+
+def test_a_classic_checkpoint_is_measured_in_its_layout(place, tmp_path):
+    convert(HfToMegatron(str(place / "falcon"), str(tmp_path / "classic"), 2, 2, ckpt_format="torch"))
+    assert {(job.tp, job.pp) for job in planned(Measure(model=str(tmp_path / "classic")))} == {(2, 2)}
+    (job,) = planned(Measure(model=str(tmp_path / "classic"), bits=["16"]), MeasureLayout(4))
+    assert (job.tp, job.pp, job.processes) == (4, 1, 4)
+
+
+def test_transformers_measures_in_one_process(place):
+    with pytest.raises(ConfigError, match="in one process: give --backend engine, or drop the sizes"):
+        planned(options(place, bits=["16"]), MeasureLayout(pipeline_model_parallel_size=2))
+    with pytest.raises(ConfigError, match="--tensor_model_parallel_size 0 must be at least 1"):
+        planned(options(place, bits=["16"]), MeasureLayout(tensor_model_parallel_size=0))
 
 
 def test_weights_have_the_bytes_of_their_format(place, measured):

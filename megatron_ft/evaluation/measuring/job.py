@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_ft.errors import ConfigError
@@ -38,6 +38,13 @@ class Job:
     stored: bool = False
     """The Hugging Face model is quantised to these bits already, and is loaded as it is."""
     adapter: str | None = None
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def processes(self) -> int:
+        """Return the number of processes that hold the model."""
+        return self.tp * self.pp
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,17 @@ class Measured:
         return cls(**{**values, "runs": [Run(**run) for run in values["runs"]], "product": made})
 
 
+def together(parts: Sequence[Measured]) -> Measured:
+    """Return the result of a model from those of its processes, the first one's first: all weights, the fullest process's peaks."""
+    first = parts[0]
+    runs = [replace(run, peak_bytes=max(part.runs[n].peak_bytes for part in parts)) for n, run in enumerate(first.runs)]
+    return replace(
+        first, weight_bytes=sum(part.weight_bytes for part in parts), start_bytes=max(part.start_bytes for part in parts),
+        load_seconds=max(part.load_seconds for part in parts), load_peak_bytes=max(part.load_peak_bytes for part in parts),
+        runs=runs, peaks_are_of_runs=all(part.peaks_are_of_runs for part in parts),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to generate, whichever backend loaded it."""
@@ -119,6 +137,8 @@ class Loaded:
     decode: Callable[[list[int]], str]
     weight_bytes: int
     product: Callable[[], Product]
+    together: Callable[[Measured], Measured] = lambda measured: measured
+    """What this process measured -> the model's, of all its processes."""
 
 
 def check_lengths(prompts: list[list[int]], max_new_tokens: int, positions: int) -> None:

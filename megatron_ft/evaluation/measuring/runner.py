@@ -29,8 +29,10 @@ def measure_in_process(job: Job) -> Measured:
             "--result",
             str(told),
         ]
+        if job.processes > 1:
+            words += ["--nproc_per_node", str(job.processes)]
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-        if done.returncode == 0:
+        if told.exists():  # also where a process ended for lack of memory, and its launcher ended the others
             return Measured.from_json(read_json(told))
     if done.returncode == ConfigError.exit_code:
         raise ConfigError(f"{job.bits} bits: {_message(done.stderr)}")

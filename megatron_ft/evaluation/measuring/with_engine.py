@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,18 @@ import torch
 from megatron_ft import device
 from megatron_ft.errors import ConfigError
 from megatron_ft.evaluation.measuring.clock import median_ms
-from megatron_ft.evaluation.measuring.job import Job, Loaded, Product, check_lengths
+from megatron_ft.evaluation.measuring.job import Job, Loaded, Measured, Product, check_lengths, together
 
 KINDS = {32: "fp32, engine", 16: "bf16, engine", 4: "nf4, engine"}
 
 
 @contextlib.contextmanager
 def loaded(job: Job) -> Iterator[Loaded]:
-    """Yield the model of a job in one process. A model that is not quantised is loaded in bf16 first, then quantised where it is."""
+    """Yield the model of a job, or this process's part of it. One that is not quantised is loaded in bf16 first, then quantised."""
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
     from megatron_ft.generation.loading import open_chat_model
 
-    with process_groups(ParallelSizes()) as layout:
+    with process_groups(ParallelSizes(job.tp, job.pp)) as layout:
         adapter = Path(job.adapter) if job.adapter else None
         chat = open_chat_model(Path(job.model), layout, bf16=job.bits != 32, adapter=adapter)
         prompts = [chat.prompt_ids(messages).tolist() for messages in job.conversations]
@@ -38,7 +39,19 @@ def loaded(job: Job) -> Iterator[Loaded]:
             return chat.tokenizer.decode(ids, skip_special=True)
 
         model = chat.decoder.model
-        yield Loaded(KINDS[job.bits], prompts, generate, decode, weight_bytes(model), lambda: time_product(model))
+        kind = KINDS[job.bits] + (f", TP{job.tp} x PP{job.pp}" if job.processes > 1 else "")
+        yield Loaded(
+            kind, prompts, generate, decode, weight_bytes(model), lambda: time_product(model), lambda own: _of_all(own)
+        )
+
+
+def _of_all(own: Measured) -> Measured:
+    """Return the result of the whole model, on every process."""
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return together(parts)
 
 
 def _to_bits(model: Any, bits: int) -> None:
@@ -58,14 +71,28 @@ def weight_bytes(model: Any) -> int:
 
 @torch.inference_mode()
 def time_product(model: Any) -> Product:
-    """Time one token through the linear with the most weights, and making its plain weight."""
+    """Time one token through the linear with the most weights, or this process's part of it, and making its plain weight."""
     from megatron_ft.quantization.frozen import FrozenLinear
 
-    linears = {name: one for name, one in model.decoder.named_modules() if hasattr(one, "output_size")}
-    name, module = max(linears.items(), key=lambda pair: pair[1].input_size * pair[1].output_size)
+    linears = {
+        name: one for name, one in model.decoder.named_modules() if hasattr(one, "output_size") and _is_alone(one)
+    }
+    name, module = max(linears.items(), key=lambda pair: prod(_part(pair[1])))
     kind = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    row = torch.randn(1, 1, module.input_size, device=device.current_device(), dtype=kind)
+    row = torch.randn(1, 1, _part(module)[1], device=device.current_device(), dtype=kind)
     made = None
     if isinstance(module, FrozenLinear):
         made = median_ms(lambda: module.dense(module.weight, module.weight_absmax, kind))
-    return Product(name, (module.output_size, module.input_size), median_ms(lambda: module(row)), made)
+    return Product(name, _part(module), median_ms(lambda: module(row)), made)
+
+
+def _is_alone(module: Any) -> bool:
+    """Say if a linear multiplies without the other ranks: one whose columns are cut sums with them."""
+    return _part(module)[1] == module.input_size
+
+
+def _part(module: Any) -> tuple[int, int]:
+    """Return rows and columns of a linear's weights on this rank."""
+    rows = getattr(module, "output_size_per_partition", module.output_size)
+    columns = getattr(module, "input_size_per_partition", module.input_size)
+    return rows, columns

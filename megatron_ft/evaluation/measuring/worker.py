@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.sections import Processes
 from megatron_ft.engine.forked import die_with_parent
 from megatron_ft.evaluation.measuring.job import NO_ROOM, Job, Loaded, Measured, Run
 from megatron_ft.files import read_json, write_json
@@ -30,13 +31,23 @@ class Worker:
     """file for what was measured"""
 
 
-COMMAND = Command(name="measure", summary="measures one configuration", sections=(Worker,))
+COMMAND = Command(name="measure", summary="measures one configuration", sections=(Worker, Processes))
 
 
-def run(options: Worker) -> int:
+def run(options: Worker, processes: Processes) -> int:
+    """Measure, in as many processes as are asked for. Where one of several has no room, its result is written and the others are ended."""
+    from megatron_ft.engine.parallel import rank
+    from megatron_ft.engine.start import prepare_engine
+    from megatron_ft.launch.run import launch, planned
+
     die_with_parent()
-    write_json(Path(options.result), measure(Job(**read_json(Path(options.job)))).to_json())
-    return 0
+    if (starts := planned(processes)) and (code := launch(starts, None, prepare_engine)) is not None:
+        return code
+    job = Job(**read_json(Path(options.job)))
+    measured = measure(job)
+    if rank() == 0 or measured.failed:
+        write_json(Path(options.result), measured.to_json())
+    return int(bool(measured.failed) and job.processes > 1)
 
 
 def measure(job: Job) -> Measured:
@@ -63,8 +74,10 @@ def _measure(job: Job) -> Measured:
         model.generate(model.prompts[0], min(_WARM_UP, job.max_new_tokens))
         restarted = memory.restart_peak()
         runs = [_run(model, ids, job.max_new_tokens) for ids in model.prompts]
-        return Measured(
-            job.bits, model.kind, None, model.weight_bytes, start, load_seconds, load_peak, restarted, runs, model.product()
+        return model.together(
+            Measured(
+                job.bits, model.kind, None, model.weight_bytes, start, load_seconds, load_peak, restarted, runs, model.product()
+            )
         )  # fmt: skip
 
 
