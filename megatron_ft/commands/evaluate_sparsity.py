@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ft.commands.compared_models import ComparedModels, adapters_of, check_models, names_of
-from megatron_ft.commands.generate import GenerationLayout
+from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -41,7 +41,7 @@ COMMAND = Command(
     sections=(SparsityOptions, GenerationLayout, Processes),
     examples=(
         "megatron-ft evaluate sparsity --load runs/relu --data data/mine-val",
-        "megatron-ft evaluate sparsity --nproc_per_node 4 --load falcon-40b runs/relu-falcon-40b --names gelu relu "
+        "megatron-ft evaluate sparsity --load falcon-40b runs/relu-falcon-40b --names gelu relu "
         "--data book.txt --max_tokens 100000 --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
     ),
 )
@@ -51,25 +51,23 @@ def run(options: SparsityOptions, parallel: GenerationLayout, processes: Process
     """Measure, print a table and write the files. Raise UserError for settings, models or texts that do not fit."""
     check(options)
     from megatron_ft.checkpoints.folder import check_folder
-    from megatron_ft.engine.parallel import ParallelSizes, process_groups
-    from megatron_ft.engine.start import prepare_engine
-    from megatron_ft.launch.places import join_srun
-    from megatron_ft.launch.run import launch, planned
 
     for given in (*options.load, *filter(None, adapters_of(options))):
         check_folder(Path(given))
-    join_srun(processes)
-    if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
-        return code  # the ranks have done what follows
-    sizes = ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    with process_groups(sizes) as layout:
+
+    def work(layout: Layout) -> None:
         models = [
             {"name": name, "load": load, "adapter": adapter, **_measured(options, load, adapter, layout)}
             for name, load, adapter in zip(names_of(options), options.load, adapters_of(options), strict=True)
         ]
         if layout.is_main:
             _write(options, models)
-    return 0
+
+    asked = [
+        Asked(load, adapter, options.bf16, options.batch_size, options.length)
+        for load, adapter in zip(options.load, adapters_of(options), strict=True)
+    ]
+    return in_layout(work, asked, parallel, processes)
 
 
 def check(options: SparsityOptions) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ft.commands.generate import GenerationLayout
+from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
 from megatron_ft.config.checks import positive
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
@@ -49,7 +49,7 @@ COMMAND = Command(
     summary="store a teacher's most likely tokens beside shards, for distillation",
     sections=(Score, GenerationLayout, Processes),
     examples=(
-        "megatron-ft score --nproc_per_node 4 --load runs/teacher --data_path data/chats-train data/chats-val --top_k 64 "
+        "megatron-ft score --load runs/teacher --data_path data/chats-train data/chats-val --top_k 64 "
         "--seq_length 4096 --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
     ),
 )
@@ -61,11 +61,8 @@ def run(options: Score, parallel: GenerationLayout, processes: Processes) -> int
     from megatron_ft.checkpoints.folder import check_folder
     from megatron_ft.data.shards import open_shards
     from megatron_ft.data.verify import verify_shards
-    from megatron_ft.engine.parallel import ParallelSizes, local_rank, process_groups
-    from megatron_ft.engine.start import prepare_engine
+    from megatron_ft.engine.parallel import local_rank
     from megatron_ft.files import check_writable
-    from megatron_ft.launch.places import join_srun
-    from megatron_ft.launch.run import launch, planned
 
     check_folder(Path(options.load))
     outputs = options.output or options.data_path
@@ -74,13 +71,8 @@ def run(options: Score, parallel: GenerationLayout, processes: Processes) -> int
     several = [open_shards(prefix) for prefix in options.data_path]
     if local_rank() == 0:
         verify_shards(several, "nothing")
-    join_srun(processes)
-    if (starts := planned(processes)) and (code := launch(starts, processes.log_dir, prepare_engine)) is not None:
-        return code  # the ranks have done what follows
-    sizes = ParallelSizes(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    with process_groups(sizes) as layout:
-        _score(options, several, outputs, layout)
-    return 0
+    asked = [Asked(options.load, None, options.bf16, options.batch_size, options.seq_length)]
+    return in_layout(lambda layout: _score(options, several, outputs, layout), asked, parallel, processes)
 
 
 def check(options: Score) -> None:

@@ -141,7 +141,7 @@ def open_bare(folder: Path, layout: Layout, bf16: bool, digests: bool) -> tuple[
     """
     check_folder(folder)
     options = _options(bf16)
-    if not (folder / TRACKER).exists() and "model_type" in _config(folder):
+    if is_export(folder):
         model, arch, tokenizer, _ = _from_export(folder, layout, options, digests)
         return model, arch, tokenizer.info()
     found = find_checkpoint(folder)
