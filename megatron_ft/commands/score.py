@@ -136,6 +136,7 @@ def _score_one(
     tokens, kind = int(shards.lengths.sum(dtype="int64")), row_type(options.top_k, described["vocab_size"])
     name = [temporary_name(rows_path(output))]
     if layout.is_main:
+        name[0].parent.mkdir(parents=True, exist_ok=True)
         write_unknown(name[0], tokens, kind)
     dist.broadcast_object_list(name, src=0)
     try:

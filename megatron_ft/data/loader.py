@@ -126,11 +126,10 @@ class Scored(Protocol):
 class ChatDataset:
     """Rows of chat samples from one or more shards, shuffled anew each epoch. loss_weights: float32 [7] or [4], by role."""
 
-    def __init__(
-        self, shards: Sequence[Samples], loss_weights: np.ndarray, choices: Choices, scored: Sequence[Scored] | None = None
-    ):  # fmt: skip
-        """scored: a teacher's log-probabilities of the tokens of each of the shards; None: there are none."""
-        self.scored = scored
+    scored: Sequence[Scored] | None = None
+    """A teacher's log-probabilities of the tokens of each of the shards; None: there are none."""
+
+    def __init__(self, shards: Sequence[Samples], loss_weights: np.ndarray, choices: Choices):
         self.shards, self.choices, self.seq_length = list(shards), choices, choices.seq_length
         self.packed = choices.packed
         self._weight_by_byte = [shard.loss_weights(loss_weights, choices.marked_loss_weight) for shard in self.shards]

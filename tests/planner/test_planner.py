@@ -258,6 +258,7 @@ def test_the_command_without_torch(tmp_path):
         (["llama2-7b", "--tensor_model_parallel_size", "3"], "does not divide the model's num_attention_heads 32"),
         (["llama2-7b", "--gpus", "6", "--tensor_model_parallel_size", "4"], "--gpus 6 is not a multiple of .* = 4"),
         (["llama2-7b", "--lora_rank", "0"], "--lora_rank 0: must be at least 1"),
+        (["llama2-7b", "--teacher", "falcon-40b"], "--teacher falcon-40b has a vocabulary of 65024, the model one of 32000"),
         (["llama2-7b", "--lora_target", "qkv"], "add --lora_rank, or drop --lora_target"),
         (["llama2-7b", "--lora_rank", "8", "--lora_target", "dense"], "has no such part"),
         (["llama2-7b", "--gpus", "6", "--micro_batch_size", "3"], "--global_batch_size 64 is not a multiple of .* = 18"),
