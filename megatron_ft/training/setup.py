@@ -72,7 +72,10 @@ def make_model(
     for chunk in chunks:
         trainable.freeze_others(chunk)
     if teacher:
-        chunks = _pairs(chunks, teacher, layout, options)
+        own = choose(kernels, numerics, here, attention_needs(teacher.described.architecture))
+        chunks = _pairs(
+            chunks, teacher, layout, dataclasses.replace(options, kernels=dataclasses.replace(own, accumulates=False))
+        )
         config = chunks[0].config
     wrapped = [
         # Gradients of later chunks come first in the backward pass: only there buckets are useful.
@@ -96,7 +99,6 @@ def _pairs(chunks: list, teacher: Teacher, layout: Layout, options: BuildOptions
         options, hidden_dropout=0.0, attention_dropout=0.0, lima_dropout=False, recompute_granularity=None,
         recompute_method=None, recompute_num_layers=None, recompute_modules=(), split=teacher.split,
         padded_vocab_size=vocab_rows(teacher.described), nf4=nf4_of(teacher.described),
-        kernels=options.kernels and dataclasses.replace(options.kernels, accumulates=False),
     )  # fmt: skip
     theirs = build_chunks(teacher.described.architecture, layout, plain)
     config = copy.copy(chunks[0].config)
