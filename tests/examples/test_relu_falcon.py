@@ -92,19 +92,18 @@ def test_a_folder_without_results(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("results.py: ") and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("teacher", [None, ""])
-def test_the_job_s_sizes(teacher, tmp_path, monkeypatch):
-    """40 processes, batch 1920, a cosine from 3e-5, about 5 G tokens; without a teacher LM alone."""
-    if teacher is not None:
-        monkeypatch.setenv("TEACHER", teacher)
+def test_the_job_s_sizes(tmp_path):
+    """40 processes, batch 1920, a cosine from 3e-5, about 5 G tokens; the teacher is the model before the swap."""
     ((_, *words),) = started("relu_falcon_40b/train.sbatch", tmp_path)
     settings = parse(COMMAND, words)[0]
-    assert settings.distillation.teacher == ("checkpoints/falcon-40b" if teacher is None else None)
-    assert settings.checkpointing.load == "checkpoints/relu-falcon-40b-start"
     parallel, batch = settings.parallel, settings.batch
     assert parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size == 40
     assert batch.global_batch_size == 1920 and settings.optimizer.lr_decay_style == "cosine"
     assert settings.optimizer.lr == 3e-5
     assert 4.9e9 < batch.train_iters * batch.global_batch_size * settings.data.seq_length < 5.1e9
+    prepared = (EXAMPLE / "prepare.sh").read_text().split()
+    for folder in (settings.distillation.teacher, settings.checkpointing.load):
+        assert folder in prepared
+    assert settings.data.data_path == ["data/relu_falcon/refinedweb-train"]
     header = (EXAMPLE / "train.sbatch").read_text()
     assert "#SBATCH --nodes=5\n" in header and "#SBATCH --gpus-per-node=8\n" in header
