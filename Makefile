@@ -29,8 +29,10 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)  ## a tiny model learns to answer, split as on a cluster; minutes, no GPU
 	$(BIN)/python -m megatron_ft demo
 
-# Two workers, each with whole files: a file's tests share the processes it starts.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Two workers, each with whole files: a file's tests share the processes it starts. Files are in the order of tests/conftest.py;
+# pytest-xdist by itself begins with those of many tests, which are the short ones.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest $(WORKERS)
 
 test: $(STAMP)  ## the tests, about 11 minutes on 2 cores
 	$(PYTEST) -m "not thorough and not slurm"
@@ -39,7 +41,7 @@ test-all: $(STAMP)  ## those too that show again, at more length, what others sh
 	$(PYTEST) -m "not slurm"
 
 test-engine: $(ENGINE_STAMP)  ## tests of engine, checkpoints and layouts with the newest megatron-core, in .venv-engine; PYTHON=python3.12 or later
-	$(ENGINE_BIN)/pytest -n 2 --dist loadfile -m "not thorough and not slurm" tests/engine tests/checkpoints tests/parallel
+	$(ENGINE_BIN)/pytest $(WORKERS) -m "not thorough and not slurm" tests/engine tests/checkpoints tests/parallel
 
 $(ENGINE_STAMP): setup.py constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
@@ -54,7 +56,7 @@ COVERED := tests/checkpoints tests/parallel tests/errors tests/conversion
 
 coverage: $(STAMP)  ## branches of megatron_ft/checkpoints that tests run, in tests' processes too; fails below 95%
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist loadfile -m "not thorough and not slurm" $(COVERED)
+	$(BIN)/coverage run -m pytest $(WORKERS) -m "not thorough and not slurm" $(COVERED)
 	$(BIN)/coverage combine --quiet --append || true  # files of killed processes cannot be read
 	$(BIN)/coverage report
 

@@ -20,8 +20,13 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+LONG = ("parallel", "examples", "slurm", "demo", "errors", "generation")
+"""Folders with files of a minute. They come first: at the end one worker would wait for the other."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is none; torch is imported only if some are."""
+    """Put long files first. Skip tests marked gpu where there is none; torch is imported only if some are."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
