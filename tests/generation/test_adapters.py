@@ -1,10 +1,7 @@
 """Adapters in use: the same answers from base and adapters, in any layout and kind of folder, as transformers' from the merged model."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from checkpoints_conversion.merge_adapter import Merge, merge
 from megatron_ft.errors import UserError
 from megatron_ft.models.architecture import Architecture
 from tests.conversion.builders import make_llama, make_sentencepiece
+from tests.errors.conftest import engine_desk
 from tests.generation.test_loading import CHAT
 
 
@@ -342,8 +340,8 @@ def test_commands_that_take_a_checkpoint_of_adapters(place, tmp_path):
         "--rehearse",
     )
     done = command("finetune", "--load", run, *flags, "--tensor_model_parallel_size", "2")
-    assert done.returncode == 0, done.stderr
-    assert "rehearsal passed" in done.stdout and "LoRA of rank 3" in done.stdout + done.stderr
+    assert done.code == 0, done.err
+    assert "rehearsal passed" in done.out and "LoRA of rank 3" in done.out + done.err
     for words, message in (
         (
             ("verify-invariance", "--load", run, "--no_shrink"),
@@ -352,9 +350,9 @@ def test_commands_that_take_a_checkpoint_of_adapters(place, tmp_path):
         (("reshard", run, str(tmp_path / "re")), "holds adapters, not a model: merge them"),
     ):
         done = command(*words)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.code == 2 and message in done.err and "Traceback" not in done.err, done.err
 
 
 def command(*words):
-    line = [sys.executable, "-m", "megatron_ft", *words]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """What a command line leaves, run on the desk that has imported the engine."""
+    return engine_desk()(*words, patience=150)

@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from megatron_ft.config.sections import Processes
 from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.errors import ConfigError, DamagedError
 from tests.conversion.builders import make_llama, make_sentencepiece
+from tests.errors.conftest import engine_desk
 
 CHAT = [{"role": "user", "content": "a plum"}]
 
@@ -166,14 +165,14 @@ def test_several_answers_and_the_processes_of_a_layout(folders, tmp_path):
         f"--load {folders / 'torch_dist'} --prompts {asked} --output {tmp_path / 'answers.jsonl'} --max_new_tokens 6"
     )
     layout = "--tensor_model_parallel_size 2 --temperature 1.5 --num_return_sequences 3"
-    call = [sys.executable, "-m", "megatron_ft", "generate", *words.split(), *layout.split()]
-    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    done = engine_desk()("generate", *words.split(), *layout.split())
+    assert done.code == 0, done.err
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["a plum", "a longer question about plums"]
     for line in lines:
         assert len(line["answers"]) == 3 and line["answer"] == line["answers"][0] and len(set(line["answers"])) > 1
     assert re.search(
-        r"tokens of prompts \([\d,.]+ tokens/s\), \d+ new tokens \([\d,.]+ tokens/s\)", done.stderr + done.stdout
+        r"tokens of prompts \([\d,.]+ tokens/s\), \d+ new tokens \([\d,.]+ tokens/s\)", done.err + done.out
     )
 
 

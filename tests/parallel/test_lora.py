@@ -129,11 +129,11 @@ def test_the_command(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     flags = ("--load", str(tmp_path), "--layouts", "TP2 + sequence parallel", "norms not summed (broken on purpose)")
     good = command(*flags, "--lora_rank", "8", "--lora_dropout", "0.1")
-    assert good.returncode == 0, good.stderr
-    assert good.stdout.count(": pass\n") == 1 and good.stdout.count(": caught\n") == 1
-    assert good.stdout.count("_lora.") == 2, good.stdout
+    assert good.code == 0, good.err
+    assert good.out.count(": pass\n") == 1 and good.out.count(": caught\n") == 1
+    assert good.out.count("_lora.") == 2, good.out
     bad = command(*flags, "--lora_dropout", "0.1")
-    assert bad.returncode == 2 and "add --lora_rank, or drop --lora_dropout" in bad.stderr
+    assert bad.code == 2 and "add --lora_rank, or drop --lora_dropout" in bad.err
 
 
 @pytest.mark.parametrize("arch", [LLAMA, FALCON], ids=["two tables", "tied"])

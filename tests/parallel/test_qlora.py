@@ -99,9 +99,9 @@ def test_a_rehearsal_has_a_quantised_base_too(base, flags, roots, shards, tmp_pa
 
     words = f"--data_path {shards} --seq_length 32 --train_iters 3 --lora_rank 4 --nproc_per_node 2 --rehearse {flags}"
     done = command("finetune", "--load", roots[base], *words.split())
-    assert done.returncode == 0, done.stderr
-    assert "rehearsal passed" in done.stdout and "rank 4, on a base in NF4" in done.stdout
-    assert "hidden 128 -> 32" not in done.stdout  # half a block: the plain small model's width
+    assert done.code == 0, done.err
+    assert "rehearsal passed" in done.out and "rank 4, on a base in NF4" in done.out
+    assert "hidden 128 -> 32" not in done.out  # half a block: the plain small model's width
 
 
 def test_ten_steps_with_a_stop_after_five(roots, four_ranks, shards, tmp_path):
