@@ -111,23 +111,29 @@ def run_with(load, shards, save, until, layout, flags):
     return refused(load, shards, save, until, layout, **flags)
 
 
+@pytest.fixture(scope="module")
+def stays(four_ranks, checkpoint, shards, tmp_path_factory):
+    """A run of four steps in TP2 x PP2, resumed after two; both checkpoints are there."""
+    save = tmp_path_factory.mktemp("stays") / "first"
+    go(four_ranks, checkpoint, shards, save, 2, **LORA)
+    saved = hashes(save)
+    go(four_ranks, checkpoint, shards, save, 4, **LORA, auto_resume=True, keep_last=2)
+    assert hashes(save / "iter_0000002") == saved
+    return save
+
+
 @pytest.mark.parametrize(
     ("layout", "processes"),
     [((4, 1), 4), ((1, 2), 4), ((1, 1), 4), ((1, 1), 1)],
     ids=["TP4", "PP2 x DP2", "one stage, DP4", "one process"],
 )
-def test_adapters_go_on_in_another_layout(layout, processes, four_ranks, one_rank, checkpoint, shards, tmp_path):
+def test_adapters_go_on_in_another_layout(layout, processes, stays, four_ranks, one_rank, shards, tmp_path):
     """TP2 x PP2 -> others; the losses are those of the run that stays, and the adapters are loaded to the bit."""
-    save = tmp_path / "first"
-    go(four_ranks, checkpoint, shards, save, 2, **LORA)
-    saved = hashes(save)
-    go(four_ranks, checkpoint, shards, save, 4, **LORA, auto_resume=True, keep_last=2)
-    load = f"{save}/iter_0000002"
-    assert hashes(load) == saved
+    load = f"{stays}/iter_0000002"
     more = {"virtual_pipeline_model_parallel_size": 2} if layout == (1, 2) else {}
     ranks = four_ranks if processes == 4 else one_rank
     go(ranks, load, shards, tmp_path / "second", 4, layout, **more)
-    stayed, moved = read_metrics(tmp_path / "first"), read_metrics(tmp_path / "second")
+    stayed, moved = read_metrics(stays), read_metrics(tmp_path / "second")
     assert np.allclose(stayed[-2:], moved, rtol=2e-5, atol=0)
     kept = str(tmp_path / "kept")
     go(ranks, load, shards, kept, 1, layout, **more, finetune=True, lr=1e-30)

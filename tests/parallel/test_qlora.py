@@ -1,5 +1,7 @@
 """Adapters on a base in NF4: layouts, stops, the base they belong to, answers, and what merging adds them to."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,21 @@ def roots(hf):
     for name, more in flags.items():
         convert(HfToMegatron(str(hf), str(hf.parent / name), params_dtype="bf16", **more))
     return {name: str(hf.parent / name) for name in flags}
+
+
+@pytest.fixture(scope="module")
+def two_steps(roots, four_ranks, shards, tmp_path_factory):
+    """(base, flags) -> a copy of the run of two steps in TP2 x PP2; made when first asked for."""
+    made = {}
+
+    def copy(load, save, **flags):
+        key = (load, *flags.items())
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("two") / "run"
+            go(four_ranks, roots[load], shards, made[key], 2, **LORA, **flags)
+        return shutil.copytree(made[key], save)
+
+    return copy
 
 
 def prepared(arch, case, lora, numerics, prepare):
@@ -118,14 +135,17 @@ def test_ten_steps_with_a_stop_after_five(roots, four_ranks, shards, tmp_path):
     [("nf4", (4, 1), 4), ("double", (4, 1), 4), ("nf4", (1, 2), 2), ("double", (1, 1), 1)],
     ids=["TP4", "TP4, double", "PP2", "one process, double"],
 )
-def test_another_layout_and_the_merged_model(base, layout, processes, roots, pools, four_ranks, shards, tmp_path):
+def test_another_layout_and_the_merged_model(
+    base, layout, processes, roots, two_steps, pools, four_ranks, shards, tmp_path
+):
     """TP2 x PP2 -> others; merged onto the dequantised base."""
     from checkpoints_conversion.megatron_to_hf import MegatronToHf
     from checkpoints_conversion.megatron_to_hf import convert as export
     from checkpoints_conversion.merge_adapter import Merge, run
 
-    go(four_ranks, roots[base], shards, tmp_path / "run", 2, **LORA)
-    go(four_ranks, roots[base], shards, tmp_path / "stays", 4, **LORA)
+    two_steps(base, tmp_path / "run")
+    two_steps(base, tmp_path / "stays")
+    go(four_ranks, roots[base], shards, tmp_path / "stays", 4, auto_resume=True)
     go(pools[processes], roots[base], shards, tmp_path / "run", 4, layout, auto_resume=True)
     np.testing.assert_allclose(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "stays"), rtol=1e-5)
     run(Merge(str(tmp_path / "run"), str(tmp_path / "merged"), params_dtype="fp32"))
@@ -137,9 +157,9 @@ def test_another_layout_and_the_merged_model(base, layout, processes, roots, poo
     assert 0 < step < 0.5
 
 
-def test_another_base_is_refused(roots, four_ranks, shards, tmp_path):
+def test_another_base_is_refused(roots, two_steps, four_ranks, shards, tmp_path):
     """Adapters of the quantised weights do not belong to the plain ones."""
-    go(four_ranks, roots["nf4"], shards, tmp_path / "run", 2, **LORA)
+    two_steps("nf4", tmp_path / "run")
     said = four_ranks.run(run_with, str(tmp_path / "run"), shards, None, 4, (2, 2), {"base": roots["plain"]})
     assert all("is not the model that the adapters were trained with" in one for one in said)
 
@@ -188,7 +208,7 @@ def opened_logits(folder, adapter, tokens):
         return jobs.logits(model, torch.from_numpy(tokens), 203, layout)
 
 
-def test_an_export_is_quantised_for_adapters_that_saw_it_so(hf, roots, four_ranks, shards, tmp_path):
+def test_an_export_is_quantised_for_adapters_that_saw_it_so(roots, two_steps, four_ranks, tmp_path):
     """Whether the model is the checkpoint or a Hugging Face folder, its adapters answer on NF4."""
     from checkpoints_conversion.megatron_to_hf import MegatronToHf
     from checkpoints_conversion.megatron_to_hf import convert as export
@@ -197,21 +217,21 @@ def test_an_export_is_quantised_for_adapters_that_saw_it_so(hf, roots, four_rank
     tokens = np.random.default_rng(5).integers(0, 203, (2, 24))
     found = {}
     for name, flags in (("nf4", {"base_precision": "nf4"}), ("plain", {})):
-        go(four_ranks, roots["plain"], shards, tmp_path / name, 2, **LORA, **flags)
+        two_steps("plain", tmp_path / name, **flags)
         found[name] = four_ranks.run(adapted_logits, str(tmp_path / name), tokens)[-1]
         other = four_ranks.run(opened_logits, str(tmp_path / "export"), str(tmp_path / name), tokens)[-1]
         assert np.array_equal(other, found[name]), name
     assert not np.array_equal(found["nf4"], found["plain"])
 
 
-def test_answers_and_verify(roots, four_ranks, shards, tmp_path):
+def test_answers_and_verify(two_steps, four_ranks, tmp_path):
     """Base and adapters compute what the merged model does, whether the base was quantised before or is when it is loaded."""
     from transformers import AutoModelForCausalLM
 
     from checkpoints_conversion.merge_adapter import Merge, run
     from checkpoints_conversion.verify import Verify, verify
 
-    go(four_ranks, roots["double"], shards, tmp_path / "run", 3, **LORA)
+    two_steps("double", tmp_path / "run")
     run(Merge(str(tmp_path / "run"), str(tmp_path / "merged"), params_dtype="fp32"))
     tokens = np.random.default_rng(5).integers(0, 203, (2, 24))
     found = four_ranks.run(adapted_logits, str(tmp_path / "run"), tokens)[-1]
@@ -222,7 +242,7 @@ def test_answers_and_verify(roots, four_ranks, shards, tmp_path):
     said = str(verify(Verify(str(tmp_path / "merged"), str(tmp_path / "run"), tolerance=1e-3)))
     assert said.startswith("the base is unchanged, ") and "logits of 4 prompts in" in said
     for name, load, flags in (("nf4", "nf4", {}), ("loaded", "plain", {"base_precision": "nf4"})):
-        go(four_ranks, roots[load], shards, tmp_path / name, 3, **LORA, **flags)
+        two_steps(load, tmp_path / name, **flags)
     one, other = (four_ranks.run(adapted_logits, str(tmp_path / name), tokens)[-1] for name in ("nf4", "loaded"))
     assert np.array_equal(one, other)
 
@@ -236,7 +256,7 @@ def merge_onto(root, folder, onto=None, base=None, **more) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("load, flags", [("nf4", {}), ("double", {}), ("plain", {"base_precision": "nf4"})])
-def test_merged_onto_what_is_chosen(load, flags, hf, roots, four_ranks, shards, tmp_path):
+def test_merged_onto_what_is_chosen(load, flags, hf, roots, two_steps, tmp_path):
     """Onto the dequantised weights by default; onto the original ones by choice, which must be those that were quantised. PEFT adds the
     same to the original model.
     """
@@ -249,8 +269,7 @@ def test_merged_onto_what_is_chosen(load, flags, hf, roots, four_ranks, shards, 
     from megatron_ft.errors import UserError
     from megatron_ft.files import read_json
 
-    run = tmp_path / "run"
-    go(four_ranks, roots[load], shards, run, 2, **LORA, **flags)
+    run = two_steps(load, tmp_path / "run", **flags)
     plain = merge_onto(run, tmp_path / "original", "original", roots["plain"], params_dtype="bf16")
     usual = merge_onto(run, tmp_path / "usual")
     if load != "plain":
@@ -281,13 +300,13 @@ def test_merged_onto_what_is_chosen(load, flags, hf, roots, four_ranks, shards, 
     assert not (tmp_path / "never").exists()
 
 
-def test_a_choice_that_there_is_not(roots, four_ranks, shards, tmp_path):
+def test_a_choice_that_there_is_not(two_steps, tmp_path):
     from megatron_ft.errors import UserError
 
-    go(four_ranks, roots["nf4"], shards, tmp_path / "nf4", 1, **LORA)
+    two_steps("nf4", tmp_path / "nf4")
     with pytest.raises(UserError, match="is quantised: give the checkpoint of the original model with --base"):
         merge_onto(tmp_path / "nf4", tmp_path / "never", "original")
-    go(four_ranks, roots["plain"], shards, tmp_path / "plain", 1, **LORA)
+    two_steps("plain", tmp_path / "plain")
     for onto in ("original", "dequantized"):
         with pytest.raises(UserError, match="trained on weights that are not quantised: drop it"):
             merge_onto(tmp_path / "plain", tmp_path / "never", onto)
