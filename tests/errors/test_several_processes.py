@@ -41,6 +41,7 @@ def test_what_every_process_meets(shop, tmp_path):
     assert_said_once(lines, "nowhere: no such folder")
 
 
+@pytest.mark.thorough
 def test_number_of_processes(shop):
     lines = torchrun(2, *finetune(shop), *layout(2, 2))
     assert_said_once(lines, "2 process.* = 4: start a multiple of 4: --nproc_per_node 4")

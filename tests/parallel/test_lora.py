@@ -87,8 +87,18 @@ def test_without_a_mark_the_layout_is_noticed(pools):
     assert counted.gradient < TOLERANCE and counted.grad_norm > 1e-3
 
 
-@pytest.mark.parametrize("recompute", [{"recompute_granularity": "full"}, {"recompute_modules": ["mlp", "layernorm"]}])
-@pytest.mark.parametrize("arch", [LLAMA, FALCON], ids=["ordinary block", "parallel block"])
+FULL, PARTS = {"recompute_granularity": "full"}, {"recompute_modules": ["mlp", "layernorm"]}
+
+
+@pytest.mark.parametrize(
+    ("arch", "recompute"),
+    [
+        pytest.param(LLAMA, FULL, id="ordinary block, full", marks=pytest.mark.thorough),
+        pytest.param(LLAMA, PARTS, id="ordinary block, parts"),
+        pytest.param(FALCON, FULL, id="parallel block, full"),
+        pytest.param(FALCON, PARTS, id="parallel block, parts", marks=pytest.mark.thorough),
+    ],
+)
 def test_recomputation_changes_nothing(arch, recompute, pools):
     """Dropout too: the MLP of one microbatch runs again after the forward passes of the next ones (PP2)."""
     from megatron_ft.config.sections import Numerics

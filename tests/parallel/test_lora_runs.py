@@ -82,7 +82,7 @@ def wide_checkpoint(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
-        ({}, 10), ({"bf16": True, "use_distributed_optimizer": True}, 10),
+        pytest.param({}, 10, marks=pytest.mark.thorough), ({"bf16": True, "use_distributed_optimizer": True}, 10),
         ({"fp16": True, "recompute_granularity": "full", "initial_loss_scale": 1024.0}, 4),
     ],
     ids=["fp32", "bf16, distributed", "fp16, recomputed"],

@@ -125,9 +125,19 @@ def test_recomputing_changes_no_gradient_and_saves_memory(kind, one_rank):
     assert bytes_kept["all parts"] < min(bytes_kept[name] for name in ("mlp", "layernorm", "core_attn"))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
-@pytest.mark.parametrize(("layout", "rank"), [((2, 2), 3), ((1, 1), 2), ((1, 4), 1)], ids=["TP2xPP2", "DP4", "PP4"])
-def test_not_finite_on_one_rank_updates_none(value, layout, rank, four_ranks, checkpoint, shards, tmp_path):
+POISONED = {"TP2xPP2": ((2, 2), 3), "DP4": ((1, 1), 2), "PP4": ((1, 4), 1)}
+ALWAYS = {("TP2xPP2", "nan"), ("DP4", "inf"), ("PP4", "nan")}
+"""Each layout and each value; the others are thorough."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "value"),
+    [
+        pytest.param(*POISONED[name], float(value), id=f"{name}-{value}", marks=[pytest.mark.thorough] * ((name, value) not in ALWAYS))
+        for name in POISONED for value in ("nan", "inf")
+    ],
+)  # fmt: skip
+def test_not_finite_on_one_rank_updates_none(layout, rank, value, four_ranks, checkpoint, shards, tmp_path):
     """The second of two steps is poisoned on one rank: the weights saved are those after the first."""
     for poison in (None, rank):
         until = 1 if poison is None else 2
@@ -138,7 +148,7 @@ def test_not_finite_on_one_rank_updates_none(value, layout, rank, four_ranks, ch
     assert all(torch.equal(clean[name], saved[name]) for name in clean)
 
 
-@pytest.mark.parametrize("layout", [(2, 2), (1, 1)], ids=["TP2xPP2", "DP4"])
+@pytest.mark.parametrize("layout", [(2, 2), pytest.param((1, 1), marks=pytest.mark.thorough)], ids=["TP2xPP2", "DP4"])
 def test_a_batch_without_a_label_updates_nothing(layout, four_ranks, checkpoint, shards, tmp_path):
     """No 0/0: the loss is 0, the step is counted as empty, weights and Adam's state stay."""
     four_ranks.run(without_labels, layout, checkpoint, shards, str(tmp_path / "run"))
@@ -159,7 +169,7 @@ def test_weights_below_one_in_all_divide_the_same(four_ranks, checkpoint, shards
         np.testing.assert_allclose(small, one, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layout", [(2, 1), (1, 1)], ids=["TP2xDP2", "DP4"])
+@pytest.mark.parametrize("layout", [(2, 1), pytest.param((1, 1), marks=pytest.mark.thorough)], ids=["TP2xDP2", "DP4"])
 def test_a_replica_one_bit_off_is_flagged_within_k_steps(layout, checkpoint, shards, tmp_path):
     """A bit of rank 3's weights flips in step 2; replicas are compared every third step."""
     ranks = Ranks(4)

@@ -132,7 +132,12 @@ def test_ten_steps_with_a_stop_after_five(roots, four_ranks, shards, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "layout", "processes"),
-    [("nf4", (4, 1), 4), ("double", (4, 1), 4), ("nf4", (1, 2), 2), ("double", (1, 1), 1)],
+    [
+        pytest.param("nf4", (4, 1), 4, marks=pytest.mark.thorough),
+        ("double", (4, 1), 4),
+        ("nf4", (1, 2), 2),
+        ("double", (1, 1), 1),
+    ],
     ids=["TP4", "TP4, double", "PP2", "one process, double"],
 )
 def test_another_layout_and_the_merged_model(

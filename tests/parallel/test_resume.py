@@ -50,12 +50,12 @@ def straight(four_ranks, checkpoint, shards, tmp_path_factory):
     return run
 
 
-SHOWN_BY_OTHERS = "TP2xDP2, distributed"
-"""With bf16 and with the classic format it is run always."""
+SHOWN_BY_OTHERS = ("TP2xDP2, distributed", "TP2xPP2, plain, in the background")
+"""Run always: the first with bf16 and with the classic format, the second in the classic format, and by test_resume_check in the other."""
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.thorough] * (case == SHOWN_BY_OTHERS)) for case in CASES]
+    "case", [pytest.param(case, marks=[pytest.mark.thorough] * (case in SHOWN_BY_OTHERS)) for case in CASES]
 )
 def test_same_layout_to_the_bit(case, straight, four_ranks, checkpoint, shards, tmp_path):
     """Losses, weights and samples of ten steps equal those of five, a save every second step, a new start and five more."""
