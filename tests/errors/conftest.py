@@ -1,11 +1,15 @@
 """A tokenizer, a tiny model, checkpoints and shards, made once by the commands themselves, and damaged copies of them."""
 
+import contextlib
 import functools
 import json
 import os
 import shutil
+import socketserver
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +66,45 @@ def desk():
 def engine_desk() -> Desk:
     """Return the desk of this test process that has imported the engine."""
     return Desk("engine")
+
+
+_RUN_FILE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+_CLIENT = """#!{python} -IS
+import json, socket, sys
+link = socket.socket(socket.AF_UNIX)
+link.connect({address!r})
+stream = link.makefile("rw")
+print(json.dumps(sys.argv[1:]), file=stream, flush=True)
+code, out, err = json.loads(stream.readline())
+sys.stderr.write(err)
+sys.stdout.write(out)
+sys.exit(code)
+"""
+
+
+class _ToTheDesk(socketserver.StreamRequestHandler):
+    """One call of the stand-in for an interpreter."""
+
+    def handle(self) -> None:
+        words = json.loads(self.rfile.readline())
+        if words[:2] == ["-m", "megatron_ft"]:
+            done = engine_desk()(*words[2:], patience=300)
+        else:
+            done = engine_desk()(*words, program=_RUN_FILE, patience=300)
+        self.wfile.write(json.dumps([done.code, done.out, done.err]).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def interpreter_of_the_desk():
+    """Yield the path of a program that a script may call as its Python: what it runs is forked from the desk of the engine."""
+    with tempfile.TemporaryDirectory() as folder:  # a short path: that of a socket is limited
+        address, program = f"{folder}/s", Path(folder, "python")
+        program.write_text(_CLIENT.format(python=sys.executable, address=address))
+        program.chmod(0o755)
+        with socketserver.UnixStreamServer(address, _ToTheDesk) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield program
+            server.shutdown()
 
 
 @pytest.fixture(scope="session")

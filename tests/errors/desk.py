@@ -34,6 +34,8 @@ def _import_engine() -> None:
     from megatron_ft.engine.start import prepare_engine
 
     prepare_engine()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401  # each takes a while
+
     for name in ("commands.finetune", "commands.generate", "training.loop", "training.setup", "generation.loading"):
         importlib.import_module(f"megatron_ft.{name}")
     import torch

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ft.data.roles import PROMPTER
 from megatron_ft.data.shards import open_shards
+from tests.errors.conftest import interpreter_of_the_desk
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "adapters_small"
@@ -20,11 +21,12 @@ SMALL = {"ITERS_LONG": "6", "EPOCHS": "0.2", "TP": "1", "MAX_NEW_TOKENS": "6"}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder that run.sh filled."""
-    return run(tmp_path_factory.mktemp("adapters") / "out", SMALL)
+    with interpreter_of_the_desk() as python:
+        return run(tmp_path_factory.mktemp("adapters") / "out", SMALL, str(python))
 
 
-def run(out: Path, settings: dict[str, str]) -> Path:
-    environment = {**os.environ, **settings, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+def run(out: Path, settings: dict[str, str], python: str = sys.executable) -> Path:
+    environment = {**os.environ, **settings, "PYTHON": python, "PYTHONPATH": str(ROOT)}
     words = [str(EXAMPLE / "run.sh"), str(out)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

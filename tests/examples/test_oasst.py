@@ -6,11 +6,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from tests.errors.conftest import interpreter_of_the_desk
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "oasst"
@@ -25,11 +26,12 @@ def made(tmp_path_factory):
     if not (EXPORT.is_file() and TOKENIZER.is_file()):
         pytest.skip("the Open-Assistant export and the Llama-2 tokenizer are not there")
     out = tmp_path_factory.mktemp("oasst") / "out"
-    done = subprocess.run(
-        [str(EXAMPLE / "run.sh"), str(EXPORT), str(TOKENIZER), str(out)],
-        env={**os.environ, **SMALL, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    with interpreter_of_the_desk() as python:
+        done = subprocess.run(
+            [str(EXAMPLE / "run.sh"), str(EXPORT), str(TOKENIZER), str(out)],
+            env={**os.environ, **SMALL, "PYTHON": str(python), "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (out / "printed.txt").write_text(done.stdout)
     return out
