@@ -8,6 +8,7 @@ WIDEST, CELL_HEIGHT = 92, 34
 _LIGHT, _DARK = (236, 242, 252), (13, 50, 120)
 _EMPTY = "#ffffff"
 _INK, _SOFT = "#1d2126", "#667079"
+_WHITE_FROM = 0.6  # score above which white numbers have more contrast than dark ones
 _FONT = 'font-family="system-ui, DejaVu Sans, sans-serif" font-size="11.5"'
 
 
@@ -44,7 +45,9 @@ def heat_map(
 def _cell(x: float, y: float, width: float, score: float | None, label: str) -> str:
     if score is None:
         return _box(x, y, width, _EMPTY) + _text(x + width / 2, y + CELL_HEIGHT / 2 + 4, "–")
-    number = _text(x + width / 2, y + CELL_HEIGHT / 2 + 4, percent(score), fill="#ffffff" if score > 0.5 else _INK)
+    number = _text(
+        x + width / 2, y + CELL_HEIGHT / 2 + 4, percent(score), fill="#ffffff" if score > _WHITE_FROM else _INK
+    )
     return f"<g><title>{escape(label)}: {percent(score)}%</title>{_box(x, y, width, _colour(score))}{number}</g>"
 
 
