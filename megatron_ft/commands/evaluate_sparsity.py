@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ class SparsityOptions(ComparedModels):
     """stop after about this many tokens; default: all of the texts"""
     batch_size: int = 8
     """number of pieces of documents that are computed at once"""
-    output: str = "sparsity"
+    output: str = field(default="sparsity", metadata={"writes": "folder"})
     """folder for sparsity.json, sparsity.html and sparsity.svg"""
     bf16: bool = False
     """compute in bfloat16 instead of fp32"""

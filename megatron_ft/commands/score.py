@@ -46,7 +46,7 @@ class Score:
 
 COMMAND = Command(
     name="score",
-    summary="store a teacher's most likely tokens beside shards, for distillation",
+    summary="store a teacher's likely tokens, for distillation",
     sections=(Score, GenerationLayout, Processes),
     examples=(
         "megatron-ft score --load runs/teacher --data_path data/chats-train data/chats-val --top_k 64 "

@@ -36,9 +36,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
     "Train": {
         "plan": Entry("megatron_ft.commands.plan", "estimate memory and idle time, propose layouts"),
         "preflight": Entry("megatron_ft.commands.preflight", "check shards and checkpoint for a finetune command"),
-        "score": Entry(
-            "megatron_ft.commands.score", "store a teacher's most likely tokens beside shards, for distillation"
-        ),
+        "score": Entry("megatron_ft.commands.score", "store a teacher's likely tokens, for distillation"),
         "finetune": Entry("megatron_ft.commands.finetune", "train a checkpoint on shards, over GPUs or CPU processes"),
         "resume-check": Entry(
             "megatron_ft.commands.resume_check", "check that stopping and resuming does not change a run"
