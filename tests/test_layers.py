@@ -35,6 +35,7 @@ LAYERS = {
     "megatron_ft.data": 2,
     "megatron_ft.checkpoints": 3,
     "megatron_ft.adapters": 4,
+    "megatron_ft.sparse": 4,
     "megatron_ft.planner": 5,
     "megatron_ft.training": 5,
     "megatron_ft.generation": 5,

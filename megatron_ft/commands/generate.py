@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
+from megatron_ft.commands.sparse_options import SparseOptions, check_sparse_options
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -16,6 +17,7 @@ from megatron_ft.generation.prompts import read_prompt_file, with_messages
 
 if TYPE_CHECKING:
     from megatron_ft.engine.parallel import Layout
+    from megatron_ft.generation.loading import ChatModel
     from megatron_ft.generation.throughput import Throughput
 
 
@@ -70,7 +72,7 @@ class SamplingOptions:
 COMMAND = Command(
     name="generate",
     summary="answer prompts with a checkpoint or an exported model",
-    sections=(Generation, SamplingOptions, GenerationLayout, Processes),
+    sections=(Generation, SamplingOptions, GenerationLayout, Processes, SparseOptions),
     examples=(
         'megatron-ft generate --load runs/demo/tuned --prompt "what colour is a plum ?"',
         "megatron-ft generate --nproc_per_node 4 --load runs/model --prompts questions.jsonl --output answers.jsonl "
@@ -79,7 +81,10 @@ COMMAND = Command(
 )
 
 
-def run(generation: Generation, options: SamplingOptions, parallel: GenerationLayout, processes: Processes) -> int:
+def run(
+    generation: Generation, options: SamplingOptions, parallel: GenerationLayout, processes: Processes,
+    sparse: SparseOptions | None = None,
+) -> int:  # fmt: skip
     """Answer the prompts. Raise UserError for a missing checkpoint, malformed prompts or a layout that does not fit."""
     lines = read_prompts(generation)
     check_sampling(options)
@@ -90,14 +95,17 @@ def run(generation: Generation, options: SamplingOptions, parallel: GenerationLa
 
     for given in filter(None, (generation.load, generation.adapter)):
         check_folder(Path(given))
+    asked = [_asked(generation, options, lines)]
+    sparse = sparse or SparseOptions()
+    check_sparse_options(sparse, asked, options.bf16, parallel, processes)
 
     def work(layout: Layout) -> None:
-        answers, throughput = _answer(generation, options, layout, [line["messages"] for line in lines])
+        answers, throughput = _answer(generation, options, layout, [line["messages"] for line in lines], sparse)
         if layout.is_main:
             _write(generation, lines, answers)
             print(throughput, file=sys.stderr)
 
-    return in_layout(work, [_asked(generation, options, lines)], parallel, processes)
+    return in_layout(work, asked, parallel, processes)
 
 
 def _asked(generation: Generation, options: SamplingOptions, lines: list[dict]) -> Asked:
@@ -149,30 +157,45 @@ def check_number(options: SamplingOptions) -> None:
 
 
 def _answer(
-    generation: Generation, options: SamplingOptions, layout: Layout, conversations: list
+    generation: Generation, options: SamplingOptions, layout: Layout, conversations: list, sparse: SparseOptions
 ) -> tuple[list[list[str]], Throughput]:
     """Return the answers to each conversation, on every rank, and the speed. Data-parallel ranks take every dp_size-th prompt."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_ft.generation.loading import open_chat_model
     from megatron_ft.generation.sampling import Sampling
     from megatron_ft.generation.throughput import together
 
-    model = open_chat_model(
-        Path(generation.load), layout, generation.chat_format, options.bf16, generation.verify_checkpoint,
-        generation.template_arguments, Path(generation.adapter) if generation.adapter else None,
-    )  # fmt: skip
+    model = _open(generation, options, layout, sparse)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
     count = options.num_return_sequences
     mine = [one for one in conversations[layout.dp_rank :: layout.dp_size] for _ in range(count)]
     answers = model.answers(
-        mine, options.max_new_tokens, sampling, options.batch_size, options.seed + layout.dp_rank, options.stop
-    )
+        mine, options.max_new_tokens, sampling, 1 if sparse.sparse else options.batch_size,
+        options.seed + layout.dp_rank, options.stop,
+    )  # fmt: skip
     shares: list[Any] = [None] * layout.dp_size
     dist.all_gather_object(shares, (answers, model.decoder.throughput), group=parallel_state.get_data_parallel_group())
     places = [(i % layout.dp_size, i // layout.dp_size * count) for i in range(len(conversations))]
     return [shares[rank][0][at : at + count] for rank, at in places], together([share[1] for share in shares])
+
+
+def _open(generation: Generation, options: SamplingOptions, layout: Layout, sparse: SparseOptions) -> ChatModel:
+    """Load the model; one with sparse activations answers one prompt at a time, so that a token reads only the rows of its own."""
+    from megatron_ft.generation.loading import open_chat_model
+    from megatron_ft.generation.sparse_loading import described, open_sparse, predictors_of
+
+    folder = Path(generation.load)
+    if sparse.sparse:
+        predictors = predictors_of(sparse.predictors, sparse.sparse, described(folder).arch)
+        return open_sparse(
+            folder, layout, sparse.sparse_weights, sparse.sparse, predictors, generation.chat_format,
+            generation.verify_checkpoint, generation.template_arguments,
+        )[0]  # fmt: skip
+    return open_chat_model(
+        folder, layout, generation.chat_format, options.bf16, generation.verify_checkpoint,
+        generation.template_arguments, Path(generation.adapter) if generation.adapter else None,
+    )  # fmt: skip
 
 
 def _write(generation: Generation, lines: list[dict], answers: list[list[str]]) -> None:

@@ -30,8 +30,14 @@ class Measure:
     """file of prompts, one JSON object per line: {"prompt": text} or {"messages": [...]}; default: five short ones"""
     max_new_tokens: int = 100
     """number of tokens per answer; an end-of-text token does not end it"""
+    sparse: bool = False
+    """of a model with ReLU, on a CPU: measure dense and sparse decoding with the same kernel, instead of precisions"""
+    sparse_weights: Literal["fp32", "bf16", "int8"] | None = None
+    """with --sparse: precision of the weights; default: bf16 for a model in bf16, else fp32"""
+    predictors: str | None = None
+    """with --sparse: folder that train-predictors has written for this model, to measure predicted rows too"""
     output: str | None = None
-    """folder for measure.json, measure.html and the charts; default: only print the table"""
+    """folder for measure.json, measure.html and the charts; default: only print the table; with --sparse only measure.json"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ COMMAND = Command(
         "megatron-ft measure models/falcon-40b-instruct --bits 16,8,4 --output runs/measure",
         "megatron-ft measure runs/tuned --backend engine --bits 16,4 --max_new_tokens 20",
         "megatron-ft measure runs/llama2-70b --bits 16,4 --tensor_model_parallel_size 4",
+        "megatron-ft measure runs/relu --sparse --sparse_weights int8",
     ),
     positional=("model",),
 )
@@ -59,6 +66,10 @@ COMMAND = Command(
 
 def run(options: Measure, parallel: MeasureLayout = MeasureLayout()) -> int:
     """Measure each precision in a process of its own; print the table. Return 1 if one failed for another reason than memory."""
+    if options.sparse:
+        return run_sparse(options, parallel)
+    if given := (options.sparse_weights and "--sparse_weights") or (options.predictors and "--predictors"):
+        raise ConfigError(f"{given} needs --sparse")
     jobs = planned(options, parallel)
     from megatron_ft.evaluation.measuring.page import setting_of, write
     from megatron_ft.evaluation.measuring.runner import measure_in_process
@@ -77,6 +88,39 @@ def run(options: Measure, parallel: MeasureLayout = MeasureLayout()) -> int:
             write(folder, setting_of(jobs[0]), results)
         print(f"charts in {Path(options.output, 'measure.html')}")
     return int(any(one.failed and not one.is_full for one in results))
+
+
+def run_sparse(options: Measure, parallel: MeasureLayout) -> int:
+    """Measure sparse decoding; print the table, and write measure.json."""
+    from megatron_ft.commands.generate import Generation, read_prompts
+    from megatron_ft.commands.sparse_options import check_one_process
+    from megatron_ft.config.checks import positive
+    from megatron_ft.config.sections import Processes
+    from megatron_ft.evaluation.measuring.job import PROMPTS
+    from megatron_ft.files import atomic_folder, check_writable, refuse_existing, write_json
+    from megatron_ft.generation.sparse_loading import described
+    from megatron_ft.sparse.predictor_files import read_predictors
+
+    if given := (options.bits and "--bits") or (options.backend and "--backend") or (options.adapter and "--adapter"):
+        raise ConfigError(f"--sparse takes no {given}: it decodes with its own kernel; see --sparse_weights")
+    positive(options, "max_new_tokens")
+    sizes = parallel.tensor_model_parallel_size or 1, parallel.pipeline_model_parallel_size or 1
+    check_one_process(Processes(), sizes[0] * sizes[1])
+    arch = described(Path(options.model)).arch
+    predictors = read_predictors(Path(options.predictors), arch) if options.predictors else None
+    asked = Generation(prompts=options.prompts) if options.prompts else Generation(prompt=list(PROMPTS))
+    conversations = [line["messages"] for line in read_prompts(asked)]
+    if options.output:
+        refuse_existing(options.output)
+        check_writable("--output", options.output)
+    from megatron_ft.evaluation.measuring.sparse import measure, table
+
+    result = measure(Path(options.model), conversations, options.max_new_tokens, options.sparse_weights, predictors)
+    print(table(result))
+    if options.output:
+        with atomic_folder(options.output) as folder:
+            write_json(folder / "measure.json", result)
+    return 0
 
 
 def planned(options: Measure, parallel: MeasureLayout = MeasureLayout()) -> list[Job]:

@@ -51,6 +51,9 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "generate": Entry("megatron_ft.commands.generate", "answer prompts with a checkpoint or an exported model"),
         "sample": Entry("megatron_ft.commands.sample", "sampling report: prompts x settings, models side by side"),
         "chat": Entry("megatron_ft.commands.chat", "chat with a checkpoint or an exported model"),
+        "train-predictors": Entry(
+            "megatron_ft.commands.train_predictors", "train predictors of zero activations for sparse decoding"
+        ),
         "measure": Entry("megatron_ft.commands.measure", "measure memory and time of a model in 16, 8 and 4 bits"),
         "megatron-to-hf": Entry(
             "checkpoints_conversion.megatron_to_hf", "convert a checkpoint to a Hugging Face model"
