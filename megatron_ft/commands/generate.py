@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
-from megatron_ft.commands.sparse_options import SparseOptions, check_sparse_options
+from megatron_ft.commands.sparse_options import SparseOptions, check_sparse_options, wait_asleep
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -86,6 +86,9 @@ def run(
     sparse: SparseOptions | None = None,
 ) -> int:  # fmt: skip
     """Answer the prompts. Raise UserError for a missing checkpoint, malformed prompts or a layout that does not fit."""
+    sparse = sparse or SparseOptions()
+    if sparse.sparse:
+        wait_asleep()
     lines = read_prompts(generation)
     check_sampling(options)
     if options.batch_size < 1:
@@ -96,7 +99,6 @@ def run(
     for given in filter(None, (generation.load, generation.adapter)):
         check_folder(Path(given))
     asked = [_asked(generation, options, lines)]
-    sparse = sparse or SparseOptions()
     check_sparse_options(sparse, asked, options.bf16, parallel, processes)
 
     def work(layout: Layout) -> None:

@@ -93,9 +93,11 @@ def run(options: Measure, parallel: MeasureLayout = MeasureLayout()) -> int:
 def run_sparse(options: Measure, parallel: MeasureLayout) -> int:
     """Measure sparse decoding; print the table, and write measure.json."""
     from megatron_ft.commands.generate import Generation, read_prompts
-    from megatron_ft.commands.sparse_options import check_one_process
+    from megatron_ft.commands.sparse_options import check_one_process, wait_asleep
     from megatron_ft.config.checks import positive
     from megatron_ft.config.sections import Processes
+
+    wait_asleep()
     from megatron_ft.evaluation.measuring.job import PROMPTS
     from megatron_ft.files import atomic_folder, check_writable, refuse_existing, write_json
     from megatron_ft.generation.sparse_loading import described

@@ -25,6 +25,14 @@ class SparseOptions:
     """with --sparse predicted: folder that train-predictors has written for this model"""
 
 
+def wait_asleep() -> None:
+    """Let torch's threads sleep between operations. Those of a token are short, and waiting actively they would take the kernel's cores.
+
+    Call it before torch is imported, which reads the variable.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def check_sparse_options(
     options: SparseOptions, models: Sequence[Asked], bf16: bool | None, parallel: GenerationLayout, processes: Processes
 ) -> None:

@@ -42,17 +42,29 @@ static inline float total(v16 a, v16 b, v16 c, v16 d) {
     return lane[0];
 }
 
+/* What is read next is fetched meanwhile, at the same distance from its beginning: rows that were chosen do not follow each other. */
+static inline void fetch(const char *at, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+}
+
+/* Rows whose products are computed side by side, so that x is loaded once for them: as many as there are registers for. */
+#ifdef __AVX512F__
+enum { GROUP = 4 };
+#else
+enum { GROUP = 2 };
+#endif
+
 #define DOT(NAME, LOAD, SIZE)                                                                     \
-    static float NAME(const char *row, const float *x, int64_t columns) {                         \
-        v16 a = {0}, b = {0}, c = {0}, d = {0};                                                   \
+    static void NAME(const char *const *rows, const char *const *next, const float *x, int64_t columns, float *out) { \
+        v16 sum[GROUP][4] = {{{0}}};                                                              \
         for (int64_t i = 0; i < columns; i += 64) {                                               \
-            const char *at = row + i * SIZE;                                                      \
-            a += LOAD(at) * load32(x + i);                                                        \
-            b += LOAD(at + 16 * SIZE) * load32(x + i + 16);                                       \
-            c += LOAD(at + 32 * SIZE) * load32(x + i + 32);                                       \
-            d += LOAD(at + 48 * SIZE) * load32(x + i + 48);                                       \
+            for (int r = 0; r < GROUP; r++) fetch(next[r] + i * SIZE, 64 * SIZE);                 \
+            for (int k = 0; k < 4; k++) {                                                         \
+                v16 part = load32(x + i + 16 * k);                                                \
+                for (int r = 0; r < GROUP; r++) sum[r][k] += LOAD(rows[r] + (i + 16 * k) * SIZE) * part; \
+            }                                                                                     \
         }                                                                                         \
-        return total(a, b, c, d);                                                                 \
+        for (int r = 0; r < GROUP; r++) out[r] = total(sum[r][0], sum[r][1], sum[r][2], sum[r][3]); \
     }
 DOT(dot32, load32, 4)
 DOT(dot16, load16, 2)
@@ -60,15 +72,18 @@ DOT(dot8, load8, 1)
 
 /* y += w[0] row 0, then w[1] row 1, ... : four rows a pass, in order, so that y is read and written once for them. */
 #define ADD(NAME, LOAD, SIZE)                                                                     \
-    static void NAME(float *y, const char *const *rows, const float *w, int count, int64_t columns) { \
+    static void NAME(float *y, const char *const *rows, const char *const *next, const float *w, int count, int64_t columns) { \
         if (count == 4)                                                                           \
-            for (int64_t i = 0; i < columns; i += 16) {                                           \
-                v16 sum = load32(y + i);                                                          \
-                sum += LOAD(rows[0] + i * SIZE) * w[0];                                           \
-                sum += LOAD(rows[1] + i * SIZE) * w[1];                                           \
-                sum += LOAD(rows[2] + i * SIZE) * w[2];                                           \
-                sum += LOAD(rows[3] + i * SIZE) * w[3];                                           \
-                *(v16 *)(y + i) = sum;                                                            \
+            for (int64_t i = 0; i < columns; i += 64) {                                           \
+                for (int r = 0; r < 4; r++) fetch(next[r] + i * SIZE, 64 * SIZE);                 \
+                for (int64_t k = i; k < i + 64; k += 16) {                                        \
+                    v16 sum = load32(y + k);                                                      \
+                    sum += LOAD(rows[0] + k * SIZE) * w[0];                                       \
+                    sum += LOAD(rows[1] + k * SIZE) * w[1];                                       \
+                    sum += LOAD(rows[2] + k * SIZE) * w[2];                                       \
+                    sum += LOAD(rows[3] + k * SIZE) * w[3];                                       \
+                    *(v16 *)(y + k) = sum;                                                        \
+                }                                                                                 \
             }                                                                                     \
         else                                                                                      \
             for (int r = 0; r < count; r++)                                                       \
@@ -90,40 +105,39 @@ typedef struct {
 } Work;
 
 static void products(const Work *w, int64_t from, int64_t to) {
-    int64_t stride = w->columns * BYTES[w->kind];
-    for (int64_t i = from; i < to; i++) {
-        int64_t row = w->chosen ? w->chosen[i] : i;
-        const char *at = w->matrix + row * stride;
-        if (w->chosen && i + 1 < to) {
-            const char *next = w->matrix + w->chosen[i + 1] * stride;
-            for (int line = 0; line < 8; line++) __builtin_prefetch(next + 64 * line);
+    int64_t stride = w->columns * BYTES[w->kind], which[GROUP];
+    const char *rows[GROUP], *next[GROUP];
+    float found[GROUP];
+    for (int64_t i = from; i < to; i += GROUP) {
+        for (int r = 0; r < GROUP; r++) { /* a last group repeats its last row */
+            int64_t here = i + r < to ? i + r : to - 1, ahead = here + GROUP < to ? here + GROUP : here;
+            which[r] = w->chosen ? w->chosen[here] : here;
+            rows[r] = w->matrix + which[r] * stride;
+            next[r] = w->matrix + (w->chosen ? w->chosen[ahead] : ahead) * stride;
         }
-        float sum = w->kind == FP32 ? dot32(at, w->x, w->columns)
-                    : w->kind == BF16 ? dot16(at, w->x, w->columns) : dot8(at, w->x, w->columns);
-        w->out[row] = w->kind == INT8 ? sum * w->scales[row] : sum;
+        if (w->kind == FP32) dot32(rows, next, w->x, w->columns, found);
+        else if (w->kind == BF16) dot16(rows, next, w->x, w->columns, found);
+        else dot8(rows, next, w->x, w->columns, found);
+        for (int r = 0; r < GROUP; r++) w->out[which[r]] = w->kind == INT8 ? found[r] * w->scales[which[r]] : found[r];
     }
 }
 
 static void sums(const Work *w, int64_t from, int64_t to) {
     int64_t size = BYTES[w->kind], stride = w->columns * size;
-    const char *rows[4];
+    const char *rows[4], *next[4];
     float weights[4];
     memset(w->out + from, 0, (to - from) * sizeof(float));
     for (int64_t i = 0; i < w->count; i += 4) {
         int count = w->count - i < 4 ? (int)(w->count - i) : 4;
         for (int r = 0; r < count; r++) {
-            int64_t row = w->chosen ? w->chosen[i + r] : i + r;
+            int64_t row = w->chosen ? w->chosen[i + r] : i + r, ahead = i + r + 4 < w->count ? i + r + 4 : i + r;
             rows[r] = w->matrix + row * stride + from * size;
+            next[r] = w->matrix + (w->chosen ? w->chosen[ahead] : ahead) * stride + from * size;
             weights[r] = w->kind == INT8 ? w->x[row] * w->scales[row] : w->x[row];
         }
-        if (w->chosen)
-            for (int64_t ahead = i + 4; ahead < i + 8 && ahead < w->count; ahead++) {
-                const char *next = w->matrix + w->chosen[ahead] * stride + from * size;
-                for (int line = 0; line < 8; line++) __builtin_prefetch(next + 64 * line);
-            }
-        if (w->kind == FP32) add32(w->out + from, rows, weights, count, to - from);
-        else if (w->kind == BF16) add16(w->out + from, rows, weights, count, to - from);
-        else add8(w->out + from, rows, weights, count, to - from);
+        if (w->kind == FP32) add32(w->out + from, rows, next, weights, count, to - from);
+        else if (w->kind == BF16) add16(w->out + from, rows, next, weights, count, to - from);
+        else add8(w->out + from, rows, next, weights, count, to - from);
     }
 }
 
@@ -138,7 +152,7 @@ static void reading(const Work *w, int64_t from, int64_t to) {
 
 enum { PRODUCTS, SUMS, READING };
 
-enum { MOST = 256, PATIENCE = 20000 };
+enum { MOST = 256, PATIENCE = 2000 };
 static struct {
     pthread_mutex_t lock;
     pthread_cond_t come, done;
@@ -227,8 +241,9 @@ static void run(int64_t end, int threads) {
 /* out[row] = matrix[row] . x for the chosen rows; the others are left as they are. */
 void row_products(int kind, const void *matrix, const float *scales, const float *x, const int32_t *chosen, int64_t count,
                   int64_t columns, float *out, int threads) {
-    int64_t piece = (1 << 17) / (columns * BYTES[kind]);
-    pool.work = (Work){kind, PRODUCTS, matrix, scales, x, chosen, count, columns, piece < 1 ? 1 : piece, out};
+    int64_t large = (1 << 20) / (columns * BYTES[kind]), fair = count / (4 * (threads < 1 ? 1 : threads));
+    int64_t piece = large < fair ? large : fair;
+    pool.work = (Work){kind, PRODUCTS, matrix, scales, x, chosen, count, columns, piece < GROUP ? GROUP : piece, out};
     run(count, threads);
 }
 

@@ -180,7 +180,7 @@ class TestRefused:
         ):
             with pytest.raises(UserError, match=message):
                 check_sparse_options(options, [Asked(falcon, adapter)], bf16, GenerationLayout(), processes)
-        with pytest.raises(UserError, match="in one process, .* this would be 4"):
+        with pytest.raises(UserError, match=r"in one process, .* this would be 4"):
             check_sparse_options(SparseOptions("exact"), [Asked(falcon)], None, GenerationLayout(2, 2), alone)
 
 
