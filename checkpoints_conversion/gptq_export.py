@@ -25,7 +25,7 @@ from megatron_ft.models.families import family_of
 from megatron_ft.models.quantised import is_quantised
 from megatron_ft.models.weights import Rule
 from megatron_ft.quantization.gptq import Grid
-from megatron_ft.quantization.packed import GPTQ_BITS, compressed_entry, gptq_entry
+from megatron_ft.quantization.packed import compressed_entry, gptq_entry
 
 NAMES = {"gptq": "GPTQ", "w4a16": "W4A16 (compressed-tensors)"}
 _INDEX = "model.safetensors.index.json"
@@ -33,7 +33,7 @@ _HELD_OUT = 4
 """One row in so many is held out for the perplexity."""
 
 
-def export_quantised(source: Opened, options: QuantisedExport, started: float, certified: bool) -> Report:
+def export_gptq(source: Opened, options: QuantisedExport, started: float, certified: bool) -> Report:
     """Calibrate, quantise and write a model folder. Raise ConfigError for settings that do not fit the model."""
     arch = source.config.architecture
     grid = _grid(options)
@@ -60,29 +60,6 @@ def export_quantised(source: Opened, options: QuantisedExport, started: float, c
     note = f"{answer.matrices} matrices in {grid.bits} bits, perplexity {before:.4g} before, {after:.4g} after"
     parameters, tensors = count(arch, source.rules)
     return Report(target, parameters, tensors, len(answer.files), time.monotonic() - started, note)
-
-
-def check_options(options: QuantisedExport) -> None:
-    """Check what needs no reading of the model. Raise ConfigError."""
-    defaults = {one.name: one.default for one in fields(options)}
-    own = ("bits", "group_size", "desc_act", "calibration", "calibration_rows", "calibration_length")
-    if options.quantize is None:
-        given = [name for name in own if getattr(options, name) != defaults[name]]
-        if given:
-            raise ConfigError(f"--{given[0]} is for a quantised export: add --quantize gptq or w4a16, or drop it")
-        return
-    if not options.calibration:
-        raise ConfigError(
-            f"--quantize {options.quantize} needs texts to measure the inputs of each layer: set --calibration to the prefix of shards"
-        )
-    if options.quantize == "w4a16" and options.bits != 4:
-        raise ConfigError(f"--quantize w4a16 has 4 bits, not --bits {options.bits}: drop --bits, or choose gptq")
-    if options.bits not in GPTQ_BITS:
-        raise ConfigError(f"--bits {options.bits}: choose {', '.join(map(str, GPTQ_BITS))}")
-    if options.group_size < 1:
-        raise ConfigError(f"--group_size {options.group_size}: must be at least 1")
-    if options.calibration_rows < 2 or options.calibration_length < 2:
-        raise ConfigError("--calibration_rows and --calibration_length must be at least 2")
 
 
 def _grid(options: QuantisedExport) -> Grid:

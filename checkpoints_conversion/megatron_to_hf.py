@@ -28,7 +28,7 @@ class MegatronToHf(QuantisedExport):
     output_dir: str = field(metadata={"required": True, "writes": "folder"})
     """Folder of the new Hugging Face model."""
     max_shard_size: str = "5GB"
-    """Largest size of a safetensors file, such as 5GB or 200MB."""
+    """Largest size of a file of weights, such as 5GB or 200MB."""
     require_certificate: bool = False
     """Stop if the checkpoint has no valid certificate.json (made by verify); default: only a warning."""
     adapter_only: bool = False
@@ -46,6 +46,7 @@ COMMAND = Command(
         "megatron-ft megatron-to-hf checkpoints/falcon-7b exports/falcon-7b --iteration 500 --require_certificate",
         "megatron-ft megatron-to-hf runs/adapters exports/adapter --adapter_only --base_model_name meta-llama/Llama-2-13b-hf",
         "megatron-ft megatron-to-hf runs/merged exports/merged-gptq --quantize gptq --desc_act --calibration shards/train",
+        "megatron-ft megatron-to-hf runs/merged exports/merged-gguf --quantize gguf-q8_0 --max_shard_size 100GB",
     ),
     positional=("input_dir", "output_dir"),
 )
@@ -58,10 +59,10 @@ def run(options: MegatronToHf) -> None:
 def convert(options: MegatronToHf) -> Report | AdapterReport:
     """Convert and return a report. output_dir appears only when everything is written. Raise UserError."""
     started = time.monotonic()
-    check_folders(options, options.overwrite, set(), "adapter_config.json" if options.adapter_only else "config.json")
+    check_folders(options, options.overwrite, set(), _marker(options))
     # Imported here, so that --help and the checks above do not wait for torch.
-    from checkpoints_conversion.gptq_export import check_options, export_quantised
     from checkpoints_conversion.megatron_source import open_megatron
+    from checkpoints_conversion.quantised_export import check_options, export_quantised
 
     if options.quantize and options.adapter_only:
         raise ConfigError("--quantize is for a model: drop it, or drop --adapter_only")
@@ -76,11 +77,19 @@ def convert(options: MegatronToHf) -> Report | AdapterReport:
     trained = source.config.iteration != "release"
     problem = _certificate_problem(source.folder, trained, options.require_certificate)
     if options.quantize:
-        return export_quantised(source, options, started, certified=problem is None)
+        return export_quantised(source, options, options.max_shard_size, started, certified=problem is None)
     report = write_model(source, options, options.max_shard_size, started, certified=problem is None)
     if problem and not trained:  # a trained checkpoint can only be compared with this export, after it is written
         logger("conversion").warning("not certified: %s", problem)
     return report
+
+
+def _marker(options: MegatronToHf) -> str:
+    """Return a file that an earlier export of this kind has."""
+    if options.adapter_only:
+        return "adapter_config.json"
+    files = sorted(path.name for path in Path(options.output_dir).glob("model-*.gguf"))
+    return files[0] if files else "config.json"
 
 
 class _Target(Protocol):

@@ -25,7 +25,7 @@ _PLAIN = """\
 inputs = tokenizer("A plum is", return_tensors="pt")"""
 _CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation{base_entry}
 ---
 
@@ -47,6 +47,9 @@ Exported from a Megatron checkpoint by megatron_ft.
 | parity with transformers | {parity} |
 | made with | {versions} |
 
+{example}
+"""
+_TRANSFORMERS = """\
 ```python
 {before}from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,8 +59,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 {ask}
 answer = model.generate(**inputs, max_new_tokens=100)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-"""
+```"""
 _FALCON = """\
 # transformers skips Falcon's own class of linears when it quantises: without this line the weights are random.
 import torch
@@ -86,13 +88,16 @@ def model_card(
     certified: bool,
     onto: Onto | None = None,
     quantised: Quantised | None = None,
+    example: str | None = None,
 ) -> str:
     """Return the text. name: the export's folder. dtype: of the exported weights. folder: the checkpoint's. certified: the checkpoint has
-    a valid certificate. onto: see onto.py. quantised: how the linears are, else None."""
+    a valid certificate. onto: see onto.py. quantised: how the linears are, else None. example: of its use;
+    default: with transformers."""
     arch = config.architecture
     base = str(arch.hf.get("_name_or_path") or "")
     return _CARD.format(
         name=name,
+        library="gguf" if example else "transformers",
         base=base or "not recorded",
         base_entry=f"\nbase_model: {base}" if "/" in base else "",  # the hub accepts only owner/name
         iteration=config.iteration,
@@ -108,12 +113,19 @@ def model_card(
         dtype=HF_NAMES[dtype] + _origin(config, onto),
         data=_data(folder),
         quantised=_rows(quantised) if quantised else "",
-        before=_FALCON if quantised and quantised.falcon else "",
         parity=_parity(folder) if certified else "not certified; megatron-ft verify compares weights and logits",
         tp=config.tensor_model_parallel_size,
         pp=config.pipeline_model_parallel_size,
         ckpt_format=config.ckpt_format,
         versions=", ".join(f"{library} {version}" for library, version in config.versions.items()) or "not recorded",
+        example=example or _with_transformers(name, config, quantised),
+    )
+
+
+def _with_transformers(name: str, config: CheckpointConfig, quantised: Quantised | None) -> str:
+    return _TRANSFORMERS.format(
+        name=name,
+        before=_FALCON if quantised and quantised.falcon else "",
         ask=_CHAT.format() if config.chat_format else _PLAIN,
     )
 

@@ -70,14 +70,15 @@ class Export(CheckpointSource, Written, Folders):
 class QuantisedExport(Export):
     """Source and result"""
 
-    quantize: Literal["gptq", "w4a16"] | None = None
-    """Quantise the linears of the layers with GPTQ. gptq: in the GPTQ format; w4a16: in that of compressed-tensors. Needs --calibration."""
+    quantize: Literal["gptq", "w4a16", "gguf-f16", "gguf-q8_0"] | None = None
+    """Quantise the weights. gptq and w4a16: linears of the layers, by GPTQ with --calibration, in the format of GPTQ or compressed-tensors;
+    gguf-f16, gguf-q8_0: a file for llama.cpp."""
     bits: int = 4
     """With --quantize gptq: bits of a weight: 2, 4 or 8."""
     group_size: int = 32
-    """With --quantize: columns of a row that share a scale."""
+    """With --quantize gptq or w4a16: columns of a row that share a scale."""
     desc_act: bool = False
-    """With --quantize: round the columns with the largest inputs first: smaller errors, slower kernels with gptq."""
+    """With --quantize gptq or w4a16: round the columns with the largest inputs first: smaller errors, slower kernels with gptq."""
     calibration: str | None = None
     """With --quantize: prefix of shards whose tokens measure the inputs of each layer; the last rows are held out for the perplexity."""
     calibration_rows: int = 128

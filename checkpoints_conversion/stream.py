@@ -59,9 +59,9 @@ def write_units(
     """
     waiting = [unit for unit in units if not unit.is_done()]
     if waiting:
-        _check_disk(next(iter(waiting[0].files)), sum(unit.nbytes for unit in waiting))
+        check_disk(next(iter(waiting[0].files)), sum(unit.nbytes for unit in waiting))
     progress = Progress(what, sum(unit.nbytes for unit in waiting))
-    with ThreadPoolExecutor(workers) as pool, _disk_errors(), progress:
+    with ThreadPoolExecutor(workers) as pool, disk_errors(), progress:
         digests = {}
         for unit in units:
             if unit in waiting:
@@ -118,7 +118,8 @@ def _write(unit: Unit, full: Callable[[Placed], Tensor], pool: ThreadPoolExecuto
         os.replace(part, path)
 
 
-def _check_disk(path: Path, needed: int) -> None:
+def check_disk(path: Path, needed: int) -> None:
+    """Raise CheckpointError unless the disk of a file has so many bytes."""
     folder = next(parent for parent in path.parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -128,7 +129,8 @@ def _check_disk(path: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
+    """Raise CheckpointError where the disk becomes full."""
     try:
         yield
     except OSError as error:
