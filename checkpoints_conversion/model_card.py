@@ -139,7 +139,7 @@ def _activation(arch: Architecture) -> str:
 
 
 def _rows(quantised: Quantised) -> str:
-    rows = {"quantised": quantised.how, "perplexity": quantised.perplexity, "error of outputs": quantised.error}
+    rows = {"quantised": quantised.how, "perplexity": quantised.perplexity, "error": quantised.error}
     return "".join(f"\n| {name} | {text} |" for name, text in rows.items())
 
 

@@ -70,9 +70,9 @@ class Export(CheckpointSource, Written, Folders):
 class QuantisedExport(Export):
     """Source and result"""
 
-    quantize: Literal["gptq", "w4a16", "gguf-f16", "gguf-q8_0"] | None = None
+    quantize: Literal["gptq", "w4a16", "nf4", "int8", "gguf-f16", "gguf-q8_0"] | None = None
     """Quantise the weights. gptq and w4a16: linears of the layers, by GPTQ with --calibration, in the format of GPTQ or compressed-tensors;
-    gguf-f16, gguf-q8_0: a file for llama.cpp."""
+    nf4, int8: as bitsandbytes stores them; gguf-f16, gguf-q8_0: a file for llama.cpp."""
     bits: int = 4
     """With --quantize gptq: bits of a weight: 2, 4 or 8."""
     group_size: int = 32

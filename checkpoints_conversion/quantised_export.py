@@ -13,6 +13,8 @@ _CALIBRATED = ("calibration", "calibration_rows", "calibration_length")
 _TAKES: dict[str | None, tuple[str, ...]] = {
     "gptq": ("bits", "group_size", "desc_act", *_CALIBRATED),
     "w4a16": ("bits", "group_size", "desc_act", *_CALIBRATED),
+    "nf4": (),
+    "int8": (),
     "gguf-f16": (),
     "gguf-q8_0": (),
     None: (),
@@ -50,6 +52,10 @@ def export_quantised(
         from checkpoints_conversion.gguf_export import export_gguf
 
         return export_gguf(source, options, max_shard_size, started, certified)
+    if options.quantize in ("nf4", "int8"):
+        from checkpoints_conversion.bitsandbytes_export import export_bitsandbytes
+
+        return export_bitsandbytes(source, options, max_shard_size, started, certified)
     from checkpoints_conversion.gptq_export import export_gptq
 
     return export_gptq(source, options, started, certified)
