@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ft.commands.compared_models import ComparedModels, adapters_of, check_models, names_of
-from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
+from megatron_ft.commands.compared_models import ComparedModels, check_models, compare_models
+from megatron_ft.commands.in_layout import GenerationLayout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -29,10 +29,6 @@ class PerplexityOptions(ComparedModels):
     """number of windows that are computed at once"""
     output: str = field(default="perplexity", metadata={"writes": "folder"})
     """folder for perplexity.json, perplexity.html and perplexity.svg"""
-    bf16: bool = False
-    """compute in bfloat16 instead of fp32"""
-    verify_checkpoint: bool = True
-    """compare the folders' files with their recorded digests, if there are any; --no_verify_checkpoint skips this"""
 
 
 COMMAND = Command(
@@ -50,25 +46,12 @@ COMMAND = Command(
 def run(options: PerplexityOptions, parallel: GenerationLayout, processes: Processes) -> int:
     """Measure, print a table and write the files. Raise UserError for settings, models or texts that do not fit."""
     stride = check(options)
-    from megatron_ft.checkpoints.folder import check_folder
-
-    for given in (*options.load, *filter(None, adapters_of(options))):
-        check_folder(Path(given))
-
-    def work(layout: Layout) -> None:
-        models = [
-            {"name": name, "load": load, "adapter": adapter, **_measured(options, load, adapter, stride, layout)}
-            for name, load, adapter in zip(names_of(options), options.load, adapters_of(options), strict=True)
-        ]
-        if layout.is_main:
-            _write(options, stride, models)
-
-    rows, length = options.batch_size, options.lengths[-1]
-    asked = [
-        Asked(load, adapter, options.bf16, rows, length)
-        for load, adapter in zip(options.load, adapters_of(options), strict=True)
-    ]
-    return in_layout(work, asked, parallel, processes)
+    return compare_models(
+        options,
+        lambda load, adapter, layout: _measured(options, load, adapter, stride, layout),
+        lambda models: _write(options, stride, models),
+        options.batch_size, options.lengths[-1], parallel, processes,
+    )  # fmt: skip
 
 
 def check(options: PerplexityOptions) -> int:

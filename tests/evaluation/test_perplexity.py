@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_ft.commands.evaluate_perplexity import PerplexityOptions, adapters_of, check, names_of
+from megatron_ft.commands.compared_models import adapters_of, names_of
+from megatron_ft.commands.evaluate_perplexity import PerplexityOptions, check
 from megatron_ft.data.roles import ASSISTANT, PROMPTER
 from megatron_ft.data.shards import ShardWriter
 from megatron_ft.errors import ConfigError, DataError
