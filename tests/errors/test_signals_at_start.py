@@ -25,7 +25,7 @@ def test_between_the_fork_and_the_ranks_own_handlers(number, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fork", signalled)
     with ReceivedSignals() as received:
-        rank = ranks._fork(here(), 0, tmp_path, False, None, [])
+        rank = ranks._fork(here(), 0, tmp_path, False, None, [], False)
         if rank is None:
             os._exit(7)  # the rank goes on as if nothing had been
         assert code_of(rank) == -number
@@ -44,7 +44,7 @@ def test_in_a_rank_that_is_started_anew(number, tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "_begin_as_child", signalled)
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", "import time; time.sleep(60)"])
     with ReceivedSignals():
-        assert code_of(ranks._spawn(here(), 0, tmp_path, False, None)) == -number
+        assert code_of(ranks._spawn(here(), 0, tmp_path, False, None, False)) == -number
 
 
 def test_what_the_launcher_gets_meanwhile_it_passes_on(tmp_path):
@@ -60,7 +60,7 @@ def test_a_started_program_can_be_signalled(tmp_path, monkeypatch):
     """Nothing stays blocked in it."""
     script = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGTERM))"
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", script])
-    rank = ranks._spawn(here(), 0, tmp_path, True, None)
+    rank = ranks._spawn(here(), 0, tmp_path, True, None, False)
     assert code_of(rank) == 0
     said = os.read(rank.outputs[1], 1000).decode()
     assert said == "set() 0\n"  # nothing is blocked, the default handler
