@@ -19,6 +19,7 @@ from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.files import atomic_file, read_json, write_json
 from megatron_ft.models.architecture import Architecture, check_layout
 from megatron_ft.models.families import family_of
+from megatron_ft.models.hf_files import refuse_gguf
 from megatron_ft.models.quantised import Quantization, check_blocks, stored_rules
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def write_tracker(root: Path, iteration: int | str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CheckpointError if the folder of a checkpoint or an export does not exist."""
+    """Raise CheckpointError if the folder of a checkpoint or an export does not exist, or is for llama.cpp."""
+    refuse_gguf(Path(folder))
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a checkpoint or an exported Hugging Face model")
 
@@ -164,6 +166,8 @@ def find_checkpoint(root: Path, iteration: int | str | None = None) -> Path:
     Raise CheckpointError with what was found instead.
     """
     root = Path(root)
+    if not (root / TRACKER).exists():
+        refuse_gguf(root)
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such folder; give a checkpoint's root or one of its iter_ folders")
     if iteration is None and (root / CONFIG).is_file() and not (root / TRACKER).exists():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models import hf_rope
 from megatron_ft.models.architecture import Architecture
-from megatron_ft.models.bitsandbytes_files import is_nf4
+from megatron_ft.models.stored_kinds import ENTRIES, refuse_stated
 
 
 class ActivationEntry(NamedTuple):
@@ -29,7 +29,6 @@ _MUST_BE = {
     "mlp_bias": (False, "biases in the MLP"),
 }
 _FOREIGN = {
-    "quantization_config": (None, "quantised weights: give the unquantised model, or one in bitsandbytes' NF4"),
     "auto_map": (None, "code of its own (auto_map): only models that transformers itself implements are read"),
 }
 _RENAMED = (  # entries that an Architecture has as fields
@@ -113,14 +112,13 @@ def head(arch: Architecture, model_type: str, hf_class: str, dtype: str | None) 
 
 def carried(config: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
     """Return the entries that no field represents."""
-    known = {*taken, *_RESTATED, *_FOREIGN, *hf_rope.KEYS}
+    known = {*taken, *_RESTATED, *_FOREIGN, *ENTRIES, *hf_rope.KEYS}
     return {key: value for key, value in config.items() if key not in known}
 
 
 def refuse(config: Mapping[str, Any], must_be: Mapping[str, tuple[Any, str]], ignore: Sequence[str] = ()) -> None:
     """Raise CheckpointError, with the reason, where an entry is neither absent nor null nor what it must be."""
-    if is_nf4(config.get("quantization_config")):
-        ignore = (*ignore, "quantization_config")
+    refuse_stated(config)
     for key, (supported, reason) in {**must_be, **_FOREIGN}.items():
         if key not in ignore and config.get(key, supported) not in (supported, None):
             raise CheckpointError(f"config.json: {key} {config[key]!r} is not supported: {reason}")

@@ -72,3 +72,12 @@ def what_is_there(folder: Path) -> str:
         if found := next((name for name in names if Path(name).match(pattern)), None):
             return f"but {found}, {what}: {remedy}"
     return FETCH_AGAIN
+
+
+def refuse_gguf(path: Path) -> None:
+    """Raise CheckpointError for a GGUF file, or a folder with one and without config.json."""
+    named = path.suffix == ".gguf" and path.is_file()
+    if named or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
+        raise CheckpointError(
+            f"{path} is GGUF, which only llama.cpp reads: give the checkpoint that it was made from, or an export without --quantize"
+        )

@@ -21,10 +21,11 @@ from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.bitsandbytes_files import STATE, Matrix, open_matrix, without_sides
 from megatron_ft.models.dtypes import name_of
 from megatron_ft.models.families import parse_hf_config
-from megatron_ft.models.hf_files import FETCH_AGAIN, PICKLED, SAFE, loose_shards, what_is_there
+from megatron_ft.models.hf_files import FETCH_AGAIN, PICKLED, SAFE, loose_shards, refuse_gguf, what_is_there
 from megatron_ft.models.hf_names import renamed, state_dict_in, what_else
-from megatron_ft.models.quantised import Quantization
+from megatron_ft.models.quantised import Quantization, is_quantised
 from megatron_ft.models.safetensors_file import SafetensorsFile
+from megatron_ft.models.stored_kinds import check_all, check_kinds, stated
 from megatron_ft.models.torch_file import TorchFile
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
@@ -39,16 +40,21 @@ class HfSource:
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
         self._open: dict[Path, SafetensorsFile | PickledFile] = {}
-        family, arch = parse_hf_config(self._config())
+        config = self._config()
+        if stated(config) is not None:
+            check_kinds(config, self._tensor_files(), self.folder)
+        family, arch = parse_hf_config(config)
         self.arch: Architecture = arch
         self.rules: list[Rule] = family.rules(self.arch)
         self._sides: dict[str, Path] = (
             self._tensor_files()
         )  # those beside NF4 matrices too, by their names in the files
+        check_kinds(config, self._sides, self.folder)
         self.files: dict[str, Path] = {key: self._sides[key] for key in without_sides(self._sides)}
         self._stored = self._rename()
         self.matrices: dict[str, Matrix] = self._open_matrices()
         """Those that are stored in NF4, by name."""
+        check_all(config, self._linears(), self.matrices, self.folder)
         self.dtype = self._check_tensors()
 
     def full(self, placed: Placed) -> Tensor:
@@ -78,6 +84,7 @@ class HfSource:
 
     def _config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
+        refuse_gguf(self.folder)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: --input_dir must be the folder of a Hugging Face model")
         config = read_json(path)
@@ -116,6 +123,11 @@ class HfSource:
         if path is None or name + end not in self._handle(path).tensors:
             raise CheckpointError(f"{self.folder} lacks {name + end}; {FETCH_AGAIN}")
         return self._handle(path).read(name + end)
+
+    def _linears(self) -> list[str]:
+        """Return the names of the matrices that NF4 applies to."""
+        placed = [one for one in placed_rules(self.arch, self.rules) if is_quantised(one.rule)]
+        return [key for one in placed for key in one.hf_keys if key in self.files]
 
     def _rename(self) -> dict[str, str]:
         """Wanted name -> name in the files, where that is another one, for all files; self.files gets the wanted names."""

@@ -311,4 +311,9 @@ def test_other_quantised_models_are_refused(tmp_path, entry):
     config = json.loads((tmp_path / "hf/config.json").read_text())
     config["quantization_config"].update(entry)
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    refused("quantised weights: give the unquantised model", to_nf4, tmp_path / "hf", tmp_path / "out")
+    refused(
+        "quantised weights that megatron-ft does not read: give the unquantised model",
+        to_nf4,
+        tmp_path / "hf",
+        tmp_path / "out",
+    )
