@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -21,6 +22,7 @@ from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.model_card import MODEL_CARD, Quantised, model_card
 from checkpoints_conversion.options import QuantisedExport
 from checkpoints_conversion.report import Report, count
+from checkpoints_conversion.rounded_perplexity import described, held_out_of
 from checkpoints_conversion.stream import identity, resumable_folder, seal, write_units
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.bitsandbytes_files import STATE
@@ -42,7 +44,7 @@ def export_bitsandbytes(
     arch, dtype, method = config.architecture, options.params_dtype or config.dtype, str(options.quantize)
     if method == "nf4":
         check_blocks(arch, rules)
-    format_ = _Format(source, method, dtype)
+    format_, held_out = _Format(source, method, dtype), held_out_of(source, options)
     key = {"options": asdict(options), "source": identity(source.files())}
     with resumable_folder(target, key, options.overwrite) as export:
         placed, size = placed_rules(arch, rules), parse_size(max_shard_size)
@@ -54,7 +56,7 @@ def export_bitsandbytes(
             export,
             {**family_of(arch).to_hf(arch, HF_NAMES[dtype]), "quantization_config": entry(method, dtype)},
         )
-        quantised = format_.described()
+        quantised = format_.described(described(source, options, dtype, held_out))
         card = model_card(target.name, config, dtype, source.folder, certified, quantised=quantised)
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, weights, but=[MODEL_CARD])
@@ -77,6 +79,33 @@ def entry(method: str, dtype: str) -> dict[str, Any]:
         "llm_int8_skip_modules": None,
         "llm_int8_threshold": 6.0,
     }
+
+
+def rounder(quantize: str, source: Opened) -> Callable[[Placed, str, Tensor], Tensor]:
+    """Return f(placed, name in Hugging Face, weight) -> the weight as it is dequantised; only linears of the layers change."""
+
+    def rounded(one: Placed, name: str, weight: Tensor) -> Tensor:
+        if not is_quantised(one.rule):
+            return weight
+        if quantize == "int8":
+            return _int8_dense(*_int8_codes(name, weight))
+        found = nf4.quantise(weight, name)
+        return nf4.dequantise(found.codes, found.absmax, weight.dtype)
+
+    return rounded
+
+
+def _int8_codes(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes, and the largest absolute number of each row."""
+    half = weight.half()
+    largest = half.abs().amax(1).float()
+    if not bool(largest.isfinite().all()):
+        raise CheckpointError(f"{name} has numbers beyond fp16, which LLM.int8() starts from: choose nf4")
+    return torch.round(half * (127 / largest).nan_to_num(0.0, 0.0, 0.0)[:, None]).to(torch.int8), largest
+
+
+def _int8_dense(codes: Tensor, largest: Tensor) -> Tensor:
+    return codes * (largest / 127)[:, None]
 
 
 class _Format:
@@ -103,10 +132,10 @@ class _Format:
         make = self._nf4 if self._method == "nf4" else self._int8
         return [value for name, part in zip(one.hf_keys, parts, strict=True) for value in make(name, part.contiguous())]
 
-    def described(self) -> Quantised:
+    def described(self, perplexity: str) -> Quantised:
         error = f"{sum(self._errors) / max(1, len(self._errors)):.2g} of the weights' norm, mean over {len(self._errors)} linears"
         falcon = self._arch.family == "falcon"
-        return Quantised(f"bitsandbytes, {NAMES[self._method]}; linears of the layers", "not measured", error, falcon)
+        return Quantised(f"bitsandbytes, {NAMES[self._method]}; linears of the layers", perplexity, error, falcon)
 
     def _sizes(self, name: str, shape: Shape) -> list[Entry]:
         if self._method == "nf4":
@@ -134,12 +163,8 @@ class _Format:
         return [found.codes.reshape(-1, 1), found.absmax.reshape(-1), torch.tensor(nf4.LEVELS), state]
 
     def _int8(self, name: str, weight: Tensor) -> list[Tensor]:
-        half = weight.half()
-        largest = half.abs().amax(1).float()
-        if not bool(largest.isfinite().all()):
-            raise CheckpointError(f"{name} has numbers beyond fp16, which LLM.int8() starts from: choose nf4")
-        codes = torch.round(half * (127 / largest).nan_to_num(0.0, 0.0, 0.0)[:, None]).to(torch.int8)
-        self._measure(weight, codes * (largest / 127)[:, None])
+        codes, largest = _int8_codes(name, weight)
+        self._measure(weight, _int8_dense(codes, largest))
         return [codes, largest, torch.zeros((), dtype=torch.uint8)]  # 0: rows one after the other
 
     def _measure(self, weight: Tensor, found: Tensor) -> None:

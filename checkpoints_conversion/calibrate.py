@@ -8,16 +8,14 @@ export to the folder that the request names, and FOLDER/answer.json.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_conversion.options import CheckpointSource
-from checkpoints_conversion.own_process import ask
-from megatron_ft.errors import UserError
+from checkpoints_conversion.own_process import answer_alone, ask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,17 +122,5 @@ def run_calibration(request: Request, folder: Path) -> Answer:
     return Answer(**ask("checkpoints_conversion.calibrate", request, folder, "the calibration"))
 
 
-def main(folder: Path) -> None:
-    from megatron_ft.engine.forked import die_with_parent, run_forked
-
-    die_with_parent()
-    request = Request(**json.loads((folder / "request.json").read_text()))
-    try:
-        answer = asdict(run_forked(1, calibrate, request)[0])
-    except UserError as error:
-        answer = {"user_error": str(error)}
-    (folder / "answer.json").write_text(json.dumps(answer))
-
-
 if __name__ == "__main__":
-    main(Path(sys.stdin.read().strip()))
+    answer_alone(Path(sys.stdin.read().strip()), Request, calibrate)

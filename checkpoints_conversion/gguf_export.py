@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.model_card import MODEL_CARD, Quantised, model_card
 from checkpoints_conversion.options import QuantisedExport
 from checkpoints_conversion.report import Report, count
+from checkpoints_conversion.rounded_perplexity import described, held_out_of
 from checkpoints_conversion.stream import Progress, check_disk, disk_errors, identity, resumable_folder, seal
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.families import family_of
@@ -57,13 +58,14 @@ def export_gguf(
     """Write a folder with the file and its card. Raise ConfigError for a model or a tokenizer that llama.cpp does not have."""
     arch, target = source.config.architecture, Path(options.output_dir)
     check_architecture(arch)
+    held_out = held_out_of(source, options)
     key = {"options": asdict(options), "source": identity(source.files())}
     with resumable_folder(target, key, options.overwrite) as export, disk_errors():
         work = _Work(
             source, export / file_name(str(options.quantize)), str(options.quantize), parse_size(max_shard_size)
         )
         work.write(target.name)
-        quantised = Quantised(work.how(), "not measured", work.error(), falcon=False)
+        quantised = Quantised(work.how(), described(source, options, None, held_out), work.error(), falcon=False)
         card = model_card(
             target.name,
             source.config,
@@ -78,6 +80,16 @@ def export_gguf(
         files = len(work.files())
     parameters, tensors = count(arch, source.rules)
     return Report(target, parameters, tensors, files, time.monotonic() - started, work.error())
+
+
+def rounder(quantize: str, source: Opened) -> Callable[[Placed, str, Tensor], Tensor]:
+    """Return f(placed, name in Hugging Face, weight) -> the weight as a file has it. Rows have another order there, not other numbers."""
+    from gguf import GGMLQuantizationType
+
+    arch = source.config.architecture
+    kind = GGMLQuantizationType[KINDS[quantize]]
+    stored = {one.hf_name: one for one in tensors_of(arch, placed_rules(arch, source.rules), kind)}
+    return lambda _, name, weight: decoded(stored[name], encoded(stored[name], weight))
 
 
 class _Work:

@@ -11,12 +11,12 @@ import numpy as np
 
 from checkpoints_conversion.calibrate import Answer, Request, run_calibration
 from checkpoints_conversion.exported_words import write_words
+from checkpoints_conversion.held_out import in_words, rows_of
 from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.model_card import MODEL_CARD, Quantised, model_card
-from checkpoints_conversion.options import CheckpointSource, QuantisedExport
+from checkpoints_conversion.options import QuantisedExport, stated_of
 from checkpoints_conversion.report import Report, count
 from checkpoints_conversion.stream import identity, resumable_folder, seal
-from megatron_ft.data.shards import open_shards
 from megatron_ft.errors import ConfigError
 from megatron_ft.files import write_json
 from megatron_ft.models.architecture import Architecture
@@ -27,10 +27,8 @@ from megatron_ft.models.weights import Rule
 from megatron_ft.quantization.gptq import Grid
 from megatron_ft.quantization.packed import compressed_entry, gptq_entry
 
-NAMES = {"gptq": "GPTQ", "w4a16": "W4A16 (compressed-tensors)"}
 _INDEX = "model.safetensors.index.json"
-_HELD_OUT = 4
-"""One row in so many is held out for the perplexity."""
+NAMES = {"gptq": "GPTQ", "w4a16": "W4A16 (compressed-tensors)"}
 
 
 def export_gptq(source: Opened, options: QuantisedExport, started: float, certified: bool) -> Report:
@@ -38,8 +36,7 @@ def export_gptq(source: Opened, options: QuantisedExport, started: float, certif
     arch = source.config.architecture
     grid = _grid(options)
     _check_sizes(arch, source.rules, grid)
-    _check_layers(arch)
-    rows, held_out = _tokens(options, arch)
+    rows, held_out = rows_of(options, arch)
     target = Path(options.output_dir)
     key = {"options": asdict(options), "source": identity(source.files())}
     with tempfile.TemporaryDirectory() as scratch, resumable_folder(target, key, options.overwrite) as export:
@@ -83,49 +80,16 @@ def _check_sizes(arch: Architecture, rules: list[Rule], grid: Grid) -> None:
                 )
 
 
-def _check_layers(arch: Architecture) -> None:
-    if any(arch.layer(number) != arch.layer(0) for number in range(arch.num_layers)):
-        raise ConfigError(
-            f"this {arch.family} model has layers of several kinds (some with a window), which are not calibrated: drop --quantize"
-        )
-
-
-def _tokens(options: QuantisedExport, arch: Architecture) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows of tokens for calibration and those that are held out: samples one after the other, cut into equal rows."""
-    prefix, length = str(options.calibration), options.calibration_length
-    if length > arch.max_position_embeddings:
-        raise ConfigError(
-            f"--calibration_length {length}: the model has {arch.max_position_embeddings} positions; choose fewer tokens"
-        )
-    shards = open_shards(prefix)
-    wanted = options.calibration_rows + max(1, options.calibration_rows // _HELD_OUT)
-    parts: list[np.ndarray] = []
-    found = 0
-    for index in range(len(shards)):
-        if found >= wanted * length:
-            break
-        parts.append(np.asarray(shards.tokens(index), np.int64))
-        found += len(parts[-1])
-    if found < 2 * length:
-        raise ConfigError(
-            f"--calibration {prefix} has {found} tokens, fewer than two rows of {length}: give more text, or a smaller --calibration_length"
-        )
-    ids = np.concatenate(parts)[: min(wanted, found // length) * length]
-    if ids.max() >= arch.vocab_size:
-        raise ConfigError(
-            f"--calibration {prefix} has the id {ids.max()}, the model {arch.vocab_size} tokens: pretokenize with the model's tokenizer"
-        )
-    rows = ids.reshape(-1, length)
-    held_out = max(1, len(rows) // (_HELD_OUT + 1))
-    return rows[:-held_out], rows[-held_out:]
-
-
 def _request(source: Opened, options: QuantisedExport, grid: Grid, scratch: Path, export: Path) -> Request:
-    stated = {one.name: getattr(options, one.name) for one in fields(CheckpointSource)}
-    stated |= {"verify_checkpoint": False, "iteration": None}  # it was compared when the source was opened
     described = {one.name: getattr(grid, one.name) for one in fields(grid) if one.name != "scale_dtype"}
     return Request(
-        str(source.folder), stated, str(scratch), str(export), str(options.quantize), described, options.params_dtype
+        str(source.folder),
+        stated_of(options),
+        str(scratch),
+        str(export),
+        str(options.quantize),
+        described,
+        options.params_dtype,
     )
 
 
@@ -133,11 +97,10 @@ def _described(
     options: QuantisedExport, grid: Grid, answer: Answer, rows: np.ndarray, held_out: np.ndarray, arch: Architecture
 ) -> Quantised:
     order = ", desc_act" if grid.desc_act else ""
-    before, after = answer.perplexity
     return Quantised(
         f"{NAMES[str(options.quantize)]}, {grid.bits} bits, groups of {grid.group_size}{order}; {answer.matrices} linears of the layers; "
         f"calibrated with {rows.size} tokens of {Path(str(options.calibration)).name}",
-        f"{before:.5g} before, {after:.5g} after, on {held_out.size} further tokens in rows of {held_out.shape[1]}",
+        in_words(answer.perplexity, held_out),
         f"{answer.error:.4f} of the outputs' norm, mean over the linears (rounded to the nearest: {answer.rounded_error:.4f})",
         falcon=arch.family == "falcon",
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_ft.config.sections import CkptFormat
 from megatron_ft.errors import CheckpointError, DamagedError
@@ -80,11 +80,18 @@ class QuantisedExport(Export):
     desc_act: bool = False
     """With --quantize gptq or w4a16: round the columns with the largest inputs first: smaller errors, slower kernels with gptq."""
     calibration: str | None = None
-    """With --quantize: prefix of shards whose tokens measure the inputs of each layer; the last rows are held out for the perplexity."""
+    """With --quantize: prefix of shards. gptq and w4a16 measure the inputs of each layer with its tokens; of the last rows, which are held
+    out, the model card states the perplexity before and after, in every format."""
     calibration_rows: int = 128
     """With --quantize: rows of tokens to calibrate with, at most; a quarter more are held out."""
     calibration_length: int = 2048
     """With --quantize: tokens of a row."""
+
+
+def stated_of(source: CheckpointSource) -> dict[str, Any]:
+    """Return how a checkpoint is read, for another process: by its own folder, and not compared with its digests again."""
+    stated = {one.name: getattr(source, one.name) for one in fields(CheckpointSource)}
+    return stated | {"verify_checkpoint": False, "iteration": None}
 
 
 def check_source(folder: str | Path, check: bool) -> None:

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_ft import device
-from megatron_ft.errors import CheckpointError
+from megatron_ft.errors import CheckpointError, UserError
 
 
 def ask(module: str, request: Any, folder: Path, what: str) -> dict[str, Any]:
@@ -33,3 +34,16 @@ def ask(module: str, request: Any, folder: Path, what: str) -> dict[str, Any]:
     if "user_error" in answer:
         raise CheckpointError(answer["user_error"])
     return answer
+
+
+def answer_alone(folder: Path, request: Callable[..., Any], work: Callable[[Any], Any]) -> None:
+    """Do the work of such a process in one rank: read the request, a dataclass, and write what `work` returns, another."""
+    from megatron_ft.engine.forked import die_with_parent, run_forked
+
+    die_with_parent()
+    asked = request(**json.loads((folder / "request.json").read_text()))
+    try:
+        answer = asdict(run_forked(1, work, asked)[0])
+    except UserError as error:
+        answer = {"user_error": str(error)}
+    (folder / "answer.json").write_text(json.dumps(answer))

@@ -13,10 +13,10 @@ _CALIBRATED = ("calibration", "calibration_rows", "calibration_length")
 _TAKES: dict[str | None, tuple[str, ...]] = {
     "gptq": ("bits", "group_size", "desc_act", *_CALIBRATED),
     "w4a16": ("bits", "group_size", "desc_act", *_CALIBRATED),
-    "nf4": (),
-    "int8": (),
-    "gguf-f16": (),
-    "gguf-q8_0": (),
+    "nf4": _CALIBRATED,
+    "int8": _CALIBRATED,
+    "gguf-f16": _CALIBRATED,
+    "gguf-q8_0": _CALIBRATED,
     None: (),
 }
 """Kind -> its own flags."""
@@ -38,6 +38,8 @@ def check_options(options: QuantisedExport) -> None:
         raise ConfigError(f"{here}: {change} --quantize {' or '.join(kinds)}, or drop --{strange[0]}")
     if options.quantize in ("gptq", "w4a16"):
         _check_gptq(options)
+    if options.quantize:
+        _check_rows(options, given)
     if options.quantize and options.quantize.startswith("gguf"):
         from checkpoints_conversion.gguf_export import check_installed
 
@@ -74,5 +76,10 @@ def _check_gptq(options: QuantisedExport) -> None:
         raise ConfigError(f"--bits {options.bits}: choose {', '.join(map(str, GPTQ_BITS))}")
     if options.group_size < 1:
         raise ConfigError(f"--group_size {options.group_size}: must be at least 1")
+
+
+def _check_rows(options: QuantisedExport, given: list[str]) -> None:
+    if not options.calibration and (alone := [name for name in given if name in _CALIBRATED]):
+        raise ConfigError(f"--{alone[0]} is about the texts of --calibration: give them, or drop --{alone[0]}")
     if options.calibration_rows < 2 or options.calibration_length < 2:
         raise ConfigError("--calibration_rows and --calibration_length must be at least 2")

@@ -14,6 +14,7 @@ from checkpoints_conversion.megatron_to_hf import convert as export
 from megatron_ft.errors import ConfigError
 from megatron_ft.quantization.nf4 import LEVELS
 from tests.conversion.builders import make_family, make_llama
+from tests.conversion.test_gptq_export import LENGTH, perplexity, stated_perplexity, write_shards
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2}
 
@@ -63,6 +64,27 @@ def test_weights_and_card(models, tmp_path, family, kind, error):
     assert f"mean over {len(linears)} linears" in card and ("FalconLinear = torch.nn.Linear" in card) == (
         family == "falcon"
     )
+
+
+@pytest.mark.parametrize("family, kind", [("llama", "nf4"), ("llama", "int8"), ("falcon", "nf4")])
+def test_perplexity_in_the_card(models, tmp_path, family, kind):
+    """Of the original and of the dequantised weights, in transformers."""
+    write_shards(tmp_path / "shards")
+    rows = {"calibration_rows": 20, "calibration_length": LENGTH}
+    exported(models, family, tmp_path / "out", kind, calibration=str(tmp_path / "shards"), **rows)
+    stated = stated_perplexity(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(models / family).eval()
+    assert perplexity(model, tmp_path / "shards") == pytest.approx(stated[0], rel=1e-4)
+    model.load_state_dict(dequantised(tmp_path / "out"), strict=family == "llama")
+    assert perplexity(model, tmp_path / "shards") == pytest.approx(stated[1], rel=1e-4)
+    assert stated[0] != stated[1]
+
+
+def test_perplexity_is_not_measured_without_texts(models, tmp_path):
+    exported(models, "llama", tmp_path / "out", "nf4")
+    assert "| perplexity | not measured: give --calibration |" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="--calibration_rows is about the texts of --calibration"):
+        exported(models, "llama", tmp_path / "other", "nf4", calibration_rows=4)
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon"])

@@ -14,6 +14,7 @@ from checkpoints_conversion.megatron_to_hf import convert as export
 from megatron_ft.errors import ConfigError
 from tests.conversion import llama_cpp
 from tests.conversion.builders import FAMILIES, LLAMA3, LONGROPE, YARN, make_llama, make_model, make_sentencepiece
+from tests.conversion.test_gptq_export import LENGTH, perplexity, stated_perplexity, write_shards
 from tests.data.helpers import fast_file, sentencepiece_file
 
 VOCABULARY = 402
@@ -122,6 +123,24 @@ def test_a_large_file_is_split_and_replaced(tmp_path):
     assert read.fields["split.count"].contents() == len(list((tmp_path / "f16").glob("*.gguf"))) > 1
     assert len(stored(gguf(tmp_path, overwrite=True))) == 39
     assert [path.name for path in (tmp_path / "f16").glob("*.gguf")] == ["model-f16.gguf"]
+
+
+@pytest.mark.parametrize("family, kind", [("llama", "q8_0"), ("falcon 40b", "f16"), ("falcon 40b", "q8_0")])
+def test_perplexity_in_the_card(tmp_path, family, kind):
+    """Of the original, and of the file as transformers reads it."""
+    sizes = FAMILIES[family][1] if family in FAMILIES else {}
+    original = made(tmp_path, family.split()[0], **{**sizes, "hidden_size": 64, "num_hidden_layers": 2})
+    write_shards(tmp_path / "shards", VOCABULARY)
+    rows = {"calibration_rows": 20, "calibration_length": LENGTH}
+    file = gguf(tmp_path, kind, calibration=str(tmp_path / "shards"), **rows)
+    before, after = stated_perplexity(tmp_path / kind)
+    assert perplexity(original, tmp_path / "shards") == pytest.approx(before, rel=1e-4)
+    if family == "llama":
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path / kind, gguf_file=f"model-{kind}.gguf", dtype=torch.float32
+        )
+        assert perplexity(theirs.eval(), tmp_path / "shards") == pytest.approx(after, rel=1e-4)
+    assert file.tensors and (before != after or kind == "f16")
 
 
 MODELS = {

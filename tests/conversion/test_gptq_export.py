@@ -87,6 +87,12 @@ def perplexity(model, shards):
         return torch.exp(torch.stack([model(row[None], labels=row[None]).loss for row in rows]).mean()).item()
 
 
+def stated_perplexity(folder):
+    """Before and after, as the model card says."""
+    card = (folder / "README.md").read_text()
+    return tuple(map(float, re.search(r"\| perplexity \| ([\d.]+) before, ([\d.]+) after", card).groups()))
+
+
 CASES = [("llama", "gptq", False), ("llama", "gptq", True), ("llama", "w4a16", True), ("falcon", "gptq", True)]
 
 
@@ -95,7 +101,7 @@ def test_weights_loss_and_card(models, tmp_path, family, method, desc_act):
     quantised(models, family, tmp_path / "out", quantize=method, desc_act=desc_act)
     original = AutoModelForCausalLM.from_pretrained(models / family).eval()
     card = (tmp_path / "out" / "README.md").read_text()
-    before, after = map(float, re.search(r"\| perplexity \| ([\d.]+) before, ([\d.]+) after", card).groups())
+    before, after = stated_perplexity(tmp_path / "out")
     assert perplexity(original, models / "shards") == pytest.approx(before, rel=1e-4)
     weights = dequantised(read(tmp_path / "out"))
     state = original.state_dict()
