@@ -46,9 +46,8 @@ class Request:
 class Answer:
     """What was written, and what it cost."""
 
-    files: dict[str, list[str]]
-    """File name -> names of its tensors."""
-    nbytes: int
+    files: list[str]
+    """One for each layer."""
     perplexity: tuple[float, float]
     """Before and after, on the tokens that were held out."""
     rounded_error: float
@@ -76,7 +75,7 @@ def calibrate(request: Request) -> Answer:
         before, after = work.losses()
     errors = list(zip(*work.errors, strict=True))
     rounded, gptq = (sum(kind) / len(kind) for kind in errors)
-    return Answer(writer.files, writer.nbytes, (math.exp(before), math.exp(after)), rounded, gptq, len(work.errors))
+    return Answer(writer.files, (math.exp(before), math.exp(after)), rounded, gptq, len(work.errors))
 
 
 def _grid(request: Request, opened: Opened) -> Grid:
@@ -97,8 +96,7 @@ class _Writer:
     folder: Path
     opened: Opened
     request: Request
-    files: dict[str, list[str]] = field(default_factory=dict)
-    nbytes: int = 0
+    files: list[str] = field(default_factory=list)
 
     def layer(self, number: int, dense: dict[str, Tensor], quantised: dict[str, Any], grid: Grid) -> None:
         from safetensors.torch import save_file
@@ -110,11 +108,8 @@ class _Writer:
         for name, codes in quantised.items():
             stem = name.removesuffix(".weight")
             tensors |= {f"{stem}.{kind}": values.contiguous() for kind, values in pack(codes, grid).items()}
-        count = self.opened.config.architecture.num_layers
-        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        save_file(tensors, self.folder / file, {"format": "pt"})
-        self.files[file] = list(tensors)
-        self.nbytes += sum(values.nbytes for values in tensors.values())
+        self.files.append(f"layer-{number + 1:05d}.safetensors")
+        save_file(tensors, self.folder / self.files[-1], {"format": "pt"})
 
 
 def run_calibration(request: Request, folder: Path) -> Answer:

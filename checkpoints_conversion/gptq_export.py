@@ -12,13 +12,14 @@ import numpy as np
 from checkpoints_conversion.calibrate import Answer, Request, run_calibration
 from checkpoints_conversion.exported_words import write_words
 from checkpoints_conversion.held_out import in_words, rows_of
+from checkpoints_conversion.hf_target import parse_size
 from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.model_card import MODEL_CARD, Quantised, model_card
 from checkpoints_conversion.options import QuantisedExport, stated_of
+from checkpoints_conversion.regrouped import regroup
 from checkpoints_conversion.report import Report, count
 from checkpoints_conversion.stream import identity, resumable_folder, seal
 from megatron_ft.errors import ConfigError
-from megatron_ft.files import write_json
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.dtypes import HF_NAMES
 from megatron_ft.models.families import family_of
@@ -27,14 +28,15 @@ from megatron_ft.models.weights import Rule
 from megatron_ft.quantization.gptq import Grid
 from megatron_ft.quantization.packed import compressed_entry, gptq_entry
 
-_INDEX = "model.safetensors.index.json"
 NAMES = {"gptq": "GPTQ", "w4a16": "W4A16 (compressed-tensors)"}
 
 
-def export_gptq(source: Opened, options: QuantisedExport, started: float, certified: bool) -> Report:
+def export_gptq(
+    source: Opened, options: QuantisedExport, max_shard_size: str, started: float, certified: bool
+) -> Report:
     """Calibrate, quantise and write a model folder. Raise ConfigError for settings that do not fit the model."""
     arch = source.config.architecture
-    grid = _grid(options)
+    grid, max_bytes = _grid(options), parse_size(max_shard_size)
     _check_sizes(arch, source.rules, grid)
     rows, held_out = rows_of(options, arch)
     target = Path(options.output_dir)
@@ -43,8 +45,7 @@ def export_gptq(source: Opened, options: QuantisedExport, started: float, certif
         np.save(Path(scratch) / "rows.npy", rows)
         np.save(Path(scratch) / "held_out.npy", held_out)
         answer = run_calibration(_request(source, options, grid, Path(scratch), export), Path(scratch))
-        weight_map = {name: file for file, names in answer.files.items() for name in names}
-        write_json(export / _INDEX, {"metadata": {"total_size": answer.nbytes}, "weight_map": weight_map})
+        files = regroup(export, answer.files, max_bytes)
         dtype = options.params_dtype or source.config.dtype
         entry = gptq_entry(grid) if options.quantize == "gptq" else compressed_entry(grid)
         config = {**family_of(arch).to_hf(arch, HF_NAMES[dtype]), "quantization_config": entry}
@@ -56,7 +57,7 @@ def export_gptq(source: Opened, options: QuantisedExport, started: float, certif
     before, after = answer.perplexity
     note = f"{answer.matrices} matrices in {grid.bits} bits, perplexity {before:.4g} before, {after:.4g} after"
     parameters, tensors = count(arch, source.rules)
-    return Report(target, parameters, tensors, len(answer.files), time.monotonic() - started, note)
+    return Report(target, parameters, tensors, files, time.monotonic() - started, note)
 
 
 def _grid(options: QuantisedExport) -> Grid:

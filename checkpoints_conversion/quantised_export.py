@@ -60,7 +60,7 @@ def export_quantised(
         return export_bitsandbytes(source, options, max_shard_size, started, certified)
     from checkpoints_conversion.gptq_export import export_gptq
 
-    return export_gptq(source, options, started, certified)
+    return export_gptq(source, options, max_shard_size, started, certified)
 
 
 def _check_gptq(options: QuantisedExport) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
 from checkpoints_conversion.megatron_to_hf import MegatronToHf
 from checkpoints_conversion.megatron_to_hf import convert as export
+from checkpoints_conversion.regrouped import regroup
 from megatron_ft.data.shards import ShardWriter
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.models.hf_source import HfSource
@@ -115,10 +117,36 @@ def test_weights_loss_and_card(models, tmp_path, family, method, desc_act):
     assert 0 < gptq < rounded
 
 
+def test_max_shard_size(models, tmp_path):
+    """The same tensors in one file, in several, and each in its own; with an index, as transformers reads them."""
+    small = {"quantize": "gptq", "calibration_rows": 4}
+    assert quantised(models, "llama", tmp_path / "whole", **small).files == 1
+    done = quantised(models, "llama", tmp_path / "parts", max_shard_size="20KB", **small)
+    assert done.files == count_files(tmp_path / "parts", tmp_path / "whole", 20_000) > 2
+    shutil.copytree(tmp_path / "whole", tmp_path / "each")
+    count = regroup(tmp_path / "each", ["model.safetensors"], 1)
+    assert count == count_files(tmp_path / "each", tmp_path / "whole", 1) == len(read(tmp_path / "whole"))
+
+
+def count_files(folder, whole, largest):
+    """Check the tensors, names and sizes of files, and their index. Return the number of files."""
+    assert [path.name for path in whole.glob("*.safetensors*")] == ["model.safetensors"]
+    expected, files = read(whole), sorted(path.name for path in folder.glob("*.safetensors"))
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    tensors = {file: load_file(folder / file) for file in files}
+    assert all(sum(one.nbytes for one in held.values()) <= largest or len(held) == 1 for held in tensors.values())
+    found = {name: value for held in tensors.values() for name, value in held.items()}
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, held in tensors.items() for name in held}
+    assert index["metadata"]["total_size"] == sum(one.nbytes for one in expected.values())
+    return len(files)
+
+
 def test_formats_own_reader_of_w4a16(models, tmp_path):
     if importlib.util.find_spec("compressed_tensors") is None:
         pytest.skip("compressed-tensors is not installed")
-    quantised(models, "llama", tmp_path / "out", quantize="w4a16")
+    quantised(models, "llama", tmp_path / "out", quantize="w4a16", max_shard_size="20KB")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ours = AutoModelForCausalLM.from_pretrained(models / "llama")
     ours.load_state_dict(dequantised(read(tmp_path / "out")))
@@ -172,6 +200,7 @@ REFUSED = [
     ({"quantize": "gptq", "adapter_only": True}, "--adapter_only"),
     ({"quantize": "gptq", "calibration": "short"}, "fewer than two rows"),
     ({"quantize": "gptq", "calibration_rows": 1}, "at least 2"),
+    ({"quantize": "gptq", "max_shard_size": "many"}, "--max_shard_size many"),
 ]
 
 
