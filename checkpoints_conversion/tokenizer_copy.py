@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_ft.checkpoints.folder import TOKENIZER_FOLDER, CheckpointConfig
 from megatron_ft.data.template_files import read_object, template_sources, write_templates
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.data.tokenizer_files import has_tokenizer
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import write_json
 
@@ -20,7 +21,7 @@ def load_before_and_after(
 
     Raise TokenizerError if a tokenizer is requested, or needed for extra tokens, and does not exist.
     """
-    present = any((model_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    present = has_tokenizer(model_folder)
     if path is None and not present and not extra_tokens:
         return None, None
     source = path or model_folder

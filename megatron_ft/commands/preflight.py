@@ -141,13 +141,20 @@ def _checkpoint(
 
 def _of_teacher(teacher: Teacher, settings: TrainingSettings) -> str:
     """Return the teacher's family and the memory of its weights in the fullest process."""
-    from megatron_ft.planner.memory import parameters
+    from megatron_ft.planner.memory import parameters, saved_by_nf4
 
     arch, split, tp = teacher.described.architecture, teacher.split, settings.parallel.tensor_model_parallel_size
-    last = split.stages - 1
-    most = max(parameters(arch, tp, len(split.layers_of(n)), n == 0, n == last) for n in range(split.stages))
     width = 2 if settings.numerics.bf16 or settings.numerics.fp16 else 4
-    return f"{arch.family}, layers {split}, {most * width / 1e9:.2f} GB of weights a process"
+    nf4 = teacher.described.quantization is not None
+
+    def weights(stage: int) -> int:
+        layers = len(split.layers_of(stage))
+        whole = width * parameters(arch, tp, layers, stage == 0, stage == split.stages - 1)
+        return whole - saved_by_nf4(arch, tp, layers, width) if nf4 else whole
+
+    most = max(weights(stage) for stage in range(split.stages))
+    precision = ", linears in NF4" if nf4 else ""
+    return f"{arch.family}, layers {split}, {most / 1e9:.2f} GB of weights a process{precision}"
 
 
 def adapters(lora: Lora, described: CheckpointConfig, split: PipelineSplit) -> Iterator[Finding]:

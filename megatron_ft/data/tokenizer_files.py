@@ -86,6 +86,15 @@ class TokenizerFiles:
         return inner[0] or bos, inner[1] or eos
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a model's folder holds a tokenizer that is read; one that is written by a program may have none."""
+    return bool(_those_in(folder))
+
+
+def _those_in(folder: Path) -> list[str]:
+    return [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+
+
 def find(path: Path) -> TokenizerFiles:
     """Read the files at a path. Raise TokenizerError with the names of the expected files."""
     from megatron_ft.data.fast_tokenizer import read_description
@@ -101,7 +110,7 @@ def find(path: Path) -> TokenizerFiles:
         return TokenizerFiles(
             [path], None if is_json else _model(path), read_description(path) if is_json else None, {}, {}
         )
-    names = [name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+    names = _those_in(path)
     if not names:
         raise TokenizerError(f"{path}: holds neither tokenizer.json nor tokenizer.model{_other_kind(path)}")
     description = read_description(path / "tokenizer.json") if "tokenizer.json" in names else None

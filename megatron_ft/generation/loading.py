@@ -31,6 +31,7 @@ from megatron_ft.data.chat_format import FORMATS, ChatFormat, get_format
 from megatron_ft.data.chat_template import NoTemplate, OwnTemplate, own_template
 from megatron_ft.data.template_options import TemplateOptions, parse_arguments, today
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ft.data.tokenizer_files import has_tokenizer
 from megatron_ft.digests import check_digests, has_digests
 from megatron_ft.engine.collective_errors import raise_together
 from megatron_ft.engine.parallel import Layout
@@ -142,8 +143,8 @@ def open_bare(folder: Path, layout: Layout, bf16: bool, digests: bool) -> tuple[
     check_folder(folder)
     options = _options(bf16)
     if is_export(folder):
-        model, arch, tokenizer, _ = _from_export(folder, layout, options, digests)
-        return model, arch, tokenizer.info()
+        model, arch = _export_model(folder, layout, options, digests)
+        return model, arch, load_tokenizer(folder).info() if has_tokenizer(folder) else {}
     found = find_checkpoint(folder)
     config = describe(found)
     if config.adapter is not None:
@@ -228,6 +229,14 @@ def _from_checkpoint(root: Path, layout: Layout, options: BuildOptions, digests:
 
 
 def _from_export(folder: Path, layout: Layout, options: BuildOptions, digests: bool, _: Path | None = None) -> _Read:
+    model, arch = _export_model(folder, layout, options, digests)
+    template = folder / "chat_template.jinja"
+    said = read_text(template) if template.is_file() else ""
+    recorded = next((one.name for one in FORMATS.values() if one.is_said_by(said)), None)
+    return model, arch, load_tokenizer(folder), recorded
+
+
+def _export_model(folder: Path, layout: Layout, options: BuildOptions, digests: bool) -> tuple[Any, Architecture]:
     problem = None
     try:
         if digests and has_digests(folder):
@@ -240,7 +249,4 @@ def _from_export(folder: Path, layout: Layout, options: BuildOptions, digests: b
     check_layout(arch, layout.tp_size, layout.pp_size)
     model = build_model(arch, layout, options)
     fill_from(model, arch, source.rules, source.full, layout)
-    template = folder / "chat_template.jinja"
-    said = read_text(template) if template.is_file() else ""
-    recorded = next((one.name for one in FORMATS.values() if one.is_said_by(said)), None)
-    return model, arch, load_tokenizer(folder), recorded
+    return model, arch

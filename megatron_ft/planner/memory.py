@@ -142,7 +142,7 @@ def _stage(arch: Architecture, job: Job, number: int) -> Stage:
     trained = own if job.lora else 0 if job.nf4 else count
     return Stage(
         layers, count, trained,
-        weights=(count + own) * job.width - _saved_by_nf4(arch, job, layers) + _teacher_weights(arch, job, number),
+        weights=(count + own) * job.width - _saved(arch, job, layers) + _teacher_weights(arch, job, number),
         gradients=trained * 4,  # one fp32 buffer, whatever the compute type
         optimizer=optimizer_bytes(trained, job),
         activations=_activations(arch, job, number),
@@ -163,11 +163,13 @@ def quantised_parts(arch: Architecture, tp: int) -> list[int]:
     return [prod(rule.part_shape(arch, tp, 0)) for rule in family_of(arch).rules(arch) if is_quantised(rule)]
 
 
-def _saved_by_nf4(arch: Architecture, job: Job, layers: int) -> int:
-    """Return the bytes that NF4 takes less than the compute type."""
-    if not job.nf4:
-        return 0
-    return round(layers * sum(quantised_parts(arch, job.tp)) * (job.width - bits_in_memory() / 8))
+def saved_by_nf4(arch: Architecture, tp: int, layers: int, width: int) -> int:
+    """Return the bytes that NF4 takes less on a rank than a compute type of `width` bytes."""
+    return round(layers * sum(quantised_parts(arch, tp)) * (width - bits_in_memory() / 8))
+
+
+def _saved(arch: Architecture, job: Job, layers: int) -> int:
+    return saved_by_nf4(arch, job.tp, layers, job.width) if job.nf4 else 0
 
 
 def optimizer_bytes(count: int, job: Job) -> int:

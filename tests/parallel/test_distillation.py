@@ -97,14 +97,29 @@ def distilled_step(layout, load, shards, teacher):
 
 
 @pytest.fixture(scope="module")
-def theirs(llama, hf_teacher, shards):
-    """(ce, kl, gradients) of the first step with transformers and torch in fp64."""
+def students(llama, checkpoint, tmp_path_factory):
+    """kind -> (Hugging Face folder, checkpoint). The teacher is untied."""
+    folder = tmp_path_factory.mktemp("tied")
+    tied = make_llama(folder / "hf", tie_word_embeddings=True)
+    return {
+        "untied": (llama, checkpoint),
+        "tied": (tied, to_checkpoint(tied, folder / "checkpoint", "torch_dist", 1, 1)),
+    }
+
+
+@pytest.fixture(scope="module")
+def theirs(students, hf_teacher, shards):
+    """kind of student -> (ce, kl, gradients) of the first step with transformers and torch in fp64."""
+    return {kind: step_of_transformers(hf, hf_teacher, shards) for kind, (hf, _) in students.items()}
+
+
+def step_of_transformers(student, hf_teacher, shards):
     from transformers import LlamaForCausalLM
 
     from megatron_ft.data.roles import ASSISTANT
     from megatron_ft.data.shards import open_shards
 
-    model, of = (LlamaForCausalLM.from_pretrained(one, dtype=torch.float64) for one in (llama, hf_teacher))
+    model, of = (LlamaForCausalLM.from_pretrained(one, dtype=torch.float64) for one in (student, hf_teacher))
     opened, sums, weight = open_shards(shards), [0.0, 0.0], 0
     temperature = MIX["kd_temperature"]
     for sample in samples_of(shards, 0):
@@ -124,28 +139,35 @@ def theirs(llama, hf_teacher, shards):
     return float(ce), float(kl), {name: p.grad for name, p in model.named_parameters()}
 
 
+def in_our_names(gradients, root):
+    """transformers' gradients as those of our tensors: a family's rules reorder numbers, so they hold for gradients too."""
+    from megatron_ft.checkpoints.folder import describe, find_checkpoint
+    from megatron_ft.models.families import family_of
+    from megatron_ft.models.weights import placed_rules
+
+    arch = describe(find_checkpoint(Path(root))).architecture
+    return {
+        f"model.{placed.dist_key}": placed.rule.to_megatron(arch, [gradients[name] for name in placed.hf_keys]).numpy()
+        for placed in placed_rules(arch, family_of(arch).rules(arch))
+    }
+
+
+@pytest.mark.parametrize("student", ["untied", "tied"])
 @pytest.mark.parametrize("layout", [(1, 1), (2, 2)], ids=["one process", "TP2xPP2"])
-def test_as_transformers_computes_it(layout, theirs, one_rank, four_ranks, checkpoint, teacher, shards):
-    pool = four_ranks if layout == (2, 2) else one_rank
-    ce, kl, gradients = theirs
-    results = pool.run(distilled_step, layout, checkpoint, shards, teacher)
+def test_as_transformers_computes_it(layout, student, students, theirs, one_rank, four_ranks, teacher, shards):
+    """Loss, its parts, and every gradient: also of the fused query, key and value, and of gate and up."""
+    pool, load = four_ranks if layout == (2, 2) else one_rank, students[student][1]
+    ce, kl, gradients = theirs[student]
+    results = pool.run(distilled_step, layout, load, shards, teacher)
     loss, more, _ = results[-1]
     assert abs(more["ce"] - ce) < 1e-6 and abs(more["kl"] - kl) < 1e-6
     assert abs(loss / (0.5 * ce + 0.7 * 4 * kl) - 1) < 1e-6
     assert {"ce_by_role/assistant", "kl_by_role/assistant", "kl_by_position/0-127"} <= more.keys()
     ours = next(found for _, _, found in results if found is not None)
-    pairs = {
-        "embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight",
-        "decoder.final_layernorm.weight": "model.norm.weight",
-    } | {
-        f"decoder.layers.{n}.{mine}": f"model.layers.{n}.{name}" for n in range(4)
-        for mine, name in (
-            ("self_attention.linear_proj.weight", "self_attn.o_proj.weight"), ("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
-        )
-    }  # fmt: skip
-    for mine, name in pairs.items():
-        expected = gradients[name].numpy()
-        assert abs(ours[f"model.{mine}"] - expected).max() < 3e-6 * abs(expected).max(), name
+    expected = in_our_names(gradients, load)
+    assert ours.keys() == expected.keys() and len(expected) == 4 * 6 + 3 - (student == "tied")
+    for name, value in expected.items():
+        assert abs(ours[name] - value).max() < 3e-6 * abs(value).max(), name
 
 
 def test_nothing_to_learn_from_oneself(four_ranks, checkpoint, shards):

@@ -10,6 +10,7 @@ from megatron_ft.config.cli import run_script
 from megatron_ft.config.sections import Parallelism
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.pipeline import split_beside, split_layers
+from megatron_ft.models.quantised import Quantization
 from megatron_ft.training.teacher import same_rows, same_vocabulary
 from tests.training.test_datasets import write
 from tests.training.test_rules import ARCH
@@ -48,14 +49,23 @@ def test_both_cut_the_vocabulary_at_the_same_places(tmp_path):
         same_rows(tmp_path, dataclasses.replace(classic, padded_vocab_size=384), STUDENT, 1)
 
 
-def test_preflight_says_what_the_teacher_takes(tmp_path, capsys):
-    for name, arch in (("student", ARCH), ("teacher", dataclasses.replace(ARCH, num_layers=8))):
+@pytest.mark.parametrize("nf4", [False, True])
+def test_preflight_says_what_the_teacher_takes(nf4, tmp_path, capsys):
+    """On each of two processes: half of 8 layers, in fp32 or in 4.5 bits, and of the tables in fp32."""
+    large = dataclasses.replace(ARCH, num_layers=8, hidden_size=4096, ffn_hidden_size=11264, head_dim=1024)
+    quantization = Quantization() if nf4 else None
+    for name, arch, kind in (("student", ARCH, None), ("teacher", large, quantization)):
         (tmp_path / name).mkdir()
         for file in ("metadata.json", ".metadata", "common.pt"):
             (tmp_path / name / file).touch()
-        write_config(tmp_path / name, dataclasses.replace(STUDENT, architecture=arch, tokenizer={}))
-    words = ["--load", "student", "--teacher", "teacher", "--seq_length", "32", "--train_iters", "1", "--data_path"]
+        write_config(tmp_path / name, dataclasses.replace(STUDENT, architecture=arch, tokenizer={}, quantization=kind))
+    words = ["--load", "student", "--teacher", "teacher", "--seq_length", "32", "--train_iters", "1"]
     words = [str(tmp_path / word) if word in ("student", "teacher") else word for word in words]
+    words += ["--world_size", "2", "--tensor_model_parallel_size", "2", "--data_path"]
     run_script(preflight.COMMAND, preflight.run, [*words, write(tmp_path / "chats-train", [9, 5])])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "teacher" in line]
-    assert line.startswith("ok:") and "layers 1-8" in line and "GB of weights a process" in line
+    linears = 8 * (4 * 4096**2 + 3 * 4096 * 11264) / 2
+    others = 2 * (256 / 2) * 4096 + 17 * 4096  # 100 tokens are padded to 256 for two processes
+    size = linears * (4.5 / 8 if nf4 else 4) + others * 4
+    assert line.startswith("ok:") and f"layers 1-8, {size / 1e9:.2f} GB of weights a process" in line
+    assert line.endswith(", linears in NF4") == nf4
