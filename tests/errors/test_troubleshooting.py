@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.errors.conftest import copy, finetune
+from tests.errors.conftest import copy, engine_desk, finetune
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
 ANY = "…"
@@ -111,8 +111,25 @@ def sample(shop, tmp_path, prompts: str, settings: str) -> list:
     return ["sample", "--load", shop.dist, "--prompts", tmp_path / "prompts", "--settings", tmp_path / "settings"]
 
 
+def of_another_tokenizer(shop, tmp_path) -> list:
+    teacher = copy(shop.dist, tmp_path / "teacher")
+    (config,) = teacher.glob("*/config.json")
+    content = json.loads(config.read_text())
+    content["tokenizer"]["fingerprint"] = "xxh3:0123456789"
+    config.write_text(json.dumps(content))
+    return [*finetune(shop), "--teacher", teacher]
+
+
 # A word of the entry's text -> what has to be done wrong for it.
 MISTAKES = {
+    "is none of relu": lambda shop, tmp_path: ["hf-to-megatron", shop.hf, tmp_path / "o", "--activation", "tanh"],
+    "has a vocabulary of": lambda shop, _: [*finetune(shop), "--teacher", shop.bare],
+    "has another tokenizer": of_another_tokenizer,
+    "no effect without a teacher": lambda shop, _: [*finetune(shop), "--kd_temperature", 2],
+    "both give the teacher": lambda shop, _: [*finetune(shop), "--teacher", shop.dist, "--teacher_logits", "x"],
+    "takes no --adapter": lambda shop, tmp_path: [*sparse(shop.dist), "--adapter", tmp_path],
+    "decodes in one process": lambda shop, _: [*sparse(shop.dist), "--nproc_per_node", 2],
+    "entries for": lambda shop, _: ["evaluate", "sparsity", "--load", shop.dist, "--data", "x", "--adapter", "a", "b"],
     "learning_rate": lambda shop, _: [*finetune(shop), "--learning_rate", "1e-5"],
     "cannot hold": too_large_a_layout,
     "this run is TP": lambda shop, _: finetune(shop, shop.split),
@@ -143,6 +160,84 @@ MISTAKES = {
     "only Hugging Face folders": lambda shop, _: ["measure", shop.dist, "--backend", "transformers"],
     "measure the inputs": lambda shop, tmp_path: ["megatron-to-hf", shop.dist, tmp_path / "out", "--quantize", "gptq"],
 }  # fmt: skip
+
+
+def sparse(load, mode="exact") -> list:
+    return ["generate", "--load", load, "--prompt", "plum", "--sparse", mode]
+
+
+def adapters(shop, tmp_path) -> list:
+    made(finetune(shop, save=tmp_path / "run"), "--lora_rank", 2)
+    return [*finetune(shop), "--teacher", tmp_path / "run"]
+
+
+def made(words, *more) -> None:
+    done = engine_desk()(*words, *more)
+    assert done.code == 0, done.err
+
+
+def stored(shop, tmp_path, *more, shards=None) -> list:
+    """Train from what `score` has stored."""
+    words = ["score", "--load", shop.dist, "--data_path", shards or shop.shards, "--output", tmp_path / "of"]
+    made(words, "--top_k", 4, "--seq_length", 128)
+    return [*finetune(shop), "--teacher_logits", tmp_path / "of", *more]
+
+
+def relu(shop, tmp_path) -> Path:
+    made(["hf-to-megatron", shop.hf, tmp_path / "relu", "--activation", "relu"])
+    return tmp_path / "relu"
+
+
+def of_other_weights(shop, tmp_path) -> list:
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((shop.hf / "config.json").read_text())
+    shapes = {"low": (4, 64), "high": (config["intermediate_size"], 4), "bias": (config["intermediate_size"],)}
+    tensors = {
+        f"layers.{layer}.{part}": torch.zeros(shape)
+        for layer in range(config["num_hidden_layers"])
+        for part, shape in shapes.items()
+    }
+    (tmp_path / "made").mkdir()
+    save_file(tensors, tmp_path / "made" / "predictors.safetensors")
+    (tmp_path / "made" / "predictors.json").write_text(json.dumps({"version": 1, "model": {"F": "xxh3:0"}}))
+    return [*sparse(relu(shop, tmp_path), "predicted"), "--predictors", tmp_path / "made"]
+
+
+def nearly_empty(shop, tmp_path) -> list:
+    (tmp_path / "empty.txt").write_text("")
+    return [*sparsity(shop, tmp_path), "--data", tmp_path / "empty.txt"]
+
+
+def sparsity(shop, tmp_path) -> list:
+    return ["evaluate", "sparsity", "--load", shop.dist, "--output", tmp_path / "out"]
+
+
+def predict(shop, tmp_path, *more) -> list:
+    words = ["train-predictors", "--load", relu(shop, tmp_path), "--data", shop.shards]
+    return [*words, "--output", tmp_path / "out", *more]
+
+
+WITH_TORCH = {
+    "holds adapters, not a model": adapters,
+    "that megatron-ft score wrote": lambda shop, tmp_path: [*finetune(shop), "--teacher_logits", tmp_path / "no"],
+    "made with --": lambda shop, tmp_path: stored(shop, tmp_path, "--kd_temperature", 2),
+    "other shards than": lambda shop, tmp_path: stored(shop, tmp_path, shards=shop.questions),
+    "more than the vocabulary": lambda shop, tmp_path: [
+        "score", "--load", shop.dist, "--data_path", shop.shards, "--output", tmp_path / "of", "--top_k", 1000, "--seq_length", 64,
+    ],
+    "activations that are zero": lambda shop, _: sparse(shop.dist),
+    "needs --predictors DIR": lambda shop, tmp_path: sparse(relu(shop, tmp_path), "predicted"),
+    "holds no predictors": lambda shop, tmp_path: [
+        *sparse(relu(shop, tmp_path), "predicted"), "--predictors", tmp_path,
+    ],
+    "for another model than": of_other_weights,
+    "more than the model's matrices": lambda shop, tmp_path: predict(shop, tmp_path, "--rank", 1000),
+    "neither a text file": lambda shop, tmp_path: [*sparsity(shop, tmp_path), "--data", tmp_path / "no"],
+    "two tokens, so nothing": nearly_empty,
+}  # fmt: skip
+"""A word of the entry's text -> a mistake of distillation or of sparse models that is found when torch is there."""
 
 
 def weights(change):
@@ -258,6 +353,13 @@ def test_the_mistake_gives_the_text_of_its_entry(desk, shop, tmp_path, word):
     assert done.code == 2 and pattern(word).fullmatch(said), said
 
 
+@pytest.mark.parametrize("word", WITH_TORCH)
+def test_what_is_found_with_torch_gives_the_text_of_its_entry(engine, shop, tmp_path, word):
+    done = engine(*WITH_TORCH[word](shop, tmp_path))
+    said = re.sub(COMMAND, "", done.err.strip().splitlines()[-1])
+    assert done.code == 2 and pattern(word).fullmatch(said), done.err
+
+
 @pytest.mark.parametrize("word", CONVERSIONS)
 def test_weights_of_other_programs_give_the_text_of_their_entry(engine, shop, tmp_path, word):
     done = engine(*weights(CONVERSIONS[word])(shop, tmp_path))
@@ -291,5 +393,6 @@ def pattern(word: str) -> re.Pattern:
 
 def test_every_entry_has_its_mistake():
     assert all(
-        sum(word in text for word in (*MISTAKES, *CONVERSIONS, *ON_THE_WAY, *ANSWERING)) == 1 for text in entries()
+        sum(word in text for word in (*MISTAKES, *WITH_TORCH, *CONVERSIONS, *ON_THE_WAY, *ANSWERING)) == 1
+        for text in entries()
     )
