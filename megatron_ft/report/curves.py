@@ -7,8 +7,8 @@ from html import escape
 
 from megatron_ft.report.metrics import Curve
 
-WIDTH, HEIGHT = 520, 220  # SVG coordinates; the browser scales the figure
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 30
+WIDTH, HEIGHT = 520, 238  # SVG coordinates; the browser scales the figure
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 48
 _POINTS = 400  # largest number of points drawn of a line
 _HOVER = 60  # number of points of a line that show their value under the mouse
 
@@ -35,7 +35,8 @@ def picture(title: str, lines: Sequence[Line], log: bool = False, marks: Sequenc
     if marks:
         legend += '<span class="key mark">checkpoint</span>'
     return (
-        f'<figure><figcaption><b>{escape(title)}</b>{legend}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<figure style="max-width:620px"><figcaption><b>{escape(title)}</b>{legend}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
     )
 
@@ -83,12 +84,21 @@ class Scale:
         """Return round values for the vertical axis."""
         if not self.log:
             return round_steps(self.low, self.high, 4)
-        steps = [
-            digit * 10.0**power
-            for power in range(math.floor(self.low), math.ceil(self.high) + 1)
-            for digit in ((1,) if self.high - self.low > 1.5 else (1, 2, 5))
-        ]
-        return [step for step in steps if self.low <= math.log10(step) <= self.high]
+        return log_ticks(self.low, self.high)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return round values of a logarithmic axis: powers of ten, others between them where they are few, equal steps over a small range.
+
+    low, high: logarithms of its ends.
+    """
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    for digits in ((1,), (1, 3), (1, 2, 5)):
+        found = [digit * 10.0**power for power in powers for digit in digits]
+        found = [value for value in found if low <= math.log10(value) <= high]
+        if len(found) > 3:
+            return found
+    return round_steps(10**low, 10**high, 5)
 
 
 def round_steps(low: float, high: float, about: int) -> list[float]:
@@ -100,17 +110,19 @@ def round_steps(low: float, high: float, about: int) -> list[float]:
 
 
 def _grid(scale: Scale) -> str:
-    parts = []
-    for value in scale.ticks():
+    parts, values = [], scale.ticks()
+    for value, name in zip(values, names_of(values), strict=True):
         y = scale.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
     ends = {round(at): None for at in round_steps(scale.first, max(scale.last, scale.first + 1), 5)}
     for at in ends:
         if scale.first <= at <= scale.last:
             parts.append(
                 f'<text x="{scale.x(at):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(at)}</text>'
             )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">iteration</text>')
     return "".join(parts) + f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
 
 
@@ -144,6 +156,12 @@ def _mark(scale: Scale, at: int) -> str:
 
 def _finite(points: Curve, log: bool) -> Curve:
     return [(at, value) for at, value in points if math.isfinite(value) and (value > 0 or not log)]
+
+
+def names_of(values: Sequence[float]) -> list[str]:
+    """Return a text for each value of an axis, all different."""
+    names = [short(value) for value in values]
+    return names if len({*names}) == len(names) else [f"{value:g}" for value in values]
 
 
 def short(value: float) -> str:

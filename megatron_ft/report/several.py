@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from megatron_ft.report.curves import Scale, round_steps, short
+from megatron_ft.report.curves import Scale, log_ticks, names_of, round_steps, short
 
 Points = Sequence[tuple[float, float]]  # (step or tokens, value), in order
 
@@ -64,22 +64,17 @@ class _Area(Scale):
         return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - math.log10(value)) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        """Return round values: powers of ten, with others between them where they are few, or equal steps over a small range."""
-        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-        for digits in ((1,), (1, 3), (1, 2, 5)):
-            found = [digit * 10.0**power for power in powers for digit in digits]
-            found = [value for value in found if self.low <= math.log10(value) <= self.high]
-            if len(found) > 3:
-                return found
-        return round_steps(10**self.low, 10**self.high, 5)
+        """Return round values for the vertical axis."""
+        return log_ticks(self.low, self.high)
 
 
 def _grid(scale: _Area) -> list[str]:
     foot, parts = HEIGHT - BOTTOM, []
-    for value in scale.ticks():
+    values = scale.ticks()
+    for value, name in zip(values, names_of(values), strict=True):
         y = scale.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
     for at in round_steps(scale.first, max(scale.last, scale.first + 1), 5):
         if scale.first <= at <= scale.last:
             parts.append(f'<text x="{scale.x(at):.1f}" y="{foot + 17}" text-anchor="middle">{short(at)}</text>')

@@ -43,9 +43,9 @@ svg text { font-size: 11.5px; fill: var(--soft); font-variant-numeric: tabular-n
 path.mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .line.a { stroke: var(--a); }
-.line.b { stroke: var(--b); }
-.line.c { stroke: var(--c); }
-.line.d { stroke: var(--d); }
+.line.b { stroke: var(--b); stroke-dasharray: 7 3; }
+.line.c { stroke: var(--c); stroke-dasharray: 2 3; }
+.line.d { stroke: var(--d); stroke-dasharray: 9 3 2 3; }
 .dot.a { fill: var(--a); }
 .dot.b { fill: var(--b); }
 .line.n1 { stroke: var(--a); }
@@ -65,9 +65,10 @@ path.mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
   vertical-align: middle; background: currentColor; }
 .key.a::before { background: var(--a); }
-.key.b::before { background: var(--b); }
-.key.c::before { background: var(--c); }
-.key.d::before { background: var(--d); }
+.key.b::before { width: 22px; background: repeating-linear-gradient(90deg, var(--b) 0 6px, transparent 6px 9px); }
+.key.c::before { width: 22px; background: repeating-linear-gradient(90deg, var(--c) 0 2px, transparent 2px 5px); }
+.key.d::before { width: 22px;
+  background: linear-gradient(90deg, var(--d) 0 9px, transparent 9px 13px, var(--d) 13px 16px, transparent 16px); }
 .key.bars::before { width: 12px; height: 9px; background: color-mix(in srgb, var(--a) 30%, transparent);
   border: 1px solid var(--a); }
 .key.dashed::before { width: 22px; background: repeating-linear-gradient(90deg, var(--b) 0 6px, transparent 6px 9px); }
