@@ -1,8 +1,12 @@
 """GPTQ: its numbers against a plain form of the algorithm, by hand, and how codes are packed."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
+from benchmarks import gptq as beside
 from megatron_ft.quantization.gptq import Codes, Grid, nearest, output_error, quantise, scales_of
 from megatron_ft.quantization.packed import compressed_tensors, gptq_tensors, unpacked, words
 
@@ -105,3 +109,18 @@ def test_both_formats_by_hand():
     packed = compressed_tensors(found, Grid())
     assert packed["weight_packed"].tolist() == [[0x87654321 - 2**32]] * 8  # [out, in / 8]
     assert packed["weight_shape"].tolist() == [8, 8]
+
+
+@pytest.mark.parametrize("grid", beside.grids(4, [32, 128]), ids=beside.described)
+def test_errors_are_at_most_those_of_the_reference_implementation(grid):
+    if importlib.util.find_spec("gptqmodel") is None:
+        pytest.skip("gptqmodel is not installed")
+    matrices = [beside.drawn(rows=192, columns=256, tokens=1024, seed=seed) for seed in range(1, 5)]
+    mine, theirs = (beside.measured(method, matrices, grid).error for method in (beside.ours, beside.reference))
+    assert 0 < mine <= theirs * beside.AT_MOST
+
+
+def test_the_benchmark_says_what_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gptqmodel", None)
+    monkeypatch.setattr(sys, "argv", ["gptq.py"])
+    assert beside.main() == 2 and "pip install" in capsys.readouterr().err
