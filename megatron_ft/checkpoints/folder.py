@@ -272,6 +272,16 @@ def check_sizes(
         )
 
 
+def check_whole(folder: str | Path, config: CheckpointConfig) -> None:
+    """Raise CheckpointError for a classic checkpoint that is cut for several processes, where one process reads all of it."""
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if config.ckpt_format == "torch" and tp * pp > 1:
+        raise CheckpointError(
+            f"{folder} is in the classic format for TP{tp} x PP{pp}, and sparse decoding runs in one process: make a torch_dist "
+            f"checkpoint with megatron-ft reshard, which loads into any layout"
+        )
+
+
 def rules_in(config: CheckpointConfig) -> list[Rule]:
     """Return the rules of the tensors that a checkpoint holds: of a quantised one codes and scales."""
     return stored_rules(family_of(config.architecture).rules(config.architecture), config.quantization)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_ft.commands.layout_choice import Asked, GenerationLayout, sizes_for
+from megatron_ft.checkpoints.folder import check_whole
+from megatron_ft.commands.layout_choice import Asked, GenerationLayout, sizes_for, stored
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
 
@@ -47,6 +48,9 @@ def check_sparse_options(
         raise ConfigError(
             "--sparse takes no --bf16 or --no_bf16: give the precision of the weights with --sparse_weights"
         )
+    for one in models:
+        if config := stored(one):
+            check_whole(one.load, config)
     tensor, pipeline = sizes_for(models, parallel, processes)
     check_one_process(processes, tensor * pipeline)
     for one in models:

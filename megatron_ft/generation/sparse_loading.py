@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ft.checkpoints.folder import TRACKER, check_folder, describe, find_checkpoint
+from megatron_ft.checkpoints.folder import TRACKER, check_folder, check_whole, describe, find_checkpoint
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError, ConfigError
 from megatron_ft.files import read_json
@@ -54,6 +54,7 @@ def _of_checkpoint(folder: Path) -> Described:
         raise CheckpointError(
             f"{folder} is quantised: give the model before quantisation; --sparse_weights int8 halves bf16"
         )
+    check_whole(folder, config)
     return Described(config.architecture, "bf16" if config.dtype == "bf16" else "fp32")
 
 

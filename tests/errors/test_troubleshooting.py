@@ -128,6 +128,7 @@ MISTAKES = {
     "no effect without a teacher": lambda shop, _: [*finetune(shop), "--kd_temperature", 2],
     "both give the teacher": lambda shop, _: [*finetune(shop), "--teacher", shop.dist, "--teacher_logits", "x"],
     "takes no --adapter": lambda shop, tmp_path: [*sparse(shop.dist), "--adapter", tmp_path],
+    "and sparse decoding runs": lambda shop, _: sparse(shop.split),
     "decodes in one process": lambda shop, _: [*sparse(shop.dist), "--nproc_per_node", 2],
     "entries for": lambda shop, _: ["evaluate", "sparsity", "--load", shop.dist, "--data", "x", "--adapter", "a", "b"],
     "learning_rate": lambda shop, _: [*finetune(shop), "--learning_rate", "1e-5"],

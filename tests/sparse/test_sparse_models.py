@@ -2,12 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
+from checkpoints_conversion.megatron_to_hf import MegatronToHf
+from checkpoints_conversion.megatron_to_hf import convert as export
+from megatron_ft.data.roles import ASSISTANT
+from megatron_ft.data.shards import ShardWriter
 from megatron_ft.errors import UserError
 from tests.conversion.builders import make_family, make_sentencepiece
 from tests.ranks import Ranks
@@ -16,6 +22,7 @@ FAMILIES = {
     "falcon": ("falcon 40b, relu, untied, yarn", {}),
     "llama": ("llama, relu, tied", {"hidden_size": 64, "intermediate_size": 96}),
     "gelu": ("falcon 40b", {}),
+    "silu": ("llama", {"hidden_size": 64, "intermediate_size": 96}),
     "wide": ("falcon 40b, relu, untied, yarn", {"hidden_size": 128}),
 }
 PROMPT = [5, 9, 17, 40, 3, 77]
@@ -58,7 +65,6 @@ def decode(folder, precision, mode, predictors=None):
 
 
 def answer(model, decoder):
-    import numpy as np
     from megatron.core.inference.contexts.static_context import StaticInferenceContext
 
     (ids,) = decoder.generate([np.array(PROMPT)], 12)
@@ -182,6 +188,83 @@ class TestRefused:
                 check_sparse_options(options, [Asked(falcon, adapter)], bf16, GenerationLayout(), processes)
         with pytest.raises(UserError, match=r"in one process, .* this would be 4"):
             check_sparse_options(SparseOptions("exact"), [Asked(falcon)], None, GenerationLayout(2, 2), alone)
+
+    def test_a_classic_checkpoint_of_several_processes(self, place, tmp_path):
+        """By every command that decodes sparsely, in one line; with reshard it is read."""
+        from megatron_ft.commands.measure import Measure
+        from megatron_ft.commands.measure import run as measure
+        from megatron_ft.commands.train_predictors import TrainPredictors
+        from megatron_ft.commands.train_predictors import run as train
+
+        classic = str(tmp_path / "classic")
+        convert(HfToMegatron(str(place / "falcon"), classic, 2, 2, ckpt_format="torch"))
+        for run, options in (
+            (generated, (classic, str(tmp_path / "answers"), "exact")),
+            (train, (TrainPredictors(classic, [str(place / "text.txt")], str(tmp_path / "p"), 16),)),
+            (measure, (Measure(classic, sparse=True),)),
+        ):
+            with pytest.raises(
+                UserError, match=r"classic format for TP2 x PP2, and sparse decoding .* megatron-ft reshard"
+            ) as found:
+                run(*options)
+            assert "\n" not in str(found.value) and not (tmp_path / "p").exists()
+
+
+def generated(load, output, mode):
+    """`megatron-ft generate --sparse`; returns what it wrote."""
+    from megatron_ft.commands.generate import Generation, SamplingOptions, run
+    from megatron_ft.commands.in_layout import GenerationLayout
+    from megatron_ft.commands.sparse_options import SparseOptions
+    from megatron_ft.config.sections import Processes
+
+    asked = Generation(load=load, prompt=["ab plum", "xyz"], output=output)
+    options = SamplingOptions(max_new_tokens=8)
+    run(asked, options, GenerationLayout(), Processes(), SparseOptions(mode) if mode else None)
+    return Path(output).read_text()
+
+
+def trained_in_four(load, shards, save):
+    """A step of a run in TP2 x PP2, and what it saves."""
+    from tests.parallel.jobs import finetune
+
+    finetune(
+        (2, 2), load=load, data_path=[shards], save=save, train_iters=1, lr_warmup_iters=0, report=False, seq_length=32
+    )
+
+
+def test_a_checkpoint_that_four_processes_wrote(place, rank, four_ranks, tmp_path):
+    run, back, rng = tmp_path / "run", tmp_path / "back", np.random.default_rng(1)
+    with ShardWriter(tmp_path / "chats-train", 203) as writer:
+        for _ in range(20):
+            writer.add(rng.integers(0, 203, 20), np.full(20, ASSISTANT, np.uint8))
+    four_ranks.run(trained_in_four, str(place / "falcon-dist"), str(tmp_path / "chats-train"), str(run))
+    (iteration,) = run.glob("iter_*")
+    assert len(list(iteration.glob("__*.distcp"))) > 1  # of several processes
+    export(MegatronToHf(str(run), str(back)))
+    check_against_transformers(rank, run, back)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_a_swapped_model(name, activation, place, rank, tmp_path):
+    """Of GELU, or of another function of the gate: exact is dense, with transformers' numbers."""
+    made, back = str(tmp_path / "made"), str(tmp_path / "back")
+    convert(HfToMegatron(str(place / name), made, activation=activation, ckpt_format="torch_dist"))
+    export(MegatronToHf(made, back))
+    check_against_transformers(rank, made, back)
+    answers = [rank.run(generated, made, str(tmp_path / f"{mode}.jsonl"), mode)[0] for mode in ("dense", "exact", None)]
+    assert answers[0] == answers[1] == answers[2] and answers[0].count("\n") == 2
+
+
+def check_against_transformers(rank, checkpoint, exported):
+    """Exact decoding of a checkpoint has the bits of dense decoding, and the numbers that transformers has of its export."""
+    ((ids, logits, zeros),) = rank.run(decode, Path(checkpoint), "fp32", "exact")
+    ((dense_ids, dense, _),) = rank.run(decode, Path(checkpoint), "fp32", "dense")
+    assert ids == dense_ids and torch.equal(logits, dense) and 0.2 < zeros < 0.8
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor([[*PROMPT, *ids]])[:, :-1]).logits[0]
+    assert torch.allclose(logits, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 def measured(folder, output, predictors):
