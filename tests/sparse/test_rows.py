@@ -97,6 +97,8 @@ def test_memory_is_shared_where_nothing_changes():
 
 class TestBuild:
     def test_is_compiled_once(self, tmp_path, monkeypatch):
+        if build.library() is None:
+            pytest.skip("there is no C compiler here")
         compiler = build.find_compiler()
         build.open_library(tmp_path, compiler)
         (path,) = tmp_path.iterdir()
