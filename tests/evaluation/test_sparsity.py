@@ -128,7 +128,7 @@ def test_pieces_compute_every_token_but_the_last_once():
 
 def test_a_figure_of_many_layers():
     svg = by_length("zeros", range(60), {"relu": [n / 60 for n in range(60)]}, "layer", "percent")
-    assert svg.count("<title>") == 20 and svg.count("L") == 59
+    assert svg.count("<g><title>") == 20 and svg.count("L") == 59
 
 
 @pytest.mark.parametrize(
