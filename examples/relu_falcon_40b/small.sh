@@ -5,8 +5,8 @@
 #
 # Runs on the CPU. Without text files: this project's pages and Python's docstrings. Environment: STEPS (of the first training), RECOVERY
 # (steps of each recovery), SEEDS (of the order of the data, separated by spaces), OBJECTIVES (lm, kd or both), HIDDEN, LAYERS, VOCAB (of the
-# model), CHARACTERS (of text), MAX_NEW_TOKENS (of the measurement of decoding), SPARSE (ways of sparse decoding to measure too: dense, exact),
-# PYTHON.
+# model), CHARACTERS (of text), MAX_NEW_TOKENS (of the measurement of decoding), SPARSE (ways of sparse decoding to measure too: dense, exact,
+# predicted, or "" for none), PYTHON.
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
@@ -18,7 +18,7 @@ shift
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
 : "${STEPS:=1600}" "${RECOVERY:=40}" "${SEEDS:=1 2 3}" "${OBJECTIVES:=lm kd}" "${HIDDEN:=128}" "${LAYERS:=4}" "${VOCAB:=1024}"
-: "${MAX_NEW_TOKENS:=64}" "${SPARSE=}"
+: "${MAX_NEW_TOKENS:=64}" "${SPARSE=dense exact predicted}"
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=$here/../../.venv/bin/python
   [ -x "$PYTHON" ] || PYTHON=python3
@@ -40,6 +40,20 @@ decode() { # MODEL FILE FLAGS...: tokens per second of one answer after the othe
   mkdir -p "$out/speed"
   megatron_ft generate --load "$out/$model" --prompts "$here/prompts.jsonl" --batch_size 1 --max_new_tokens "$MAX_NEW_TOKENS" \
     --output "$file.jsonl" "$@" 2>&1 | tee "$file.txt"
+}
+
+# The models with ReLU, by the kernel of sparse decoding: GELU leaves no zeros, so it has no such numbers.
+decode_sparsely() { # MODEL
+  local model=$1 mode predictors
+  for mode in $SPARSE; do
+    predictors=()
+    if [ "$mode" = predicted ]; then
+      predictors=(--predictors "$out/predictors/$model")
+      megatron_ft train-predictors --load "$out/$model" --data "$out/data/text-train" --rank "$((HIDDEN / 4))" --seq_length 128 \
+        --tokens 10000 --steps 100 --output "$out/predictors/$model"
+    fi
+    decode "$model" "$model-$mode" --sparse "$mode" "${predictors[@]}"
+  done
 }
 
 say 1/6 "real text, and a random Falcon with the parts of the 40B model"
@@ -76,7 +90,7 @@ say 5/6 "held-out loss and zeros of each model, and tokens per second of decodin
 megatron_ft evaluate sparsity --load "${models[@]/#/$out/}" --data "$out/data/text-val" --length 128 --output "$out/sparsity"
 for model in "${models[@]}"; do
   decode "$model" "$model"
-  if [ "$model" != gelu ]; then for mode in $SPARSE; do decode "$model" "$model-$mode" --sparse "$mode"; done; fi
+  if [ "$model" != gelu ]; then decode_sparsely "$model"; fi
 done
 
 say 6/6 "the report"

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ft.commands.finetune import COMMAND
 from megatron_ft.config.cli import parse
+from tests.errors.conftest import interpreter_of_the_desk
 from tests.examples.test_commands import started
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,28 +25,54 @@ def module(name):
     return found
 
 
-def small(out, *words, **environment):
+TEXTS = [ROOT / "docs" / f"{name}.md" for name in ("architecture", "distillation", "sparse_decoding")]
+
+
+def small(out, **environment):
+    """Run small.sh with a very small model and few steps; return results.json."""
     values = {
-        "STEPS": "6", "RECOVERY": "2", "SEEDS": "1", "LAYERS": "2", "VOCAB": "300", "CHARACTERS": "20000", "MAX_NEW_TOKENS": "2",
-        "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
+        "STEPS": "6", "RECOVERY": "2", "SEEDS": "1", "LAYERS": "2", "VOCAB": "300",
+        "MAX_NEW_TOKENS": "2", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    words = [str(EXAMPLE / "small.sh"), str(out), *words]
-    return subprocess.run(
-        words, env={**os.environ, **values, **environment}, capture_output=True, text=True, timeout=600
-    )
+    with interpreter_of_the_desk() as python:
+        done = subprocess.run(
+            [str(EXAMPLE / "small.sh"), str(out), *map(str, TEXTS)], capture_output=True, text=True, timeout=600,
+            env={**os.environ, **values, **environment, "PYTHON": str(python)},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((out / "results.json").read_text())
+
+
+def test_small_measures_sparse_decoding(tmp_path):
+    """Of every model with ReLU, before the recovery and after, in every mode; GELU has none."""
+    gelu, *others = small(tmp_path / "out", OBJECTIVES="kd")["models"]
+    assert [one["name"] for one in (gelu, *others)] == ["gelu", "swapped", "kd-1"]
+    for mode in ("dense", "exact", "predicted"):
+        key = f"{mode}_decoding_tokens_per_second"
+        assert gelu[key] is None and all(one[key] > 0 for one in others)
+    answers = {
+        mode: [
+            json.loads(line) for line in (tmp_path / "out" / "speed" / f"kd-1-{mode}.jsonl").read_text().splitlines()
+        ]
+        for mode in ("dense", "exact")
+    }
+    assert answers["dense"] == answers["exact"] and len(answers["exact"]) == 4
+    page = (tmp_path / "out" / "results.html").read_text()
+    assert all(f"kernel, {mode}" in page for mode in ("dense", "exact", "predicted"))
+    fitted = json.loads((tmp_path / "out" / "predictors" / "kd-1" / "predictors.json").read_text())
+    assert len(fitted["layers"]) == 2 and fitted["rank"] == 32
 
 
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_small(tmp_path):
-    done = small(tmp_path / "out")
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    result = small(tmp_path / "out", SPARSE="")
     gelu, swapped, trained, taught = result["models"]
     assert [one["name"] for one in result["models"]] == ["gelu", "swapped", "lm-1", "kd-1"]
     assert trained["loss"] != taught["loss"] and "of 1 seeds" in result["verdict"]
     assert gelu["zeros"] < 0.01 and swapped["zeros"] > 0.2 and len(trained["layers"]) == 2
     assert all(one["decoding_tokens_per_second"] > 0 for one in result["models"])
+    assert all(one["exact_decoding_tokens_per_second"] is None for one in result["models"])
     assert swapped["training_tokens_per_second"] is None and trained["training_tokens_per_second"] > 0
     page = (tmp_path / "out" / "results.html").read_text()
     assert "swapped for ReLU, not trained" in page and page.count("<svg") == 2
