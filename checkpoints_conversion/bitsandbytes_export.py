@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -23,8 +22,8 @@ from checkpoints_conversion.model_card import MODEL_CARD, Quantised, model_card
 from checkpoints_conversion.options import QuantisedExport
 from checkpoints_conversion.report import Report, count
 from checkpoints_conversion.rounded_perplexity import described, held_out_of
+from checkpoints_conversion.rounding import int8_codes, int8_dense
 from checkpoints_conversion.stream import identity, resumable_folder, seal, write_units
-from megatron_ft.errors import CheckpointError
 from megatron_ft.models.bitsandbytes_files import STATE
 from megatron_ft.models.dtypes import HF_NAMES, cast, torch_dtype
 from megatron_ft.models.families import family_of
@@ -61,7 +60,7 @@ def export_bitsandbytes(
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, weights, but=[MODEL_CARD])
     parameters, tensors = count(arch, rules)
-    return Report(target, parameters, tensors, len(units), time.monotonic() - started, quantised.error)
+    return Report(target, parameters, tensors, len(units), time.monotonic() - started, quantised.in_short())
 
 
 def entry(method: str, dtype: str) -> dict[str, Any]:
@@ -79,33 +78,6 @@ def entry(method: str, dtype: str) -> dict[str, Any]:
         "llm_int8_skip_modules": None,
         "llm_int8_threshold": 6.0,
     }
-
-
-def rounder(quantize: str, source: Opened) -> Callable[[Placed, str, Tensor], Tensor]:
-    """Return f(placed, name in Hugging Face, weight) -> the weight as it is dequantised; only linears of the layers change."""
-
-    def rounded(one: Placed, name: str, weight: Tensor) -> Tensor:
-        if not is_quantised(one.rule):
-            return weight
-        if quantize == "int8":
-            return _int8_dense(*_int8_codes(name, weight))
-        found = nf4.quantise(weight, name)
-        return nf4.dequantise(found.codes, found.absmax, weight.dtype)
-
-    return rounded
-
-
-def _int8_codes(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes, and the largest absolute number of each row."""
-    half = weight.half()
-    largest = half.abs().amax(1).float()
-    if not bool(largest.isfinite().all()):
-        raise CheckpointError(f"{name} has numbers beyond fp16, which LLM.int8() starts from: choose nf4")
-    return torch.round(half * (127 / largest).nan_to_num(0.0, 0.0, 0.0)[:, None]).to(torch.int8), largest
-
-
-def _int8_dense(codes: Tensor, largest: Tensor) -> Tensor:
-    return codes * (largest / 127)[:, None]
 
 
 class _Format:
@@ -163,8 +135,8 @@ class _Format:
         return [found.codes.reshape(-1, 1), found.absmax.reshape(-1), torch.tensor(nf4.LEVELS), state]
 
     def _int8(self, name: str, weight: Tensor) -> list[Tensor]:
-        codes, largest = _int8_codes(name, weight)
-        self._measure(weight, _int8_dense(codes, largest))
+        codes, largest = int8_codes(name, weight)
+        self._measure(weight, int8_dense(codes, largest))
         return [codes, largest, torch.zeros((), dtype=torch.uint8)]  # 0: rows one after the other
 
     def _measure(self, weight: Tensor, found: Tensor) -> None:

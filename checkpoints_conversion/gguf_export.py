@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from checkpoints_conversion.exported_words import write_words
 from checkpoints_conversion.gguf_model import (
+    KINDS,
     NAMES,
     Stored,
     add_metadata,
@@ -38,8 +39,6 @@ from megatron_ft.models.weights import Placed, placed_rules
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-KINDS = {"gguf-f16": "F16", "gguf-q8_0": "Q8_0"}
 
 
 def file_name(quantize: str) -> str:
@@ -79,17 +78,7 @@ def export_gguf(
         seal(export, {}, but=[MODEL_CARD])
         files = len(work.files())
     parameters, tensors = count(arch, source.rules)
-    return Report(target, parameters, tensors, files, time.monotonic() - started, work.error())
-
-
-def rounder(quantize: str, source: Opened) -> Callable[[Placed, str, Tensor], Tensor]:
-    """Return f(placed, name in Hugging Face, weight) -> the weight as a file has it. Rows have another order there, not other numbers."""
-    from gguf import GGMLQuantizationType
-
-    arch = source.config.architecture
-    kind = GGMLQuantizationType[KINDS[quantize]]
-    stored = {one.hf_name: one for one in tensors_of(arch, placed_rules(arch, source.rules), kind)}
-    return lambda _, name, weight: decoded(stored[name], encoded(stored[name], weight))
+    return Report(target, parameters, tensors, files, time.monotonic() - started, quantised.in_short())
 
 
 class _Work:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NAMES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "falcon": "falcon"}
 """Family -> its name in llama.cpp."""
+KINDS = {"gguf-f16": "F16", "gguf-q8_0": "Q8_0"}
+"""--quantize -> the type of matrices."""
 _BY_TABLE = ("llama",)
 """Those in which llama.cpp reads rotary frequencies from a tensor, and rotates neighbours instead of halves."""
 _BLOCK = 32  # weights of a row that share a scale in Q8_0

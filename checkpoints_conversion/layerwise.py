@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.megatron_source import Opened
+from checkpoints_conversion.rounding import Rounder
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.build import build_model
 from megatron_ft.models.dtypes import cast
 from megatron_ft.models.quantised import is_quantised
 from megatron_ft.models.weights import Placed, pad_rows, placed_rules
 from megatron_ft.quantization.gptq import Codes, Grid, nearest, output_error, quantise
-
-Rounder = Callable[[Placed, str, Tensor], Tensor]
 
 
 class Layerwise:
@@ -147,7 +146,7 @@ class Calibration(Layerwise):
 class Comparison(Layerwise):
     """The held-out tokens in the model with its weights and with rounded ones.
 
-    rounded: f(placed, name in Hugging Face, weight) -> the rounded weight.
+    rounded: see rounding.py.
     """
 
     def __init__(self, opened: Opened, layout: Layout, tokens: Path, dtype: str | None, rounded: Rounder):

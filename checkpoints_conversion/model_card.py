@@ -79,6 +79,11 @@ class Quantised:
     error: str
     falcon: bool
 
+    def in_short(self) -> str:
+        """Return how much was lost, for the report of the command."""
+        measured = self.perplexity.split(", on ")[0]
+        return self.error if "not measured" in measured else f"{self.error}, perplexity {measured}"
+
 
 def model_card(
     name: str,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +21,7 @@ from checkpoints_conversion.options import CheckpointSource, QuantisedExport, st
 from checkpoints_conversion.own_process import answer_alone, ask
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from checkpoints_conversion.megatron_source import Opened
-    from megatron_ft.models.weights import Placed
 
 NOT_MEASURED = "not measured: give --calibration"
 
@@ -75,22 +71,17 @@ def measure(request: Request) -> Answer:
 
     from checkpoints_conversion.layerwise import Comparison
     from checkpoints_conversion.megatron_source import open_megatron
+    from checkpoints_conversion.rounding import rounder
     from megatron_ft.engine.parallel import process_groups
+    from megatron_ft.models.weights import placed_rules
 
     opened = open_megatron(Path(request.checkpoint), CheckpointSource(**request.stated))
     with process_groups() as layout, torch.no_grad():
-        work = Comparison(opened, layout, Path(request.tokens), request.dtype, _rounder(request.quantize, opened))
+        arch = opened.config.architecture
+        rounded = rounder(request.quantize, arch, list(placed_rules(arch, opened.rules)))
+        work = Comparison(opened, layout, Path(request.tokens), request.dtype, rounded)
         before, after = work.losses()
     return Answer((math.exp(before), math.exp(after)))
-
-
-def _rounder(quantize: str, opened: Opened) -> Callable[[Placed, str, Tensor], Tensor]:
-    """Return the function that makes of a weight what a reader of the format computes with."""
-    if quantize.startswith("gguf"):
-        from checkpoints_conversion.gguf_export import rounder
-    else:
-        from checkpoints_conversion.bitsandbytes_export import rounder
-    return rounder(quantize, opened)
 
 
 if __name__ == "__main__":

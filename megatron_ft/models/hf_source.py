@@ -25,7 +25,7 @@ from megatron_ft.models.hf_files import FETCH_AGAIN, PICKLED, SAFE, loose_shards
 from megatron_ft.models.hf_names import renamed, state_dict_in, what_else
 from megatron_ft.models.quantised import Quantization, is_quantised
 from megatron_ft.models.safetensors_file import SafetensorsFile
-from megatron_ft.models.stored_kinds import check_all, check_kinds, stated
+from megatron_ft.models.stored_kinds import check_all, check_kinds, refuse_stated, stated
 from megatron_ft.models.torch_file import TorchFile
 from megatron_ft.models.weights import Placed, Rule, placed_rules
 
@@ -43,6 +43,7 @@ class HfSource:
         config = self._config()
         if stated(config) is not None:
             check_kinds(config, self._tensor_files(), self.folder)
+            refuse_stated(config, str(self.folder / "config.json"))
         family, arch = parse_hf_config(config)
         self.arch: Architecture = arch
         self.rules: list[Rule] = family.rules(self.arch)

@@ -36,12 +36,12 @@ def stated(config: Mapping[str, Any]) -> Any:
     return next((config[name] for name in ENTRIES if config.get(name) is not None), None)
 
 
-def refuse_stated(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if config.json says that the weights are quantised in a kind that is not read."""
+def refuse_stated(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Raise CheckpointError if config.json, which is at `where`, says that the weights are quantised in a kind that is not read."""
     entry = stated(config)
     if entry is not None and not is_nf4(entry):
         raise CheckpointError(
-            f"config.json says {_kind(entry)}, quantised weights that megatron-ft does not read: {_INSTEAD}"
+            f"{where} says {_kind(entry)}, quantised weights that megatron-ft does not read: {_INSTEAD}"
         )
 
 

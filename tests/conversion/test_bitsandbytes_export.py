@@ -71,8 +71,9 @@ def test_perplexity_in_the_card(models, tmp_path, family, kind):
     """Of the original and of the dequantised weights, in transformers."""
     write_shards(tmp_path / "shards")
     rows = {"calibration_rows": 20, "calibration_length": LENGTH}
-    exported(models, family, tmp_path / "out", kind, calibration=str(tmp_path / "shards"), **rows)
+    done = exported(models, family, tmp_path / "out", kind, calibration=str(tmp_path / "shards"), **rows)
     stated = stated_perplexity(tmp_path / "out")
+    assert f"perplexity {stated[0]:g} before, {stated[1]:g} after" in str(done)
     model = AutoModelForCausalLM.from_pretrained(models / family).eval()
     assert perplexity(model, tmp_path / "shards") == pytest.approx(stated[0], rel=1e-4)
     model.load_state_dict(dequantised(tmp_path / "out"), strict=family == "llama")
@@ -81,7 +82,7 @@ def test_perplexity_in_the_card(models, tmp_path, family, kind):
 
 
 def test_perplexity_is_not_measured_without_texts(models, tmp_path):
-    exported(models, "llama", tmp_path / "out", "nf4")
+    assert "perplexity" not in exported(models, "llama", tmp_path / "out", "nf4").note
     assert "| perplexity | not measured: give --calibration |" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ConfigError, match="--calibration_rows is about the texts of --calibration"):
         exported(models, "llama", tmp_path / "other", "nf4", calibration_rows=4)

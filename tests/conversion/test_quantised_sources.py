@@ -60,7 +60,7 @@ def refused(said, call, *args):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_that_are_not_read(exports, tmp_path, kind):
-    said = f"config.json says {re.escape(KINDS[kind])}.*give the unquantised model .*export without --quantize"
+    said = f"{kind}/config.json says {re.escape(KINDS[kind])}.*give the unquantised model .*export without --quantize"
     refused(said, HfSource, exports / kind)
     refused(said, convert, HfToMegatron(str(exports / kind), str(tmp_path / "out")))
     refused(said, verify.verify, verify.Verify(str(exports / kind), str(exports / "llama-megatron")))

@@ -145,7 +145,9 @@ def refusal(function, *arguments, **options):
 class TestRefused:
     def test_model_without_relu(self, place, rank):
         (said,) = rank.run(refusal, decode, place / "gelu", None, "exact")
-        assert "sparse decoding needs activations that are zero (relu, reglu, relu2, relu2glu), the model has gelu" in said
+        assert (
+            "sparse decoding needs activations that are zero (relu, reglu, relu2, relu2glu), the model has gelu" in said
+        )
 
     def test_predictors_of_another_model(self, place, rank, tmp_path):
         rank.run(trained, place / "falcon", place / "text.txt", tmp_path / "made", 16, 0.98, 0)
