@@ -23,7 +23,7 @@ class TrainPredictors:
     """folder of a checkpoint or of an exported Hugging Face model, with ReLU"""
     data: list[str] = field(default_factory=list)
     """prefixes of shards, whose samples are documents, or text files, each of them one document"""
-    output: str = field(default="", metadata={"required": True})
+    output: str = field(default="", metadata={"required": True, "writes": "folder"})
     """new folder for the predictors"""
     rank: int = 512
     """rows of a predictor's first matrix; a sixteenth of the hidden size costs little"""
