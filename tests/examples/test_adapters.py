@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,22 @@ def test_merged_model_is_certified_and_answers_the_same(made):
     assert "loaded by transformers: 2 of 2 greedy answers are the same" in printed
     config = json.loads((made / "merged" / "config.json").read_text())
     assert config["max_position_embeddings"] == 512 and config["rope_scaling"]["factor"] == 4.0
+
+
+@pytest.mark.slow
+def test_merged_model_in_4_bits_loses_little(made):
+    """The order of rounding is that of the inputs, and the card's perplexity hardly rises."""
+    from safetensors.torch import load_file
+
+    entry = json.loads((made / "gptq" / "config.json").read_text())["quantization_config"]
+    assert (entry["bits"], entry["group_size"], entry["desc_act"]) == (4, 32, True)
+    files = sorted((made / "gptq").glob("*.safetensors"))
+    groups = [values for file in files for name, values in load_file(file).items() if name.endswith("g_idx")]
+    assert len(groups) == 14 and any((group.diff() < 0).any() for group in groups)
+    card = (made / "gptq" / "README.md").read_text()
+    before, after = map(float, re.search(r"\| perplexity \| ([\d.]+) before, ([\d.]+) after", card).groups())
+    assert after == pytest.approx(before, rel=0.02) and after != before
+    assert "| chat format | vicuna |" in card
 
 
 @pytest.mark.slow

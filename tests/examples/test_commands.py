@@ -18,10 +18,11 @@ echo 7
 """
 SCRIPTS = {
     "adapters_small/run.sh": ["pretokenize"] * 2 + ["hf-to-megatron", "finetune", "finetune", "generate", "megatron-to-hf"]
-    + ["merge-adapter", "verify"],
+    + ["merge-adapter", "verify", "hf-to-megatron", "megatron-to-hf"],
     "airophin_13b/prepare.sh": ["pretokenize", "pretokenize", "hf-to-megatron"],
     "airophin_13b/single_gpu.sh": ["finetune", "finetune"],
     "airophin_13b/merge.sh": ["megatron-to-hf", "merge-adapter", "verify"],
+    "airophin_13b/gptq.sh": ["hf-to-megatron", "megatron-to-hf"],
     "airophin_13b/phase1.sbatch": ["finetune"],
     "airophin_13b/phase2.sbatch": ["finetune"],
     "alfred_40b/prepare.sh": ["pretokenize", "hf-to-megatron"],
@@ -69,3 +70,14 @@ def test_airophin_s_phases_follow_each_other(tmp_path):
     assert (first.adapters.lora_rank, second.adapters.lora_rank) == (64, None)  # the second's is in its checkpoint
     assert first.adapters.base_precision == second.adapters.base_precision == "nf4"
     assert second.batch.train_iters == 7
+
+
+@pytest.mark.parametrize("script", ["airophin_13b/gptq.sh", "adapters_small/run.sh"])
+def test_airophin_s_gptq_is_as_published(script, tmp_path):
+    """It reads what the step before writes, and the shards of the second phase."""
+    read, write = (
+        parse(importlib.import_module(ENTRIES[name].module).COMMAND, words)[0]
+        for name, *words in started(script, tmp_path)[-2:]
+    )
+    assert (write.quantize, write.bits, write.group_size, write.desc_act) == ("gptq", 4, 32, True)
+    assert write.input_dir == read.output_dir and write.calibration.endswith("/chats-train")
