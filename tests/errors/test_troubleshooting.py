@@ -287,7 +287,23 @@ def of_an_adapter(tensors):
     return {f"{name}.lora_A.weight": tensor for name, tensor in tensors.items()}
 
 
+def stated(name=str, **entry):
+    """A config.json that says the weights are quantised. name: their names -> those that the linears get."""
+
+    def change(folder, tensors) -> None:
+        from safetensors.torch import save_file
+
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": entry}))
+        renamed = {name(key) if "_proj." in key else key: tensor for key, tensor in tensors.items()}
+        save_file(renamed, folder / "model.safetensors")
+
+    return change
+
+
 CONVERSIONS = {
+    "does not read": stated(lambda name: name.replace(".weight", ".qweight"), quant_method="gptq", bits=4),
+    "dense, but": stated(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "before 1.6": old_torch,
     "not a plain dict": saved(lambda tensors: {"step": 3, "values": list(tensors.values())}),
     "objects other than tensors": saved(whole_module),
