@@ -145,19 +145,20 @@ def check_folder(folder: Path) -> None:
 
 def is_export(folder: Path) -> bool:
     """Say if a folder holds an exported Hugging Face model and no checkpoint."""
-    return not (Path(folder) / TRACKER).exists() and "model_type" in _entries(folder)
+    return not (Path(folder) / TRACKER).exists() and "model_type" in hf_entries(folder)
 
 
 def export_dtype(folder: Path) -> str | None:
     """Return the type of an export's weights, as its config.json has it."""
-    config = _entries(folder)
+    config = hf_entries(folder)
     return config.get("dtype", config.get("torch_dtype"))
 
 
-def _entries(folder: Path) -> dict[str, Any]:
-    """Return config.json; {} where there is none."""
+def hf_entries(folder: Path) -> dict[str, Any]:
+    """Return the entries of config.json; {} where there is none, or it holds something else."""
     path = Path(folder) / CONFIG
-    return read_json(path) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def find_checkpoint(root: Path, iteration: int | str | None = None) -> Path:

@@ -127,18 +127,18 @@ def run_sparse(options: Measure, parallel: MeasureLayout) -> int:
 
 def planned(options: Measure, parallel: MeasureLayout = MeasureLayout()) -> list[Job]:
     """Return the configurations to measure. Raise ConfigError or CheckpointError for what cannot be; mistakes do not wait for torch."""
-    from megatron_ft.checkpoints.folder import check_folder
+    from megatron_ft.checkpoints.folder import check_folder, is_export
     from megatron_ft.commands.generate import Generation, read_prompts
     from megatron_ft.config.checks import positive
     from megatron_ft.evaluation.measuring.job import PROMPTS, Job
-    from megatron_ft.evaluation.measuring.model_folder import is_hugging_face, stored_bits
+    from megatron_ft.evaluation.measuring.model_folder import stored_bits
     from megatron_ft.files import check_writable, refuse_existing
 
     positive(options, "max_new_tokens")
     folder = Path(options.model)
     for given in filter(None, (options.model, options.adapter)):
         check_folder(Path(given))
-    backend = options.backend or ("transformers" if is_hugging_face(folder) and not options.adapter else "engine")
+    backend = options.backend or ("transformers" if is_export(folder) and not options.adapter else "engine")
     bits = _bits(options.bits, backend, stored_bits(folder, backend))
     asked = Generation(prompts=options.prompts) if options.prompts else Generation(prompt=list(PROMPTS))
     conversations = [line["messages"] for line in read_prompts(asked)]
@@ -193,9 +193,10 @@ def _bits(given: list[str], backend: str, stored: int | None) -> list[int]:
 
 
 def _check_transformers(options: Measure, folder: Path, bits: list[int]) -> None:
-    from megatron_ft.evaluation.measuring.model_folder import check_installed, is_hugging_face
+    from megatron_ft.checkpoints.folder import is_export
+    from megatron_ft.evaluation.measuring.model_folder import check_installed
 
-    if not is_hugging_face(folder):
+    if not is_export(folder):
         raise CheckpointError(
             f"{folder}: transformers reads only Hugging Face folders; write one with megatron-to-hf, or give --backend engine"
         )

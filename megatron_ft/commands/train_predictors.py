@@ -57,7 +57,7 @@ def run(options: TrainPredictors) -> int:
     from megatron_ft.commands.sparse_options import check_one_process
     from megatron_ft.config.sections import Processes
     from megatron_ft.engine.parallel import ParallelSizes, process_groups
-    from megatron_ft.files import check_writable, refuse_existing
+    from megatron_ft.files import refuse_existing
     from megatron_ft.generation.sparse_loading import described
 
     check_one_process(Processes())
@@ -66,7 +66,6 @@ def run(options: TrainPredictors) -> int:
     if options.rank > least:
         raise ConfigError(f"--rank {options.rank} is more than the model's matrices have, {least}: lower it")
     refuse_existing(options.output)
-    check_writable("--output", options.output)
     with process_groups(ParallelSizes(1, 1)) as layout:
         _train(options, layout)
     return 0

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_ft.checkpoints.folder import TRACKER, check_folder, check_whole, describe, find_checkpoint
+from megatron_ft.checkpoints.folder import (
+    check_folder,
+    check_whole,
+    describe,
+    export_dtype,
+    find_checkpoint,
+    hf_entries,
+    is_export,
+)
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError, ConfigError
-from megatron_ft.files import read_json
 from megatron_ft.generation.loading import ChatModel, open_chat_model
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.families import parse_hf_config
@@ -31,29 +39,29 @@ class Described:
 def described(folder: Path) -> Described:
     """Return the architecture of a checkpoint or export that can be decoded sparsely. Raise UserError for one that cannot."""
     check_folder(folder)
-    config = folder / "config.json"
-    said = read_json(config) if config.is_file() else {}
-    if not (folder / TRACKER).exists() and isinstance(said, dict) and "model_type" in said:
-        if said.get("quantization_config"):
-            raise CheckpointError(
-                f"{folder} is quantised: give the model before quantisation; --sparse_weights int8 halves bf16"
-            )
+    if is_export(folder):
+        said = hf_entries(folder)
+        _refuse_quantised(folder, said.get("quantization_config"))
         _, arch = parse_hf_config(said)
-        found = Described(arch, "bf16" if said.get("dtype", said.get("torch_dtype")) == "bfloat16" else "fp32")
+        found = Described(arch, "bf16" if export_dtype(folder) == "bfloat16" else "fp32")
     else:
         found = _of_checkpoint(find_checkpoint(folder))
     check_sparse(found.arch)
     return found
 
 
+def _refuse_quantised(folder: Path, quantization: Any) -> None:
+    if quantization:
+        raise CheckpointError(
+            f"{folder} is quantised: give the model before quantisation; --sparse_weights int8 halves bf16"
+        )
+
+
 def _of_checkpoint(folder: Path) -> Described:
     config = describe(folder)
     if config.adapter is not None:
         raise ConfigError(f"{folder} holds adapters: write the model with megatron-ft merge-adapter, and give that")
-    if config.quantization is not None:
-        raise CheckpointError(
-            f"{folder} is quantised: give the model before quantisation; --sparse_weights int8 halves bf16"
-        )
+    _refuse_quantised(folder, config.quantization)
     check_whole(folder, config)
     return Described(config.architecture, "bf16" if config.dtype == "bf16" else "fp32")
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from megatron_ft.checkpoints.folder import CONFIG, TRACKER, describe, find_checkpoint
+from megatron_ft.checkpoints.folder import CONFIG, TRACKER, describe, find_checkpoint, hf_entries, is_export
 from megatron_ft.errors import CheckpointError, ConfigError
-from megatron_ft.files import read_json
-
-
-def is_hugging_face(folder: Path) -> bool:
-    return not (folder / TRACKER).exists() and "model_type" in _config(folder)
 
 
 def stored_bits(folder: Path, backend: str) -> int | None:
@@ -21,10 +15,10 @@ def stored_bits(folder: Path, backend: str) -> int | None:
 
     Raise CheckpointError for a kind of quantisation that cannot be measured.
     """
-    if not is_hugging_face(folder):
+    if not is_export(folder):
         _check_checkpoint(folder)
         return 4 if describe(find_checkpoint(folder)).quantization else None
-    entry = _config(folder).get("quantization_config")
+    entry = hf_entries(folder).get("quantization_config")
     if entry is None or backend == "engine":  # which dequantises what it reads
         return None
     entry = entry if isinstance(entry, Mapping) else {}
@@ -41,12 +35,6 @@ def _check_checkpoint(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} is neither a Hugging Face model nor a checkpoint: it has no {CONFIG} and no {TRACKER}; give the folder with them"
         )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
 
 
 def check_installed(bits: list[int]) -> None:
