@@ -42,9 +42,16 @@ static inline float total(v16 a, v16 b, v16 c, v16 d) {
     return lane[0];
 }
 
-/* What is read next is fetched meanwhile, at the same distance from its beginning: rows that were chosen do not follow each other. */
-static inline void fetch(const char *at, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+/* What a thread reads a little later is fetched meanwhile: `ahead` bytes further in each row, then the rows that come next (rows that were
+   chosen do not follow each other). Few enough bytes for the first cache to keep them, and enough for memory to answer in time. */
+enum { PRODUCTS_AHEAD = 2048, SUMS_AHEAD = 1024 };
+
+static inline void fetch(const char *const *rows, const char *const *next, int count, int64_t at, int64_t size, int64_t ahead, int64_t bytes) {
+    int64_t later = at + (ahead < size ? ahead : size);
+    const char *const *from = later < size ? rows : next;
+    if (later >= size) later -= size;
+    for (int r = 0; r < count; r++)
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from[r] + later + line);
 }
 
 /* Rows whose products are computed side by side, so that x is loaded once for them: as many as there are registers for. */
@@ -58,7 +65,7 @@ enum { GROUP = 2 };
     static void NAME(const char *const *rows, const char *const *next, const float *x, int64_t columns, float *out) { \
         v16 sum[GROUP][4] = {{{0}}};                                                              \
         for (int64_t i = 0; i < columns; i += 64) {                                               \
-            for (int r = 0; r < GROUP; r++) fetch(next[r] + i * SIZE, 64 * SIZE);                 \
+            fetch(rows, next, GROUP, i * SIZE, columns * SIZE, PRODUCTS_AHEAD, 64 * SIZE);        \
             for (int k = 0; k < 4; k++) {                                                         \
                 v16 part = load32(x + i + 16 * k);                                                \
                 for (int r = 0; r < GROUP; r++) sum[r][k] += LOAD(rows[r] + (i + 16 * k) * SIZE) * part; \
@@ -75,7 +82,7 @@ DOT(dot8, load8, 1)
     static void NAME(float *y, const char *const *rows, const char *const *next, const float *w, int count, int64_t columns) { \
         if (count == 4)                                                                           \
             for (int64_t i = 0; i < columns; i += 64) {                                           \
-                for (int r = 0; r < 4; r++) fetch(next[r] + i * SIZE, 64 * SIZE);                 \
+                fetch(rows, next, 4, i * SIZE, columns * SIZE, SUMS_AHEAD, 64 * SIZE);            \
                 for (int64_t k = i; k < i + 64; k += 16) {                                        \
                     v16 sum = load32(y + k);                                                      \
                     sum += LOAD(rows[0] + k * SIZE) * w[0];                                       \
@@ -250,7 +257,7 @@ void row_products(int kind, const void *matrix, const float *scales, const float
 /* out[columns] = sum over the chosen rows of weights[row] * matrix[row], in their order. */
 void row_sums(int kind, const void *matrix, const float *scales, const float *weights, const int32_t *chosen, int64_t count,
               int64_t columns, float *out, int threads) {
-    int64_t piece = 4096 / BYTES[kind];
+    int64_t piece = 8192 / BYTES[kind];
     pool.work = (Work){kind, SUMS, matrix, scales, weights, chosen, count, columns, piece, out};
     run(columns, threads);
 }
