@@ -6,8 +6,9 @@ import contextlib
 import sys
 from pathlib import Path
 
-from megatron_ft.config.checks import check_settings, doubtful_rate, places_to_write
+from megatron_ft.config.checks import check_settings, places_to_write
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.schedule import doubtful_rate
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.files import check_writable
 from megatron_ft.log import logger

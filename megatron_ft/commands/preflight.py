@@ -63,7 +63,8 @@ def run(options: Preflight, settings: TrainingSettings) -> int:
 
 
 def _findings(options: Preflight, settings: TrainingSettings) -> Iterator[Finding]:
-    from megatron_ft.config.checks import check_settings, doubtful_rate, places_to_write
+    from megatron_ft.config.checks import check_settings, places_to_write
+    from megatron_ft.config.schedule import doubtful_rate
     from megatron_ft.files import check_writable
     from megatron_ft.generation.prompts import read_references
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_ft.config.schedule import rates_in_order, warmup_fits, weight_decay_rises, wsd_fits
 from megatron_ft.config.sections import (
     Batch,
     Checkpointing,
@@ -15,7 +16,6 @@ from megatron_ft.config.sections import (
     Kernels,
     Logging,
     Numerics,
-    Optimizer,
     Parallelism,
 )
 from megatron_ft.config.settings import TrainingSettings
@@ -189,37 +189,6 @@ def variable_rows_fit(data: Data, parallel: Parallelism) -> None:
         )
 
 
-def rates_in_order(optimizer: Optimizer) -> None:
-    if not 0 < optimizer.lr < math.inf:
-        raise ConfigError(f"--lr {optimizer.lr}: must be above 0")
-    if optimizer.min_lr > optimizer.lr:
-        raise ConfigError(f"--min_lr {optimizer.min_lr} is above --lr {optimizer.lr}: lower --min_lr")
-
-
-USUAL_RATES = (1e-8, 1e-2)
-"""AdamW moves each weight by about the rate in a step, and weights are about 0.02: above, they are lost; below, they do not move."""
-
-
-def doubtful_rate(optimizer: Optimizer) -> str | None:
-    """Return a warning about a learning rate that hardly any run wants."""
-    low, high = USUAL_RATES
-    if low <= optimizer.lr <= high:
-        return None
-    what = (
-        "moves every weight further than its own size in a step" if optimizer.lr > high else "hardly changes a weight"
-    )
-    return f"--lr {optimizer.lr:g} {what} with AdamW; usual are 1e-6 to 1e-4, with --lora_rank to 1e-3: check --lr"
-
-
-def warmup_fits(optimizer: Optimizer, batch: Batch) -> None:
-    decay = optimizer.lr_decay_iters or batch.train_iters
-    if optimizer.lr_warmup_iters >= decay:
-        raise ConfigError(
-            f"--lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {decay} step(s) of the schedule: "
-            f"use at most {decay - 1}, or raise --train_iters"
-        )
-
-
 def lima_has_dropout(numerics: Numerics) -> None:
     if numerics.lima_dropout and numerics.hidden_dropout == 0:
         raise ConfigError(
@@ -366,10 +335,13 @@ def check_settings(settings: TrainingSettings, world_size: int) -> None:
     positive(s.logging, "log_interval", "eval_interval", "sample_interval", "sample_max_new_tokens")
     not_negative(s.logging, "eval_iters")
     positive(checkpointing, "save_interval", "keep_last", "save_retain_interval")
-    positive(optimizer, "lr_decay_iters")
+    positive(optimizer, "lr_decay_iters", "lr_wsd_decay_iters")
     positive(numerics, "recompute_num_layers", "loss_scale_window", "hysteresis", "check_replicas_every")
     not_negative(data, "seed")
-    not_negative(optimizer, "min_lr", "lr_warmup_iters", "weight_decay", "adam_eps", "clip_grad")
+    not_negative(
+        optimizer, "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "start_weight_decay", "end_weight_decay", "adam_eps",
+        "clip_grad",
+    )  # fmt: skip
     share(optimizer, "adam_beta1", "adam_beta2")
     share(numerics, "hidden_dropout", "attention_dropout")
     one_way_to_split(parallel)
@@ -383,6 +355,8 @@ def check_settings(settings: TrainingSettings, world_size: int) -> None:
     variable_rows_fit(data, parallel)
     rates_in_order(optimizer)
     warmup_fits(optimizer, batch)
+    wsd_fits(optimizer, batch)
+    weight_decay_rises(optimizer)
     lima_has_dropout(numerics)
     one_precision(numerics)
     recompute_is_consistent(numerics)

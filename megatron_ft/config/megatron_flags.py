@@ -39,6 +39,7 @@ COMPUTED = {
     "train_samples=": "`--train_iters`: samples / `--global_batch_size`",
     "lr_decay_samples=": "`--lr_decay_iters`: samples / `--global_batch_size`",
     "lr_warmup_samples=": "`--lr_warmup_iters`: samples / `--global_batch_size`",
+    "lr_wsd_decay_samples=": "`--lr_wsd_decay_iters`: samples / `--global_batch_size`",
     "lr_warmup_fraction=": "`--lr_warmup_iters`: this share of `--lr_decay_iters`, else of `--train_iters`",
     "load_iters=": "`--load` with the folder of this iteration",
     "ckpt_step=": "`--load` with the folder of this iteration",
@@ -96,8 +97,6 @@ NO_EFFECT = (
 
 ONLY = (
     ("AdamW is the only optimizer", "optimizer=adam|adamw"),
-    ("weight decay is constant", "weight_decay_incr_style=constant"),
-    ("the warm-up starts at 0", "lr_warmup_init=0|0.0"),
     ("only decoder-only models are trained", "model_type=encoder_or_decoder"),
     ("models with experts cannot be trained", "expert_model_parallel_size=1 expert_tensor_parallel_size=1"),
     ("the softmax has no sink", "softmax_type=vanilla"),
@@ -126,7 +125,6 @@ REFUSED = (
      "moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_token_dispatcher_type moe_token_drop_policy moe_z_loss_coeff"),
     ("the batch has one size; set --global_batch_size", "rampup_batch_size step_batch_size_schedule"),
     ("steps cannot be left out by number", "skip_iters"),
-    ("weight decay is constant; set --weight_decay", "start_weight_decay end_weight_decay"),
     ("all parameters have the same learning rate; set --lr and --min_lr", "decoupled_lr decoupled_min_lr"),
     ("products are added up as torch does by default", "disable_bf16_reduced_precision_matmul"),
     ("moments and main weights are fp32", "use_precision_aware_optimizer"),

@@ -120,14 +120,26 @@ class Optimizer:
     """highest learning rate, reached after the warm-up"""
     min_lr: float = 0.0
     """learning rate at the end of the decay"""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """shape of the learning rate decay"""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
+    """shape of the learning rate decay; WSD: warm-up, then lr, then a decay in the last lr_wsd_decay_iters steps"""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """with --lr_decay_style WSD: shape of its decay"""
+    lr_wsd_decay_iters: int | None = None
+    """with --lr_decay_style WSD: number of steps of its decay, the last of lr_decay_iters"""
     lr_warmup_iters: int = 0
-    """number of steps in which the learning rate rises linearly from 0 to lr"""
+    """number of steps in which the learning rate rises linearly from lr_warmup_init to lr"""
+    lr_warmup_init: float = 0.0
+    """learning rate from which the warm-up rises"""
     lr_decay_iters: int | None = None
     """number of steps after which the learning rate is min_lr; default: train_iters"""
     weight_decay: float = 0.01
     """decoupled weight decay; norms and biases have none"""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """how weight decay changes over train_iters: not at all, or from start_weight_decay to end_weight_decay"""
+    start_weight_decay: float | None = None
+    """with --weight_decay_incr_style linear or cosine: the first weight decay, in place of weight_decay"""
+    end_weight_decay: float | None = None
+    """with --weight_decay_incr_style linear or cosine: the last weight decay"""
     adam_beta1: float = 0.9
     """decay rate of Adam's first moment"""
     adam_beta2: float = 0.999

@@ -178,6 +178,7 @@ _COMPUTED: dict[str, Callable[[str, Given, dict[str, Any]], dict[str, Any]]] = {
     "train_samples": _iterations("train_iters"),
     "lr_decay_samples": _iterations("lr_decay_iters"),
     "lr_warmup_samples": _iterations("lr_warmup_iters"),
+    "lr_wsd_decay_samples": _iterations("lr_wsd_decay_iters"),
     "lr_warmup_fraction": _warmup_fraction,
     "pretrained_checkpoint": _pretrained,
     "load_iters": _iteration,

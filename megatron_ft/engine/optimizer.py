@@ -145,18 +145,21 @@ def _make_state(optimizer: Any) -> None:
 
 def make_schedule(optimizer: Any, section: Optimizer, batch: Batch) -> OptimizerParamScheduler:
     """Return a schedule with linear warm-up, then decay, counted in optimizer steps."""
+    rises = section.weight_decay_incr_style != "constant"
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=section.lr_warmup_init,
         max_lr=section.lr,
         min_lr=section.min_lr,
         lr_warmup_steps=section.lr_warmup_iters,
         lr_decay_steps=section.lr_decay_iters or batch.train_iters,
         lr_decay_style=section.lr_decay_style,
-        start_wd=section.weight_decay,
-        end_wd=section.weight_decay,
+        lr_wsd_decay_style=section.lr_wsd_decay_style,
+        wsd_decay_steps=section.lr_wsd_decay_iters,
+        start_wd=section.start_weight_decay if rises else section.weight_decay,
+        end_wd=section.end_weight_decay if rises else section.weight_decay,
         wd_incr_steps=batch.train_iters,
-        wd_incr_style="constant",
+        wd_incr_style=section.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ft.config.checks import doubtful_rate
+from megatron_ft.config.schedule import doubtful_rate
 from megatron_ft.config.sections import Optimizer
 from megatron_ft.training.console import duration
 from megatron_ft.training.stopping import MostlySkipped, Skipped

@@ -36,19 +36,78 @@ def test_fused_adam_is_torch_adamw():
     assert optimizers[0].param_groups[0]["step"] == 10
 
 
-def test_schedule_is_linear_then_cosine():
+def scheduled(section: Optimizer, steps: int, name: str = "lr") -> list[float]:
+    """Return what a parameter group has in each step."""
     from megatron_ft.engine.optimizer import FusedAdam, make_schedule
 
     adam = FusedAdam([torch.nn.Parameter(torch.zeros(1))])
-    adam.param_groups[0].update(max_lr=1.0, min_lr=0.1, wd_mult=1.0)
-    schedule = make_schedule(adam, Optimizer(lr=1.0, min_lr=0.1, lr_warmup_iters=4), Batch(train_iters=20))
-    rates = []
-    for _ in range(20):
-        rates.append(adam.param_groups[0]["lr"])
+    adam.param_groups[0].update(max_lr=section.lr, min_lr=section.min_lr, wd_mult=1.0)
+    schedule = make_schedule(adam, section, Batch(train_iters=steps))
+    found = []
+    for _ in range(steps):
+        found.append(adam.param_groups[0][name])
         schedule.step(increment=1)
+    return found
+
+
+def of_transformers(name: str, steps: int, **options) -> list[float]:
+    """Return the rates of a schedule of transformers, whose highest rate is 1."""
+    import transformers
+
+    adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = getattr(transformers, name)(adam, **options)
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
+        adam.step()
+        schedule.step()
+    return found
+
+
+def test_schedule_is_linear_then_cosine():
+    rates = scheduled(Optimizer(lr=1.0, min_lr=0.1, lr_warmup_iters=4), 20)
     expected = [i / 4 for i in range(4)]
     expected += [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (i - 4) / 16)) for i in range(4, 20)]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("style", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("minus_sqrt", "1-sqrt")]
+)  # fmt: skip
+def test_wsd_is_that_of_transformers(style, theirs):
+    section = Optimizer(
+        lr=1.0, min_lr=0.1, lr_decay_style="WSD", lr_wsd_decay_style=style, lr_wsd_decay_iters=8, lr_warmup_iters=4
+    )  # fmt: skip
+    expected = of_transformers(
+        "get_wsd_schedule", 20, num_warmup_steps=4, num_decay_steps=8, num_training_steps=20, decay_type=theirs, min_lr_ratio=0.1
+    )  # fmt: skip
+    assert scheduled(section, 20)[4:] == pytest.approx(expected[4:])
+
+
+def test_wsd_halves_from_twice_the_rate_by_default():
+    """2 x 0.5^t - 1 falls from 1 to 0, as in Megatron-LM's arguments."""
+    rates = scheduled(Optimizer(lr=1.0, lr_decay_style="WSD", lr_wsd_decay_iters=10), 20)
+    assert rates[:11] == [1.0] * 11
+    assert rates[11:] == pytest.approx([2 * 0.5 ** (i / 10) - 1 for i in range(1, 10)])
+
+
+def test_inverse_square_root_is_that_of_transformers():
+    rates = scheduled(Optimizer(lr=1.0, lr_decay_style="inverse-square-root", lr_warmup_iters=4), 20)
+    assert rates == pytest.approx(of_transformers("get_inverse_sqrt_schedule", 20, num_warmup_steps=4))
+
+
+def test_the_warmup_rises_from_its_own_rate():
+    rates = scheduled(Optimizer(lr=1.0, lr_warmup_init=0.2, lr_warmup_iters=4, lr_decay_style="constant"), 6)
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(("style", "quarter"), [("linear", 0.25), ("cosine", 0.5 * (1 - math.cos(math.pi / 4)))])
+def test_weight_decay_rises(style, quarter):
+    """`quarter`: what is done of the way after a quarter of the steps."""
+    section = Optimizer(weight_decay_incr_style=style, start_weight_decay=0.1, end_weight_decay=0.3)
+    decays = scheduled(section, 20, "weight_decay")
+    assert decays[0] == pytest.approx(0.1) and decays[5] == pytest.approx(0.1 + 0.2 * quarter)
+    assert decays == sorted(decays)
 
 
 @pytest.mark.parametrize("method", ["default", "linear", "llama3"])

@@ -13,7 +13,7 @@ import pytest
 from megatron_ft import device
 from megatron_ft.checkpoints.folder import CheckpointConfig, write_config
 from megatron_ft.commands import finetune, preflight
-from megatron_ft.config import checks
+from megatron_ft.config import checks, schedule
 from megatron_ft.config.cli import parse, run_script
 from megatron_ft.errors import UserError
 from megatron_ft.models.architecture import Architecture
@@ -42,6 +42,8 @@ BROKEN = {
     "variable_rows_fit": "--variable_seq_lengths",
     "rates_in_order": "--lr 0",
     "warmup_fits": "--lr_warmup_iters 10",
+    "wsd_fits": "--lr_decay_style WSD --lr_wsd_decay_iters 11",
+    "weight_decay_rises": "--weight_decay_incr_style linear --start_weight_decay 0.1",
     "lima_has_dropout": "--lima_dropout",
     "one_precision": "--bf16 --fp16",
     "recompute_is_consistent": "--recompute_num_layers 2",
@@ -75,12 +77,13 @@ def called(function) -> set[str]:
 
 
 def test_no_rule_is_left_out():
-    """What raises ConfigError in checks.py is called by one of the two functions, and has its line in BROKEN."""
+    """What raises ConfigError in checks.py and schedule.py is called by one of the two functions, and has its line in BROKEN."""
     reached = called(checks.check_settings) | called(fit.check_model)
     rules = {
         name
-        for name, function in inspect.getmembers(checks, inspect.isfunction)
-        if function.__module__ == checks.__name__ and "raise ConfigError" in inspect.getsource(function)
+        for module in (checks, schedule)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and "raise ConfigError" in inspect.getsource(function)
     }
     assert len(rules) > 20 and not rules - reached, f"nothing checks {rules - reached}"
     not_rules = {"data_parallel_size", "starts_anew", "len"}
