@@ -53,7 +53,7 @@ def _lines(
 ) -> Iterator[str]:
     batch, data, save = settings.batch, settings.data, settings.checkpointing.save
     steps = max(0, batch.train_iters - progress.iteration)
-    epochs = batch.train_iters * rows / max(1, len(train_set.epoch_rows(0)))
+    epochs = train_set.epochs_of(batch.train_iters * rows)
     yield f"would train iterations {progress.iteration + 1} to {batch.train_iters}: {steps} steps"
     micro = rows // batch.micro_batch_size // layout.dp_size
     yield (

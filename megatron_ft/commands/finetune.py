@@ -44,6 +44,7 @@ def run(settings: TrainingSettings) -> int:
     from megatron_ft.models.pipeline import split_layers
     from megatron_ft.training import datasets
     from megatron_ft.training.fit import find_start
+    from megatron_ft.training.length import with_steps
     from megatron_ft.training.stopping import StopRequest, time_limit
 
     parallel, data, launching, stopping = settings.parallel, settings.data, settings.launching, settings.stopping
@@ -68,6 +69,7 @@ def run(settings: TrainingSettings) -> int:
     start = find_start(settings, processes)
     settings, described = start.settings, start.described
     train_set, valid_set = datasets.make_datasets(data, described, settings.distillation)
+    settings = with_steps(settings, train_set, processes)
     described = datasets.with_chat_format(described, train_set)
     if starts and (code := launch(starts, launching.log_dir, prepare_engine)) is not None:
         return code  # the ranks have run the lines below

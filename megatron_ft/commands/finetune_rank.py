@@ -49,6 +49,7 @@ from megatron_ft.training.fit import starts_anew
 from megatron_ft.training.guard import Aside, Guarded, attempt
 from megatron_ft.training.hooks import METRICS, SAMPLES, Hook, MetricsFile, SamplesFile
 from megatron_ft.training.kernel_report import report_kernels
+from megatron_ft.training.length import in_words
 from megatron_ft.training.loop import Run, train
 from megatron_ft.training.objectives.distillation import Distillation
 from megatron_ft.training.objectives.objective import Objective
@@ -263,12 +264,13 @@ def _log_start(inputs: Inputs, trainable: Trainable, progress: Progress, adaptin
     train_iters = settings.batch.train_iters
     if progress.iteration >= train_iters:
         log.warning(
-            f"nothing left to train: --train_iters {train_iters} counts from the run's first start; increase it to continue"
+            f"nothing left to train: --train_iters {train_iters} counts from the run's first start; increase it (or --epochs) to continue"
         )
     log.info(
         f"{train_set.num_samples} samples in {len(train_set.epoch_rows(0))} rows of {settings.data.seq_length}, "
         f"{train_set.fill():.1%} of positions filled"
     )
+    log.info(in_words(train_set, train_iters, inputs.rows))
 
 
 def _make_saver(inputs: Inputs, parts: Parts, resolved: str) -> contextlib.AbstractContextManager[Any]:

@@ -87,7 +87,7 @@ def _row(option: Option) -> str:
     choices = () if option.is_list else getattr(option.bare_type, "__args__", ())
     cells = (
         f"`--{option.name}`" + (f" {' | '.join(map(str, choices))}" if choices else ""),
-        "**needed**" if option.required else shown,
+        ("**needed**" + (f", or `--{option.instead}`" if option.instead else "")) if option.required else shown,
         option.help,
     )
     return f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |"

@@ -5,6 +5,7 @@ Takes the flags of finetune. Every finding names the flag that fixes it. Needs n
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -196,12 +197,13 @@ def disk(
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     parameters = size / (4 if described.dtype == "fp32" else 2) if trained is None else trained
     each = parameters * (14 if numerics.bf16 else 12)
-    saves = -(-batch.train_iters // checkpointing.save_interval) if checkpointing.save_interval else 1
+    saves = max(1, -(-batch.train_iters // checkpointing.save_interval)) if checkpointing.save_interval else 1
     place = Path(checkpointing.save).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    text = f"{saves} checkpoints of about {each / 1e9:.2f} GB, {free / 1e9:.1f} GB free at {place}"
+    count = "" if checkpointing.save_interval and not batch.train_iters else f"{saves} "
+    text = f"{count}checkpoints of about {each / 1e9:.2f} GB, {free / 1e9:.1f} GB free at {place}"
     if each > free:
         yield Finding("error", f"{text}: not one fits; set --save to a folder on another disk")
     elif each * saves > free:
@@ -334,6 +336,12 @@ def _length(data: Data, batch: Batch, world_size: int, parallel: Parallelism) ->
     rows = sizes.sum() / data.seq_length if data.packing else np.count_nonzero(sizes)
     replicas = max(1, data_parallel_size(parallel, world_size))
     a_step = batch.global_batch_size or batch.micro_batch_size * replicas
+    if batch.epochs is not None:
+        steps = max(1, math.ceil(batch.epochs * float(rows) / a_step))
+        text = f"--epochs {batch.epochs:g} is about {steps:,} steps of {a_step} rows, an epoch about {rows:,.0f} rows"
+        level = "warning" if batch.epochs > 20 else "ok"
+        yield Finding(level, text + ("; check --epochs" if batch.epochs > 20 else ""))
+        return
     epochs = batch.train_iters * a_step / max(1.0, float(rows))
     text = f"--train_iters {batch.train_iters} x {a_step} rows is {epochs:.2f} epochs of about {rows:,.0f} rows"
     yield Finding(

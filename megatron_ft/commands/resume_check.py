@@ -148,7 +148,7 @@ def _finetune(
             s.checkpointing, save=str(save), load=str(load or s.checkpointing.load), save_interval=None, keep_last=None,
             save_retain_interval=None, auto_resume=False, finetune=s.checkpointing.finetune and load is None,
         ),
-        batch=replace(s.batch, train_iters=until),
+        batch=replace(s.batch, train_iters=until, epochs=None),
         optimizer=replace(s.optimizer, lr_decay_iters=s.optimizer.lr_decay_iters or max(s.batch.train_iters, end)),
         logging=replace(
             s.logging, run_dir=None, tensorboard_dir=None, wandb_logger=False, report=False, eval_interval=None,

@@ -19,6 +19,7 @@ from megatron_ft.config.sections import (
     Parallelism,
 )
 from megatron_ft.config.settings import TrainingSettings
+from megatron_ft.config.steps import one_length
 from megatron_ft.errors import ConfigError
 
 
@@ -330,7 +331,8 @@ def check_settings(settings: TrainingSettings, world_size: int) -> None:
         "context_parallel_size", "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
         "decoder_last_pipeline_num_layers",
     )  # fmt: skip
-    positive(batch, "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_iters")
+    positive(batch, "micro_batch_size", "global_batch_size", "max_skipped_iters")
+    one_length(batch)
     positive(data, "seq_length")
     positive(s.logging, "log_interval", "eval_interval", "sample_interval", "sample_max_new_tokens")
     not_negative(s.logging, "eval_iters")

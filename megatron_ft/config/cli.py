@@ -44,10 +44,7 @@ def parse(command: Command, argv: Sequence[str]) -> list[Any]:
 
         print(write_settings(flat(command.sections), values, options, others), end="")
         raise SystemExit(0)
-    missing = [option for option in options.values() if option.required and values.get(option.name) is None]
-    if missing:
-        names = ", ".join(f"--{option.name}" for option in missing)
-        raise ConfigError(f"needed and not given: {names}; see --help")
+    _check_needed(options, values)
     filled = [_build(section, options, values) for section in command.sections]
     return [*filled, others] if command.open_flags else filled
 
@@ -132,9 +129,36 @@ def _resolve(command: Command, options: dict[str, Option], given: Given) -> tupl
     for name, text in given.values.items():
         values[name] = text if isinstance(text, bool) else from_text(options[name], text, f"--{name}")
         levels[name] = 2
+    _keep_one(options, values, levels)
     if command.megatron_flags:
         values |= translate.apply(megatron | given.megatron, values, levels)
     return values, others | given.others
+
+
+def _check_needed(options: dict[str, Option], values: dict[str, Any]) -> None:
+    """Raise ConfigError for required settings without a value, unless the setting that may be given instead has one."""
+    missing = []
+    for option in options.values():
+        if not option.required or values.get(option.name) is not None:
+            continue
+        if option.instead and values.get(option.instead) is not None:
+            values[option.name] = default_of(option)
+        else:
+            missing.append(f"--{option.name}" + (f" (or --{option.instead})" if option.instead else ""))
+    if missing:
+        raise ConfigError(f"needed and not given: {', '.join(missing)}; see --help")
+
+
+def _keep_one(options: dict[str, Option], values: dict[str, Any], levels: dict[str, int]) -> None:
+    """Of two settings of which one may be given in place of the other, keep that of the command line, not that of the file."""
+    for option in options.values():
+        if option.instead is None or values.get(option.name) is None or values.get(option.instead) is None:
+            continue
+        mine, other = (levels.get(name, 0) for name in (option.name, option.instead))
+        if mine > other:
+            values[option.instead] = default_of(options[option.instead])
+        elif mine < other:
+            del values[option.name]
 
 
 def _check_places(command: Command, sections: Sequence[Any]) -> None:

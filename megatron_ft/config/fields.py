@@ -34,6 +34,8 @@ class Option:
     section: type
     writes: Literal["folder", "file", "prefix"] | None = None
     """What the command writes under this name: a folder, a file, or files that begin so (prefix). Checked before the command starts."""
+    instead: str | None = None
+    """Another setting that may be given in its place."""
 
     @property
     def bare_type(self) -> Any:
@@ -121,10 +123,9 @@ def _section_options(section: type) -> list[Option]:
             continue
         default = field.default if field.default_factory is MISSING else _Factory(field.default_factory)
         required = default is MISSING or bool(field.metadata.get("required"))
-        writes = field.metadata.get("writes")
-        options.append(
-            Option(field.name, hints[field.name], default, required, helps.get(field.name, ""), section, writes)
-        )
+        writes, instead = field.metadata.get("writes"), field.metadata.get("instead")
+        text = helps.get(field.name, "")
+        options.append(Option(field.name, hints[field.name], default, required, text, section, writes, instead))
     return options
 
 

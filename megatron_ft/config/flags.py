@@ -111,7 +111,7 @@ def _add(group: Any, option: Option, options: dict[str, Option]) -> None:
 def _help(option: Option) -> str:
     default = default_of(option)
     if option.required:
-        remark = "(required)"
+        remark = f"(required, or --{option.instead})" if option.instead else "(required)"
     elif default in (None, MISSING, "", [], ()) or (option.is_switch and default is False):
         remark = ""
     elif isinstance(default, list | tuple):

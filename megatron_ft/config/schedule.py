@@ -33,11 +33,12 @@ def doubtful_rate(optimizer: Optimizer) -> str | None:
 
 
 def warmup_fits(optimizer: Optimizer, batch: Batch) -> None:
+    """Check the warm-up. With --epochs the steps are known only once the data is read; training/length.py then checks it."""
     decay = optimizer.lr_decay_iters or batch.train_iters
-    if optimizer.lr_warmup_iters >= decay:
+    if decay and optimizer.lr_warmup_iters >= decay:
         raise ConfigError(
             f"--lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {decay} step(s) of the schedule: "
-            f"use at most {decay - 1}, or raise --train_iters"
+            f"use at most {decay - 1}, or train for more steps (--train_iters, --epochs)"
         )
 
 
@@ -51,10 +52,12 @@ def wsd_fits(optimizer: Optimizer, batch: Batch) -> None:
         raise ConfigError(
             "--lr_decay_style WSD needs --lr_wsd_decay_iters: add the number of its last steps, which decay"
         )
-    most = (optimizer.lr_decay_iters or batch.train_iters) - optimizer.lr_warmup_iters
-    if steps > most:
+    decay = optimizer.lr_decay_iters or batch.train_iters
+    most = decay - optimizer.lr_warmup_iters
+    if decay and steps > most:
         raise ConfigError(
-            f"--lr_wsd_decay_iters {steps}: the schedule has {most} step(s) after the warm-up: use at most {most}, or raise --train_iters"
+            f"--lr_wsd_decay_iters {steps}: the schedule has {most} step(s) after the warm-up: "
+            f"use at most {most}, or train for more steps (--train_iters, --epochs)"
         )
 
 

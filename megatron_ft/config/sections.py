@@ -105,8 +105,11 @@ class Batch:
     """rows that one process computes at once"""
     global_batch_size: int | None = None
     """rows per optimizer step, over all processes; default: micro_batch_size x data-parallel size"""
-    train_iters: int = field(default=0, metadata={"required": True})
+    train_iters: int = field(default=0, metadata={"required": True, "instead": "epochs"})
     """number of optimizer steps of the whole run, counted from its first start"""
+    epochs: float | None = None
+    """in place of --train_iters: train on all samples this many times. With --data_weights an epoch is as long as all data_paths
+    together and repeats some samples; a row that is not full moves to the next epoch, and the last step is filled with further rows"""
     max_skipped_iters: int = 10
     """stop the run after this many consecutive steps were skipped because of gradients that are not finite; overflows with a
     dynamic loss scale do not count"""

@@ -103,6 +103,10 @@ def _warmup_fraction(name: str, flag: Given, values: dict[str, Any]) -> dict[str
     if not 0 <= share <= 1:
         raise ConfigError(f"{flag.where} {share:g}: must be from 0 to 1")
     steps = values["lr_decay_iters"] or values.get("train_iters")
+    if not steps and values.get("epochs"):
+        raise ConfigError(
+            f"{flag.where} {share:g} is a share of steps, which --epochs gives only once the data is read: give --lr_warmup_iters"
+        )
     if not steps:
         raise ConfigError(f"{flag.where} {share:g} needs --train_iters, of which it is a share: add it")
     return {"lr_warmup_iters": round(share * steps)}
@@ -145,7 +149,13 @@ def _not_loaded(name: str, flag: Given, values: dict[str, Any]) -> dict[str, Any
 def _steps_of_run(values: dict[str, Any]) -> dict[str, Any]:
     """Return --train_iters of the run in --load where --use_checkpoint_args asks for it, as Megatron's scripts continue a run."""
     place = Path(values.get("load") or "") / _SETTINGS
-    if "train_iters" in values or not values["use_checkpoint_args"] or not values.get("load") or not place.is_file():
+    if (
+        "train_iters" in values
+        or values.get("epochs")
+        or not values["use_checkpoint_args"]
+        or not values.get("load")
+        or not place.is_file()
+    ):
         return {}
     import yaml
 

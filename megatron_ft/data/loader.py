@@ -7,6 +7,7 @@ data-parallel ranks gets the same rows in the same order. Uses only numpy; model
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ PLANS = 1
 """Version of the way plans are made: one more wherever the same choices give other rows."""
 WORTH_KEEPING = 100_000
 """Pieces; fewer are planned faster than a file is found."""
+WORTH_COUNTING = 1_000_000
+"""Pieces in all epochs of a run; of more, the first epoch's rows stand for those of each."""
 _NOTHING = np.zeros(0, np.int64)
 
 
@@ -226,6 +229,23 @@ class ChatDataset:
         rows, held = packing.without_emptiest(rows, self._sizes, self.seq_length)
         return packing.shuffled(rows, rng), held
 
+    def rows_of(self, epochs: float) -> int:
+        """Return the number of rows of the first epochs; a part of an epoch is rounded up to whole rows."""
+        if epochs * len(self._pieces) > WORTH_COUNTING:
+            return _up(epochs * len(self.epoch_rows(0)))
+        whole = int(epochs)
+        part = epochs - whole
+        rows = sum(len(self.epoch_rows(epoch)) for epoch in range(whole))
+        return rows + (_up(part * len(self.epoch_rows(whole))) if part else 0)
+
+    def epochs_of(self, rows: int) -> float:
+        """Return the number of epochs that the first rows are."""
+        one = rows / len(self.epoch_rows(0))
+        if one * len(self._pieces) > WORTH_COUNTING:
+            return one
+        epoch, row = self.locate(rows)
+        return epoch + row / len(self.epoch_rows(epoch))
+
     def fill(self) -> float:
         """Return the share of the first epoch's positions that hold a token."""
         return packing.fill(self.epoch_rows(0), self._sizes, self.seq_length)
@@ -331,3 +351,8 @@ def step_rows(
     stride = micro_batch_size * dp_size
     firsts = range(consumed + dp_rank * micro_batch_size, consumed + global_batch_size, stride)
     return [list(range(first, first + micro_batch_size)) for first in firsts]
+
+
+def _up(rows: float) -> int:
+    """Return a number of rows rounded up, without what floats add to whole numbers."""
+    return math.ceil(round(rows, 6))

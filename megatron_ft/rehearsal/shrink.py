@@ -90,7 +90,8 @@ def batch(real: Batch, parallel: Parallelism, dp: int) -> Batch:
     """Return as many microbatches as stages, so that the pipeline is filled, with at most two rows each."""
     micro = min(real.micro_batch_size, 2)
     rows = micro * dp * max(2, parallel.pipeline_model_parallel_size)
-    return replace(real, micro_batch_size=micro, global_batch_size=rows, train_iters=min(STEPS, real.train_iters))
+    steps = STEPS if real.epochs is not None else min(STEPS, real.train_iters)
+    return replace(real, micro_batch_size=micro, global_batch_size=rows, train_iters=steps, epochs=None)
 
 
 def optimizer(real: Optimizer) -> Optimizer:
@@ -180,6 +181,6 @@ def changes(arch: Architecture, small: Architecture, real: Any, now: Any, proces
         ("row", real.data.seq_length, now.data.seq_length), ("microbatch", real.batch.micro_batch_size, now.batch.micro_batch_size),
         ("global batch", real.batch.global_batch_size, now.batch.global_batch_size),
         ("context parallel", real.parallel.context_parallel_size, now.parallel.context_parallel_size),
-        ("steps", real.batch.train_iters, now.batch.train_iters), ("processes", *processes),
+        ("steps", real.batch.train_iters or f"of {real.batch.epochs:g} epochs", now.batch.train_iters), ("processes", *processes),
     ]  # fmt: skip
     return [Change(what, before, after) for what, before, after in pairs if before != after]

@@ -22,6 +22,8 @@ class OptimizerConfig:
     after 10% of the steps."""
     train_iters: int = 100
     """Steps."""
+    epochs: float | None = None
+    """Passes over the data."""
     lr_decay_style: Literal["cosine", "linear"] = "cosine"
     """Shape of the decay."""
     lr_decay_iters: int | None = None

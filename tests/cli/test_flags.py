@@ -92,7 +92,7 @@ def test_positional(argv):
         (["--zzzzzz"], "unknown flag --zzzzzz"),
         (["--learning_rate", "3"], "unknown flag --learning_rate; here it is --lr"),
         (["--max-steps", "3"], "unknown flag --max-steps; here it is --train_iters"),
-        (["--num_train_epochs", "3"], "here it is --train_iters (iterations: samples x epochs / global batch size)"),
+        (["--num_train_epochs", "3"], "unknown flag --num_train_epochs; here it is --epochs"),
         (["--no_no_tie_embed_logits"], "unknown flag --no_no_tie_embed_logits; did you mean --no_tie_embed_logits?"),
         (["--lr", "fast"], "--lr: 'fast' is not a number"),
         (["--train_iters", "1.5"], "--train_iters: '1.5' is not a whole number"),

@@ -32,6 +32,7 @@ BROKEN = {
     "share": "--hidden_dropout 1",
     "not_negative": "--weight_decay -1",
     "one_way_to_split": "--num_layers_per_virtual_pipeline_stage 2",
+    "one_length": "--epochs 2",
     "world_fits_layout": "--tensor_model_parallel_size 4",
     "batch_fits": "--global_batch_size 3",
     "sequence_parallel_fits": "--tensor_model_parallel_size 2 --sequence_parallel --seq_length 33",
