@@ -16,6 +16,7 @@ from megatron_ft.data.shards import ENDINGS, open_shards
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.data.verify import verify_shards
 from megatron_ft.errors import DataError, UserError
+from tools.pretokenizer.prompts import ENDING as PROMPTS
 from tools.pretokenizer.sampling import SPLITS
 from tools.pretokenizer.settings import Settings
 from tools.pretokenizer.sources import Source
@@ -65,8 +66,10 @@ def _as_json(settings: Settings, text: str | None) -> dict[str, Any]:
 def _names(settings: Settings, text: str | None, splits: list[str]) -> list[str]:
     """Return the name of every file of a finished run."""
     endings = ("-manifest.json", *ENDINGS, "_stats.json", "_stats.txt", "_stats.html", *([text] if text else []))
+    prompts = [f"{settings.prefix.name}-val{PROMPTS}"] if settings.write_prompts and "val" in splits else []
     return [
         "special_tokens.json",
+        *prompts,
         *(f"{settings.prefix.name}-{split}{ending}" for split in splits for ending in endings),
     ]
 

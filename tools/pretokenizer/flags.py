@@ -58,5 +58,8 @@ class Pretokenize:
     """Also write PREFIX-SPLIT.jsonl with the chats as text in the chat format."""
     compress: bool = False
     """Write the text of --write_json compressed, as PREFIX-SPLIT.jsonl.gz."""
+    write_prompts: int | None = None
+    """Also write the first questions of at most this many validation chats, with their answers, to PREFIX-val-prompts.jsonl, for generate
+    --prompts and finetune --sample_prompts; default: no such file."""
     overwrite: bool = False
     """Replace finished shards of the same name."""

@@ -24,6 +24,8 @@ from tools.pretokenizer.finished import difference, record
 from tools.pretokenizer.flags import Pretokenize
 from tools.pretokenizer.pool import Pool, cores
 from tools.pretokenizer.progress import Progress
+from tools.pretokenizer.prompts import ENDING as PROMPTS
+from tools.pretokenizer.prompts import write_prompts
 from tools.pretokenizer.sampling import SPLITS
 from tools.pretokenizer.screen import show_result, show_sample
 from tools.pretokenizer.settings import Settings, resolve
@@ -90,6 +92,8 @@ def run(flags: Pretokenize, others: dict[str, Any]) -> None:
                 else:
                     _remove_split(prefix)  # of an earlier run, which does not match the new shards
             pool.finish()
+            if settings.write_prompts and "val" in written:
+                write_prompts(Path(f"{settings.prefix}-val{PROMPTS}"), sources, here, settings.write_prompts)
             record(settings, text, list(written))
 
         written = write(settings, tokenizer, chat_format, sources, weights, pool, progress, text, beside)
@@ -125,7 +129,7 @@ def _bytes(sources: list[Source]) -> int:
 
 def _remove_split(prefix: Path) -> None:
     remove_shards(prefix)
-    for ending in ("_stats.json", "_stats.txt", "_stats.html", SETTINGS_ENDING, ".jsonl", ".jsonl.gz"):
+    for ending in ("_stats.json", "_stats.txt", "_stats.html", SETTINGS_ENDING, PROMPTS, ".jsonl", ".jsonl.gz"):
         Path(f"{prefix}{ending}").unlink(missing_ok=True)
 
 

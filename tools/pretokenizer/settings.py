@@ -58,6 +58,7 @@ class Settings:
     mix_max_epochs: float = 1.0
     on_bad_record: Literal["fail", "skip"] = "fail"
     workers: int | None = None
+    write_prompts: int | None = None
 
     @property
     def template_options(self) -> TemplateOptions:
@@ -106,7 +107,7 @@ def build(kind: type, values: dict[str, Any], where: str) -> Any:
 
 _ALSO_KEYS = (
     *("chat_format", "output_dir", "min_assistant_tokens", "min_tokens", "max_tokens", "max_count", "role_order"),
-    *("duplicates", "on_bad_record", "workers", "template_date", "rewritten_turns"),
+    *("duplicates", "on_bad_record", "workers", "template_date", "rewritten_turns", "write_prompts"),
 )
 _OF_DATASETS = {"lang", "split", "fraction", "size", "max_val_set", "marked_prompts", "val_rounding", "manual_seed"}
 _OPTIONAL = {f.name for f in dataclasses.fields(Settings) if type(None) in typing.get_args(f.type)}
@@ -200,6 +201,6 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"near_threshold is {settings.near_threshold}; give a share above 0 and up to 1")
     if settings.duplicates == "near":
         minhash_library()
-    for name in ("max_count", "eval_size", "min_assistant_tokens", "workers"):
+    for name in ("max_count", "eval_size", "min_assistant_tokens", "workers", "write_prompts"):
         if (value := getattr(settings, name)) is not None and value < 0:
             raise ConfigError(f"{name} is {value}; give a number that is not negative")

@@ -124,6 +124,10 @@ class Worker:
             chats = [(where, self._with_mark_bits(chat, i in whole, weights)) for i, (where, chat) in enumerate(chats)]
         return self.encoder.encode(chats, job.selection)
 
+    def chats(self, job: Job, chunk: Chunk) -> list[Conversation]:
+        """Return the chats of a chunk as they were read, in the order in which `count` counts them."""
+        return [chat for _, group in self._read(job, chunk, Counter(), []) for chat in group]
+
     def packing(self, lengths: np.ndarray, seq_length: int) -> dict[str, Any]:
         """Return how samples of these lengths fill rows."""
         return packing_row(lengths, seq_length)
