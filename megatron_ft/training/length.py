@@ -20,7 +20,7 @@ def rows_per_step(settings: TrainingSettings, world_size: int) -> int:
 
 
 def with_steps(settings: TrainingSettings, train_set: ChatDataset, world_size: int) -> TrainingSettings:
-    """Return the settings with --epochs as --train_iters, which a checkpoint records. Raise ConfigError if the warm-up or the decay is too long.
+    """Return the settings with --epochs as --train_iters, which a checkpoint records. Raise ConfigError if they are too few.
 
     The same data, rows and batch give the same number, so a resumed run has that of its first start.
     """
