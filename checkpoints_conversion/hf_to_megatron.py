@@ -81,6 +81,22 @@ COMMAND = Command(
         "megatron-ft hf-to-megatron falcon-40b checkpoints/relu-falcon-40b --activation relu --tensor_model_parallel_size 8",
     ),
     positional=("input_dir", "output_dir"),
+    common=(
+        "input_dir",
+        "output_dir",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "params_dtype",
+        "overwrite",
+        "vocab_extra_ids_list",
+        "chat_format",
+        "rope_scaling_type",
+        "rope_scaling_factor",
+        "activation",
+        "tokenizer",
+        "quantize",
+        "plan",
+    ),
 )
 
 

@@ -49,6 +49,22 @@ COMMAND = Command(
         "megatron-ft megatron-to-hf runs/merged exports/merged-gguf --quantize gguf-q8_0 --max_shard_size 100GB",
     ),
     positional=("input_dir", "output_dir"),
+    common=(
+        "input_dir",
+        "output_dir",
+        "params_dtype",
+        "overwrite",
+        "iteration",
+        "tokenizer",
+        "quantize",
+        "bits",
+        "group_size",
+        "calibration",
+        "max_shard_size",
+        "require_certificate",
+        "adapter_only",
+        "base_model_name",
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ft.commands.generate import check_sampling
-from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import LAYOUT_FLAGS, Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -58,6 +58,20 @@ COMMAND = Command(
     sections=(Chat, GenerationLayout, Processes),
     examples=("megatron-ft chat runs/demo/hf", "megatron-ft chat runs/tuned --temperature 0.8 --top_p 0.9"),
     positional=("load",),
+    common=(
+        "load: folder of a checkpoint or of an export",
+        "adapter",
+        "system",
+        "chat_format",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "stop",
+        "bf16",
+        *LAYOUT_FLAGS,
+    ),
 )
 
 

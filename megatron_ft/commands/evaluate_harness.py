@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import LAYOUT_FLAGS, Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -72,6 +72,22 @@ COMMAND = Command(
         "megatron-ft evaluate harness --load runs/tuned --task_folders my_tasks --tasks questions --num_fewshot 2",
         "megatron-ft evaluate harness --load runs/tuned --tasks arc_challenge --num_fewshot 25 "
         "--lm_eval_tasks --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
+    ),
+    common=(
+        "load: folder of a checkpoint or of an export",
+        "adapter",
+        "chat_format",
+        "max_length",
+        "batch_size",
+        "tasks",
+        "task_folders",
+        "lm_eval_tasks",
+        "num_fewshot",
+        "apply_chat_template",
+        "system",
+        "limit",
+        "output",
+        *LAYOUT_FLAGS,
     ),
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ft.commands.compared_models import ComparedModels, check_models, compare_models
-from megatron_ft.commands.in_layout import GenerationLayout
+from megatron_ft.commands.in_layout import LAYOUT_FLAGS, GenerationLayout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -40,6 +40,7 @@ COMMAND = Command(
         "megatron-ft evaluate perplexity --load runs/scaled runs/plain --names scaled unscaled "
         "--data book.txt --lengths 512,1024,2048,4096,8192,12000 --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
     ),
+    common=("load", "names", "adapter", "data", "bf16", "lengths", "stride", "batch_size", "output", *LAYOUT_FLAGS),
 )
 
 

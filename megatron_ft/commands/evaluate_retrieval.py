@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import LAYOUT_FLAGS, Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -89,6 +89,24 @@ COMMAND = Command(
         "megatron-ft evaluate retrieval --load runs/alfred --output results/alfred",
         "megatron-ft evaluate retrieval --load runs/linear runs/yarn --names PI YaRN --tasks lines --lengths 2048,8192",
         "megatron-ft evaluate retrieval --results results/linear/retrieval.json results/yarn/retrieval.json --output results/compared",
+    ),
+    common=(
+        "load",
+        "names",
+        "adapter",
+        "results",
+        "output",
+        "chat_format",
+        "tasks",
+        "lengths",
+        "depths",
+        "samples",
+        "seed",
+        "topics",
+        "documents",
+        "max_new_tokens",
+        "batch_size",
+        *LAYOUT_FLAGS,
     ),
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ft.commands.compared_models import ComparedModels, check_models, compare_models
-from megatron_ft.commands.in_layout import GenerationLayout
+from megatron_ft.commands.in_layout import LAYOUT_FLAGS, GenerationLayout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
@@ -40,6 +40,7 @@ COMMAND = Command(
         "megatron-ft evaluate sparsity --load falcon-40b runs/relu-falcon-40b --names gelu relu "
         "--data book.txt --max_tokens 100000 --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
     ),
+    common=("load", "names", "adapter", "data", "bf16", "length", "max_tokens", "batch_size", "output", *LAYOUT_FLAGS),
 )
 
 

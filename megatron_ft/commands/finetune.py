@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_ft.config.checks import check_settings, places_to_write
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.schedule import doubtful_rate
-from megatron_ft.config.settings import TrainingSettings
+from megatron_ft.config.settings import COMMON, TrainingSettings
 from megatron_ft.files import check_writable
 from megatron_ft.log import logger
 
@@ -25,6 +25,14 @@ COMMAND = Command(
         "megatron-ft finetune --config finetune.yaml --lr 2e-5",
     ),
     megatron_flags=True,
+    common=(
+        *COMMON,
+        "log_interval: steps between lines of progress",
+        "eval_interval: steps between evaluations",
+        "wandb_logger",
+        "nproc_per_node: processes on this machine, one per GPU",
+        "dry_run: show what would be done, and stop",
+    ),
 )
 
 

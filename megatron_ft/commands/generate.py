@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import LAYOUT_FLAGS, Asked, GenerationLayout, in_layout
 from megatron_ft.commands.sparse_options import SparseOptions, check_sparse_options, wait_asleep
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
@@ -77,6 +77,26 @@ COMMAND = Command(
         'megatron-ft generate --load runs/demo/tuned --prompt "what colour is a plum ?"',
         "megatron-ft generate --nproc_per_node 4 --load runs/model --prompts questions.jsonl --output answers.jsonl "
         "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
+    ),
+    common=(
+        "load: folder of a checkpoint or of an export",
+        "adapter",
+        "prompt: prompts to answer",
+        "prompts",
+        "output",
+        "chat_format",
+        "max_new_tokens",
+        "temperature",
+        "top_k: only from this many tokens; 0: all",
+        "top_p: only from the most likely, to this sum",
+        "repetition_penalty",
+        "stop: strings that an answer ends before",
+        "num_return_sequences",
+        "seed",
+        "batch_size: prompts answered at once",
+        "bf16",
+        *LAYOUT_FLAGS,
+        "sparse: leave out what is zero",
     ),
 )
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_ft.commands.layout_choice import Asked, GenerationLayout, sizes_for
+from megatron_ft.commands.layout_choice import LAYOUT_FLAGS, Asked, GenerationLayout, sizes_for
 from megatron_ft.config.sections import Processes
 
 if TYPE_CHECKING:
     from megatron_ft.engine.parallel import Layout
 
-__all__ = ["Asked", "GenerationLayout", "in_layout"]
+__all__ = ["LAYOUT_FLAGS", "Asked", "GenerationLayout", "in_layout"]
 
 
 def in_layout(

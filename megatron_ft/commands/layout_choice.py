@@ -36,6 +36,14 @@ class GenerationLayout:
     """number of pipeline stages that the layers are divided over (PP); default: chosen as the other size is"""
 
 
+LAYOUT_FLAGS = (
+    "tensor_model_parallel_size: parts of each weight matrix (TP)",
+    "pipeline_model_parallel_size: stages of the layers (PP)",
+    "nproc_per_node: processes on this machine, one per GPU",
+)
+"""Of a layout and its processes: the flags in a command's help of one screen."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """A model and what it reads at once.

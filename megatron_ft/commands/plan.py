@@ -75,6 +75,26 @@ COMMAND = Command(
         "--pipeline_model_parallel_size 2 --use_distributed_optimizer --json",
     ),
     positional=("model",),
+    common=(
+        "model: a name such as llama2-7b, or a config.json",
+        "gpus",
+        "gpu: type of GPU",
+        "gpu_memory_gb",
+        "gpus_per_node",
+        "seq_length",
+        "micro_batch_size: rows that a process computes at once",
+        "global_batch_size: rows per optimizer step",
+        "recompute_granularity: save memory: selective or full",
+        "lora_rank",
+        "base_precision: of a frozen model",
+        "proposals",
+        "json",
+        "tensor_model_parallel_size: parts of each weight matrix (TP)",
+        "pipeline_model_parallel_size: stages of the layers (PP)",
+        "virtual_pipeline_model_parallel_size: chunks of layers per stage",
+        "sequence_parallel: with TP: less memory for activations",
+        "use_distributed_optimizer: split the optimizer state (ZeRO-1)",
+    ),
 )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Batch, Checkpointing, Data, Numerics, Parallelism
-from megatron_ft.config.settings import TrainingSettings
+from megatron_ft.config.settings import COMMON, TrainingSettings
 from megatron_ft.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ COMMAND = Command(
         "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 4 --seq_length 4096",
     ),
     megatron_flags=True,
+    common=("world_size: number of processes of the run", *COMMON),
 )
 
 

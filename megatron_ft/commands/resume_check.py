@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Checkpointing, Launching
-from megatron_ft.config.settings import TrainingSettings
+from megatron_ft.config.settings import COMMON, TrainingSettings
 from megatron_ft.device import choose_cpu
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.launch.places import is_rank, join_srun
@@ -50,6 +50,12 @@ COMMAND = Command(
         "--resume_tensor_model_parallel_size 4 --resume_pipeline_model_parallel_size 1",
     ),
     megatron_flags=True,
+    common=(
+        "check_steps: number of steps to compare",
+        "check_processes: number of processes to start",
+        "resume_tensor_model_parallel_size: TP after resuming",
+        *COMMON,
+    ),
 )
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import LAYOUT_FLAGS, Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError, DataError
@@ -54,6 +54,20 @@ COMMAND = Command(
     examples=(
         "megatron-ft sample --load runs/base --prompts prompts.jsonl --settings settings.json --report base.json",
         "megatron-ft sample --load runs/tuned --prompts prompts.jsonl --settings settings.json --report tuned.json --beside base.json",
+    ),
+    common=(
+        "load",
+        "adapter",
+        "prompts",
+        "settings",
+        "report",
+        "beside",
+        "num_samples",
+        "chat_format",
+        "seed",
+        "batch_size",
+        "bf16",
+        *LAYOUT_FLAGS,
     ),
 )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
+from megatron_ft.commands.in_layout import LAYOUT_FLAGS, Asked, GenerationLayout, in_layout
 from megatron_ft.config.checks import positive
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
@@ -51,6 +51,18 @@ COMMAND = Command(
     examples=(
         "megatron-ft score --load runs/teacher --data_path data/chats-train data/chats-val --top_k 64 "
         "--seq_length 4096 --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
+    ),
+    common=(
+        "load",
+        "data_path",
+        "output",
+        "top_k",
+        "seq_length",
+        "over_long",
+        "kd_temperature",
+        "batch_size",
+        "bf16",
+        *LAYOUT_FLAGS,
     ),
 )
 

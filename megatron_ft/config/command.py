@@ -19,6 +19,8 @@ class Command:
     open_flags: take flags that no section knows, `--key value` as {"key": value typed as YAML would} and `--no_key`
         as {"key": None}.
     megatron_flags: take the flags of Megatron's training commands too (megatron_flags.py).
+    common: the flags that --help shows where all do not fit on one screen (help.py): a name, or "name: text" with a shorter text
+        than the flag's own; (): all.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Command:
     positional: tuple[str, ...] = ()
     open_flags: bool = False
     megatron_flags: bool = False
+    common: tuple[str, ...] = ()
 
 
 def command_line() -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import textwrap
 import typing
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from megatron_ft.config import megatron_flags
 from megatron_ft.config.argv import OWN_FLAGS, ready, switch_flags
 from megatron_ft.config.command import Command
 from megatron_ft.config.fields import MISSING, Option, default_of, flat, section_title
+from megatron_ft.config.help import SCREEN, WIDTH, screen, usage
 from megatron_ft.errors import ConfigError
 
 _OVERRIDE = re.compile(r"(?<!\S)(?:\w+\.)+(\w+)=(\S+)")
@@ -70,17 +72,32 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, option_string == f"--{self.dest}")
 
 
+def _help_action(command: Command, options: dict[str, Option]) -> type[argparse.Action]:
+    """Return what --help does: print one screen, and with the word `all` everything."""
+
+    class Help(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            whole = parser.format_help()
+            short = values != "all" and len(whole.splitlines()) > SCREEN
+            print(screen(command, options) if short else whole.rstrip())
+            raise SystemExit(0)
+
+    return Help
+
+
 def _parser(command: Command, options: dict[str, Option]) -> _Parser:
-    positional = "".join(f" [{name}]" for name in command.positional)
     parser = _Parser(
         prog=f"megatron-ft {command.name}",
-        usage=f"megatron-ft {command.name}{positional} [--flag value ...]",
-        description=command.summary,
+        usage=usage(command).removeprefix("usage: "),
+        description=textwrap.fill(command.summary, WIDTH),
         epilog="\n  ".join(["examples:", *command.examples]) if command.examples else None,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
         allow_abbrev=False,
+        add_help=False,
         argument_default=argparse.SUPPRESS,
     )
+    shows = _help_action(command, options)
+    parser.add_argument("-h", "--help", nargs="?", metavar="all", action=shows, help="show one screen of help, or all")
     for name in command.positional:
         many = options[name].is_list
         same = f"the same as --{name}"

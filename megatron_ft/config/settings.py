@@ -21,6 +21,29 @@ from megatron_ft.config.sections import (
     Stopping,
 )
 
+COMMON = (
+    "load: checkpoint to start from",
+    "save",
+    "save_interval",
+    "auto_resume: continue from the newest one in --save",
+    "data_path: prefixes of the training shards",
+    "valid_data_path",
+    "seq_length: tokens per row",
+    "train_iters: number of optimizer steps",
+    "micro_batch_size: rows that a process computes at once",
+    "global_batch_size: rows per optimizer step",
+    "tensor_model_parallel_size: parts of each weight matrix (TP)",
+    "pipeline_model_parallel_size: stages of the layers (PP)",
+    "sequence_parallel: with TP: less memory for activations",
+    "use_distributed_optimizer: split the optimizer state (ZeRO-1)",
+    "lr: highest learning rate",
+    "lr_warmup_iters: steps of the warm-up",
+    "bf16: compute in bfloat16",
+    "recompute_granularity: save memory: selective or full",
+    "lora_rank: train LoRA adapters of this rank",
+)
+"""Flags that most training runs have, for the help of one screen (command.py)."""
+
 
 @dataclass(frozen=True)
 class TrainingSettings:

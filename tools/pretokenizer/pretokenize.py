@@ -46,6 +46,24 @@ COMMAND = Command(
         "megatron-ft pretokenize --configs oasst_top1 llama2 --vocab_file tokenizer.model --output_dir data/oasst",
     ),
     open_flags=True,
+    common=(
+        "input",
+        "configs",
+        "keys: meaning of the files' keys",
+        "tokenizer: tokenizer.model, tokenizer.json or their folder",
+        "chat_format",
+        "output_prefix: prefix of the shards of --input",
+        "output_dir",
+        "val_split: share for validation",
+        "min_assistant_tokens",
+        "max_tokens",
+        "role_order: chats with roles out of order",
+        "duplicates: samples with the same text",
+        "on_bad_record: records that cannot be read",
+        "workers",
+        "max_count",
+        "overwrite",
+    ),
 )
 
 
