@@ -190,7 +190,7 @@ def _listed(sample: list) -> str:
 
     lines = [f"  {'id':>7}  {'role':10}{'weight':>7}  text"]
     for token in sample:
-        text = "" if token.text is None else repr(token.text)[1:-1]
+        text = repr(token.text or token.piece or "")[1:-1]
         mark = " marked" if token.marked else ""
         lines.append(f"  {token.id:7}  {display_name(token.role):10}{token.weight:7.2f}  {text}{mark}")
     return "\n".join(lines)

@@ -42,8 +42,13 @@ def _token(token: Token) -> str:
     kinds += [name for name, yes in (("on", token.weight > 0), ("c", token.control), ("m", token.marked)) if yes]
     text = str(token.id) if token.text is None else token.text
     shown = escape(text).replace("\n", "⏎\n")
-    details = f"id {token.id}, {display_name(token.role)}, weight {token.weight:g}"
+    details = f"id {token.id}{_part(token)}, {display_name(token.role)}, weight {token.weight:g}"
     return f'<span class="{" ".join(kinds)}" title="{details}">{shown}</span>'
+
+
+def _part(token: Token) -> str:
+    """Return what a token is that adds no text: a part of the character that follows."""
+    return f" {escape(token.piece or '')}" if token.text == "" else ""
 
 
 def _row(row: list) -> str:

@@ -3,7 +3,7 @@
 Only data; the commands print it.
 """
 
-import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +13,18 @@ from megatron_ft.data.roles import ALL_NAMES, MARKED, ROLE_BITS
 from megatron_ft.data.shards import Shards
 from megatron_ft.data.tokenizer import Tokenizer
 
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_INCOMPLETE = "\ufffd"
+"""At the end of a decoded text: bytes that are not a whole character."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """text: of the token, None without a tokenizer. weight: its loss weight; the first token of a sample is
-    never predicted and has none."""
+    """text: what the token adds to the text of the sample, None without a tokenizer; "" if it is part of a character that a later token
+    completes. piece: its name in the vocabulary. weight: its loss weight; the first token of a sample is never predicted and has none."""
 
     id: int
     text: str | None
+    piece: str | None
     role: str
     marked: bool
     control: bool
@@ -37,30 +39,62 @@ def tokens(
     weights = weight_by_byte[role_bytes].copy()
     weights[:1] = 0
     names = set(tokenizer.special_tokens.values()) if tokenizer else set()
+    texts = token_texts(tokenizer, ids.tolist()) if tokenizer else [None] * len(ids)
     return [
         Token(
             int(index),
-            None if tokenizer is None else token_text(tokenizer, int(index)),
+            text,
+            tokenizer.id_to_token(int(index)) if tokenizer else None,
             ALL_NAMES[role_byte & ROLE_BITS],
             bool(role_byte & MARKED),
             int(index) in names,
             float(weight),
         )
-        for index, role_byte, weight in zip(ids, role_bytes.tolist(), weights, strict=True)
+        for index, text, role_byte, weight in zip(ids, texts, role_bytes.tolist(), weights, strict=True)
     ]
 
 
-def token_text(tokenizer: Tokenizer, index: int) -> str:
-    """Return what one token looks like: spaces as spaces, a byte that is part of a character as <0x..>."""
-    piece = tokenizer.id_to_token(index)
-    if index in tokenizer.special_tokens.values():
-        return piece
-    if match := BYTE.fullmatch(piece):
-        value = int(match[1], 16)
-        return chr(value) if value < 128 else piece
-    if "▁" in piece or tokenizer.kind == "sentencepiece":
-        return piece.replace("▁", " ")
-    return tokenizer.decode([index])
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Return what each token adds to the text of all.
+
+    A character over several tokens (an emoji in bytes) belongs to the last of them. The space that a tokenizer puts before a text is not
+    part of it, also after a control token such as <|im_start|>, where the tokenizer puts one there.
+    """
+    names = {index: name for name, index in tokenizer.special_tokens.items()}
+    word = tokenizer.encode("x").tolist()
+    adds_space = "".join(_run_texts(tokenizer, tokenizer.encode("x", at_start=False).tolist(), word)).startswith(" ")
+    texts: list[str] = []
+    start = 0
+    for end in [*(at for at, index in enumerate(ids) if index in names), len(ids)]:
+        run = list(_run_texts(tokenizer, ids[start:end], word if start else []))
+        if start and adds_space:
+            run = _without_first_space(run)
+        texts += [*run, *(names[index] for index in ids[end : end + 1])]
+        start = end + 1
+    return texts
+
+
+def _run_texts(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int]) -> Iterator[str]:
+    """Yield what each token adds to a text. before: tokens that the text follows, [] at the start, where decoders may drop a space.
+
+    Decoded are only the tokens since the last but one that added text.
+    """
+    whole = [*before, *ids]
+    window, done = 0, len(before)
+    for end in range(done + 1, len(whole) + 1):
+        earlier, text = tokenizer.decode(whole[window:done]), tokenizer.decode(whole[window:end])
+        if len(text) <= len(earlier) or (text.endswith(_INCOMPLETE) and end < len(whole)):
+            yield ""
+            continue
+        yield text[len(earlier) :]
+        window, done = done, end
+
+
+def _without_first_space(texts: list[str]) -> list[str]:
+    first = next((at for at, text in enumerate(texts) if text), None)
+    if first is None or not texts[first].startswith(" "):
+        return texts
+    return [*texts[:first], texts[first][1:], *texts[first + 1 :]]
 
 
 def source_of(shards: Shards | ForeignShards, sample: int) -> str:

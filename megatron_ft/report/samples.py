@@ -69,10 +69,9 @@ def sample(shards: Shards, index: int, tokenizer: Tokenizer | None, weight_by_by
     """Return one sample as text coloured by role, underlined where it is trained on."""
     parts: list[str] = []
     for run in _runs(tokens(shards, index, tokenizer, weight_by_byte)[:_LONGEST]):
-        text = _text(run, tokenizer).strip("\n")
-        if text.strip():
+        if text := _text(run).strip():
             trained = " on" if run[0].weight > 0 else ""
-            parts.append(f'<span class="role {run[0].role}{trained}">{escape(text.strip())}</span>')
+            parts.append(f'<span class="role {run[0].role}{trained}">{escape(text)}</span>')
     cut = len(shards.role_bytes(index)) - _LONGEST
     more = f'<br><span class="soft">and {cut:,} more tokens</span>' if cut > 0 else ""
     return f'<div class="chat">{"<br>".join(parts)}{more}</div>'
@@ -89,9 +88,8 @@ def _runs(all_tokens: Sequence[Token]) -> list[list[Token]]:
     return runs
 
 
-def _text(run: Sequence[Token], tokenizer: Tokenizer | None) -> str:
-    ids = [token.id for token in run]
-    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+def _text(run: Sequence[Token]) -> str:
+    return "".join(f"{token.id} " if token.text is None else token.text for token in run)
 
 
 def tokenizer_of(shards: Shards, *places: Path) -> Tokenizer | None:

@@ -30,7 +30,7 @@ def test_samples_in_the_terminal(shards, capsys):
     assert look("out/mine-train", "--sample", 2, "--marked_loss_weight", 0, "--seq_length", 64) == 0
     said = capsys.readouterr().out
     assert "10 samples" in said and "<|im_end|>" in said
-    assert "«<|im_start|> assistant\n" in said
+    assert "«<|im_start|>assistant\n" in said
     assert re.search(r"positions +0 to +\d+: sample \d", said)
     assert look("out/mine-train", "--tokens", "--count", 1) == 0
     said = capsys.readouterr().out
