@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.weights import Rule, placed_rules
+from megatron_ft.wording import counted, human
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,10 @@ class Report:
 
     def __str__(self) -> str:
         minutes, seconds = divmod(round(self.seconds), 60)
-        files = "shard" if self.files == 1 else "shards"
         return (
-            f"{human(self.parameters)} parameters, {self.tensors} tensors, {self.files} {files}, "
+            f"{human(self.parameters)} parameters, {counted(self.tensors, 'tensor')}, {counted(self.files, 'shard')}, "
             f"{minutes}:{seconds:02d}{', ' * bool(self.note)}{self.note} -> {self.folder}"
         )
-
-
-def human(count: int) -> str:
-    """Return 3400000 as "3.4 M"."""
-    for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
-        if count >= unit:
-            return f"{count / unit:.1f}{name}"
-    return str(count)
 
 
 def count(arch: Architecture, rules: Iterable[Rule]) -> tuple[int, int]:

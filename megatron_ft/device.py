@@ -12,6 +12,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from megatron_ft.errors import ConfigError
+from megatron_ft.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def describe() -> str:
 
     if has_gpu():
         return f"{torch.cuda.get_device_name()} (nccl)"
-    return f"CPU, {torch.get_num_threads()} thread(s) a process (gloo)"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')} a process (gloo)"
 
 
 def gpu_name() -> str | None:

@@ -13,6 +13,8 @@ _ROOT = "megatron_ft"
 _screen_level = "INFO"  # until setup sets another
 FROM_ANY_RANK = {"from_any_rank": True}
 """Passed as `extra`: the line is shown on the screen from any rank, because only one rank logs it."""
+ONLY_IN_FILE = {"only_in_file": True}
+"""Passed as `extra`: the line is in the log file only."""
 _FILE_FORMAT = "%(asctime)s %(levelname)s rank{rank} %(name)s: %(message)s"
 
 
@@ -41,6 +43,7 @@ def setup(level: str | None = None, file: str | os.PathLike | None = None) -> No
 
     screen = _Screen(sys.stderr)
     screen.setLevel(_screen_level)
+    screen.addFilter(lambda record: not hasattr(record, "only_in_file"))
     if rank:
         screen.addFilter(lambda record: record.levelno >= logging.ERROR or hasattr(record, "from_any_rank"))
     screen.setFormatter(_Short())

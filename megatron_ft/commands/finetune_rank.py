@@ -16,7 +16,7 @@ from megatron_ft import device
 from megatron_ft.adapters.base import load_base, weight_hashes
 from megatron_ft.adapters.lora import fill_adapters, initialise
 from megatron_ft.adapters.new_rows import summing
-from megatron_ft.adapters.spec import BASE, TRAINED
+from megatron_ft.adapters.spec import TRAINED
 from megatron_ft.checkpoints import training_state
 from megatron_ft.checkpoints.folder import SETTINGS, TRAINED_ON, CheckpointConfig, vocab_rows
 from megatron_ft.checkpoints.load import load_weights
@@ -34,14 +34,14 @@ from megatron_ft.data.loader import ChatDataset
 from megatron_ft.engine.optimizer import make_optimizer, make_schedule
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.files import atomic_file
-from megatron_ft.log import logger
+from megatron_ft.log import ONLY_IN_FILE, logger
 from megatron_ft.log import setup as log_to_file
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.build import attention_needs
 from megatron_ft.models.distilled_loss import Mix
 from megatron_ft.models.kernels import choose, machine
 from megatron_ft.models.sparsity import ZeroCounts
-from megatron_ft.models.trainable import ALL, Trainable, count
+from megatron_ft.models.trainable import ALL, Trainable
 from megatron_ft.training import run_record, sample_hash, setup
 from megatron_ft.training.adapting import Adapting, find_adapting
 from megatron_ft.training.console import make_console
@@ -49,12 +49,12 @@ from megatron_ft.training.fit import starts_anew
 from megatron_ft.training.guard import Aside, Guarded, attempt
 from megatron_ft.training.hooks import METRICS, SAMPLES, Hook, MetricsFile, SamplesFile
 from megatron_ft.training.kernel_report import report_kernels
-from megatron_ft.training.length import in_words
 from megatron_ft.training.loop import Run, train
 from megatron_ft.training.objectives.distillation import Distillation
 from megatron_ft.training.objectives.objective import Objective
 from megatron_ft.training.resumed import log_changes
 from megatron_ft.training.samples import Sampler
+from megatron_ft.training.start_lines import Start
 from megatron_ft.training.step import Stepper
 from megatron_ft.training.stopping import StopRequest
 from megatron_ft.training.teacher import Teacher, find_teacher, stored_teachers
@@ -185,7 +185,6 @@ def _load_teacher(inputs: Inputs, parts: Parts, teacher: Teacher | None) -> dict
     folder, described, chunks = teacher.folder, teacher.described, setup.teachers(parts.model)
     verify(folder, described, inputs.layout, inputs.settings.checkpointing.verify_checkpoint)
     load_weights(folder, described, chunks, inputs.layout, verified=True)
-    log.info(f"teacher {folder}: {described.architecture.family}, {described.architecture.num_layers} layers, frozen")
     return {"path": str(folder.resolve()), "weights": weight_hashes(chunks, described.architecture)}
 
 
@@ -243,34 +242,26 @@ def _load_adapters(inputs: Inputs, parts: Parts, adapting: Adapting) -> tuple[In
 
 
 def _log_start(inputs: Inputs, trainable: Trainable, progress: Progress, adapting: Adapting | None) -> None:
-    """Log what is trained, on which device, with which kernels, and where the run begins."""
-    settings, train_set, arch = inputs.settings, inputs.train_set, inputs.described.architecture
-    log.info(f"{inputs.layout} on {device.describe()}; weights from {inputs.source}")
+    """Log in four lines what is trained, on what, how long and where to; in the log file also with which kernels."""
+    settings = inputs.settings
+    start = Start(
+        settings, inputs.layout, inputs.source, inputs.described, trainable, adapting, inputs.train_set, inputs.valid_set,
+        inputs.rows, progress, inputs.folder,
+    )  # fmt: skip
+    for line in start.lines():
+        log.info(line)
+    log.info(f"computing on {device.describe()}", extra=ONLY_IN_FILE)
     if adapting:
-        lora = adapting.lora
-        own, whole = lora.parameters(arch), count(arch, BASE)[1]
-        log.info(
-            f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {own:,} parameters are trained ({own / whole:.2%}), the "
-            f"{whole:,} of {adapting.base} are frozen"
-        )
-    elif trainable.patterns:
-        trained, whole = count(arch, trainable)
-        log.info(f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.1%}), the others are frozen")
+        log.info(f"adapters on {', '.join(adapting.lora.targets)}", extra=ONLY_IN_FILE)
     if inputs.layout.is_main:
+        arch = inputs.described.architecture
         choice = choose(settings.kernels, settings.numerics, machine(), attention_needs(arch))
         report_kernels(settings.kernels, choice, device.has_gpu())
-    if progress.iteration:
-        log.info(f"resuming at iteration {progress.iteration}, {progress.consumed_samples} rows consumed")
     train_iters = settings.batch.train_iters
     if progress.iteration >= train_iters:
         log.warning(
             f"nothing left to train: --train_iters {train_iters} counts from the run's first start; increase it (or --epochs) to continue"
         )
-    log.info(
-        f"{train_set.num_samples} samples in {len(train_set.epoch_rows(0))} rows of {settings.data.seq_length}, "
-        f"{train_set.fill():.1%} of positions filled"
-    )
-    log.info(in_words(train_set, train_iters, inputs.rows))
 
 
 def _make_saver(inputs: Inputs, parts: Parts, resolved: str) -> contextlib.AbstractContextManager[Any]:

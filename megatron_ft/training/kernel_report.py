@@ -1,9 +1,9 @@
-"""Logs at the start of a run which kernels are used, and which flags have no effect on this machine."""
+"""Logs at the start of a run which kernels are used, in the log file, and which flags have no effect on this machine."""
 
 from __future__ import annotations
 
 from megatron_ft.config.sections import Kernels
-from megatron_ft.log import logger
+from megatron_ft.log import ONLY_IN_FILE, logger
 from megatron_ft.models.kernels import Choice
 
 log = logger("finetune")
@@ -11,7 +11,7 @@ log = logger("finetune")
 
 def report_kernels(kernels: Kernels, choice: Choice, has_gpu: bool) -> None:
     """Log once what computes what, and which flags do nothing here. An option that is ignored in silence is a trap."""
-    log.info("kernels: " + "; ".join(f"{what} by {how}" for what, how in choice.lines()))
+    log.info("kernels: " + "; ".join(f"{what} by {how}" for what, how in choice.lines()), extra=ONLY_IN_FILE)
     for reason in choice.reasons:
         log.warning(reason)
     if kernels.overlap_p2p_communication and not has_gpu:

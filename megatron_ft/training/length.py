@@ -32,8 +32,3 @@ def with_steps(settings: TrainingSettings, train_set: ChatDataset, world_size: i
     warmup_fits(settings.optimizer, batch)
     wsd_fits(settings.optimizer, batch)
     return dataclasses.replace(settings, batch=batch)
-
-
-def in_words(train_set: ChatDataset, train_iters: int, rows: int) -> str:
-    """Return how often the steps of a run see the data. rows: of a global batch."""
-    return f"{train_iters:,} step(s) of {rows:,} row(s) are {train_set.epochs_of(train_iters * rows):.2f} epochs of the data"

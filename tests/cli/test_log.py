@@ -8,13 +8,14 @@ import pytest
 
 CODE = """
 import logging, sys, warnings
-from megatron_ft.log import logger, setup
+from megatron_ft.log import ONLY_IN_FILE, logger, setup
 setup()
 if len(sys.argv) > 1:
     setup("INFO", sys.argv[1])
 warnings.warn("from a library")
 logging.getLogger("megatron.core").warning("also from a library")
 logger("training").info("iteration 1")
+logger("training").info("kernels", extra=ONLY_IN_FILE)
 logger("training").warning("option ignored")
 logger("training").error("lost")
 """
@@ -42,5 +43,6 @@ def test_the_file_has_everything_once_and_warnings_of_every_rank(tmp_path):
     text = (tmp_path / "run" / "log").read_text()
     for part in ("from a library", "also from a library", "option ignored", "lost"):
         assert text.count(part) >= 2
+    assert text.count("kernels") == 1
     assert text.count("iteration 1") == 1 and "INFO rank0 megatron_ft.training: iteration 1" in text
     assert "WARNING rank1 megatron.core: also from a library" in text

@@ -21,7 +21,7 @@ def test_a_run_of_two_epochs_stopped_and_resumed(four_ranks, tmp_path, checkpoin
     assert read_metrics(parts) == losses == read_metrics(by_steps)
     recorded = yaml.safe_load((whole / "training.yaml").read_text())["batch"]
     assert (recorded["epochs"], recorded["train_iters"]) == (None, len(losses))
-    assert f"{len(losses)} step(s) of 24 row(s) are 2." in (whole / "finetune.log").read_text()
+    assert f"{len(losses)} steps of 24 rows, 2." in (whole / "finetune.log").read_text()
     again = parse(finetune.COMMAND, ["--config", str(whole / "training.yaml"), "--epochs", "3"])[0]
     assert again.batch == Batch(micro_batch_size=2, global_batch_size=24, epochs=3)
 
