@@ -73,8 +73,9 @@ lint: $(STAMP)  ## style, types, and mistakes that can be seen without running
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(STAMP)  ## docs/flags.md, from the commands themselves
+docs: $(STAMP)  ## docs/flags.md, from the commands themselves; docs/works_with.md, from the tests
 	$(BIN)/megatron-ft flags > docs/flags.tmp && mv docs/flags.tmp docs/flags.md
+	$(BIN)/python -m tests.docs.works_with
 
 clean:  ## remove .venv, .venv-engine and what builds and tests leave; runs/ stays
 	rm -rf .venv .venv-engine build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

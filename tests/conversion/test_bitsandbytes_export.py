@@ -52,6 +52,7 @@ def dequantised(folder):
 
 @pytest.mark.parametrize("family", ["llama", "falcon"])
 @pytest.mark.parametrize("kind, error", [("nf4", 0.15), ("int8", 0.02)])
+@pytest.mark.works("NF4, int8 export", "Falcon")
 def test_weights_and_card(models, tmp_path, family, kind, error):
     exported(models, family, tmp_path / "out", kind, max_shard_size="40KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1

@@ -159,6 +159,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.works("GGUF", ["Falcon", "Qwen3", "RoPE scaling", "tied embeddings"])
 def test_llama_cpp_computes_the_same(tmp_path, name):
     pytest.importorskip("xllamacpp")
     family, options = MODELS[name]
@@ -203,6 +204,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name, said", REFUSED.items())
+@pytest.mark.refuses("GGUF", "sliding window", says="has layers with a sliding window")
+@pytest.mark.refuses("GGUF", "ReLU", says="which is not written as GGUF: choose another --quantize, or drop it")
 def test_models_that_llama_cpp_would_compute_otherwise(tmp_path, name, said):
     family, options = FAMILIES[name]
     made(tmp_path, family, tokenizer=None, **options)

@@ -99,6 +99,7 @@ CASES = [("llama", "gptq", False), ("llama", "gptq", True), ("llama", "w4a16", T
 
 
 @pytest.mark.parametrize("family, method, desc_act", CASES)
+@pytest.mark.works("GPTQ, W4A16", "Falcon")
 def test_weights_loss_and_card(models, tmp_path, family, method, desc_act):
     quantised(models, family, tmp_path / "out", quantize=method, desc_act=desc_act)
     original = AutoModelForCausalLM.from_pretrained(models / family).eval()

@@ -37,6 +37,8 @@ def there_and_back(
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
 @pytest.mark.parametrize("tp, pp", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.works("Hugging Face export", ["TP", "PP", "tied embeddings"])
+@pytest.mark.works("Hugging Face export", "classic checkpoints", ["TP", "PP"])
 def test_same_bits_and_logits(tmp_path, shape, tp, pp, ckpt_format):
     if shape == "multi-query" and tp > 1:
         pytest.skip("one key-value group cannot be cut")
@@ -48,6 +50,7 @@ def test_same_bits_and_logits(tmp_path, shape, tp, pp, ckpt_format):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
+@pytest.mark.works("Hugging Face export", ["bf16", "fp16"])
 def test_half_precision_is_kept(tmp_path, dtype, ckpt_format):
     original = make_llama(tmp_path / "hf", dtype=dtype)
     assert same_tensors(original, there_and_back(tmp_path, 2, 2, ckpt_format))
@@ -104,6 +107,7 @@ def test_old_exports_with_extra_copies_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["linear", "ntk-yarn", "ntk-by-parts"])
+@pytest.mark.works("Hugging Face export", "RoPE scaling")
 def test_a_stretched_context_is_recorded_and_exported(tmp_path, method):
     make_llama(tmp_path / "hf", hidden_size=64)
     options = {"rope_scaling_type": method, "rope_scaling_factor": 4.0}

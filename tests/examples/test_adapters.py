@@ -41,6 +41,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.works("RoPE scaling", "NF4 base", "packing")
 def test_both_phases_learn(made):
     first, second = losses(made / "phase1"), losses(made / "phase2")
     assert len(first) == 6 and len(second) == 5  # 84 rows x 0.2 epochs in batches of 4
@@ -65,6 +66,7 @@ def asked(made: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.works("RoPE scaling", "NF4 base", "Hugging Face export")
 def test_merged_model_is_certified_and_answers_the_same(made):
     printed = (made / "printed.txt").read_text()
     assert "the base is unchanged, 21 tensors are bit-identical" in printed
@@ -74,6 +76,7 @@ def test_merged_model_is_certified_and_answers_the_same(made):
 
 
 @pytest.mark.slow
+@pytest.mark.works("GPTQ, W4A16", "RoPE scaling", "NF4 base")
 def test_merged_model_in_4_bits_loses_little(made):
     """The order of rounding is that of the inputs, and the card's perplexity hardly rises."""
     from safetensors.torch import load_file
@@ -90,6 +93,7 @@ def test_merged_model_in_4_bits_loses_little(made):
 
 
 @pytest.mark.slow
+@pytest.mark.works("PEFT export", "NF4 base")
 def test_adapter_is_one_of_peft(made):
     """It has the settings of the training, and every matrix was trained."""
     import torch

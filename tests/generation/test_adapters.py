@@ -96,6 +96,7 @@ def transformers_says(folder):
 
 
 @pytest.mark.parametrize("name", ["peft", "run"])
+@pytest.mark.works("generate", "LoRA", "TP", "PP")
 def test_base_and_adapters_answer_as_the_merged_model(name, place, four_ranks):
     expected = transformers_says(place / f"{name}-merged")
     assert expected not in ("", transformers_says(place / "export"))
@@ -286,6 +287,8 @@ def train_rows(place, save, until, flags):
 @pytest.mark.parametrize(
     "flags", [{}, {"bf16": True, "use_distributed_optimizer": True}], ids=["fp32", "bf16, distributed"]
 )
+@pytest.mark.works("new tokens", "resume", "SP", "PP", ["bf16", "distributed optimizer"])
+@pytest.mark.works("new tokens", "generate", "TP", "PP")
 def test_rows_of_added_tokens(flags, place, four_ranks, tmp_path):
     """A stop changes no bit; the rows change, others do not; base and adapters answer as the merged model."""
     from safetensors.torch import load_file

@@ -110,6 +110,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.works("experts", ["SP", "PP"])
 def test_logits_are_transformers_own(layout, made, pools):
     sizes = LAYOUTS[layout]
     processes = math.prod(size for name, size in sizes.items() if name != "sequence_parallel")
@@ -218,6 +219,9 @@ def test_a_layout_that_does_not_divide_experts_is_refused():
         check_layout(dataclasses.replace(MIXED, expert_ffn_hidden_size=50), 4)
 
 
+@pytest.mark.refuses(
+    "experts", ["What is trained", "Runs", "Results"], says="which cannot be trained, saved or converted yet"
+)
 def test_training_and_conversion_are_refused(one_rank, tmp_path):
     from checkpoints_conversion.megatron_source import open_source
     from checkpoints_conversion.megatron_target import plan

@@ -80,6 +80,7 @@ def pools(one_rank, four_ranks):
 
 @pytest.mark.parametrize("layout", [(1, 1), (4, 1), (1, 4), (2, 2)], ids=["one", "TP4", "PP4", "TP2 x PP2"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.works("sliding window", "generate", ["TP", "PP"])
 def test_logits_are_transformers_own(kind, layout, pools):
     model, arch, weights = made(kind)
     with torch.no_grad():
@@ -94,6 +95,7 @@ def test_logits_are_transformers_own(kind, layout, pools):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.works("sliding window", "packing", ["SP", "VPP"])
 def test_every_layout_trains_the_same(kind, pools):
     from megatron_ft.training.invariance import Case, compare
 

@@ -42,6 +42,8 @@ def pools(one_rank, four_ranks):
 
 
 @pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.works("teacher", "packing", ["SP", "PP", "VPP", "uneven stages", "DP"])
+@pytest.mark.works("teacher", "Falcon", "ReLU", "tied embeddings", ["SP", "PP", "VPP", "DP"])
 def test_every_layout_computes_the_same(kind, pools):
     from megatron_ft.commands.verify_invariance import cases_for
     from megatron_ft.training.invariance import Case, compare
@@ -203,6 +205,9 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.thorough] * (run == "LoRA")) for run in RUNS])
+@pytest.mark.works("teacher", "resume", "dropout", "recompute", "distributed optimizer", ["SP", "PP"])
+@pytest.mark.works("teacher", "resume", "dropout", "recompute", "VPP", "bf16")
+@pytest.mark.works("teacher", "resume", "dropout", "recompute", "LoRA")
 def test_ten_steps_are_five_and_five(run, four_ranks, checkpoint, teacher, shards, tmp_path):
     layout, flags = RUNS[run]
     flags = ALL | {"teacher": teacher, "global_batch_size": 4, "micro_batch_size": 1} | flags
@@ -256,6 +261,7 @@ def teacher_hashes(load, shards, teacher, save):
     return found[0], found[1]
 
 
+@pytest.mark.works("teacher", "answers while training", ["SP", "PP", "VPP"])
 def test_answers_while_training(four_ranks, checkpoint, teacher, shards):
     """The student answers alone; stages still exchange what the pair exchanges."""
     for layout, chunks in (((2, 2), None), ((1, 2), 2)):

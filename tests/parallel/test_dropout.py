@@ -30,6 +30,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.works("dropout", "packing", ["SP", "PP", "VPP", "uneven stages", "DP"])
+@pytest.mark.works("dropout", "recompute", "SP", "PP")
 def test_masks_do_not_depend_on_the_layout(name, same_dropout, four_ranks, checkpoint, shards, tmp_path):
     """A quarter is dropped, and still every layout computes what one process computes."""
     layout, settings = LAYOUTS[name]

@@ -31,6 +31,8 @@ def expected(llama, prompts):
 
 
 @pytest.mark.parametrize("layout", [(4, 1), (1, 4), (2, 2), (2, 1)], ids=["TP4", "PP4", "TP2xPP2", "TP2xDP2"])
+@pytest.mark.works("generate", ["TP", "PP", "DP"])
+@pytest.mark.works("generate", "TP", ["PP", "DP"])
 def test_greedy_equals_transformers(layout, four_ranks, checkpoint, prompts, expected):
     for answers in four_ranks.run(call, checkpoint, layout, prompts, {"max_new_tokens": 20}):
         assert answers == expected

@@ -31,6 +31,8 @@ def pools(one_rank, four_ranks):
 
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["ordinary block", pytest.param("parallel block", marks=pytest.mark.thorough)])
+@pytest.mark.works(["TP", "PP", "VPP", "uneven stages", "DP"], ["packing", "padded rows"])
+@pytest.mark.works("SP", ["PP", "DP"])
 def test_every_layout_computes_the_same(kind, packing, pools):
     """TP2, TP4, PP2, PP4, interleaved, uneven, TP2 x PP2, DP2, DP4, sequence parallel, one row at once and two."""
     from megatron_ft.commands.verify_invariance import cases_for
@@ -42,6 +44,7 @@ def test_every_layout_computes_the_same(kind, packing, pools):
 
 
 @pytest.mark.parametrize("kind", ["parallel block", "biases, normed heads, tied"])
+@pytest.mark.works(["Falcon", "Qwen3"], "tied embeddings", "packing", ["SP", "PP", "VPP"])
 def test_other_kinds_of_model(kind, pools):
     """In a few layouts that between them split everything; `make test-all` takes the parallel block through all."""
     from megatron_ft.commands.verify_invariance import cases_for

@@ -30,6 +30,8 @@ def reference(request, one_rank, checkpoint, shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("layout", "distributed_optimizer"), CASES)
+@pytest.mark.works(["TP", "PP", "DP"], ["packing", "padded rows"], "distributed optimizer")
+@pytest.mark.works("TP", "SP", ["PP", "DP"], "packing")
 def test_layout_trains_as_one_process(
     layout, distributed_optimizer, reference, four_ranks, checkpoint, shards, tmp_path
 ):
@@ -52,6 +54,7 @@ def test_the_reference_is_worth_comparing_with(reference):
 
 
 @pytest.mark.parametrize("layout", [(1, 4), (2, 2)], ids=["PP4", "TP2xPP2"])
+@pytest.mark.works("rows of variable length", "TP", "SP", "PP")
 def test_rows_of_variable_length_change_nothing(layout, four_ranks, checkpoint, shards, tmp_path):
     """Rows as long as their longest sample, against rows of seq_length: the padding was never more than padding. Stages know the
     lengths, and exchange nothing about them.

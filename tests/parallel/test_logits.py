@@ -36,6 +36,7 @@ def test_torch_dist_in_every_layout(layout, sequence_parallel, four_ranks, check
 
 
 @pytest.mark.parametrize("layout", [(4, 1), (1, 4), (2, 2)], ids=["TP4", "PP4", "TP2xPP2"])
+@pytest.mark.works("classic checkpoints", ["TP", "PP"])
 def test_classic_in_its_layout(layout, four_ranks, llama, tokens, expected, tmp_path):
     root = to_checkpoint(llama, tmp_path / "classic", "torch", *layout)
     ours = [x for x in four_ranks.run(logits, root, layout, True, tokens) if x is not None]
@@ -58,6 +59,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.works(["RoPE scaling", "tied embeddings"], "SP", "PP")
 def test_variants_of_llama(variant, four_ranks, tokens, tmp_path):
     """Tied embeddings, scaled rope, odd head sizes: TP2 x PP2 against transformers."""
     hf = make_llama(tmp_path / "hf", **VARIANTS[variant])

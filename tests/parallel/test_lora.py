@@ -57,6 +57,9 @@ LAYOUTS = (
         pytest.param(QWEN, ("q_proj", "v_proj", "fc1"), {}, ("TP4 + sequence parallel", "TP2"), id="q and v of three"),
     ],
 )
+@pytest.mark.works("LoRA", "dropout", "packing", ["SP", "PP", "VPP", "uneven stages", "DP"])
+@pytest.mark.works("LoRA", "Falcon", "tied embeddings", "recompute", "dropout", ["SP", "PP", "DP"])
+@pytest.mark.works("LoRA", "Qwen3", "SP")
 def test_every_layout_trains_the_same_adapters(arch, targets, numerics, layouts, pools):
     from megatron_ft.config.sections import Numerics
     from megatron_ft.training.invariance import Case, compare
@@ -99,6 +102,7 @@ FULL, PARTS = {"recompute_granularity": "full"}, {"recompute_modules": ["mlp", "
         pytest.param(FALCON, PARTS, id="parallel block, parts", marks=pytest.mark.thorough),
     ],
 )
+@pytest.mark.works("LoRA", "recompute", "dropout", "SP", "PP")
 def test_recomputation_changes_nothing(arch, recompute, pools):
     """Dropout too: the MLP of one microbatch runs again after the forward passes of the next ones (PP2)."""
     from megatron_ft.config.sections import Numerics
@@ -147,6 +151,8 @@ def test_the_command(tmp_path):
 
 
 @pytest.mark.parametrize("arch", [LLAMA, FALCON], ids=["two tables", "tied"])
+@pytest.mark.works("new tokens", "dropout", "packing", ["SP", "PP", "DP"])
+@pytest.mark.works("new tokens", ["Falcon", "tied embeddings"], ["SP", "PP", "DP"])
 def test_rows_of_new_tokens(arch, pools):
     """Their gradients, in tables that are cut, on one stage or on two, tied or not; others stay as they are."""
     from megatron_ft.config.sections import Numerics

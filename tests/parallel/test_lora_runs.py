@@ -87,6 +87,8 @@ def wide_checkpoint(tmp_path_factory):
     ],
     ids=["fp32", "bf16, distributed", "fp16, recomputed"],
 )  # fmt: skip
+@pytest.mark.works("LoRA", "resume", "SP", "PP", "bf16", "distributed optimizer")
+@pytest.mark.works("LoRA", "resume", "SP", "PP", "fp16", "recompute")
 def test_a_run_that_is_stopped_and_resumed(flags, steps, four_ranks, checkpoint, shards, tmp_path):
     """A stop changes no bit. A checkpoint has the adapters and their optimizer state, and nothing of the base, which stays as it is."""
     before = hashes(checkpoint)
@@ -127,6 +129,7 @@ def stays(four_ranks, checkpoint, shards, tmp_path_factory):
     [((4, 1), 4), ((1, 2), 4), ((1, 1), 4), ((1, 1), 1)],
     ids=["TP4", "PP2 x DP2", "one stage, DP4", "one process"],
 )
+@pytest.mark.works("LoRA", "resume in another layout", ["TP", "PP", "DP"])
 def test_adapters_go_on_in_another_layout(layout, processes, stays, four_ranks, one_rank, shards, tmp_path):
     """TP2 x PP2 -> others; the losses are those of the run that stays, and the adapters are loaded to the bit."""
     load = f"{stays}/iter_0000002"
@@ -152,6 +155,10 @@ def whole(root) -> dict:
     return {name: matrix.numpy() for name, matrix in read_checkpoint(folder, describe(folder))[1].items()}
 
 
+@pytest.mark.refuses("LoRA", "classic checkpoints", says="--ckpt_format torch cannot hold adapters alone")
+@pytest.mark.refuses(
+    "LoRA", "chosen parameters", says="--unfrozen_parameters and adapters (--lora_rank) both say what is trained"
+)
 def test_adapters_of_another_model_are_refused(one_rank, checkpoint, shards, tmp_path):
     """By the hash of its weights, whatever its format and layout; the same weights in another format are accepted."""
     hf = make_llama(tmp_path / "hf")

@@ -18,6 +18,7 @@ FP16 = {"fp16": True, "initial_loss_scale": 2.0**18, "hysteresis": 1, "lr_warmup
     [pytest.param(False, marks=pytest.mark.thorough), True],
     ids=["plain", "distributed-optimizer"],
 )
+@pytest.mark.works("fp16", "packing", "distributed optimizer", "SP", "PP")
 def test_fp16_finds_its_scale_and_trains(distributed_optimizer, one_rank, four_ranks, checkpoint, shards, tmp_path):
     """Too high a scale overflows, halves, and costs steps that do not count as broken; then losses are those of fp32, nearly."""
     settings = FP16 | {"train_iters": 12, "max_skipped_iters": 1, "use_distributed_optimizer": distributed_optimizer}
@@ -41,6 +42,7 @@ def test_fp16_finds_its_scale_and_trains(distributed_optimizer, one_rank, four_r
     [pytest.param(False, marks=pytest.mark.thorough), True],
     ids=["plain", "distributed-optimizer"],
 )
+@pytest.mark.works("fp16", "resume", "distributed optimizer", "SP", "DP")
 def test_fp16_resumes_to_the_bit(distributed_optimizer, four_ranks, checkpoint, shards, tmp_path):
     """The scale, and how long it has held, come back: after the stop it rises in the same step as without one."""
     settings = FP16 | {
@@ -69,6 +71,7 @@ def test_fp16_resumes_to_the_bit(distributed_optimizer, four_ranks, checkpoint, 
         pytest.param(False, "torch", marks=pytest.mark.thorough),
     ],
 )
+@pytest.mark.works("fp16", "resume", "classic checkpoints")
 def test_fp16_is_saved_before_its_first_update(
     distributed_optimizer, ckpt_format, one_rank, four_ranks, checkpoint, shards, tmp_path
 ):
@@ -108,6 +111,7 @@ RECOMPUTE = {
 
 
 @pytest.mark.parametrize("kind", ["ordinary block", "parallel block", "one norm for both"])
+@pytest.mark.works("recompute", "dropout", "packing", ["Falcon", "tied embeddings"])
 def test_recomputing_changes_no_gradient_and_saves_memory(kind, one_rank):
     """Every gradient, dropout on, to the last bits; and what the forward pass keeps for the backward pass, in bytes."""
     plain, kept = one_rank.run(recomputed, kind, {})[0]

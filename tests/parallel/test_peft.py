@@ -91,6 +91,7 @@ def their_run(llama, adapter, shards):
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 2)], ids=["one process", "TP2xPP2"])
+@pytest.mark.works("PEFT export", "LoRA", "padded rows", "distributed optimizer", "SP", "PP")
 def test_trains_as_peft_does(layout, theirs, one_rank, four_ranks, checkpoint, adapter, shards, tmp_path):
     from safetensors.torch import load_file
 
@@ -156,6 +157,7 @@ def test_our_adapter_in_peft(four_ranks, llama, checkpoint, shards, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.works("LoRA", "Hugging Face export")
 def test_merged_weights_are_those_of_peft(dtype, llama, checkpoint, adapter, tmp_path):
     from megatron_ft.models.dtypes import torch_dtype
 
@@ -227,6 +229,7 @@ def loaded_base(hf, dtype):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["two tables", "tied"])
+@pytest.mark.works("PEFT export", "new tokens", "tied embeddings", "padded rows", "SP", "PP")
 def test_rows_of_tokens_are_trained_as_in_peft(tied, four_ranks, shards, tmp_path):
     """TP2 x PP2: ten steps, the export, and the merged model; tied tables have their rows on the first and the last stage."""
     from safetensors.torch import load_file

@@ -65,6 +65,8 @@ LAYOUTS = ("TP2", "TP4 + sequence parallel", "PP4", "PP2, interleaved", "TP2 x P
 @pytest.mark.parametrize(
     "arch, names, numerics", [(LLAMA, LAYOUTS, {}), (FALCON, LAYOUTS[-2:], {"recompute_granularity": "full"})]
 )
+@pytest.mark.works("NF4 base", "dropout", "packing", ["SP", "PP", "VPP", "DP"])
+@pytest.mark.works("NF4 base", "Falcon", "recompute", "dropout", ["SP", "PP", "DP"])
 def test_every_layout_trains_the_same_adapters(arch, names, numerics, pools):
     """As one process whose plain linears have the dequantised weights; in one process the bits are the same."""
     from megatron_ft.config.sections import Numerics
@@ -121,6 +123,7 @@ def test_a_rehearsal_has_a_quantised_base_too(base, flags, roots, shards, tmp_pa
     assert "hidden 128 -> 32" not in done.out  # half a block: the plain small model's width
 
 
+@pytest.mark.works("NF4 base", "resume", "SP", "PP")
 def test_ten_steps_with_a_stop_after_five(roots, four_ranks, shards, tmp_path):
     for name, until in (("straight", (10,)), ("resumed", (5, 10))):
         for steps in until:
@@ -140,6 +143,8 @@ def test_ten_steps_with_a_stop_after_five(roots, four_ranks, shards, tmp_path):
     ],
     ids=["TP4", "TP4, double", "PP2", "one process, double"],
 )
+@pytest.mark.works("NF4 base", "resume in another layout", ["TP", "PP"])
+@pytest.mark.works("NF4 base", "Hugging Face export")
 def test_another_layout_and_the_merged_model(
     base, layout, processes, roots, two_steps, pools, four_ranks, shards, tmp_path
 ):
@@ -229,6 +234,7 @@ def test_an_export_is_quantised_for_adapters_that_saw_it_so(roots, two_steps, fo
     assert not np.array_equal(found["nf4"], found["plain"])
 
 
+@pytest.mark.works("NF4 base", "generate", "TP", "PP")
 def test_answers_and_verify(two_steps, four_ranks, tmp_path):
     """Base and adapters compute what the merged model does, whether the base was quantised before or is when it is loaded."""
     from transformers import AutoModelForCausalLM

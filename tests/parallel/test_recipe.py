@@ -50,6 +50,7 @@ def test_stage_2_is_understood():
 
 
 @pytest.mark.parametrize("stage", [STAGE_1, STAGE_1 + STAGE_2], ids=["stage-1", "stage-2"])
+@pytest.mark.works("bf16", "recompute", "dropout", "packing", "SP", "PP")
 def test_the_stages_train_at_a_small_size(stage, four_ranks, checkpoint, shards, tmp_path):
     """The whole command line at TP2 x PP2 on four CPU processes; only paths and sizes are changed."""
     small = [

@@ -57,6 +57,8 @@ SHOWN_BY_OTHERS = ("TP2xDP2, distributed", "TP2xPP2, plain, in the background")
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.thorough] * (case in SHOWN_BY_OTHERS)) for case in CASES]
 )
+@pytest.mark.works("resume", "dropout", "packing", "TP", "SP", ["PP", "DP"], ["background save", "classic checkpoints"])
+@pytest.mark.works("resume", "DP", "distributed optimizer", "bf16", ["background save", "classic checkpoints"])
 def test_same_layout_to_the_bit(case, straight, four_ranks, checkpoint, shards, tmp_path):
     """Losses, weights and samples of ten steps equal those of five, a save every second step, a new start and five more."""
     layout, settings, saves = CASES[case]
@@ -106,6 +108,8 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("layout", "settings"), CHANGES)
+@pytest.mark.works("resume in another layout", "dropout", "packing", ["TP", "PP", "DP"], "distributed optimizer")
+@pytest.mark.works("resume in another layout", "bf16", "background save")
 def test_other_layout_continues(layout, settings, straight, five_steps, four_ranks, shards, tmp_path):
     """From TP2 x PP2 to every other layout, dropout on: the same samples in the same order, and the losses of the run that never
     stopped.
@@ -119,6 +123,7 @@ def test_other_layout_continues(layout, settings, straight, five_steps, four_ran
     assert apart < (1e-5 if "bf16" not in settings else 1e-3), apart
 
 
+@pytest.mark.refuses("classic checkpoints", "resume in another layout", says="is in the classic format for TP")
 def test_classic_into_another_layout_is_refused(four_ranks, checkpoint, shards, tmp_path):
     classic = {"ckpt_format": "torch", "use_distributed_optimizer": True}
     four_ranks.run(train, (2, 2), checkpoint, shards, str(tmp_path / "run"), 2, classic)

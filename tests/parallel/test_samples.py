@@ -82,6 +82,8 @@ def state(root) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.works("answers while training", "dropout", "SP", ["PP", "VPP", "LoRA", "distributed optimizer", "DP"])
+@pytest.mark.works("answers while training", "PP", "DP", "rows of variable length")
 def test_a_run_is_the_same_with_samples(name, four_ranks, place, tmp_path):
     layout, flags = ALIKE[name]
     four_ranks.run(train, layout, str(place), tmp_path / "without", flags)

@@ -81,6 +81,9 @@ def expected(place) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.works("ReLU", "Falcon", "SP", "PP", ["padded rows", "packing", "recompute", "LoRA"])
+@pytest.mark.works("ReLU", "Falcon", "SP", "VPP")
+@pytest.mark.works("ReLU", "Falcon", "PP", "DP", "rows of variable length")
 def test_those_of_transformers_in_every_layout(name, place, one_rank, four_ranks, tmp_path):
     """Padding does not count, nor does a recomputed pass."""
     layout, flags = LAYOUTS[name]

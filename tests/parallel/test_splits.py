@@ -23,6 +23,8 @@ def straight(one_rank, checkpoint, shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "distributed_optimizer"), [*((name, True) for name in SPLITS), ("uneven", False)])
+@pytest.mark.works("resume in another layout", "distributed optimizer", "DP", "VPP")
+@pytest.mark.works("resume in another layout", "distributed optimizer", "SP", "uneven stages")
 def test_split_and_back(name, distributed_optimizer, straight, one_rank, four_ranks, checkpoint, shards, tmp_path):
     """Two steps in the split, two more after a stop, two on TP2 x PP2 or one process: one run of six steps."""
     layout, flags = SPLITS[name]
@@ -38,6 +40,7 @@ def test_split_and_back(name, distributed_optimizer, straight, one_rank, four_ra
         torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.works("resume", "VPP", "DP", "dropout", "distributed optimizer")
 def test_a_stop_in_an_interleaved_run_changes_no_bit(four_ranks, checkpoint, shards, tmp_path):
     layout, flags = (
         (1, 2),
@@ -61,6 +64,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("flags", "message"), REFUSED)
+@pytest.mark.refuses(
+    "VPP", "rows of variable length", says="--variable_seq_lengths does not go with interleaved stages"
+)
 def test_a_split_that_cannot_be_is_refused_before_process_groups(
     flags, message, checkpoint, shards, tmp_path, monkeypatch
 ):
@@ -73,6 +79,11 @@ def test_a_split_that_cannot_be_is_refused_before_process_groups(
         finetune((1, 2), load=checkpoint, data_path=[shards], **flags)
 
 
+@pytest.mark.refuses(
+    "VPP",
+    "classic checkpoints",
+    says="make a torch_dist checkpoint with megatron-ft reshard, which loads into any layout",
+)
 def test_a_classic_checkpoint_does_not_load_into_chunks(llama, shards, tmp_path):
     root = to_checkpoint(llama, tmp_path / "classic", "torch", 1, 2)
     ranks = Ranks(2)

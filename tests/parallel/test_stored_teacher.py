@@ -78,6 +78,7 @@ LAYOUTS = {"TP2xPP2": ((2, 2), {}), "PP2, interleaved": ((1, 2), {"virtual_pipel
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.works("stored teacher", "packing", ["SP", "PP", "VPP"])
 def test_all_k_are_the_resident_teacher(layout, four_ranks, checkpoint, stored, teacher, shards, tmp_path):
     parallel, flags = LAYOUTS[layout]
     found = {}
@@ -93,6 +94,7 @@ def test_all_k_are_the_resident_teacher(layout, four_ranks, checkpoint, stored, 
     assert start["teacher"]["stored"][0]["teacher"]["weights"] and start["teacher"]["stored"][0]["digest"]
 
 
+@pytest.mark.works("stored teacher", ["packing", "padded rows"])
 def test_the_tail_bucket_bounds_the_divergence_from_below(one_rank, checkpoint, stored, shards, tmp_path):
     """k = 8 of a nearly flat distribution: less is seen, never more; unpacked rows read the same."""
     kl = {}
@@ -105,6 +107,9 @@ def test_the_tail_bucket_bounds_the_divergence_from_below(one_rank, checkpoint, 
     assert 0 < kl[8, True] < kl[VOCAB, True] and 0 < kl[8, False] < kl[VOCAB, False]
 
 
+@pytest.mark.refuses(
+    "stored teacher", "teacher", says="--teacher and --teacher_logits both give the teacher's distribution"
+)
 def test_what_does_not_fit_is_refused(one_rank, checkpoint, stored, teacher, shards, tmp_path):
     def error(prefix, **flags):
         (found,) = one_rank.run(train, (1, 1), checkpoint, shards, None, {"teacher_logits": [str(prefix)], **flags})

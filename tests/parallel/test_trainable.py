@@ -37,6 +37,8 @@ def measure(arch, case, patterns, numerics):
         pytest.param(FALCON, "full", id="tied embeddings, recomputed"),
     ],
 )
+@pytest.mark.works("chosen parameters", "dropout", "packing", ["SP", "PP", "VPP", "DP"])
+@pytest.mark.works("chosen parameters", "recompute", ["Falcon", "tied embeddings"])
 def test_gradients_of_what_is_trained_and_of_nothing_else(arch, recompute, pools):
     from megatron_ft.commands.verify_invariance import cases_for
     from megatron_ft.config.sections import Numerics
@@ -65,6 +67,8 @@ def test_gradients_of_what_is_trained_and_of_nothing_else(arch, recompute, pools
     [{"bf16": True}, {"use_distributed_optimizer": True}, {"bf16": True, "ckpt_format": "torch"}],
     ids=["bf16", "distributed", "bf16, classic"],
 )
+@pytest.mark.works("chosen parameters", "resume", "SP", "PP", "dropout", ["bf16", "distributed optimizer"])
+@pytest.mark.works("chosen parameters", "resume", "classic checkpoints", "bf16")
 def test_a_run_that_is_stopped_and_resumed(flags, four_ranks, checkpoint, shards, tmp_path):
     """Only what is trained changes; the optimizer keeps nothing of the rest; a stop changes no bit."""
     for name, until in (("straight", (4,)), ("resumed", (2, 4))):

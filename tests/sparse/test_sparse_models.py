@@ -93,6 +93,7 @@ def test_numbers_are_those_of_transformers(place, rank, name):
 
 @pytest.mark.parametrize("name", ["falcon", "llama", "falcon-dist"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.works("sparse decoding", "ReLU", "Falcon")
 def test_exact_has_the_bits_of_dense(place, rank, name, precision):
     ((ids, logits, zeros),) = rank.run(decode, place / name, precision, "exact")
     ((dense_ids, dense, _),) = rank.run(decode, place / name, precision, "dense")
@@ -165,6 +166,12 @@ class TestRefused:
         (said,) = rank.run(refusal, decode, place / "falcon", None, "predicted", tmp_path / "made")
         assert "predictors.safetensors" in said
 
+    @pytest.mark.refuses(
+        "sparse decoding", ["TP", "PP", "DP"], says="--sparse decodes in one process, with its threads"
+    )
+    @pytest.mark.refuses(
+        "sparse decoding", "LoRA", says="--sparse takes no --adapter: write the model with megatron-ft merge-adapter"
+    )
     def test_flags_that_do_not_go_together(self, place):
         from megatron_ft.commands.in_layout import Asked, GenerationLayout
         from megatron_ft.commands.sparse_options import SparseOptions, check_sparse_options

@@ -37,6 +37,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("data", "parallel", "message"), REFUSED)
+@pytest.mark.refuses("CP", "packing", says="cuts rows of one sample and one length: add --no_packing")
 def test_what_does_not_fit_is_refused(data, parallel, message):
     settings = TrainingSettings.of(
         load="x", data_path=["x"], train_iters=1, context_parallel_size=2, **data, **parallel
