@@ -80,7 +80,7 @@ def _text(option: Option, width: int, short: str | None) -> list[str]:
 def _default(option: Option) -> str:
     value = default_of(option)
     if option.required:
-        return " (required)"
+        return f" (required, or --{option.instead})" if option.instead else " (required)"
     if value in (None, MISSING, "", [], ()) or isinstance(value, bool):
         return ""
     return f" [{' '.join(map(str, value)) if isinstance(value, list | tuple) else value}]"

@@ -29,7 +29,7 @@ COMMON = (
     "data_path: prefixes of the training shards",
     "valid_data_path",
     "seq_length: tokens per row",
-    "train_iters: number of optimizer steps",
+    "train_iters: number of steps",
     "micro_batch_size: rows that a process computes at once",
     "global_batch_size: rows per optimizer step",
     "tensor_model_parallel_size: parts of each weight matrix (TP)",
