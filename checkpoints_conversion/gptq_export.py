@@ -61,8 +61,11 @@ def export_gptq(
 
 
 def _grid(options: QuantisedExport) -> Grid:
+    """Return the grid: the columns with the largest inputs are always rounded first; only with --desc_act groups follow that order."""
     packed = options.quantize == "w4a16"
-    return Grid(options.bits, options.group_size, symmetric=packed, desc_act=options.desc_act, static_groups=packed)
+    return Grid(
+        options.bits, options.group_size, symmetric=packed, desc_act=True, static_groups=packed or not options.desc_act
+    )
 
 
 def _check_sizes(arch: Architecture, rules: list[Rule], grid: Grid) -> None:
@@ -97,7 +100,7 @@ def _request(source: Opened, options: QuantisedExport, grid: Grid, scratch: Path
 def _described(
     options: QuantisedExport, grid: Grid, answer: Answer, rows: np.ndarray, held_out: np.ndarray, arch: Architecture
 ) -> Quantised:
-    order = ", desc_act" if grid.desc_act else ""
+    order = ", desc_act" if grid.groups_follow else ""
     return Quantised(
         f"{NAMES[str(options.quantize)]}, {grid.bits} bits, groups of {grid.group_size}{order}; {answer.matrices} linears of the layers; "
         f"calibrated with {rows.size} tokens of {Path(str(options.calibration)).name}",

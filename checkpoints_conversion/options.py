@@ -78,7 +78,8 @@ class QuantisedExport(Export):
     group_size: int = 32
     """With --quantize gptq or w4a16: columns of a row that share a scale."""
     desc_act: bool = False
-    """With --quantize gptq or w4a16: round the columns with the largest inputs first: smaller errors, slower kernels with gptq."""
+    """With --quantize gptq: groups are columns that are rounded one after the other, not neighbours: smaller errors, slower kernels.
+    (The columns with the largest inputs are rounded first in any case, and groups of w4a16 are neighbours.)"""
     calibration: str | None = None
     """With --quantize: prefix of shards. gptq and w4a16 measure the inputs of each layer with its tokens; of the last rows, which are held
     out, the model card states the perplexity before and after, in every format."""

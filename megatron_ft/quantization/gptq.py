@@ -32,6 +32,11 @@ class Grid:
     scale_dtype: torch.dtype = torch.float16
 
     @property
+    def groups_follow(self) -> bool:
+        """Return whether groups are in the order of rounding, which a reader has to know."""
+        return self.desc_act and not self.static_groups
+
+    @property
     def largest(self) -> int:
         return 2**self.bits - 1
 

@@ -55,7 +55,7 @@ def gptq_entry(grid: Grid) -> dict[str, Any]:
         "quant_method": "gptq",
         "bits": grid.bits,
         "group_size": grid.group_size,
-        "desc_act": grid.desc_act,
+        "desc_act": grid.groups_follow,
         "sym": grid.symmetric,
         "checkpoint_format": "gptq",
     }

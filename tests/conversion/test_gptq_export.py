@@ -78,6 +78,11 @@ def read(folder):
     return {name: values for file in folder.glob("*.safetensors") for name, values in load_file(file).items()}
 
 
+def in_order(groups):
+    """Whether groups are neighbours."""
+    return bool((groups.diff() >= 0).all())
+
+
 def perplexity(model, shards):
     """Of the last 5 of the 25 rows that the options above give."""
     from megatron_ft.data.shards import open_shards
@@ -106,7 +111,9 @@ def test_weights_loss_and_card(models, tmp_path, family, method, desc_act):
     card = (tmp_path / "out" / "README.md").read_text()
     before, after = stated_perplexity(tmp_path / "out")
     assert perplexity(original, models / "shards") == pytest.approx(before, rel=1e-4)
-    weights = dequantised(read(tmp_path / "out"))
+    tensors = read(tmp_path / "out")
+    assert all(in_order(values) != desc_act for name, values in tensors.items() if name.endswith(".g_idx"))
+    weights = dequantised(tensors)
     state = original.state_dict()
     linears = [name for name in weights if not torch.equal(weights[name], state[name])]
     assert len(linears) == (28 if family == "llama" else 16)

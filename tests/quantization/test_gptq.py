@@ -44,7 +44,9 @@ def test_equals_optimal_brain_quantisation(group_size):
     assert (ours != optimal_brain(matrix(), 2 * x.t() @ x, grid)).float().mean() < 0.001
 
 
-@pytest.mark.parametrize("grid", [Grid(), Grid(symmetric=True, static_groups=True), Grid(bits=8), Grid(bits=2)])
+@pytest.mark.parametrize(
+    "grid", [Grid(), Grid(static_groups=True), Grid(symmetric=True, static_groups=True), Grid(bits=8), Grid(bits=2)]
+)
 def test_errors_fall_with_gptq_and_again_with_the_order(grid):
     x = inputs(192)
     hessian = 2 * x.t() @ x
