@@ -24,6 +24,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "doctor": Entry("megatron_ft.commands.doctor", "list what is installed and used; --check runs small tests"),
     },
     "Prepare": {
+        "import-command": Entry("megatron_ft.commands.import_command", "print our commands for another tool's file"),
         "pretokenize": Entry("tools.pretokenizer.pretokenize", "convert chat files to shards of tokens and roles"),
         "merge": Entry("tools.pretokenizer.merge", "join several shards into one, after checking them"),
         "inspect": Entry("megatron_ft.commands.inspect", "show samples of shards as training sees them"),

@@ -199,3 +199,4 @@ _COMPUTED: dict[str, Callable[[str, Given, dict[str, Any]], dict[str, Any]]] = {
     "no_load_rng": _not_loaded,
 }
 """In the order in which one needs another."""
+COMPUTED_ORDER = tuple(_COMPUTED)

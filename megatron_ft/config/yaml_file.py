@@ -102,6 +102,20 @@ def read_settings(
         return _Reading(loader, options, megatron).settings(top, open_keys)
 
 
+def read_mapping(path: str) -> dict[str, Any]:
+    """Return the mapping of a YAML or JSON file of another tool, as plain values. Raise ConfigError with file and line."""
+    text = read_text(path)
+    _check_text(text, path)
+    with _no_yaml_errors(path):
+        loader = _Loader(text)
+        loader.path = path
+        top = loader.get_single_node()
+        if not isinstance(top, yaml.MappingNode):
+            raise ConfigError(f"{path}: holds no settings; write lines such as `name: value`")
+        _check_size(top, path)
+        return loader.construct_document(top)
+
+
 def write_settings(
     sections: tuple[type, ...], values: dict[str, Any], options: dict[str, Option], others: dict[str, Any]
 ) -> str:
