@@ -235,7 +235,7 @@ OWN = Table(
          "lora_alpha_pattern loraplus_lr_ratio loftq peft relora"),
         ("AdamW with one learning rate is the only optimizer", "embedding_lr embedding_lr_scale lr_groups adam_epsilon2 adam_beta3 "
          "torchdistx_path"),
-        ("learning rates fall by cosine, linear or not at all", "lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor"),
+        ("no schedule here has this shape (--lr_decay_style)", "lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor"),
         ("no noise is added to embeddings; leave it out", "noisy_embedding_alpha"),
         ("stop with --exit_interval, and compare the kept checkpoints", "early_stopping_patience loss_watchdog_threshold "
          "loss_watchdog_patience"),

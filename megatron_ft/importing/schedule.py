@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ft.importing.job import Job, flag_text, number, whole, written
 from megatron_ft.importing.tables import OFF, Handler
 
-STEPS_LATER = "the number of steps is known once the chats are tokenized (megatron-ft preflight prints the rows)"
+STEPS_LATER = "megatron-ft preflight prints the number of steps once the chats are tokenized"
 
 
 def epochs(job: Job, key: str, value: Any) -> None:
@@ -37,14 +37,20 @@ def scheduler(job: Job, key: str, value: Any) -> None:
     name = str(value)
     style = {
         "cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine",
+        "inverse_sqrt": "inverse-square-root",
     }.get(name)  # fmt: skip
-    if style is None:
+    if name == "warmup_stable_decay":
         job.refuse(
             key,
             value,
-            "learning rates fall by cosine, linear or not at all (--lr_decay_style); the printed command has cosine",
+            "give --lr_decay_style WSD, and its last steps with --lr_wsd_decay_iters; the printed command has cosine",
         )
         return
+    if style is None:
+        job.refuse(key, value, "no schedule here has this shape (--lr_decay_style); the printed command has cosine")
+        return
+    if name == "inverse_sqrt":
+        job.before.append("inverse_sqrt falls from the end of the warm-up: without a warm-up it is another curve there")
     job.set(key, value, "lr_decay_style", style)
     if name == "constant":
         job.finetune["lr_warmup_iters"] = 0  # transformers' `constant` has no warm-up, whatever else is given

@@ -7,8 +7,6 @@ from typing import Any
 
 from megatron_ft.config.checks import check_settings
 from megatron_ft.config.cli import parse
-from megatron_ft.config.fields import options_of
-from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.errors import ConfigError
 from megatron_ft.importing.job import Dataset, Job, flag_text, slug, written
 from megatron_ft.importing.megatron import COMMAND
@@ -107,7 +105,7 @@ def _finetune(job: Job, settings: dict[str, Any]) -> str:
     }
     line = _line("finetune", {**first, **rest})
     try:
-        (read,) = parse(COMMAND, shlex.split(line.replace("STEPS", "1000000"))[2:])
+        (read,) = parse(COMMAND, shlex.split(line)[2:])
         check_settings(read, (job.gpus or 1) * job.nodes)
     except ConfigError as error:
         job.before.append(f"as it stands, finetune refuses the command: {error}")
@@ -200,9 +198,4 @@ def _length(job: Job) -> None:
     """Set the length of the run in steps or in epochs."""
     if job.steps:
         return
-    epochs = job.epochs or 1.0
-    if "epochs" in options_of((TrainingSettings,)):
-        job.finetune["epochs"] = epochs
-    else:
-        job.finetune["train_iters"] = "STEPS"
-        job.before.append(f"STEPS is rows x {epochs:g} epoch(s) / global batch; megatron-ft preflight prints the rows")
+    job.finetune["epochs"] = job.epochs or 1.0

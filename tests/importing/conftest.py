@@ -10,7 +10,6 @@ from megatron_ft.commands.import_command import COMMAND as IMPORT
 from megatron_ft.commands.import_command import run
 from megatron_ft.config.checks import check_settings
 from megatron_ft.config.cli import parse
-from megatron_ft.config.fields import options_of
 
 
 @pytest.fixture
@@ -33,10 +32,7 @@ def imported(tmp_path, monkeypatch, capsys):
 
 def settings_of(line):
     """Return the settings of a printed command; each of our other commands in it is parsed too."""
-    argv = shlex.split(line)[2:]
-    if "epochs" not in options_of(COMMAND.sections):
-        argv = [word.replace("STEPS", "1000") for word in argv]
-    (settings,) = parse(COMMAND, argv)
+    (settings,) = parse(COMMAND, shlex.split(line)[2:])
     launching = settings.launching
     check_settings(settings, (launching.nproc_per_node or 1) * (launching.nnodes or 1))
     return settings
