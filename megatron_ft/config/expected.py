@@ -51,6 +51,8 @@ class Model:
     """expected share of each head that the rotary embedding turns"""
     sliding_window_size: int | None = None
     """expected number of keys that a token sees, itself included"""
+    window_size: str | None = None
+    """expected window as Megatron-LM writes it, (left, right): the keys before a token that it sees, and 0; (-1, 0): no window"""
     vocab_size: int | None = None
     """expected number of tokens in the vocabulary, without padding rows"""
     disable_bias_linear: bool = False
@@ -69,6 +71,8 @@ class Model:
     """expected tokenizer file, compared with the checkpoint's tokenizer"""
     vocab_extra_ids_list: str | None = None
     """tokens added to the --vocab_file tokenizer, separated by commas"""
+    use_rope_scaling: bool = False
+    """the model is expected to have Llama 3's RoPE scaling, by --rope_scaling_factor (default 8), as Megatron-LM means it"""
     rope_scaling_type: RopeScaling | None = None
     """method that extends the context of a model without RoPE scaling; default with --rope_scaling_factor: linear"""
     rope_scaling_factor: float | None = None

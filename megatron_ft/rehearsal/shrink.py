@@ -158,6 +158,8 @@ def logging(real: Logging, folder: Path) -> Logging:
 
 def model(real: Model) -> Model:
     """Return only the RoPE scaling; the other flags have been compared with the real model."""
+    if real.use_rope_scaling:
+        return Model()  # Llama 3's scaling is the model's own
     return Model(rope_scaling_type=real.rope_scaling_type, rope_scaling_factor=real.rope_scaling_factor)
 
 

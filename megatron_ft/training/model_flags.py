@@ -35,6 +35,8 @@ SIZES = {
     "vocab_size": "vocab_size",
 }
 """Flag -> field of Architecture that must equal it."""
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What Megatron-LM's --use_rope_scaling fixes."""
 
 
 def check_model_flags(flags: Model, checkpoint: CheckpointConfig) -> CheckpointConfig:
@@ -60,11 +62,43 @@ def _differences(flags: Model, arch: Architecture) -> Iterator[str]:
             yield f"--{flag} {given}, checkpoint {is_}"
     if flags.model_name and _family(flags.model_name) != _family(arch.family):
         yield f"--model_name {flags.model_name}, checkpoint {arch.family}"
+    yield from _window_difference(flags, arch)
+    yield from _llama3_difference(flags, arch)
     if flags.normalization and flags.normalization.lower() != arch.norm:
         yield f"--normalization {flags.normalization}, checkpoint {arch.norm}"
     for flag, contradicts, is_ in _contradictions(flags, arch):
         if getattr(flags, flag) and contradicts:
             yield f"--{flag}, checkpoint {is_}"
+
+
+def _window_difference(flags: Model, arch: Architecture) -> Iterator[str]:
+    """Compare Megatron-LM's window: a token sees `left` keys before it and itself. left -1 is no window."""
+    if flags.window_size is None:
+        return
+    match = re.fullmatch(r"[(\[\s]*(-?\d+)[,\s]+(-?\d+)[)\]\s]*", flags.window_size)
+    if not match or int(match[1]) < -1:
+        raise ConfigError(
+            f"--window_size {flags.window_size}: write the keys to the left and to the right, as in 4095,0"
+        )
+    left = int(match[1])
+    keys = None if left == -1 else left + 1
+    if keys != arch.sliding_window:
+        given = "no window" if keys is None else f"{keys} keys, the token's own included"
+        is_ = "no window" if arch.sliding_window is None else arch.sliding_window
+        yield f"--window_size {flags.window_size} ({given}), checkpoint {is_}"
+
+
+def _llama3_difference(flags: Model, arch: Architecture) -> Iterator[str]:
+    """Compare --use_rope_scaling: in Megatron-LM only its factor can be chosen."""
+    if not flags.use_rope_scaling:
+        return
+    wanted = {"rope_type": "llama3", "factor": flags.rope_scaling_factor or 8.0, **LLAMA3}
+    has = arch.rope_scaling or {}
+    different = [name for name, value in wanted.items() if has.get(name) != value]
+    if different:
+        shown = ", ".join(f"{name} {has[name]}" for name in different if name in has) or "no RoPE scaling"
+        expected = ", ".join(f"{name} {wanted[name]}" for name in different)
+        yield f"--use_rope_scaling (Llama 3's: {expected}), checkpoint {shown}"
 
 
 def _contradictions(flags: Model, arch: Architecture) -> Iterator[tuple[str, bool, str]]:
@@ -105,7 +139,7 @@ def _tokenizer_difference(flags: Model, checkpoint: CheckpointConfig) -> Iterato
 def _scaled(flags: Model, arch: Architecture) -> Architecture:
     """Return the model with RoPE scaling by flags. For a model that is already scaled, the flags must state the same scaling."""
     factor = flags.rope_scaling_factor
-    if factor is None and flags.rope_scaling_type is None:
+    if flags.use_rope_scaling or (factor is None and flags.rope_scaling_type is None):
         return arch
     if factor is None or factor < 1:
         raise ConfigError(f"--rope_scaling_factor {factor}: give a number of 1 or more with --rope_scaling_type")

@@ -18,6 +18,7 @@ from tests.test_layers import ROOT
 
 DATA = Path(__file__).with_name("data")
 LISTS = {
+    "Megatron-LM's `arguments.py` (commit d98e8a64)": "megatron_lm_arguments.txt",
     "Megatron-LLM's `arguments.py` and `finetune.py`": "megatron_llm.txt",
     "example scripts of Megatron-LM": "megatron_lm_examples.txt",
     "recipe scripts of Megatron-Bridge": "megatron_bridge_recipes.txt",
@@ -121,6 +122,8 @@ TRANSLATED = [
     ("--lr_warmup_samples 30 --lr_decay_samples 800", "--lr_decay_iters 80 --lr_warmup_iters 3"),
     ("--lr_warmup_fraction 0.1 --lr_decay_samples 800", "--lr_decay_iters 80 --lr_warmup_iters 8"),
     ("--no-load-optim --no-load-rng", ""),
+    ("--num-virtual-stages-per-pipeline-rank 2", "--virtual_pipeline_model_parallel_size 2"),
+    ("--window-size (128,0)", "--window_size=(128,0)"),
     ("--load_iters 30", "--load /nowhere/iter_0000030"),
     ("--pretrained_checkpoint /elsewhere", "--load /elsewhere --finetune"),
     ("--data_path 0.3 a 0.7 b", "--data_path a b --data_weights 0.3 0.7"),
@@ -159,6 +162,9 @@ def test_what_flags_mean(theirs, ours):
         ("train.train_iters=50 model.seq_length=8", "model.seq_length=8 (as flags: --train_iters 50 --seq_length 8)"),
         ("--moe-of-tomorrow 8", "--moe_of_tomorrow is refused: models with experts cannot be trained"),
         ("--num-experts 8", "--num_experts is refused: models with experts cannot be trained"),
+        ("--exp-avg-dtype fp8", "--exp_avg_dtype is refused: fp8 is none of fp32: moments, main weights and gradients are fp32"),
+        ("--logits-save-top-k 8", "--logits_save_top_k is refused: a teacher's likely tokens are stored with megatron-ft score"),
+        ("--batch-size 8", "--batch_size is refused: an old name; use --micro_batch_size"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_translated(words, message):

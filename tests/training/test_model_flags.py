@@ -52,6 +52,25 @@ def test_other_kinds_of_models_agree_too():
     assert check_model_flags(llama, checkpoint(num_query_groups=8)) == checkpoint(num_query_groups=8)
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def test_megatron_lms_window_and_rope_scaling_that_agree():
+    """A token sees `left` keys before it and itself; Llama 3's scaling is compared, and never added."""
+    windowed, scaled = checkpoint(sliding_window=64), checkpoint(rope_scaling=LLAMA3)
+    for text in ("(63, 0)", "63,0", "[63,0]", "63 0"):
+        assert check_model_flags(Model(window_size=text), windowed) == windowed
+    assert check_model_flags(Model(window_size="(-1, 0)"), checkpoint()) == checkpoint()
+    for factor in (None, 8.0):
+        assert check_model_flags(Model(use_rope_scaling=True, rope_scaling_factor=factor), scaled) == scaled
+    with pytest.raises(
+        ConfigError, match=r"--window_size wide: write the keys to the left and to the right, as in 4095,0"
+    ):
+        check_model_flags(Model(window_size="wide"), windowed)
+
+
 CONTRADICTIONS = [
     (Model(num_layers=80), {}, "--num_layers 80, checkpoint 4"),
     (Model(layernorm_epsilon=1e-6), {}, "--layernorm_epsilon 1e-06, checkpoint 1e-05"),
@@ -63,6 +82,19 @@ CONTRADICTIONS = [
     (Model(kv_channels=16), {}, "--kv_channels 16, checkpoint 8"),
     (Model(rotary_percent=0.5), {}, "--rotary_percent 0.5, checkpoint 1.0"),
     (Model(sliding_window_size=64), {}, "--sliding_window_size 64, checkpoint None"),
+    (Model(window_size="(64, 0)"), {}, r"--window_size \(64, 0\) \(65 keys.* checkpoint no window"),
+    (Model(window_size="64,0"), {"sliding_window": 64}, "--window_size 64,0 .65 keys, .* checkpoint 64"),
+    (Model(window_size="(-1, 0)"), {"sliding_window": 64}, "no window.*, checkpoint 64"),
+    (
+        Model(use_rope_scaling=True),
+        {},
+        "--use_rope_scaling .Llama 3's: rope_type llama3, factor 8.*, checkpoint no RoPE scaling",
+    ),
+    (
+        Model(use_rope_scaling=True, rope_scaling_factor=32),
+        {"rope_scaling": LLAMA3},
+        "factor 32.*, checkpoint factor 8",
+    ),
     (Model(vocab_size=256), {}, "--vocab_size 256, checkpoint 203"),
     (Model(glu_activation="geglu"), {}, "--glu_activation geglu, checkpoint swiglu"),
     (Model(group_query_attention=True), {"num_query_groups": 8}, "--group_query_attention, checkpoint as many .* 8"),
