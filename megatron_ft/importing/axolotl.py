@@ -123,6 +123,14 @@ def fp16_names(job: Job, key: str, value: Any) -> None:
     (handlers.bf16 if key == "bfloat16" else handlers.fp16)(job, key, value)
 
 
+def other_training(job: Job, key: str, value: Any) -> None:
+    if is_off(value):
+        job.ignore(key, value, OFF)
+        return
+    job.unfit = "only supervised training is done here (no DPO, KTO, ORPO, GRPO or reward models)"
+    job.refuse(key, value, job.unfit)
+
+
 def plugins(job: Job, key: str, value: Any) -> None:
     for name in map(str, value if isinstance(value, list) else [value]):
         if "liger" in name.lower() or "cut_cross" in name.lower():
@@ -139,6 +147,9 @@ OWN = Table(
     direct={},
     computed={
         "base_model": handlers.model,
+        "rl": other_training,
+        "reward_model": other_training,
+        "process_reward_model": other_training,
         "adapter": adapter,
         "output_dir": handlers.output_dir,
         "lora_r": handlers.of_adapters("lora_rank", int),
@@ -211,9 +222,9 @@ OWN = Table(
          "torch_compile_options gc_steps gc_collect_steps deepcompile fsdp_final_state_dict_type heads_k_stride ring_attn_func "
          "experts_implementation"),
         ("the launcher and the device decide", "device device_map world_size local_rank ddp max_memory gpu_memory_limit dp_replicate_size "
-         "fsdp_version fp32_norms"),
+         "fsdp_version fp32_norms fp32_norm_classes"),
         ("validation is the loss on the validation shards", "eval_batch_size eval_table_size eval_max_new_tokens eval_causal_lm_metrics "
-         "do_causal_lm_eval do_bench_eval bench_dataset eval_sequence_len"),
+         "do_causal_lm_eval do_bench_eval bench_dataset bench_split eval_sequence_len"),
         ("report.html has the curves; megatron-ft evaluate measures", "generate_samples num_generation_samples wandb_watch "
          "wandb_log_model wandb_mode "
          "use_wandb include_tkps save_first_step profiler_steps profiler_steps_start axolotl_config_path"),
@@ -227,7 +238,7 @@ OWN = Table(
         ("a base in 8 bits is not trained on: it stays in 16 bits; 4 bits are --base_precision nf4", "load_in_8bit gptq "
          "model_quantization_config "
          "model_quantization_config_kwargs"),
-        ("only supervised training is done here (no DPO, KTO, ORPO, GRPO or reward models)", "rl reward_model process_reward_model trl "
+        ("only supervised training is done here (no DPO, KTO, ORPO, GRPO or reward models)", "trl "
          "vllm ebft "
          "orpo_alpha dpo_beta simpo_gamma cpo_alpha rl_beta num_labels reinforcement trainer_cls"),
         ("adapters are LoRA's, in every layer", "peft_use_dora lora_target_parameters peft_layers_to_transform peft_layers_pattern "
@@ -240,7 +251,8 @@ OWN = Table(
         ("stop with --exit_interval, and compare the kept checkpoints", "early_stopping_patience loss_watchdog_threshold "
          "loss_watchdog_patience"),
         ("nothing is moved to the CPU; use --recompute_granularity full", "activation_offloading layer_offloading selective_checkpointing"),
-        ("quantised training is adapters on NF4 (--base_precision)", "qat quantization fp8 fp8_enable_fsdp_float8_all_gather"),
+        ("quantised training is adapters on NF4 (--base_precision)", "qat use_onebitllms quantization fp8 "
+         "fp8_enable_fsdp_float8_all_gather"),
         ("another set of chats for validation: make shards of it with pretokenize --val_split 0, and give them to --valid_data_path",
          "test_datasets"),
         ("the softmax and the loss are the model's own", "scaling_softmax scaling_softmax_factor use_eaft s2_attention"),
@@ -254,7 +266,6 @@ OWN = Table(
     ),
     off={"loss_watchdog_patience": (3,), "excess_length_strategy": ("drop",)},
     beginnings=(
-        ("kernels are chosen by the machine and tested (docs/performance.md)", "liger_ cut_cross_entropy"),
         ("logs go to metrics.jsonl, report.html, TensorBoard and Weights & Biases only", "use_mlflow mlflow_ hf_mlflow use_comet comet_ "
          "use_swanlab "
          "swanlab_ use_trackio trackio_ use_otel otel_"),
@@ -262,11 +273,14 @@ OWN = Table(
          "precompute_ref"),
         ("adapters are LoRA's, in every layer", "relora_ lisa_ spectrum_ loftq_"),
         ("AdamW with one learning rate is the only optimizer", "qgalore_ dion_ muon_ jagged_"),
-        ("it is for a web page or a cluster", "gradio_ use_ray ray_ resources_per generation_"),
         ("the loss is plain cross-entropy", "eaft_ kd_ scaling_ use_dft"),
         ("models with experts cannot be trained", "moe_ expert_parallel use_scattermoe use_sonicmoe dsv4_ use_dsv4"),
         ("a base in 8 bits is not trained on: it stays in 16 bits; 4 bits are --base_precision nf4", "gptq_ nvfp4_"),
         ("positions are the sample's own", "pose_"),
+    ),
+    ignored_beginnings=(
+        ("kernels are chosen by the machine and tested (docs/performance.md)", "liger_ cut_cross_entropy"),
+        ("it is for a web page or a cluster", "gradio_ use_ray ray_ resources_per generation_"),
     ),
 )  # fmt: skip
 TABLES = (OWN, trainer.TABLE)
@@ -291,5 +305,4 @@ def job_of(values: dict[str, Any], prefix: str) -> Job:
     job.pretokenize.setdefault("chat_format", "tokenizer")
     if job.pretokenize["chat_format"] != "tokenizer":
         job.convert["chat_format"] = job.pretokenize["chat_format"]
-    job.pretokenize.setdefault("val_split", 0)
     return job

@@ -30,9 +30,9 @@ FIELDS = {
 FATES = {
     "path": "", "type": "", "data_files": "", "field": "", "field_messages": "", "message_property_mappings": "", "message_field_role": "",
     "message_field_content": "", "chat_template": "", "roles_to_train": "", "train_on_eos": "", "train_on_eot": "", "conversation": "",
-    "ds_type": "the type of a file is recognised from its bytes", "name": "choose the files with --input", "revision": "it is for a "
+    "ds_type": "the type of a file is recognised from its bytes", "name": "", "revision": "it is for a "
     "download",
-    "split": "a folder is read as its train split", "trust_remote_code": "no code of a dataset is run", "roles": "the usual names of "
+    "split": "", "trust_remote_code": "no code of a dataset is run", "roles": "the usual names of "
     "roles are known",
     "drop_system_message": "", "shards": "", "shards_idx": "", "split_thinking": "reasoning has a role of its own",
     "field_thinking": "reasoning_content, reasoning and thinking are read", "template_thinking_key": "the template's own is used",
@@ -43,6 +43,7 @@ FATES = {
 }  # fmt: skip
 """Key of a dataset -> why it has no effect; "": it is read, or refused, below."""
 REFUSED = {
+    "name": "choose the files of this part with --input",
     "shards": "to read a part of a dataset use pretokenize --max_count",
     "shards_idx": "to read a part of a dataset use pretokenize --max_count",
     "input_format": "the text of a prompt is the chat format's",
@@ -90,7 +91,13 @@ def _dataset(job: Job, key: str, entry: dict[str, Any]) -> None:
         if why and not is_off(entry.get(name)):
             job.ignore(f"{key} {name}", entry[name], why)
     for name, given in entry.items():
-        if not is_off(given) and (name in REFUSED or name not in FATES):
+        if name == "split" and given == "train":
+            job.ignore(f"{key} split", given, "a folder is read as its train split")
+        elif name == "split" and not is_off(given):
+            job.refuse(
+                f"{key} split", given, "give the files of this split to --input; to read a part, use --max_count"
+            )
+        elif not is_off(given) and (name in REFUSED or name not in FATES):
             job.refuse(
                 f"{key} {name}", given, REFUSED.get(name, "a dataset has no key of this name that is known here")
             )
@@ -119,7 +126,11 @@ def _of_type(job: Job, key: str, entry: dict[str, Any], dataset: Dataset) -> dic
             kind,
             "its own text around each record (such as `### Instruction:`) is not written; the chat format's is",
         )
-        job.pretokenize.setdefault("chat_format", "chatml")
+        if "chat_format" not in job.pretokenize:
+            job.pretokenize["chat_format"] = "chatml"
+            job.before.append(
+                "chatml is written as the chat format of instructions; if the model has a template, use --chat_format tokenizer"
+            )
     found = dict(meaning.split("=") for meaning in TYPES[name])
     return {**found, "text": str(entry["field"])} if entry.get("field") and "text" in found else found
 

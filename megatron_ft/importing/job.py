@@ -49,6 +49,8 @@ class Job:
     impossible: list[tuple[str, str]] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     """What the user has to do or to decide before the commands run."""
+    unfit: str = ""
+    """Why there is nothing here that does this job; "": there is."""
     defaults: frozenset[str] = frozenset()
     """Keys that are not in the file, with the tool's default."""
 

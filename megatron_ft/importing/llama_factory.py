@@ -26,7 +26,8 @@ def stage(job: Job, key: str, value: Any) -> None:
     if value in ("sft", "pt"):
         job.take(key, value, "finetune" if value == "sft" else "finetune; texts are trained on as a whole")
     else:
-        job.refuse(key, value, "only supervised training is done here (no DPO, KTO, PPO or reward models)")
+        job.unfit = "only supervised training is done here (no DPO, KTO, PPO or reward models)"
+        job.refuse(key, value, job.unfit)
 
 
 def kind(job: Job, key: str, value: Any) -> None:
@@ -197,7 +198,8 @@ OWN = Table(
     },
     ignored=(
         ("the model is read from its folder; no code of it is run", "trust_remote_code cache_dir model_revision use_fast_tokenizer "
-         "low_cpu_mem_usage hf_hub_token ms_hub_token om_hub_token adapter_folder print_param_status device_map compute_dtype"),
+         "low_cpu_mem_usage hf_hub_token ms_hub_token om_hub_token adapter_folder print_param_status model_max_length "
+         "init_special_tokens device_map compute_dtype"),
         ("chats are tokenized once, by pretokenize", "preprocessing_num_workers preprocessing_batch_size overwrite_cache tokenized_path "
          "streaming "
          "buffer_size data_shared_file_system ignore_pad_token_for_loss media_dir tool_format split_special_tokens disable_shuffling "

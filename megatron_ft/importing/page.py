@@ -10,7 +10,7 @@ def page(job: Job, lines: list[str], path: str) -> str:
     parts = [
         f"# {path}: {job.tool}. {len(job.taken)} taken, {sum(map(len, job.ignored.values()))} ignored, {len(job.impossible)} impossible"
     ]
-    parts += ["", *lines, ""]
+    parts += ["", *(lines or [f"# no commands: {job.unfit}"]), ""]
     parts += _section("before you run them", [(text, "") for text in dict.fromkeys(job.before)])
     parts += _section("taken", list(dict.fromkeys(job.taken)), " -> ")
     grouped = [(", ".join(names), why) for why, names in job.ignored.items()]

@@ -60,9 +60,9 @@ def tokens(text: str) -> list[Token]:
             if redirect[2] in ("<<", "<<-"):
                 here.append(text[start:place].strip("'\"\\"))
         elif text.startswith("((", place):
-            end = _closing(text, place + 1, ")")
-            found += [Token("((", line, True), Token(text[place + 2 : end - 1], line), Token("))", line, True)]
-            line, place = line + text.count("\n", place, end), end + 1
+            end = _closing(text, place + 1, ")")  # behind both
+            found += [Token("((", line, True), Token(text[place + 2 : end - 2], line), Token("))", line, True)]
+            line, place = line + text.count("\n", place, end), end
         elif operator := _OPERATOR.match(text, place):
             found.append(Token(operator[0], line, True))
             place = operator.end()

@@ -17,7 +17,12 @@ PER_NODE = 8
 
 
 def commands(job: Job, gpus: int | None) -> list[str]:
-    """Return the command lines, in order. Settings that need the number of GPUs are completed in the job. gpus: as the user says."""
+    """Return the command lines, in order; none for a job that nothing here does. gpus: as the user says.
+
+    Settings that need the number of GPUs are completed in the job.
+    """
+    if job.unfit:
+        return []
     _count_gpus(job, gpus)
     reports(job)
     if not job.finetune.get("wandb_logger") and job.tool != "Megatron":
@@ -28,6 +33,7 @@ def commands(job: Job, gpus: int | None) -> list[str]:
     _layout(job)
     _batch(job)
     _new_tokens(job)
+    _validation(job)
     model = _folder(job.model or "MODEL", "models", local=bool(job.model) and not _on_hub(job.model))
     base = f"checkpoints/{slug(job.model or 'MODEL')}"
     lines = []
@@ -180,6 +186,14 @@ def _batch(job: Job) -> None:
     if int(job.finetune.get("context_parallel_size", 1)) > 1:
         job.finetune["packing"] = False
         job.finetune.pop("variable_seq_lengths", None)
+
+
+def _validation(job: Job) -> None:
+    """Hold chats out only where the other tool does."""
+    if job.pretokenize.setdefault("val_split", 0):
+        job.before.append(
+            "an evaluation reads at most --eval_iters 10 batches of the validation shards; raise it to read them all"
+        )
 
 
 def _new_tokens(job: Job) -> None:

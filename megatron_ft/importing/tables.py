@@ -16,7 +16,8 @@ Groups = tuple[tuple[str, str], ...]
 class Table(NamedTuple):
     """The keys of a tool. direct: key -> flag of finetune that means the same. computed: key -> what to do with it.
 
-    off: names that say nothing where their value is one of these. beginnings: (reason, beginnings of names that are impossible).
+    off: names that say nothing where their value is one of these.
+    beginnings: (reason, beginnings of names that are impossible). ignored_beginnings: of names that are ignored.
     """
 
     direct: Mapping[str, str]
@@ -25,13 +26,14 @@ class Table(NamedTuple):
     impossible: Groups
     off: Mapping[str, tuple[Any, ...]] = {}
     beginnings: Groups = ()
+    ignored_beginnings: Groups = ()
 
     def names(self) -> set[str]:
         grouped = (name for _, names in (*self.ignored, *self.impossible) for name in names.split())
         return {*self.direct, *self.computed, *grouped}
 
     def knows(self, key: str) -> bool:
-        return key in self.names() or any(key.startswith(tuple(starts.split())) for _, starts in self.beginnings)
+        return key in self.names() or bool(_begins(key, (*self.beginnings, *self.ignored_beginnings)))
 
 
 OFF = "off or empty there"
@@ -63,16 +65,18 @@ def _one(job: Job, key: str, value: Any, table: Table) -> None:
 
 
 def _grouped(job: Job, key: str, value: Any, table: Table) -> None:
-    if why := _reason(key, table.ignored):
+    if why := _reason(key, table.ignored) or _begins(key, table.ignored_beginnings):
         job.ignore(key, value, OFF if is_off(value) else why)
         return
-    why = _reason(key, table.impossible) or next(
-        reason for reason, starts in table.beginnings if key.startswith(tuple(starts.split()))
-    )
+    why = _reason(key, table.impossible) or _begins(key, table.beginnings) or ""
     if is_off(value) or value in table.off.get(key, ()) or (isinstance(value, int | float) and value == 0):
         job.ignore(key, value, OFF)
     else:
         job.refuse(key, value, why)
+
+
+def _begins(key: str, groups: Groups) -> str | None:
+    return next((reason for reason, starts in groups if key.startswith(tuple(starts.split()))), None)
 
 
 def _reason(key: str, groups: Groups) -> str | None:

@@ -120,7 +120,7 @@ OWN = Table(
         "chat_template_path": template,
     },
     ignored=(
-        ("the dataset is read as files; give those to pretokenize --input", "dataset_config dataset_train_split dataset_test_split "
+        ("the dataset is read as files; give those to pretokenize --input", "dataset_test_split "
          "dataset_streaming dataset_num_proc dataset_kwargs dataset_batch_size streaming shuffle_dataset"),
         ("the model is read from its folder; no code of it is run", "trust_remote_code model_revision model_init_kwargs lora_task_type "
          "bnb_4bit_quant_storage ignore_bias_buffers"),
@@ -136,9 +136,15 @@ OWN = Table(
         ("nothing is moved to the CPU; use --recompute_granularity full", "activation_offloading"),
         ("models with experts cannot be trained", "router_aux_loss_coef"),
         ("samples are shortened to their beginning", "truncation_mode"),
+        ("give the files of this part of the dataset to --input", "dataset_config dataset_train_split"),
         ("a share for validation is pretokenize --val_split", "test_split_size"),
     ),
-    off={"bnb_4bit_quant_type": ("nf4",), "loss_type": ("nll", "chunked_nll"), "truncation_mode": ("keep_start",)},
+    off={
+        "bnb_4bit_quant_type": ("nf4",),
+        "loss_type": ("nll", "chunked_nll"),
+        "truncation_mode": ("keep_start",),
+        "dataset_train_split": ("train",),
+    },
 )  # fmt: skip
 TABLES = (OWN, trainer.TABLE)
 

@@ -1,6 +1,7 @@
 """The tables of names: every argument of transformers and TRL has a fate, no name has two, each of our flags exists."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,17 @@ def test_no_name_is_twice_in_a_table(name):
     assert not {one for one in every if every.count(one) > 1}
     assert set(table.direct.values()) <= set(options_of((TrainingSettings,)))
     assert set(table.off) <= set(every)
+
+
+LISTS = {"axolotl": axolotl, "llama_factory": llama_factory}
+"""Names in data/NAME.txt: axolotl's schema at commit 067b021c, LLaMA-Factory's arguments at ff6d4d12."""
+
+
+@pytest.mark.parametrize("tool", LISTS)
+def test_every_key_of_a_tool_has_a_fate(tool):
+    names = (Path(__file__).parent / "data" / f"{tool}.txt").read_text().split()
+    assert len(names) > 250
+    assert not [name for name in names if not any(table.knows(name) for table in LISTS[tool].TABLES)]
 
 
 def lost(config, *tables) -> list[str]:

@@ -18,7 +18,7 @@ SCRIPTS = {
     "continued": "run --a 1 \\\n  --b 2 \\\n  --c # a comment\nrun next",
     "if": 'X=llama2\nif [[ $X = gpt ]]; then run gpt; elif [[ $X == llama* ]] && [ -n "$X" ]; then run llama; else run none; fi',
     "numbers": "S=70; if [ $S -gt 13 ]; then run large; fi"
-    '; if (( S < 13 )); then run small; fi; [ "$S" -eq 70 ] && run seventy || run other',
+    '; if (( S < 13 )); then run small; elif ((S>20)); then run middle; fi; [ "$S" -eq 70 ] && run seventy || run other',
     "case": "for m in a b3 cc; do case $m in a) run A;; b*|d) run B; run B2;; *) run rest;; esac; done",
     "while": "set -- x; N=0; while [[ $N -lt 3 ]]; do run $N; N=$((N+1)); done",
     "function": "f () {\n  run got $1 $#\n}\nfunction g { run g; }\nf a b; g",

@@ -193,7 +193,8 @@ BASE = (
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ("rl: dpo", "only supervised training"),
+        ("plugins: [axolotl.integrations.kd.KDPlugin]", "plugins are not read"),
+        ("pretraining_dataset: [{path: a}]\nqat: {weight_dtype: int4}", "quantised training"),
         ("load_in_8bit: true", "16 bits"),
         ("optimizer: muon", "AdamW is the only optimizer"),
         ("peft_use_dora: true", "adapters are LoRA's"),
@@ -247,6 +248,40 @@ def test_files_that_are_refused(imported, text, message):
     with pytest.raises(ConfigError) as caught:
         imported(text)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", [f"{BASE}rl: dpo\n", "model_name_or_path: m\nstage: kto\ndataset: a\ntemplate: llama3\n"]
+)
+def test_no_commands_for_what_is_not_trained_here(tmp_path, monkeypatch, capsys, text):
+    from megatron_ft.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yml").write_text(text)
+    assert main(["import-command", "x.yml"]) == 0
+    printed = capsys.readouterr().out
+    assert "# no commands: only supervised training is done here" in printed
+    assert not [line for line in printed.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [("split: 'train[:5%]'", "files of this split"), ("name: en", "files of this part"), ("type: x.y", "no reader")],
+)
+def test_parts_of_datasets(imported, key, why):
+    entry = f"{{path: org/x, {key}}}" if "type" in key else f"{{path: org/x, type: chat_template, {key}}}"
+    found = imported(f"base_model: m\ndatasets: [{entry}]\noutput_dir: o\n")
+    assert any(why in row["why"] for row in found["impossible"])
+
+
+def test_chats_are_held_out_only_where_they_are_there(imported):
+    for text, share in (
+        (BASE, "0"),
+        (f"{BASE}val_set_size: 0.1\n", "0.1"),
+        ("model_name_or_path: m\ndataset_name: a.jsonl\n", "0"),
+    ):
+        found = imported(text)
+        assert f" --val_split {share}" in next(line for line in found["commands"] if "pretokenize" in line)
 
 
 def test_the_page_is_a_script(tmp_path, capsys, monkeypatch):
