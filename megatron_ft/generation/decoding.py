@@ -43,11 +43,12 @@ class Decoder:
     def generate(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling = GREEDY,
         batch_size: int = 32, seed: int = 0, is_over: Callable[[list[int]], bool] | None = None,
-        advance: Callable[[int], Any] = lambda _: None,
+        advance: Callable[[int], Any] = lambda _: None, after_token: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """Return the ids after each prompt, up to and without the stop token. All ranks of a model call it with the same arguments.
 
         is_over: says of the ids of an answer so far if the answer ends with them. advance: is told how many prompts were answered.
+        after_token: is told the ids so far of a batch's first answer, after each token but its last; True ends the batch.
         Raise ConfigError for an empty prompt and for one that fills the model's context.
         """
         for number, prompt in enumerate(prompts):
@@ -58,7 +59,7 @@ class Decoder:
         generator = torch.Generator(self.device).manual_seed(seed)
         answers: list[list[int]] = [[] for _ in prompts]
         for batch in batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens):
-            texts = self._batch([prompts[i] for i in batch], max_new_tokens, sampling, generator, is_over)
+            texts = self._batch([prompts[i] for i in batch], max_new_tokens, sampling, generator, is_over, after_token)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
             advance(len(batch))
@@ -66,7 +67,7 @@ class Decoder:
 
     def _batch(
         self, prompts: list[np.ndarray], max_new_tokens: int, sampling: Sampling, generator: torch.Generator,
-        is_over: Callable[[list[int]], bool] | None,
+        is_over: Callable[[list[int]], bool] | None, after_token: Callable[[list[int]], bool] | None,
     ) -> list[list[int]]:  # fmt: skip
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         shortest, longest = int(lengths.min()), int(lengths.max())
@@ -91,6 +92,9 @@ class Decoder:
             if is_over:
                 self._end(tokens[:, : position + 1], lengths, finished, is_over)
             if finished.all():
+                break
+            if after_token and after_token(tokens[0, int(lengths[0]) : position + 1].tolist()):
+                ends = ends.clamp(max=position + 1)
                 break
         return [
             self._answer(row.tolist(), start, end, is_over)

@@ -5,7 +5,7 @@ Both kinds of folder contain the architecture, so no flag about the model is nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,11 @@ from megatron_ft.engine.collective_errors import raise_together
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.errors import CheckpointError, DamagedError, DataError, TokenizerError
 from megatron_ft.files import read_text
+from megatron_ft.generation.answer import Answer
 from megatron_ft.generation.decoding import Decoder
 from megatron_ft.generation.sampling import Sampling
 from megatron_ft.generation.stop_strings import StopStrings
+from megatron_ft.generation.streaming import TextStream
 from megatron_ft.log import logger
 from megatron_ft.models.architecture import Architecture, check_layout
 from megatron_ft.models.build import BuildOptions, build_model
@@ -81,12 +83,36 @@ class ChatModel:
         ids = self.decoder.generate(
             prompts, max_new_tokens, sampling, batch_size, seed, stops.is_over if stops else None
         )
-        if stops is None:
-            return [self.tokenizer.decode(answer, skip_special=True).strip() for answer in ids]
         return [self._cut(answer, stops) for answer in ids]
 
-    def _cut(self, answer: list[int], stops: StopStrings) -> str:
+    def stream(
+        self, prompt: np.ndarray, max_new_tokens: int, sampling: Sampling, seed: int, stop: Sequence[str],
+        show: Callable[[str], object], is_halted: Callable[[], bool],
+    ) -> Answer:  # fmt: skip
+        """Answer one prompt and pass the text to `show` as it grows. All ranks of a model call it together.
+
+        is_halted: asked after each token; True, on all ranks, ends the answer.
+        """
+        stops = StopStrings(stop, self.tokenizer.decode) if stop else None
+        text, halted = TextStream(self.tokenizer, stop), False
+
+        def after_token(ids: list[int]) -> bool:
+            nonlocal halted
+            show(text.more(ids))
+            halted = is_halted()
+            return halted
+
+        is_over = stops.is_over if stops else None
+        (ids,) = self.decoder.generate([prompt], max_new_tokens, sampling, 1, seed, is_over, after_token=after_token)
+        answer = self._cut(ids, stops)
+        show(text.rest(answer))
+        limit = min(max_new_tokens, self.decoder.max_positions - len(prompt))
+        return Answer(answer, len(ids), len(ids) == limit and not (stops and stops.is_over(ids)), halted)
+
+    def _cut(self, answer: list[int], stops: StopStrings | None) -> str:
         """Return an answer's text before the first stop string, without special tokens."""
+        if stops is None:
+            return self.tokenizer.decode(answer, skip_special=True).strip()
         whole = self.tokenizer.decode(answer)
         if (before := stops.cut(whole)) == whole:
             return self.tokenizer.decode(answer, skip_special=True).strip()
