@@ -47,7 +47,7 @@ setup(
     # Said although it is the default: an editable install is then one path entry, and new folders are found without
     # installing again.
     package_dir={"": "."},
-    package_data={"": ["*.yaml", "*.jinja", "*.c", "py.typed"]},
+    package_data={"": ["*.yaml", "*.jinja", "*.c", "*.html", "*.css", "*.js", "py.typed"]},
     install_requires=[
         # Tests run with 2.13.0. The attention signatures of 2.10 to 2.12 are traced; older ones have no attention over packed rows.
         "torch>=2.10",

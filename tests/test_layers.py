@@ -43,6 +43,7 @@ LAYERS = {
     "megatron_ft.rehearsal": 5,
     "megatron_ft.report": 5,
     "megatron_ft.evaluation": 6,
+    "megatron_ft.chat": 6,
     "megatron_ft.doctor": 6,  # starts commands as processes too
     "megatron_ft.demo": 6,  # starts the commands as processes, so it stands below them
     "megatron_ft.importing": 6,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,8 @@ def launch(here: Places, log_dir: str | None, prepare: Callable[[], None], reads
                     where, folder, logs is not None, prepare, None if held is None else held.fileno(), reads_input
                 )
             if ranks is not None:
+                if reads_input and sys.stdin.isatty():  # Ctrl-C ends an answer, not the program
+                    received.leave_to_ranks(signal.SIGINT)
                 return supervise(ranks, folder, received, Relay(ranks, logs), link)
     finally:
         if link is not None:

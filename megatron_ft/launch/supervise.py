@@ -44,6 +44,10 @@ class ReceivedSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def leave_to_ranks(self, number: int) -> None:
+        """Ignore a signal that the terminal sends to the ranks too, and that need not end them."""
+        signal.signal(number, signal.SIG_IGN)
+
     def ignore(self) -> None:
         """Ignore signals until this process ends: srun sends SIGTERM to the remaining launchers when the first one leaves."""
         for number in self._before:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import zipfile
 from pathlib import Path
@@ -106,6 +107,15 @@ def perplexity(load, shop, *more) -> list:
     return ["evaluate", "perplexity", "--load", load, *more, "--data", shop.shards]
 
 
+def a_port_in_use(shop, _) -> list:
+    held = socket.create_server(("127.0.0.1", 0))
+    _HELD.append(held)
+    return ["chat", shop.hf, "--web", "--port", held.getsockname()[1]]
+
+
+_HELD: list[socket.socket] = []
+
+
 def sample(shop, tmp_path, prompts: str, settings: str) -> list:
     for name, content in (("prompts", prompts), ("settings", settings)):
         (tmp_path / name).write_text(content)
@@ -123,6 +133,7 @@ def of_another_tokenizer(shop, tmp_path) -> list:
 
 # A word of the entry's text -> what has to be done wrong for it.
 MISTAKES = {
+    "another program uses this port": a_port_in_use,
     "is none of relu": lambda shop, tmp_path: ["hf-to-megatron", shop.hf, tmp_path / "o", "--activation", "tanh"],
     "has a vocabulary of": lambda shop, _: [*finetune(shop), "--teacher", shop.bare],
     "has another tokenizer": of_another_tokenizer,

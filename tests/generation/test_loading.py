@@ -143,6 +143,31 @@ def test_stop_strings_are_those_of_transformers(folders, expected, one_rank, fou
         assert answers == [expected.split(expected[middle])[0].strip()] * 2
 
 
+def streamed(folder, layout, stop, patience):
+    """(what was shown, the answer) of a model that is halted after some tokens."""
+    from megatron_ft.engine.parallel import ParallelSizes, process_groups
+    from megatron_ft.generation.loading import open_chat_model
+    from megatron_ft.generation.sampling import GREEDY
+
+    with process_groups(ParallelSizes(*layout)) as here:
+        model, shown, asked = open_chat_model(folder, here), [], iter(range(patience))
+        is_halted = lambda: next(asked, None) is None  # noqa: E731
+        answer = model.stream(model.prompt_ids(CHAT), 12, GREEDY, 0, stop, shown.append, is_halted)
+        return "".join(shown), answer
+
+
+def test_a_growing_answer_is_the_answer(folders, expected, one_rank, four_ranks):
+    """Whole, before a stop string, and halted after three tokens, on every rank."""
+    ((shown, answer),) = one_rank.run(streamed, folders / "torch_dist", (1, 1), [], 99)
+    assert shown == answer.text == expected and (answer.tokens, answer.full, answer.halted) == (12, True, False)
+    stop = expected[len(expected) // 2 :][:3]
+    ((shown, answer),) = one_rank.run(streamed, folders / "torch_dist", (1, 1), [stop], 99)
+    assert shown == answer.text == expected.split(stop)[0].strip() and not answer.full
+    for shown, answer in four_ranks.run(streamed, folders / "torch", (2, 2), [], 2):
+        assert shown == answer.text and expected.startswith(shown)
+        assert (answer.tokens, answer.full, answer.halted) == (3, False, True)
+
+
 def dtype_of(folder, bf16):
     from megatron_ft.engine.parallel import process_groups
     from megatron_ft.generation.loading import open_chat_model
@@ -221,9 +246,9 @@ def test_a_classic_checkpoint_of_more_processes_than_a_machine_is_refused(folder
 
 
 def test_chat_over_several_processes_reads_the_terminal(folders, expected):
-    """A classic checkpoint starts its four processes; the first one reads, and all answer. Each line read shows one prompt."""
+    """A classic checkpoint starts its four processes; the first one reads, and all answer. A pipe sees the answers alone."""
     call = [sys.executable, "-m", "megatron_ft", "chat", str(folders / "torch"), "--max_new_tokens", "12"]
     typed = "a plum\n\n/new\na plum\n"
     done = subprocess.run(call, input=typed, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if expected in line] == [f"> {expected}", f"> > > {expected}"]
+    assert done.stdout.splitlines() == [expected, expected] and "a new conversation" in done.stderr

@@ -1,0 +1,1 @@
+"""Chatting with one model or two side by side: the conversation, the terminal, a page in the browser."""
