@@ -6,14 +6,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from checkpoints_conversion.card_data import front_matter
+from checkpoints_conversion.card_prompt import prompt_section
+from checkpoints_conversion.card_training import settings_of
 from checkpoints_conversion.exported_words import write_words
 from checkpoints_conversion.megatron_source import Opened, parse_iteration
-from checkpoints_conversion.model_card import MODEL_CARD
+from checkpoints_conversion.model_card import MODEL_CARD, training_section
 from checkpoints_conversion.options import Export, check_source
+from checkpoints_conversion.serving import serving
 from checkpoints_conversion.stream import identity, resumable_folder, seal
 from checkpoints_conversion.tokenizer_copy import load_copy
 from megatron_ft.adapters.peft_files import config_of, write_peft
-from megatron_ft.adapters.stored import of_checkpoint
+from megatron_ft.adapters.stored import Stored, of_checkpoint
 from megatron_ft.checkpoints.folder import find_checkpoint, read_config
 from megatron_ft.errors import CheckpointError
 from megatron_ft.log import logger
@@ -22,22 +26,12 @@ from megatron_ft.models.dtypes import cast
 from megatron_ft.models.families import family_of
 from megatron_ft.models.weights import Placed
 
-_CARD = """\
----
-library_name: peft
-base_model: {base}
----
-
-# {name}
-
-LoRA adapter of rank {rank} for {base}, exported by megatron_ft. Iteration {iteration}, alpha {alpha:g}, modules {modules}.
-
+_EXAMPLE = """\
 ```python
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("{name}")  # the folder of this file
-```
-"""
+```"""
 
 
 @dataclass(frozen=True)
@@ -79,13 +73,25 @@ def export_adapter(options: Export, base_name: str | None) -> AdapterReport:
         weights = {name: cast(stored.read(name), options.params_dtype, name) for name in names}
         write_peft(export, arch, stored.lora, weights, peft, stored.recorded)
         write_words(source, export, None)
-        card = _CARD.format(
-            name=target.name, base=base, rank=stored.lora.rank, iteration=config.iteration, alpha=stored.lora.alpha,
-            modules=", ".join(stored.lora.targets),
-        )  # fmt: skip
+        card = _card(target.name, source, export, stored, base, options.system)
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, {}, but=[MODEL_CARD])
     return AdapterReport(target, stored.lora.parameters(arch), base)
+
+
+def _card(name: str, source: Opened, export: Path, stored: Stored, base: str, system: str | None) -> str:
+    config, folder, settings = source.config, source.folder, settings_of(source.folder)
+    lora = stored.lora
+    parts = [
+        front_matter(config, folder, "peft", base, settings, None, lora=True) + f"\n# {name}",
+        f"LoRA adapter of rank {lora.rank} for {base}, exported by megatron_ft. Iteration {config.iteration}, alpha {lora.alpha:g}, "
+        f"modules {', '.join(lora.targets)}.",
+        training_section(folder, settings),
+        prompt_section(config, source.tokenizer, system),
+        f"## Use\n\n{_EXAMPLE.format(name=name)}",
+        f"## Serve\n\n{serving(export, name).markdown()}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _no_weights(_: Placed) -> NoReturn:

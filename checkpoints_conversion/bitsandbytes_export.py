@@ -56,7 +56,7 @@ def export_bitsandbytes(
             {**family_of(arch).to_hf(arch, HF_NAMES[dtype]), "quantization_config": entry(method, dtype)},
         )
         quantised = format_.described(described(source, options, dtype, held_out))
-        card = model_card(target.name, config, dtype, source.folder, certified, quantised=quantised)
+        card = model_card(target.name, source, dtype, export, certified, options.system, quantised)
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, weights, but=[MODEL_CARD])
     parameters, tensors = count(arch, rules)
@@ -107,7 +107,9 @@ class _Format:
     def described(self, perplexity: str) -> Quantised:
         error = f"{sum(self._errors) / max(1, len(self._errors)):.2g} of the weights' norm, mean over {len(self._errors)} linears"
         falcon = self._arch.family == "falcon"
-        return Quantised(f"bitsandbytes, {NAMES[self._method]}; linears of the layers", perplexity, error, falcon)
+        return Quantised(
+            f"bitsandbytes, {NAMES[self._method]}; linears of the layers", perplexity, error, falcon, "bitsandbytes"
+        )
 
     def _sizes(self, name: str, shape: Shape) -> list[Entry]:
         if self._method == "nf4":

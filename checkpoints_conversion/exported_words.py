@@ -20,7 +20,7 @@ from megatron_ft.log import logger
 def write_words(source: Opened, export: Path, hf_config: dict | None) -> None:
     """Write the tokenizer, and with hf_config also config.json and generation_config.json, which name its tokens."""
     config, tokenizer = source.config, source.tokenizer
-    chat_format = _spoken(config, tokenizer)
+    chat_format = spoken(config, tokenizer)
     names = special_names(tokenizer, chat_format.stop_token if chat_format else None) if tokenizer else {}
     ids = {key: tokenizer.token_id(name) for key, name in names.items()} if tokenizer else {}
     if hf_config is not None:
@@ -52,7 +52,7 @@ def _first(stop_id: int, others: int | list[int] | None) -> list[int]:
     return [stop_id, *(index for index in others if index != stop_id)]
 
 
-def _spoken(config: CheckpointConfig, tokenizer: Tokenizer | None) -> Any:
+def spoken(config: CheckpointConfig, tokenizer: Tokenizer | None) -> Any:
     """Return the recorded chat format, else the template of the tokenizer, None without one that says where answers end."""
     if tokenizer is None or config.chat_format:
         return get_format(config.chat_format) if config.chat_format else None

@@ -64,15 +64,11 @@ def export_gguf(
             source, export / file_name(str(options.quantize)), str(options.quantize), parse_size(max_shard_size)
         )
         work.write(target.name)
-        quantised = Quantised(work.how(), described(source, options, None, held_out), work.error(), falcon=False)
+        quantised = Quantised(
+            work.how(), described(source, options, None, held_out), work.error(), falcon=False, kind="gguf"
+        )
         card = model_card(
-            target.name,
-            source.config,
-            source.config.dtype,
-            source.folder,
-            certified,
-            quantised=quantised,
-            example=work.example(),
+            target.name, source, source.config.dtype, export, certified, options.system, quantised, work.example()
         )
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, {}, but=[MODEL_CARD])

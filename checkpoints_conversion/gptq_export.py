@@ -51,7 +51,7 @@ def export_gptq(
         config = {**family_of(arch).to_hf(arch, HF_NAMES[dtype]), "quantization_config": entry}
         write_words(source, export, config)
         quantised = _described(options, grid, answer, rows, held_out, arch)
-        card = model_card(target.name, source.config, dtype, source.folder, certified, quantised=quantised)
+        card = model_card(target.name, source, dtype, export, certified, options.system, quantised)
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, {}, but=[MODEL_CARD])
     before, after = answer.perplexity
@@ -107,4 +107,5 @@ def _described(
         in_words(answer.perplexity, held_out),
         f"{answer.error:.4f} of the outputs' norm, mean over the linears (rounded to the nearest: {answer.rounded_error:.4f})",
         falcon=arch.family == "falcon",
+        kind="gptq" if options.quantize == "gptq" else "compressed-tensors",
     )

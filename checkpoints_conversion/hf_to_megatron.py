@@ -209,6 +209,7 @@ def _checkpoint_config(
 ) -> CheckpointConfig:
     from importlib.metadata import version
 
+    from checkpoints_conversion.base_card import carried_entries
     from megatron_ft.checkpoints.folder import CheckpointConfig
     from megatron_ft.models.activation_swap import swap_activation
     from megatron_ft.models.architecture import padded_vocab_size
@@ -231,6 +232,7 @@ def _checkpoint_config(
         tokenizer=tokenizer.info() if tokenizer is not None else {},
         chat_format=options.chat_format,
         versions={name: version(name) for name in ("megatron_ft", "torch", "safetensors")},
+        card=carried_entries(Path(options.input_dir)),
     )
 
 

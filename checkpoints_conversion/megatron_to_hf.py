@@ -77,6 +77,7 @@ def convert(options: MegatronToHf) -> Report | AdapterReport:
     started = time.monotonic()
     check_folders(options, options.overwrite, set(), _marker(options))
     # Imported here, so that --help and the checks above do not wait for torch.
+    from checkpoints_conversion.card_prompt import prompt_section
     from checkpoints_conversion.megatron_source import open_megatron
     from checkpoints_conversion.quantised_export import check_options, export_quantised
 
@@ -90,6 +91,9 @@ def convert(options: MegatronToHf) -> Report | AdapterReport:
     if options.base_model_name:
         raise ConfigError("--base_model_name is for an exported adapter: add --adapter_only, or drop it")
     source = open_megatron(Path(options.input_dir), options)
+    prompt_section(
+        source.config, source.tokenizer, options.system
+    )  # a mistake in it is found before weights are written
     trained = source.config.iteration != "release"
     problem = _certificate_problem(source.folder, trained, options.require_certificate)
     if options.quantize:
@@ -117,6 +121,8 @@ class _Target(Protocol):
     def params_dtype(self) -> Any: ...
     @property
     def overwrite(self) -> bool: ...
+    @property
+    def system(self) -> str | None: ...
 
 
 def write_model(source: Opened, options: _Target, max_shard_size: str, started: float, certified: bool) -> Report:
@@ -145,7 +151,7 @@ def write_model(source: Opened, options: _Target, max_shard_size: str, started: 
         )
         write_index(export, units)
         write_words(source, export, family_of(arch).to_hf(arch, HF_NAMES[dtype]))
-        card = model_card(target.name, config, dtype, source.folder, certified, source.onto)
+        card = model_card(target.name, source, dtype, export, certified, options.system)
         (export / MODEL_CARD).write_text(card, encoding="utf-8")
         seal(export, weights, but=[MODEL_CARD])
     parameters, tensors = count(arch, rules)

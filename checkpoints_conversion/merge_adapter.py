@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from checkpoints_conversion.options import CheckpointSource, Folders, Written, check_folders
+from checkpoints_conversion.options import CheckpointSource, Folders, Recommended, Written, check_folders
 from megatron_ft.config.cli import Command, run_script
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Merge(CheckpointSource, Written, Folders):
+class Merge(Recommended, CheckpointSource, Written, Folders):
     """Adapters and result"""
 
     input_dir: str = field(metadata={"required": True})
@@ -54,11 +54,15 @@ def merge(options: Merge) -> Report:
     started = time.monotonic()
     check_folders(options, options.overwrite, set(), "config.json")
     # Imported here, so that --help and the checks above do not wait for torch.
+    from checkpoints_conversion.card_prompt import prompt_section
     from checkpoints_conversion.megatron_to_hf import write_model
     from checkpoints_conversion.merged import open_merged
     from checkpoints_conversion.onto import IN_WORDS
 
     source = open_merged(Path(options.input_dir), options.base, options, options.params_dtype, options.onto)
+    prompt_section(
+        source.config, source.tokenizer, options.system
+    )  # a mistake in it is found before weights are written
     report = write_model(source, options, options.max_shard_size, started, certified=False)
     return replace(report, note=f"merged onto {IN_WORDS[source.onto]}") if source.onto else report
 

@@ -1,14 +1,20 @@
-"""README.md of an export: its origin and an example of its use."""
+"""README.md of an export: its origin, its training, its prompts, an example of its use, and servers that load it."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints_conversion.card_data import front_matter
+from checkpoints_conversion.card_prompt import prompt_messages, prompt_section
+from checkpoints_conversion.card_training import settings_of, training_rows
 from checkpoints_conversion.certificate import NAME
 from checkpoints_conversion.compare_nf4 import in_words
+from checkpoints_conversion.megatron_source import Opened
 from checkpoints_conversion.onto import IN_WORDS, Onto
+from checkpoints_conversion.serving import serving
 from megatron_ft.checkpoints.folder import TRAINED_ON, CheckpointConfig
 from megatron_ft.errors import CheckpointError
 from megatron_ft.files import read_json
@@ -19,36 +25,10 @@ from megatron_ft.models.dtypes import HF_NAMES
 MODEL_CARD = "README.md"
 """It has no digest, because owners of the model may edit it."""
 _CHAT = """\
-messages = [{{"role": "user", "content": "What colour is a plum?"}}]
+messages = {messages}
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 _PLAIN = """\
 inputs = tokenizer("A plum is", return_tensors="pt")"""
-_CARD = """\
----
-library_name: {library}
-pipeline_tag: text-generation{base_entry}
----
-
-# {name}
-
-Exported from a Megatron checkpoint by megatron_ft.
-
-| | |
-|---|---|
-| base model | {base} |
-| iteration | {iteration} |
-| architecture | {family}, {layers} layers, hidden size {hidden}, {heads} heads, {groups} key-value groups |{activation}
-| vocabulary | {vocab} tokens |
-| positions | {positions} |
-| chat format | {chat_format} |
-| weights | {dtype} |{quantised}
-| trained as | TP {tp} x PP {pp}, format {ckpt_format} |
-| trained on | {data} |
-| parity with transformers | {parity} |
-| made with | {versions} |
-
-{example}
-"""
 _TRANSFORMERS = """\
 ```python
 {before}from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,6 +58,12 @@ class Quantised:
     perplexity: str
     error: str
     falcon: bool
+    kind: str
+    """The tag of its format on the Hub."""
+
+    def rows(self) -> dict[str, str]:
+        """Return its rows in the card."""
+        return {"quantised": self.how, "perplexity": self.perplexity, "error": self.error}
 
     def in_short(self) -> str:
         """Return how much was lost, for the report of the command."""
@@ -87,65 +73,87 @@ class Quantised:
 
 def model_card(
     name: str,
-    config: CheckpointConfig,
+    source: Opened,
     dtype: str,
-    folder: Path,
+    export: Path,
     certified: bool,
-    onto: Onto | None = None,
+    system: str | None = None,
     quantised: Quantised | None = None,
     example: str | None = None,
 ) -> str:
-    """Return the text. name: the export's folder. dtype: of the exported weights. folder: the checkpoint's. certified: the checkpoint has
-    a valid certificate. onto: see onto.py. quantised: how the linears are, else None. example: of its use;
-    default: with transformers."""
+    """Return the text. name: the export's folder, which `export` will be. dtype: of the exported weights. certified: the checkpoint has a
+    valid certificate. system: the recommended system message. quantised: how the linears are, else None. example: of its use; default: with
+    transformers. Raise ConfigError for a system message that the chat template does not take."""
+    config, folder = source.config, source.folder
+    settings = settings_of(folder)
+    base = str(config.architecture.hf.get("_name_or_path") or "")
+    kind = quantised.kind if quantised else None
+    head = front_matter(config, folder, "gguf" if example else "transformers", base, settings, kind, lora=False)
+    rows = _about(config, dtype, folder, certified, base, source.onto, quantised)
+    prompt = prompt_section(config, source.tokenizer, system)
+    parts = [
+        f"{head}\n# {name}",
+        "Exported from a Megatron checkpoint by megatron_ft.",
+        table(rows),
+        training_section(folder, settings),
+        prompt,
+        f"## Use\n\n{example or _with_transformers(name, bool(prompt), quantised, system)}",
+        f"## Serve\n\n{serving(export, name).markdown()}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def training_section(folder: Path, settings: dict[str, Any]) -> str:
+    """Return the section about the training of a checkpoint; "" if nothing is recorded."""
+    rows = training_rows(folder, settings)
+    return f"## Training\n\n{table(rows)}" if rows else ""
+
+
+def table(rows: dict[str, str]) -> str:
+    """Return a table of two columns without a head."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+
+
+def _about(
+    config: CheckpointConfig, dtype: str, folder: Path, certified: bool, base: str, onto: Onto | None,
+    quantised: Quantised | None,
+) -> dict[str, str]:  # fmt: skip
     arch = config.architecture
-    base = str(arch.hf.get("_name_or_path") or "")
-    return _CARD.format(
-        name=name,
-        library="gguf" if example else "transformers",
-        base=base or "not recorded",
-        base_entry=f"\nbase_model: {base}" if "/" in base else "",  # the hub accepts only owner/name
-        iteration=config.iteration,
-        family=arch.family,
-        layers=arch.num_layers,
-        hidden=arch.hidden_size,
-        heads=arch.num_attention_heads,
-        groups=arch.num_query_groups,
-        activation=_activation(arch),
-        vocab=arch.vocab_size,
-        positions=arch.max_position_embeddings,
-        chat_format=config.chat_format or "none recorded",
-        dtype=HF_NAMES[dtype] + _origin(config, onto),
-        data=_data(folder),
-        quantised=_rows(quantised) if quantised else "",
-        parity=_parity(folder) if certified else "not certified; megatron-ft verify compares weights and logits",
-        tp=config.tensor_model_parallel_size,
-        pp=config.pipeline_model_parallel_size,
-        ckpt_format=config.ckpt_format,
-        versions=", ".join(f"{library} {version}" for library, version in config.versions.items()) or "not recorded",
-        example=example or _with_transformers(name, config, quantised),
-    )
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    return {
+        "base model": base or "not recorded",
+        "iteration": str(config.iteration),
+        "architecture": f"{arch.family}, {arch.num_layers} layers, hidden size {arch.hidden_size}, {arch.num_attention_heads} heads, "
+        f"{arch.num_query_groups} key-value groups",
+        **_activation(arch),
+        "vocabulary": f"{arch.vocab_size} tokens",
+        "positions": str(arch.max_position_embeddings),
+        "chat format": config.chat_format or "none recorded",
+        "weights": HF_NAMES[dtype] + _origin(config, onto),
+        **(quantised.rows() if quantised else {}),
+        "trained as": f"TP {tp} x PP {pp}, format {config.ckpt_format}",
+        "trained on": _data(folder),
+        "parity with transformers": _parity(folder)
+        if certified
+        else "not certified; megatron-ft verify compares weights and logits",
+        "made with": ", ".join(f"{library} {version}" for library, version in config.versions.items())
+        or "not recorded",
+    }
 
 
-def _with_transformers(name: str, config: CheckpointConfig, quantised: Quantised | None) -> str:
+def _with_transformers(name: str, chats: bool, quantised: Quantised | None, system: str | None) -> str:
+    messages = json.dumps(prompt_messages(system), ensure_ascii=False)
     return _TRANSFORMERS.format(
         name=name,
         before=_FALCON if quantised and quantised.falcon else "",
-        ask=_CHAT.format() if config.chat_format else _PLAIN,
+        ask=_CHAT.format(messages=messages) if chats else _PLAIN,
     )
 
 
-def _activation(arch: Architecture) -> str:
+def _activation(arch: Architecture) -> dict[str, str]:
     """Return a row about a swapped activation, or nothing."""
     swap, entry = swap_of(arch), entry_of(arch)
-    if not swap:
-        return ""
-    return f"\n| activation | {swap.after} in place of {swap.before} (config.json: {entry.key}) |"
-
-
-def _rows(quantised: Quantised) -> str:
-    rows = {"quantised": quantised.how, "perplexity": quantised.perplexity, "error": quantised.error}
-    return "".join(f"\n| {name} | {text} |" for name, text in rows.items())
+    return {"activation": f"{swap.after} in place of {swap.before} (config.json: {entry.key})"} if swap else {}
 
 
 def _origin(config: CheckpointConfig, onto: Onto | None) -> str:

@@ -62,7 +62,15 @@ class CheckpointSource:
 
 
 @dataclass(frozen=True)
-class Export(CheckpointSource, Written, Folders):
+class Recommended:
+    """Model card"""
+
+    system: str | None = None
+    """System message that the model card recommends: in its example of a prompt, and in that of its use."""
+
+
+@dataclass(frozen=True)
+class Export(Recommended, CheckpointSource, Written, Folders):
     """Source and result"""
 
 

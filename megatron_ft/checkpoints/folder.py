@@ -65,14 +65,18 @@ class CheckpointConfig:
     """How the linears are quantised; None: they are not."""
     adapter: dict[str, Any] | None = None
     """Not None: the checkpoint holds only adapters, with these values, and names the model that they belong to (adapters/spec.py)."""
+    card: dict[str, Any] | None = None
+    """Licence and languages in the model card of the base, which the card of an export repeats; None: it had none."""
 
 
 def write_config(folder: Path, config: CheckpointConfig) -> None:
     entries = {**asdict(config), "architecture": config.architecture.to_dict()}
-    for name in ("adapter", "quantization"):  # only few checkpoints have them; earlier versions read the others
+    for name in ("adapter", "quantization", "card"):  # not all checkpoints have them; earlier versions read the others
         del entries[name]
     if config.adapter is not None:
         entries["adapter"] = config.adapter
+    if config.card:
+        entries["card"] = config.card
     if config.quantization:
         entries["quantization"] = config.quantization.to_dict()
     write_json(Path(folder) / CONFIG, entries)
@@ -90,9 +94,13 @@ def read_config(folder: Path) -> CheckpointConfig:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version}, this version reads {FORMAT_VERSION}")
     try:
-        newer = ("digested", "adapter", "quantization")  # not in checkpoints of earlier versions
+        newer = ("digested", "adapter", "quantization", "card")  # not in checkpoints of earlier versions
         known = {f.name: data[f.name] for f in fields(CheckpointConfig) if f.name not in newer}
-        known |= {"digested": bool(data.get("digested", False)), "adapter": data.get("adapter")}
+        known |= {
+            "digested": bool(data.get("digested", False)),
+            "adapter": data.get("adapter"),
+            "card": data.get("card"),
+        }
         if "quantization" in data:
             known["quantization"] = Quantization.from_dict(data["quantization"])
         config = CheckpointConfig(**{**known, "architecture": Architecture.from_dict(data["architecture"])})
@@ -122,6 +130,8 @@ def _check_entries(config: CheckpointConfig) -> None:
         raise CheckpointError(f"iteration {iteration!r}: must be release or a number")
     if not isinstance(config.adapter, dict | None):
         raise CheckpointError(f"adapter {str(config.adapter)[:40]!r}: must be a list of entries, or absent")
+    if not isinstance(config.card, dict | None):
+        raise CheckpointError(f"card {str(config.card)[:40]!r}: must be a list of entries, or absent")
     if not isinstance(config.tokenizer, dict) or not isinstance(config.chat_format, str | None):
         raise CheckpointError("tokenizer or chat_format is of another type than it should be")
 

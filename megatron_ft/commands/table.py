@@ -63,6 +63,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
             "checkpoints_conversion.merge_adapter",
             "write a model with its adapters for Hugging Face",
         ),
+        "serve": Entry("checkpoints_conversion.serve", "print which servers load an export, with their commands"),
     },
     "Evaluate": {
         "evaluate perplexity": Entry(

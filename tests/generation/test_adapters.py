@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints_conversion.hf_to_megatron import HfToMegatron, convert
@@ -172,6 +173,14 @@ def test_the_exported_adapter_has_its_tokenizer(place, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
     assert json.loads((tmp_path / "out" / "adapter_base.json").read_text()).keys() == {"fp32", "bf16", "fp16"}
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.base_model, card.data["base_model_relation"], card.data.library_name) == (
+        "me/mine",
+        "adapter",
+        "peft",
+    )
+    assert "vllm serve me/mine --enable-lora --max-lora-rank 8 --lora-modules out=out\n" in card.text
+    assert "| learning rate | 0.05 |" in card.text and "<|im_start|>user\nWhat colour is a plum?<|im_end|>" in card.text
 
 
 @pytest.fixture
