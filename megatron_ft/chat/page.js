@@ -90,7 +90,12 @@ async function ask(text) {
   });
   $("talk").scrollTop = $("talk").scrollHeight;
   for (let model = 0; model < models.length; model++) {
-    if (running.signal.aborted || await answer(model, boxes[model], running.signal)) continue;
+    if (running.signal.aborted) {  // stopped before this model's turn: the roles still alternate
+      turns[model].push({role: "assistant", content: ""});
+      add(boxes[model], "note", "not asked");
+      continue;
+    }
+    if (await answer(model, boxes[model], running.signal)) continue;
     turn.classList.add("failed");
     takeBack();  // a question that failed is asked again as a whole
     $("text").value = $("text").value || text;

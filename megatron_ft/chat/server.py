@@ -180,8 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if origin is not None and origin != f"http://{host}":
             return False
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            return False
+        if self.command == "POST" and self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            return False  # a link elsewhere may lead to the page
         try:
             return urlsplit(f"//{host}").hostname in HERE
         except ValueError:

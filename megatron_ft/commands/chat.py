@@ -78,6 +78,8 @@ COMMAND = Command(
     common=(
         "load: folder of a checkpoint or of an export",
         "adapter",
+        "compare",
+        "web",
         "system",
         "chat_format",
         "max_new_tokens",
@@ -108,7 +110,7 @@ def run(chat: Chat, parallel: GenerationLayout, processes: Processes) -> int:
                 _serve(chat, models) if chat.web else _talk(chat, models)
 
     asked = [Asked(load, adapter, chat.bf16) for load, adapter in _models(chat)]
-    return in_layout(work, asked, parallel, processes, reads_input=not chat.web)
+    return in_layout(work, asked, parallel, processes, reads_input=not chat.web, together=True)
 
 
 def check_web(chat: Chat) -> None:

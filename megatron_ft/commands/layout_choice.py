@@ -58,9 +58,12 @@ class Asked:
     length: int | None = None
 
 
-def sizes_for(models: Sequence[Asked], given: GenerationLayout, processes: Processes) -> tuple[int, int]:
+def sizes_for(
+    models: Sequence[Asked], given: GenerationLayout, processes: Processes, together: bool = False
+) -> tuple[int, int]:
     """Return TP and PP: the given ones, else those that all models load in. A launcher of a given number of processes chooses none.
 
+    together: all models are in memory at once.
     Raise ConfigError where no layout fits, or where two models are bound to different ones.
     """
     from megatron_ft.launch.places import is_rank
@@ -73,7 +76,7 @@ def sizes_for(models: Sequence[Asked], given: GenerationLayout, processes: Proce
         return sizes[0] or 1, sizes[1] or 1
     if processes.nproc_per_node is not None and not is_rank():
         return 1, 1
-    return bound_layout(models) or _fitting(models)
+    return bound_layout(models) or _fitting(models, together)
 
 
 def bound_layout(models: Sequence[Asked]) -> tuple[int, int] | None:
@@ -123,7 +126,7 @@ def stored(asked: Asked) -> CheckpointConfig | None:
     return config if config.adapter is None else describe(find_base(config, folder, asked.load if adapter else None))
 
 
-def _fitting(models: Sequence[Asked]) -> tuple[int, int]:
+def _fitting(models: Sequence[Asked], together: bool) -> tuple[int, int]:
     """Return the smallest layout that all models fit into; (1, 1) on a CPU."""
     from megatron_ft import device
     from megatron_ft.engine.parallel import world_size
@@ -136,7 +139,7 @@ def _fitting(models: Sequence[Asked]) -> tuple[int, int]:
     most = world_size() if is_rank() else len(memories)
     counts = [n for n in range(1, most + 1) if not is_rank() or most % n == 0]
     readers = [_reader(one) for one in models]
-    if (found := smallest_layout(readers, counts, len(memories), min(memories))) is None:
+    if (found := smallest_layout(readers, counts, len(memories), min(memories), together)) is None:
         raise ConfigError(
             f"{models[0].load}: the model and a batch fit into no layout of {most} GPU(s) with {min(memories) / 1e9:.0f} GB: give --bf16, "
             f"a smaller --batch_size, shorter texts or more GPUs; or the sizes of a layout, to try it all the same"

@@ -61,15 +61,17 @@ class Reader:
 
 
 def smallest_layout(
-    readers: Iterable[Reader], counts: Iterable[int], gpus_per_node: int, memory: int
+    readers: Iterable[Reader], counts: Iterable[int], gpus_per_node: int, memory: int, together: bool = False
 ) -> tuple[int, int] | None:
     """Return TP and PP of the fewest GPUs, of the given counts, into which every reader fits; of several the largest TP. None: none.
 
-    memory: bytes of a GPU. Tensor parallelism stays within a node.
+    memory: bytes of a GPU. Tensor parallelism stays within a node. together: all are in memory at once, else one after the other.
     """
     readers = list(readers)
+    gather = sum if together else max
     for count in sorted(counts):
         for tp in (n for n in range(min(count, gpus_per_node), 0, -1) if count % n == 0):
-            if all(one.divides(tp, count // tp) and one.memory(tp, count // tp) <= memory for one in readers):
-                return tp, count // tp
+            pp = count // tp
+            if all(one.divides(tp, pp) for one in readers) and gather(one.memory(tp, pp) for one in readers) <= memory:
+                return tp, pp
     return None

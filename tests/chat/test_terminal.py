@@ -168,8 +168,9 @@ class Terminal:
         self.wait("> ")
         self.type("\x04")
         self.wait("left")
+        code = self.process.wait(60)
         os.close(self.end)
-        return self.process.wait(30)
+        return code
 
 
 def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat(tmp_path):

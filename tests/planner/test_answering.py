@@ -33,6 +33,8 @@ def test_fewest_gpus_and_of_several_layouts_the_largest_tp():
     assert smallest_layout([reader], range(1, 9), 8, one) == (1, 1)
     assert smallest_layout([reader], range(1, 9), 8, one - 1) == (2, 1)
     assert smallest_layout([reader], range(1, 9), 1, max(half, reader.memory(1, 2))) == (1, 2)
+    assert smallest_layout([reader, reader], range(1, 9), 8, one) == (1, 1)  # one after the other
+    assert smallest_layout([reader, reader], range(1, 9), 8, 2 * half, together=True) == (2, 1)
     assert smallest_layout([reader], [1, 2], 8, int(RESERVE)) is None
 
 
