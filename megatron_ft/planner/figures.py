@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.families import family_of
+from megatron_ft.models.pipeline import split_beside
 from megatron_ft.models.quantised import is_quantised
 from megatron_ft.planner.known import Gpu
-from megatron_ft.planner.memory import Job, parameters
+from megatron_ft.planner.memory import Job, adapter_sizes, distinct_stages, kind_of_stage, parameters, recomputed_share
 from megatron_ft.quantization.sizes import bytes_on_disk
 
 EFFICIENCY = 0.45
@@ -31,21 +32,80 @@ def whole_model(arch: Architecture) -> int:
     return count - padding * arch.hidden_size * (1 if arch.tied_embeddings else 2)
 
 
-def flops(arch: Architecture, job: Job) -> float:
-    """Return the floating-point operations of a step: 6 per parameter and token, attention's products, and recomputation.
+@dataclass(frozen=True)
+class _Forward:
+    """Floating-point operations of a forward pass for one token: of a layer's matrices, of its MLP's, of its attention, of the logits.
 
-    A frozen parameter takes 4: there is no product for its gradient.
+    Narayanan et al. 2021 (Efficient Large-Scale Language Model Training), section 5.1: 2 per weight, and 2 s h in attention over a causal
+    row of s positions.
     """
-    tokens = job.global_batch * job.seq_length
-    embedding = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size  # a lookup, no matrix product
-    matrices = (4 if job.lora or job.nf4 else 6) * (whole_model(arch) - embedding) * tokens
-    matrices += 6 * job.lora.parameters(arch) * tokens if job.lora else 0
-    attention = (
-        6 * arch.num_layers * arch.num_attention_heads * arch.head_dim * job.seq_length * tokens
-    )  # causal: half the square
-    forward = matrices / 2 + attention / 3 if job.nf4 else (matrices + attention) / 3
-    again = {"none": 0.0, "selective": attention / 3, "full": forward}[job.recompute]
-    return matrices + attention + again
+
+    matrices: int
+    mlp: int
+    attention: int
+    logits: int
+
+    @property
+    def layer(self) -> int:
+        return self.matrices + self.attention
+
+
+def _forward(arch: Architecture, seq_length: int) -> _Forward:
+    matrices = 2 * parameters(arch, 1, 1, False, False)
+    mlp = 2 * (3 if arch.gated else 2) * arch.hidden_size * arch.ffn_hidden_size
+    attention = 2 * arch.num_attention_heads * arch.head_dim * seq_length
+    return _Forward(matrices, mlp, attention, 2 * arch.vocab_size * arch.hidden_size)
+
+
+def _stage_flops(arch: Architecture, job: Job, number: int, layers: float) -> float:
+    """Return the operations of a stage with so many layers for one token: forward, twice as many backward, what is computed again, and the
+    teacher's forward. A frozen matrix has no product for its gradient.
+    """
+    one, last = _forward(arch, job.seq_length), number == job.pp - 1
+    passes = 2 if job.lora or job.nf4 else 3
+    done = layers * (passes * one.matrices + 3 * one.attention + _again(one, job, number)) + last * passes * one.logits
+    own = len(job.split.layers_of(number))
+    done += 6 * sum(adapter_sizes(arch, job, number)) * job.tp * layers / own if job.lora and own else 0
+    if job.teacher:
+        theirs = _forward(job.teacher, job.seq_length)
+        done += _teacher_layers(arch, job, number) * theirs.layer + last * theirs.logits
+    return done
+
+
+def _again(one: _Forward, job: Job, number: int) -> float:
+    """Return what recomputation adds to a layer of a stage, on average (Korthikanti et al. 2022, section 5)."""
+    if job.recompute == "full":
+        return recomputed_share(job, number) * one.layer
+    if job.recompute == "none":
+        return 0.0
+    return one.attention * ("core_attn" in job.recompute_modules) + one.mlp * ("mlp" in job.recompute_modules)
+
+
+def _teacher_layers(arch: Architecture, job: Job, number: int) -> int:
+    assert job.teacher is not None
+    return len(split_beside(job.split, arch.num_layers, job.teacher.num_layers).layers_of(number))
+
+
+def flops(arch: Architecture, job: Job) -> float:
+    """Return the floating-point operations of a step, over all stages."""
+    return job.global_batch * job.seq_length * sum(_stages_flops(arch, job))
+
+
+def _stages_flops(arch: Architecture, job: Job) -> list[float]:
+    found: dict[tuple[int, int], float] = {}
+    for number, kind in enumerate(kinds := [kind_of_stage(job, number) for number in range(job.pp)]):
+        if kind not in found:
+            found[kind] = _stage_flops(arch, job, number, kind[0])
+    return [found[kind] for kind in kinds]
+
+
+def _busiest(arch: Architecture, job: Job) -> float:
+    """Return the operations of the stage for which all others wait. Interleaved stages wait for the largest of all chunks in every turn."""
+    turns, largest = job.split.virtual_size, max(len(chunk) for stage in job.split.chunks for chunk in stage)
+    sizes = {number: len(job.split.layers_of(number)) for number in distinct_stages(job)}
+    return max(
+        _stage_flops(arch, job, number, turns * largest if turns > 1 else size) for number, size in sizes.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -62,10 +122,16 @@ class Time:
 
 
 def step_time(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -> Time:
-    """Estimate a step: compute at EFFICIENCY of the peak, bubble, communication without overlap. For comparing layouts only."""
-    compute = flops(arch, job) / (job.gpus * gpu.tflops * 1e12 * EFFICIENCY * _shape_efficiency(arch, job))
-    waiting = compute * bubble(job) / (1 - bubble(job))
-    return Time(compute, waiting, _communication(arch, job, gpu, gpus_per_node))
+    """Estimate a step: compute at EFFICIENCY of the peak, bubble, communication without overlap. For comparing layouts only.
+
+    compute: of a GPU on average. All stages wait for the one with the most work: its layers, the logits on the last.
+    """
+    each = _stages_flops(arch, job)
+    tokens = job.global_batch * job.seq_length
+    speed = gpu.tflops * 1e12 * EFFICIENCY * _shape_efficiency(arch, job)
+    compute = tokens * sum(each) / (job.gpus * speed)
+    slowest = compute * _busiest(arch, job) * job.pp / sum(each)
+    return Time(compute, slowest / (1 - bubble(job)) - compute, _communication(arch, job, gpu, gpus_per_node))
 
 
 def _shape_efficiency(arch: Architecture, job: Job) -> float:
@@ -75,22 +141,55 @@ def _shape_efficiency(arch: Architecture, job: Job) -> float:
 
 
 def _communication(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -> float:
-    """Return the seconds of communication. Tensor parallel: four all-reduces of the residual per layer and microbatch, six with
-    recomputed layers; sequence parallelism sends as many bytes, as gathers and scatters. Data parallel: the gradients once per step.
-    Pipeline: the residual. Context parallel: not counted.
+    """Return the seconds of communication, of which none is hidden behind computation."""
+    near, far = gpu.link * 1e9, BETWEEN_NODES * 1e9
+    edge = near if job.gpus <= gpus_per_node else far
+    tensor = _tensor_bytes(arch, job) / (near if job.tp <= gpus_per_node else far)
+    context = _context_bytes(arch, job) / (near if job.tp * job.cp <= gpus_per_node else far)
+    return tensor + context + (_pipeline_bytes(arch, job) + _gradient_bytes(arch, job)) / edge
+
+
+def _residual(arch: Architecture, job: Job) -> int:
+    return job.positions * job.micro_batch * arch.hidden_size * job.width
+
+
+def _tensor_bytes(arch: Architecture, job: Job) -> float:
+    """Return the bytes of a step's all-reduces of the residual: four per layer and microbatch (Shoeybi et al. 2019), two more where the
+    layer is computed again, one more where its MLP is; two per layer of a teacher. Sequence parallelism sends as many bytes, as gathers
+    and scatters.
     """
-    residual = job.positions * job.micro_batch * arch.hidden_size * job.width
-    layers = -(-arch.num_layers // job.pp)
-    link = (gpu.link if job.tp <= gpus_per_node else BETWEEN_NODES) * 1e9
-    sums = 6 if job.recompute == "full" else 4
-    tensor = sums * 2 * residual * (job.tp - 1) / job.tp / link * layers * job.microbatches if job.tp > 1 else 0.0
-    shared = job.tp if job.sequence_parallel else 1
-    edge = (gpu.link if job.gpus <= gpus_per_node else BETWEEN_NODES) * 1e9
+    if job.tp == 1:
+        return 0.0
+    mlp = job.recompute == "selective" and "mlp" in job.recompute_modules
+    most = 0.0
+    for number in distinct_stages(job):
+        sums = 4 + 2 * recomputed_share(job, number) + mlp
+        sent = sums * len(job.split.layers_of(number)) * _residual(arch, job)
+        if job.teacher:
+            sent += 2 * _teacher_layers(arch, job, number) * _residual(job.teacher, job)
+        most = max(most, sent)
+    return 2 * most * (job.tp - 1) / job.tp * job.microbatches
+
+
+def _context_bytes(arch: Architecture, job: Job) -> float:
+    """Return the bytes of keys and values that pass around the ring: once forward, twice backward (Liu et al. 2023, Ring Attention)."""
+    groups = max(1, arch.num_query_groups // job.tp)
+    keys = 2 * job.positions * job.micro_batch * groups * arch.head_dim * job.width
+    layers = max(len(job.split.layers_of(number)) for number in range(job.pp))
+    return 3 * keys * (job.cp - 1) * layers * job.microbatches
+
+
+def _pipeline_bytes(arch: Architecture, job: Job) -> float:
+    """Return the bytes of the residual, and a teacher's, that pass from stage to stage and back."""
     passes = 2 * job.microbatches * job.split.virtual_size if job.pp > 1 else 0
-    pipeline = passes * residual / shared / edge
+    residual = _residual(arch, job) + (_residual(job.teacher, job) if job.teacher else 0)
+    return passes * residual / (job.tp if job.sequence_parallel else 1)
+
+
+def _gradient_bytes(arch: Architecture, job: Job) -> float:
+    """Return the bytes of the gradients' reduction over the replicas, once a step."""
     trained = job.lora.parameters(arch) if job.lora else 0 if job.nf4 else whole_model(arch)
-    gradients = 2 * 4 * trained / (job.tp * job.pp) * (job.replicas - 1) / job.replicas / edge
-    return tensor + pipeline + gradients
+    return 2 * 4 * trained / (job.tp * job.pp) * (job.replicas - 1) / job.replicas
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""Known models, with the values of their published config.json, and known GPUs. Data only."""
+"""Known models and GPUs by name, and models from files."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,47 +15,7 @@ from megatron_ft.errors import ConfigError
 from megatron_ft.files import read_json
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.families import parse_hf_config
-
-
-def _llama(
-    layers: int, hidden: int, heads: int, groups: int, ffn: int, vocab: int, positions: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
-        "num_key_value_heads": groups, "intermediate_size": ffn, "vocab_size": vocab, "max_position_embeddings": positions,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, **more,
-    }  # fmt: skip
-
-
-def _falcon(layers: int, hidden: int, heads: int, groups: int, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": "falcon", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
-        "num_kv_heads": groups, "vocab_size": 65024, "max_position_embeddings": 2048, "new_decoder_architecture": True,
-        "parallel_attn": True, "multi_query": True, "alibi": False, "bias": False, **more,
-    }  # fmt: skip
-
-
-_LLAMA3 = {"rope_theta": 500000.0}
-_QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
-
-MODELS: dict[str, dict[str, Any]] = {
-    "llama2-7b": _llama(32, 4096, 32, 32, 11008, 32000, 4096),
-    "llama2-13b": _llama(40, 5120, 40, 40, 13824, 32000, 4096),
-    "llama2-70b": _llama(80, 8192, 64, 8, 28672, 32000, 4096),
-    "codellama-34b": _llama(48, 8192, 64, 8, 22016, 32000, 16384, rope_theta=1000000.0),
-    "llama3-8b": _llama(32, 4096, 32, 8, 14336, 128256, 8192, **_LLAMA3),
-    "llama3-70b": _llama(80, 8192, 64, 8, 28672, 128256, 8192, **_LLAMA3),
-    "mistral-7b": _llama(32, 4096, 32, 8, 14336, 32000, 32768, model_type="mistral", sliding_window=4096),
-    "qwen2.5-0.5b": _llama(24, 896, 14, 2, 4864, 151936, 32768, **_QWEN, ) | {"tie_word_embeddings": True},
-    "qwen2.5-7b": _llama(28, 3584, 28, 4, 18944, 152064, 32768, **_QWEN),
-    "qwen2.5-14b": _llama(48, 5120, 40, 8, 13824, 152064, 32768, **_QWEN),
-    "qwen2.5-32b": _llama(64, 5120, 40, 8, 27648, 152064, 32768, **_QWEN),
-    "qwen2.5-72b": _llama(80, 8192, 64, 8, 29568, 152064, 32768, **_QWEN),
-    "falcon-7b": _falcon(32, 4544, 71, 1, new_decoder_architecture=False),
-    "falcon-40b": _falcon(60, 8192, 128, 8),
-    "falcon-180b": _falcon(80, 14848, 232, 8, tie_word_embeddings=False),
-}  # fmt: skip
-"""Name -> Hugging Face config."""
+from megatron_ft.planner.published import MODELS
 
 
 @dataclass(frozen=True)
@@ -73,33 +36,77 @@ GPUS: dict[str, Gpu] = {
 """Source: the manufacturers' data sheets; memory as the driver reports it."""
 
 
+_SAME = re.compile(r"-(instruct|chat|base|hf|it)\b")
+"""Parts of names of models that differ in their weights only."""
+
+
 def architecture(model: str) -> Architecture:
     """Return the architecture of a known name, a Hugging Face config.json or its folder, or a checkpoint.
 
-    Raise ConfigError with the known names.
+    A file or folder comes before other spellings of a name: meta-llama/Llama-3.1-8B-Instruct, llama3.1-8, any case. Raise ConfigError
+    with the known names.
     """
-    if model.lower() in MODELS:
-        return parse_hf_config(MODELS[model.lower()])[1]
     path = Path(model)
+    if model.lower() not in MODELS and (path.exists() or _is_place(path)):
+        return _read(path)
+    return parse_hf_config(MODELS[_only(model, MODELS, "model")])[1]
+
+
+def _is_place(path: Path) -> bool:
+    """Return whether this can only be a path: a file name, more than owner/name, or beside other files."""
+    return path.suffix == ".json" or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.exists())
+
+
+def _read(path: Path) -> Architecture:
+    if not path.exists():
+        raise ConfigError(f"model {path}: no such file or folder; a name would be one of {_listed(MODELS)}")
     file = path / CONFIG if path.is_dir() else path
-    if file.is_file():
-        config = read_json(file)
-        if isinstance(config, dict) and "architecture" in config:
-            return read_config(file.parent).architecture
-        return parse_hf_config(config)[1]
-    if path.is_dir():
+    if not file.is_file():
         return describe(find_checkpoint(path)).architecture
-    hint = nearest(model.lower(), list(MODELS))
-    raise ConfigError(
-        f"{model}: no such file, and no known model of this name{hint}; known models: {', '.join(MODELS)}"
-    )
+    config = read_json(file)
+    if isinstance(config, dict) and "architecture" in config:
+        return read_config(file.parent).architecture
+    return parse_hf_config(config)[1]
+
+
+CPU = "cpu"
+"""In place of a GPU: this machine's processors and memory. How fast they are is not known."""
 
 
 def gpu(name: str) -> Gpu:
-    """Return a known GPU. Raise ConfigError with the known names."""
-    if name.lower() not in GPUS:
-        hint = nearest(name.lower(), list(GPUS))
-        raise ConfigError(
-            f"--gpu {name} is not known{hint}; choose one of {', '.join(GPUS)}, and set --gpu_memory_gb if needed"
-        )
-    return GPUS[name.lower()]
+    """Return a known GPU, or this machine's memory. Raise ConfigError as gpu_name."""
+    if (whole := gpu_name(name)) == CPU:
+        return Gpu(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1, 1)
+    return GPUS[whole]
+
+
+def gpu_name(name: str) -> str:
+    """Return the whole name of a known GPU, for any beginning that no other has. Raise ConfigError with the known names."""
+    return _only(name, {**GPUS, CPU: None}, "--gpu")
+
+
+def _plain(name: str) -> str:
+    """Return a name without what spellings of it differ in: owner, case, hyphens, kind of fine-tuning."""
+    last = _SAME.sub("", name.rpartition("/")[2].lower()).removeprefix("meta-")
+    return re.sub(r"[-_ ]", "", last)
+
+
+def _only(name: str, known: Mapping[str, Any], kind: str) -> str:
+    """Return the known name that is spelt like `name`, or the only one that begins so. Raise ConfigError without one."""
+    plain = {_plain(one): one for one in known}
+    begins = [whole for start, whole in plain.items() if start.startswith(_plain(name))]
+    if _plain(name) in plain or len(begins) == 1:
+        return plain.get(_plain(name), begins[0])
+    if _plain(name) and begins:
+        raise ConfigError(f"{kind} {name} may be one of {_listed(begins)}: give more of the name")
+    hint = nearest(name.lower(), known)
+    what = "no such file, and no known model of this name" if kind == "model" else "not known"
+    raise ConfigError(f"{kind} {name}: {what}{hint}; known: {_listed(known)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return names as text, those that begin alike together: llama2-7b/13b."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.partition("-")[0], []).append(name.partition("-")[2])
+    return ", ".join(f"{start}-{'/'.join(ends)}".rstrip("-") for start, ends in found.items())

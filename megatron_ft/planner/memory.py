@@ -21,6 +21,7 @@ from megatron_ft.quantization.sizes import bits_in_memory
 from megatron_ft.shares import deal
 
 Recompute = Literal["none", "selective", "full"]
+Method = Literal["uniform", "block"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 RESERVE = 3e9
 """Assumed bytes for the driver's context, communication buffers and fragmentation."""
@@ -39,6 +40,11 @@ class Job:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     recompute: Recompute = "none"
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """with selective: what of a layer is computed again"""
+    recompute_method: Method = "uniform"
+    recompute_layers: int = 1
+    """with full: layers of a group, of which only the input is kept (uniform), or the first layers of each chunk (block)"""
     bf16: bool = True
     dropout: bool = False
     cp: int = 1
@@ -135,6 +141,24 @@ def stages(arch: Architecture, job: Job) -> list[Stage]:
     return [_stage(arch, job, number) for number in range(job.pp)]
 
 
+def kind_of_stage(job: Job, number: int) -> tuple[int, int]:
+    """Return what stages must have in common to hold the same parameters: layers, and where they are (first, within, last)."""
+    return len(job.split.layers_of(number)), (number == 0) + 2 * (number == job.pp - 1)
+
+
+def distinct_stages(job: Job) -> list[int]:
+    """Return the first stage of each kind: of a kind, it holds the most microbatches in flight."""
+    found: dict[tuple[int, int], int] = {}
+    for number in range(job.pp):
+        found.setdefault(kind_of_stage(job, number), number)
+    return list(found.values())
+
+
+def most_memory(arch: Architecture, job: Job) -> int:
+    """Return the bytes of the fullest GPU."""
+    return max(_stage(arch, job, number).total for number in distinct_stages(job))
+
+
 def _stage(arch: Architecture, job: Job, number: int) -> Stage:
     layers, first, last = len(job.split.layers_of(number)), number == 0, number == job.pp - 1
     count = parameters(arch, job.tp, layers, first, last)
@@ -183,7 +207,7 @@ def host_memory(arch: Architecture, job: Job, gpus_per_node: int) -> int:
 
     This is an upper bound: norms count on every tensor-parallel rank, and so does the last stage's copy of tied embeddings.
     """
-    if job.nf4:  # the base is not saved
+    if job.nf4 and not job.lora:  # the base is not saved
         return 0
     ranks = []  # in the order of the world: tensor parallel first, then data parallel, then stages
     for number in range(job.pp):
@@ -208,16 +232,17 @@ def _held_at_a_save(sizes: list[int], job: Job) -> list[int]:
 
 
 def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None = None) -> int:
-    """Return the bytes that one layer keeps for one microbatch until its backward pass."""
+    """Return the bytes that one layer keeps for one microbatch until its backward pass. full: what a group of layers keeps."""
     recompute = recompute or job.recompute
     tokens, shared = job.positions * job.micro_batch, job.tp if job.sequence_parallel else 1
     residual = arch.hidden_size / shared
     if recompute == "full":
         return round(tokens * residual * job.width)
+    again = job.recompute_modules if recompute == "selective" else ()
     heads, groups, head = arch.num_attention_heads / job.tp, arch.num_query_groups / job.tp, arch.head_dim
     norms = 1 if arch.shared_norm else 2  # their outputs are the inputs of the matrices that follow
     inputs = 1 if arch.parallel_block else 2  # of norms: a parallel block has one residual
-    around = (inputs + norms) * residual
+    around = (inputs + (0 if "layernorm" in again else norms)) * residual
     projections = (heads + 2 * groups) * head
     attention = projections + heads * head  # q, k, v as projected; the output, which the next matrix reads too
     attention += (
@@ -225,20 +250,40 @@ def layer_activations(arch: Architecture, job: Job, recompute: Recompute | None 
     )  # q and k once more, rotated; and once more, normalised
     ffn = arch.ffn_hidden_size / job.tp
     # [gate; up] and act(gate) * up; else the activation's input and output.
-    mlp = (3 if arch.gated else 2) * ffn
-    # Flash attention keeps one fp32 number per head and token; recomputing it (selective) saves only that.
-    scores = heads * 4 if recompute == "none" else 0
+    mlp = 0 if "mlp" in again else (3 if arch.gated else 2) * ffn
+    # Flash attention keeps one fp32 number per head and token; recomputing it saves only that.
+    scores = 0 if "core_attn" in again else heads * 4
     masks = (1 if arch.parallel_block else 2) * residual if job.dropout else 0  # one byte per entry
     statistics = inputs * 4 / shared * (2 if arch.norm == "layernorm" else 1)
     kept = tokens * ((around + attention + mlp) * job.width + scores + masks + statistics)
-    return round(kept + _adapter_activations(arch, job, tokens))
+    return round(kept + _adapter_activations(arch, job, tokens, again))
 
 
-def _adapter_activations(arch: Architecture, job: Job, tokens: int) -> float:
+def recomputed_share(job: Job, number: int) -> float:
+    """Return the share of a stage's layers that are computed again as a whole."""
+    if job.recompute != "full":
+        return 0.0
+    sizes = [len(chunk) for chunk in job.split.chunks[number]]
+    if job.recompute_method == "uniform" or not sum(sizes):
+        return 1.0
+    return sum(min(job.recompute_layers, size) for size in sizes) / sum(sizes)
+
+
+def _kept_by_a_layer(arch: Architecture, job: Job, number: int) -> float:
+    """Return the mean of a stage's layers."""
+    if job.recompute != "full":
+        return layer_activations(arch, job)
+    group = job.recompute_layers if job.recompute_method == "uniform" else 1
+    share, whole = recomputed_share(job, number), layer_activations(arch, job, "none")
+    return share * layer_activations(arch, job, "full") / group + (1 - share) * whole
+
+
+def _adapter_activations(arch: Architecture, job: Job, tokens: int, again: tuple[str, ...]) -> float:
     """Return the bytes that a layer with adapters keeps beyond those of a trained layer; negative if these are fewer.
 
     What lies between A and B; the joined A of q, k and v, or of gate and up; dropout's masks. A frozen linear does not keep its input: an
-    adapter does, with dropout its own copy. The input of linear_proj is the output of attention, which keeps it anyway.
+    adapter does, with dropout its own copy. The input of linear_proj is the output of attention, which keeps it anyway. again: parts of
+    the layer that are recomputed.
     """
     if job.lora is None:
         return 0.0
@@ -246,14 +291,23 @@ def _adapter_activations(arch: Architecture, job: Job, tokens: int) -> float:
     width = {one.linear: one.columns // (job.tp if one.is_row_parallel else 1) for one in projections(arch)}
     kept = 0.0
     for linear, count in pairs.items():
+        if "mlp" in again and linear.startswith("mlp."):
+            continue
         kept += count * job.lora.rank * (tokens + (width[linear] if count > 1 else 0)) * job.width
         kept += tokens * width[linear] if job.lora.dropout else 0
-    attention, *mlp = ("self_attention.linear_qkv",), ("mlp.linear_fc1",), ("mlp.linear_fc2",)
+    attention = ("self_attention.linear_qkv",)
+    mlp: list[tuple[str, ...]] = [("mlp.linear_fc1",), ("mlp.linear_fc2",)]
+    if "mlp" in again:  # its input is kept once, as without adapters
+        mlp = [(), ()]
     groups = [(*attention, *mlp[0]), mlp[1]] if arch.shared_norm else [attention, *mlp]
-    for readers in groups:  # of one input
+    for readers in filter(None, groups):  # of one input
         users = sum(linear in pairs for linear in readers)
         copies = users if job.lora.dropout else min(users, 1)
-        kept += (copies - 1) * tokens * width[readers[0]] * job.width
+        normed = readers is not mlp[1]
+        discarded = (
+            "layernorm" in again and normed and copies and job.lora.dropout
+        )  # the norm's output, but not the copies
+        kept += (copies - (0 if discarded else 1)) * tokens * width[readers[0]] * job.width
     if job.lora.dropout and "self_attention.linear_proj" in pairs:
         kept += tokens * width["self_attention.linear_proj"] * job.width
     return kept
@@ -274,7 +328,7 @@ def _activations(arch: Architecture, job: Job, number: int) -> int:
     ends = 2 * residual if number == job.pp - 1 else 0  # the last norm's input and output
     if job.teacher and job.pp > 1:  # what stages exchange, forward and backward
         ends += 2 * residual * (1 + job.teacher.hidden_size / arch.hidden_size)
-    return round(in_flight(job, number) * layer_activations(arch, job) + ends)
+    return round(in_flight(job, number) * _kept_by_a_layer(arch, job, number) + ends)
 
 
 def _working(arch: Architecture, job: Job, last: bool) -> int:
@@ -285,7 +339,10 @@ def _working(arch: Architecture, job: Job, last: bool) -> int:
         tokens * rows * (job.width + (job.width if job.teacher else 4 + 4)) if last else 0
     )  # as computed; in fp32; their softmax, later the gradient; distilled: the teacher's, and the gradient in place
     gathered = 2 * tokens * arch.hidden_size * job.width  # sequence parallelism gathers inputs before a matrix product
-    again = layer_activations(arch, job, "none") if job.recompute == "full" else 0
+    group = job.recompute_layers if job.recompute_method == "uniform" else 1
+    again = group * layer_activations(arch, job, "none") if job.recompute == "full" else 0
+    if job.recompute == "selective":
+        again = layer_activations(arch, job, "none") - layer_activations(arch, job)
     widest = (2 if arch.gated else 1) * tokens * arch.ffn_hidden_size // job.tp * job.width  # a gradient inside the MLP
     # A dequantised weight: pairs of codes as int32, levels in fp32, the result. bitsandbytes' kernel needs only the last.
     dense = (2 + 4 + job.width) * max(quantised_parts(arch, job.tp)) if job.nf4 else 0

@@ -78,17 +78,17 @@ class _Group:
         return getattr(self._real, name)
 
 
-def kept_by_a_layer(arch: Architecture, tokens: int, recompute: str | None, lora=None) -> int:
+def kept_by_a_layer(arch: Architecture, tokens: int, recompute: str | None, lora=None, modules=()) -> int:
     """Bytes that one more layer keeps for the backward pass of a row: what a model of three keeps beyond one of two."""
     with process_groups():
-        few, more = (_kept(replace(arch, num_layers=n), tokens, recompute, lora) for n in (2, 3))
+        few, more = (_kept(replace(arch, num_layers=n), tokens, recompute, lora, modules) for n in (2, 3))
     return more - few
 
 
-def _kept(arch: Architecture, tokens: int, recompute: str | None, lora) -> int:
+def _kept(arch: Architecture, tokens: int, recompute: str | None, lora, modules) -> int:
     layout = Layout(1, 1, 1, 0, 0, 0, False, 0)
     full = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
-    options = BuildOptions(dtype=torch.bfloat16, recompute_granularity=recompute, **full)
+    options = BuildOptions(dtype=torch.bfloat16, recompute_granularity=recompute, recompute_modules=modules, **full)
     model = build_model(arch, layout, options).train()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02)
