@@ -11,10 +11,11 @@ from megatron_ft.commands.in_layout import LAYOUT_FLAGS, Asked, GenerationLayout
 from megatron_ft.config.checks import positive
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
-from megatron_ft.errors import ConfigError
+from megatron_ft.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
-    from megatron_ft.data.shards import Shards
+    from megatron_ft.data.loader import Samples
+    from megatron_ft.data.unfinished_logits import Unfinished
     from megatron_ft.engine.parallel import Layout
 
 
@@ -25,7 +26,7 @@ class Score:
     load: str = field(default="", metadata={"required": True})
     """teacher: folder of a checkpoint or of an exported Hugging Face model"""
     data_path: list[str] = field(default_factory=list, metadata={"required": True})
-    """prefixes of the shards to score, one or more"""
+    """prefixes of the shards to score, one or more, of every kind that finetune takes"""
     output: list[str] = field(default_factory=list)
     """prefixes to write to (PREFIX-teacher.bin, PREFIX-teacher.json), one for each --data_path; default: beside the shards"""
     top_k: int = 64
@@ -71,7 +72,6 @@ def run(options: Score, parallel: GenerationLayout, processes: Processes) -> int
     """Score all shards. Raise UserError for a teacher or shards that do not fit."""
     check(options)
     from megatron_ft.checkpoints.folder import check_folder
-    from megatron_ft.data.shards import open_shards
     from megatron_ft.data.verify import verify_shards
     from megatron_ft.engine.parallel import local_rank
     from megatron_ft.files import check_writable
@@ -80,11 +80,33 @@ def run(options: Score, parallel: GenerationLayout, processes: Processes) -> int
     outputs = options.output or options.data_path
     for prefix in outputs:
         check_writable("--output", Path(prefix).absolute().parent)
-    several = [open_shards(prefix) for prefix in options.data_path]
+    several = [_open(prefix) for prefix in options.data_path]
     if local_rank() == 0:
         verify_shards(several, "nothing")
     asked = [Asked(options.load, None, options.bf16, options.batch_size, options.seq_length)]
     return in_layout(lambda layout: _score(options, several, outputs, layout), asked, parallel, processes)
+
+
+def _open(prefix: str) -> Samples:
+    """Open shards of any kind that finetune takes. Those of other tools learn the vocabulary from the teacher."""
+    from megatron_ft.data.foreign import open_any
+    from megatron_ft.data.plain import PlainShards, is_plain
+
+    return PlainShards(prefix, 1 << 31) if is_plain(prefix) else open_any(prefix)
+
+
+def _fit(shards: Any, tokenizer: dict[str, Any], vocab_size: int) -> None:
+    """Raise DataError unless the shards have the teacher's tokens, as far as their tool says which they have."""
+    from megatron_ft.data.foreign import ForeignShards, compare_special
+    from megatron_ft.data.manifest import check_tokenizer
+    from megatron_ft.data.shards import Shards
+
+    if isinstance(shards, Shards):
+        check_tokenizer(shards.manifest, tokenizer, vocab_size, shards.prefix)
+        return
+    shards.vocab_size = vocab_size
+    if isinstance(shards, ForeignShards):
+        compare_special(shards, tokenizer)
 
 
 def check(options: Score) -> None:
@@ -99,9 +121,8 @@ def check(options: Score) -> None:
         raise ConfigError(f"--kd_temperature {options.kd_temperature:g}: must be above 0")
 
 
-def _score(options: Score, several: list[Shards], outputs: list[str], layout: Layout) -> None:
+def _score(options: Score, several: list[Samples], outputs: list[str], layout: Layout) -> None:
     from megatron_ft.adapters.base import weight_hashes
-    from megatron_ft.data.manifest import check_tokenizer
     from megatron_ft.evaluation.top_k import TopScorer
     from megatron_ft.generation.loading import open_bare
     from megatron_ft.training.datasets import rope_of
@@ -114,7 +135,7 @@ def _score(options: Score, several: list[Shards], outputs: list[str], layout: La
             f"--seq_length {options.seq_length} is beyond the teacher's {arch.max_position_embeddings} positions: lower it"
         )
     for shards in several:
-        check_tokenizer(shards.manifest, tokenizer, arch.vocab_size, shards.prefix)
+        _fit(shards, tokenizer, arch.vocab_size)
     described = {
         "teacher": {"path": str(Path(options.load).resolve()), "weights": weight_hashes([model], arch)},
         "tokenizer": tokenizer.get("fingerprint"), "rope": rope_of(arch), "size": [arch.num_layers, arch.hidden_size],
@@ -128,45 +149,72 @@ def _score(options: Score, several: list[Shards], outputs: list[str], layout: La
 
 
 def _score_one(
-    options: Score, scorer: Any, shards: Shards, output: str, described: dict[str, Any], layout: Layout
+    options: Score, scorer: Any, shards: Any, output: str, described: dict[str, Any], layout: Layout
 ) -> None:
-    """Write the rows under a temporary name, rename them, and write their description last."""
-    import os
-
+    """Write the rows that an earlier run has not written, then their description. Keep what is done for the next run, whatever ends it."""
+    import numpy as np
     import torch.distributed as dist
 
-    from megatron_ft.data.teacher_logits import (
-        description_path,
-        digest_of_tokens,
-        row_type,
-        rows_path,
-        write_description,
-    )  # fmt: skip
-    from megatron_ft.evaluation.top_k import score_shards, write_unknown
-    from megatron_ft.files import temporary_name
+    from megatron_ft.data.pieces import pieces_of
+    from megatron_ft.data.teacher_logits import row_type
+    from megatron_ft.engine.collective_errors import raise_together
+    from megatron_ft.evaluation.top_k import places_of, score_pieces
 
-    tokens, kind = int(shards.lengths.sum(dtype="int64")), row_type(options.top_k, described["vocab_size"])
-    name = [temporary_name(rows_path(output))]
+    kind = row_type(options.top_k, described["vocab_size"])
+    pieces = pieces_of(np.asarray(shards.lengths), options.seq_length, options.over_long)
+    unfinished, done = None, None
+    problem: Exception | None = None
     if layout.is_main:
-        name[0].parent.mkdir(parents=True, exist_ok=True)
-        write_unknown(name[0], tokens, kind)
-    dist.broadcast_object_list(name, src=0)
+        try:
+            unfinished, done = _begun(output, shards, described, kind, pieces, places_of(shards, pieces))
+        except (UserError, OSError) as error:
+            problem = error
+    raise_together(problem)
+    shared: list[Any] = [done, unfinished and unfinished.rows]
+    dist.broadcast_object_list(shared, src=0)
+    done, rows = shared
+    if rows is None:
+        return
     try:
-        score_shards(
-            scorer, shards, name[0], described["vocab_size"], options.seq_length, options.over_long, options.batch_size
-        )
+        left = np.setdiff1d(np.arange(len(pieces)), done)
+        score_pieces(scorer, shards, rows, kind, pieces, left, options.batch_size)
         dist.barrier()
-        if layout.is_main:
-            description_path(output).unlink(missing_ok=True)
-            os.replace(name[0], rows_path(output))
-            write_description(output, {**described, "shards": digest_of_tokens(shards), "tokens": tokens})
-            print(
-                f"{rows_path(output)}: {tokens:,} tokens, {kind.itemsize} bytes each, {tokens * kind.itemsize / 1e6:,.1f} MB"
-            )
+        if unfinished:
+            unfinished.finish()
+            print(_written(output, unfinished.described["tokens"], kind.itemsize))
+    except DataError:  # of the shards: no run could finish
+        if unfinished:
+            unfinished.discard()
+        raise
     finally:
-        if layout.is_main:
-            name[0].unlink(missing_ok=True)
+        if unfinished:
+            unfinished.close()
     dist.barrier()
+
+
+def _begun(
+    output: str, shards: Any, described: dict[str, Any], kind: Any, pieces: Any, places: Any
+) -> tuple[Unfinished | None, Any]:
+    """Return the folder to go on in and the pieces that are done; (None, None) if all is there. For the main rank."""
+    from megatron_ft.data.teacher_logits import digest_of_tokens, is_finished, rows_of, rows_path
+    from megatron_ft.data.unfinished_logits import Unfinished
+
+    content = {**described, "shards": digest_of_tokens(shards), "tokens": rows_of(shards)}
+    if is_finished(output, content):
+        print(f"{rows_path(output)}: is there already, made so from these shards by this teacher")
+        return None, None
+    rows_path(output).parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Unfinished(output, content, kind)
+    done = unfinished.begin(pieces, places)
+    if len(done):
+        print(f"{rows_path(output)}: going on, {len(done):,} of {len(pieces):,} pieces are there")
+    return unfinished, done
+
+
+def _written(output: str, tokens: int, each: int) -> str:
+    from megatron_ft.data.teacher_logits import rows_path
+
+    return f"{rows_path(output)}: {tokens:,} tokens, {each} bytes each, {tokens * each / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

@@ -95,13 +95,18 @@ def open_any(
     if not is_foreign(prefix):
         return open_shards(prefix)
     shards = ForeignShards(prefix, vocab_size)
-    if tokenizer and "added_tokens" in tokenizer:
-        compare_added(shards.special_tokens, tokenizer["added_tokens"], Path(prefix).parent / SPECIAL_TOKENS)
+    compare_special(shards, tokenizer)
     log.warning(
         f"{prefix}: shards without a manifest, as Open-Assistant's pretokenizer and Megatron-LLM write them: the model's tokenizer "
         f"is taken for theirs, and damaged files are not detected"
     )
     return shards
+
+
+def compare_special(shards: ForeignShards, tokenizer: Mapping[str, Any] | None) -> None:
+    """Raise DataError if the added tokens are not the tokenizer's. tokenizer: as open_any."""
+    if tokenizer and "added_tokens" in tokenizer:
+        compare_added(shards.special_tokens, tokenizer["added_tokens"], Path(shards.prefix).parent / SPECIAL_TOKENS)
 
 
 def is_foreign(prefix: str | os.PathLike) -> bool:

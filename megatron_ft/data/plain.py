@@ -26,6 +26,7 @@ class PlainShards:
         if part:
             first, end = part_of(len(self._starts) - 1, *part)
             self._starts = self._starts[first : end + 1]
+        self.tokens_in_file = int(self._text.lengths.sum(dtype=np.int64))
         self.lengths: np.ndarray = np.diff(self._starts).astype(np.int32)
         tokens = int(self.lengths.sum(dtype=np.int64))
         counts = {name: 0 for name in ROLE_NAMES} | {ROLE_NAMES[CONTEXT]: tokens}
@@ -33,6 +34,11 @@ class PlainShards:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Return the place in the file of each document's first token, and the end: int64."""
+        return self._starts
 
     def tokens(self, index: int) -> np.ndarray:
         """Return the ids of a document. Raise DataError for an id outside the vocabulary of the model."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_ft import files
 from megatron_ft.data.fingerprint import fingerprint, fingerprint_of_file
+from megatron_ft.data.plain import PlainShards
 from megatron_ft.data.shards import Shards
 from megatron_ft.errors import DataError, UserError
 
@@ -39,9 +40,24 @@ def row_type(top_k: int, vocab_size: int) -> np.dtype:
     return np.dtype([("ids", ids, (top_k,)), ("log_probs", "<f2", (top_k,)), ("tail", "<f4")])
 
 
-def digest_of_tokens(shards: Shards) -> str:
-    """Return the digest that the shards' manifest has of their tokens."""
-    return str(shards.manifest.files["-text.bin"]["digest"])
+def digest_of_tokens(shards: Any) -> str:
+    """Return the digest of the shards' tokens: what their manifest has, for those of other tools that of their two files of tokens."""
+    if isinstance(shards, Shards):
+        return str(shards.manifest.files["-text.bin"]["digest"])
+    text = shards.prefix if isinstance(shards, PlainShards) else f"{shards.prefix}-text"
+    return fingerprint([files.digest(f"{text}{ending}") for ending in (".bin", ".idx")])
+
+
+def starts_of(shards: Any) -> np.ndarray:
+    """Return the row of each sample's first token, and the end: int64. A part of plain shards has the rows of the whole."""
+    if isinstance(shards, PlainShards):
+        return shards.starts
+    return np.concatenate([[0], np.cumsum(shards.lengths, dtype=np.int64)])
+
+
+def rows_of(shards: Any) -> int:
+    """Return the number of rows: of tokens in the files."""
+    return shards.tokens_in_file if isinstance(shards, PlainShards) else int(starts_of(shards)[-1])
 
 
 class TeacherLogits:
@@ -58,7 +74,7 @@ class TeacherLogits:
     def check(self, shards: Any, vocab_size: int, seq_length: int, over_long: str, temperature: float) -> None:
         """Raise DataError unless these are numbers of the tokens of `shards`, as a run with these settings reads them."""
         where, made = description_path(self.prefix), self.described
-        if not isinstance(shards, Shards) or made["shards"] != digest_of_tokens(shards):
+        if made["shards"] != digest_of_tokens(shards):
             raise DataError(f"{where} belongs to other shards than {shards.prefix}: give its own prefix, or {AGAIN}")
         wanted = {
             "vocab_size": vocab_size, "seq_length": seq_length, "over_long": over_long, "temperature": float(temperature),
@@ -71,9 +87,9 @@ class TeacherLogits:
                 raise DataError(
                     f"{where}: made with {flag} {made[name]}, this run has {value}: use the same, or {AGAIN}"
                 )
-        self._starts = np.concatenate([[0], np.cumsum(shards.lengths, dtype=np.int64)])
-        if self._starts[-1] != self.tokens:
-            raise DataError(f"{where}: has {self.tokens} rows, the shards {self._starts[-1]} tokens; {AGAIN}")
+        self._starts = starts_of(shards)
+        if rows_of(shards) != self.tokens:
+            raise DataError(f"{where}: has {self.tokens} rows, the shards {rows_of(shards)} tokens; {AGAIN}")
 
     def rows(self, sample: int, first: int, count: int) -> np.ndarray:
         """Return the rows of tokens first .. first + count of a sample. Raise DataError if one has no distribution."""
@@ -101,6 +117,26 @@ class TeacherLogits:
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("opened log-probabilities are not sent to other processes")
+
+
+def is_finished(prefix: str, described: dict[str, Any]) -> bool:
+    """Return whether the files of a prefix are whole, and of this description; the teacher may have moved."""
+    try:
+        stored = TeacherLogits(prefix)
+        stored.verify()
+    except DataError:
+        return False
+    made = {key: value for key, value in stored.described.items() if key != "digest"}
+    return are_alike(made, described)
+
+
+def are_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two descriptions are of the same numbers: the teacher may have moved."""
+    return _without_path(one) == _without_path(other)
+
+
+def _without_path(described: dict[str, Any]) -> dict[str, Any]:
+    return {**described, "teacher": {key: value for key, value in described["teacher"].items() if key != "path"}}
 
 
 def write_description(prefix: str, described: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ft.data.pieces import Pieces, pieces_of
-from megatron_ft.data.shards import Shards
-from megatron_ft.data.teacher_logits import UNKNOWN, row_type
+from megatron_ft.data.pieces import Pieces
+from megatron_ft.data.teacher_logits import starts_of
+from megatron_ft.data.unfinished_logits import Journal
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.evaluation.scoring import Scorer
 from megatron_ft.models.distilled_loss import Columns, highest
@@ -61,36 +61,39 @@ class TopScorer(Scorer):
         return best, ids.gather(1, at).long()
 
 
-def score_shards(
-    scorer: TopScorer, shards: Shards, path: Path, vocab_size: int, seq_length: int, over_long: str, batch_size: int
+def score_pieces(
+    scorer: TopScorer, shards: Any, rows: Path, kind: np.dtype, pieces: Pieces, left: np.ndarray, batch_size: int
 ) -> None:
-    """Write the rows of all tokens of `shards` to `path`, which exists on every machine. All ranks call it."""
-    kind, layout = row_type(scorer.top_k, vocab_size), scorer.layout
-    starts = np.concatenate([[0], np.cumsum(shards.lengths, dtype=np.int64)])
-    pieces = pieces_of(np.asarray(shards.lengths), seq_length, over_long)
+    """Write the rows of the pieces whose numbers are `left` to `rows`, which exists on every machine. All ranks call it."""
+    layout, places = scorer.layout, places_of(shards, pieces)
     writes = layout.tp_rank == 0 and layout.pp_rank == 0
-    handle = os.open(path, os.O_WRONLY) if writes else -1
-    try:
-        for batch in list(_batches(pieces, batch_size))[layout.dp_rank :: layout.dp_size]:
+    with contextlib.closing(Journal(rows)) if writes else contextlib.nullcontext() as journal:
+        for batch in list(_batches(pieces, left, batch_size))[layout.dp_rank :: layout.dp_size]:
             found = scorer.of_tokens(_tokens(shards, pieces, batch)).cpu().numpy()
-            for number, piece in enumerate(batch.tolist() if writes else []):
-                rows = _rows(found[:, number, : pieces.size[piece]], kind)
-                place = int(starts[pieces.sample[piece]] + pieces.start[piece] + 1)
-                _write(handle, rows.tobytes(), place * kind.itemsize)
-        if writes:
-            os.fsync(handle)
-    finally:
-        if writes:
-            os.close(handle)
+            if journal is None:
+                continue
+            for number, piece in enumerate(batch.tolist()):
+                data = _rows(found[:, number, : pieces.size[piece]], kind).tobytes()
+                journal.write(piece, data, int(places[piece]) * kind.itemsize)
 
 
-def _batches(pieces: Pieces, batch_size: int) -> Iterator[np.ndarray]:
-    """Yield pieces of similar length together, the longest first."""
+def places_of(shards: Any, pieces: Pieces) -> np.ndarray:
+    """Return the row of each piece's first token that has a distribution."""
+    return starts_of(shards)[pieces.sample] + pieces.start + 1
+
+
+def _batches(pieces: Pieces, left: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Yield pieces of similar length together, the longest first: those batches of all pieces in which some are left.
+
+    So each is computed beside the same others, whatever was done before, and has the same rounding.
+    """
     order = np.argsort(-pieces.size, kind="stable")
-    return (order[first : first + batch_size] for first in range(0, len(order), batch_size))
+    is_left = np.isin(order, left)
+    starts = (first for first in range(0, len(order), batch_size) if is_left[first : first + batch_size].any())
+    return (order[first : first + batch_size] for first in starts)
 
 
-def _tokens(shards: Shards, pieces: Pieces, batch: np.ndarray) -> Tensor:
+def _tokens(shards: Any, pieces: Pieces, batch: np.ndarray) -> Tensor:
     """Return the pieces as rows, padded to the right; attention is causal."""
     rows = torch.zeros(len(batch), int(pieces.size[batch].max()) + 1, dtype=torch.long)
     for row, piece in zip(rows, batch.tolist(), strict=True):
@@ -105,19 +108,3 @@ def _rows(found: np.ndarray, kind: np.dtype) -> np.ndarray:
     rows = np.zeros(found.shape[1], kind)
     rows["ids"], rows["log_probs"], rows["tail"] = found[:top_k].T, found[top_k : 2 * top_k].T, found[-1]
     return rows
-
-
-def _write(handle: int, data: bytes, place: int) -> None:
-    while data:
-        count = os.pwrite(handle, data, place)
-        data, place = data[count:], place + count
-
-
-def write_unknown(path: Path, tokens: int, kind: np.dtype) -> None:
-    """Write rows without a distribution for so many tokens."""
-    row = np.zeros(1, kind)
-    row["tail"] = UNKNOWN
-    each = max(1, (1 << 22) // kind.itemsize)
-    with path.open("xb") as file:
-        for first in range(0, tokens, each):
-            file.write(row.tobytes() * min(each, tokens - first))
