@@ -25,7 +25,7 @@ from megatron_ft.checkpoints.training_state import Progress
 from megatron_ft.checkpoints.verify import verify
 from megatron_ft.commands import dry_run
 from megatron_ft.commands.report import write_at_end
-from megatron_ft.commands.training_samples import make_sampler
+from megatron_ft.commands.training_samples import Asking, make_sampler
 from megatron_ft.config.cli import write_sections
 from megatron_ft.config.sections import Adapters, Logging
 from megatron_ft.config.sections import Distillation as DistillationSection
@@ -128,17 +128,20 @@ def run_rank(inputs: Inputs, stop: StopRequest, held: contextlib.ExitStack) -> i
     distilled = _load_teacher(inputs, parts, teacher)
     if settings.launching.dry_run:
         return dry_run.show(layout, settings, inputs.described, progress, inputs.train_set, parts.bare, inputs.rows)
-    sampler = make_sampler(settings, inputs.source, inputs.described, parts.model, layout)
+    asking = Asking(settings, inputs.source, inputs.described, parts.model, layout)
+    sampler, unasked = make_sampler(asking, inputs.train_set, inputs.valid_set)
     if inputs.folder:  # only now: a run that cannot start leaves no files
         log_to_file(file=inputs.folder / LOG)
     _log_start(inputs, trainable, progress, adapting)
+    if unasked:
+        log.info(unasked, extra={} if layout.cp_size > 1 else ONLY_IN_FILE)
     # Without adapters and without a teacher their sections are left out.
     resolved = write_sections(
         [section for section in settings.sections if section not in (Adapters(), DistillationSection())]
     )
     saver = held.enter_context(_make_saver(inputs, parts, resolved))
     _record_start(inputs, parts, progress, distilled)
-    run = _make_run(inputs, parts, saver, _hooks(inputs, resolved), sampler)
+    run = _make_run(inputs, parts, saver, _hooks(inputs, resolved, bool(progress.iteration)), sampler)
     done = _train(inputs, run, progress, stop)
     if done.iteration < settings.batch.train_iters:
         _log_stop(inputs, progress, done, stop)
@@ -291,7 +294,9 @@ def _record_start(inputs: Inputs, parts: Parts, progress: Progress, teacher: dic
 
 def _make_run(inputs: Inputs, parts: Parts, saver: Any, hooks: list[Hook], sampler: Sampler | None) -> Run:
     batch, logging = inputs.settings.batch, inputs.settings.logging
-    sample_interval = logging.eval_interval if logging.sample_interval is None else logging.sample_interval
+    sample_interval = logging.sample_interval
+    if sample_interval is None and logging.sample_prompts:
+        sample_interval = logging.eval_interval
     return Run(
         parts.stepper, inputs.train_set, inputs.valid_set, parts.optimizer, parts.schedule, hooks=hooks,
         saver=saver, train_iters=batch.train_iters, save_interval=inputs.settings.checkpointing.save_interval,
@@ -323,12 +328,12 @@ def _log_stop(inputs: Inputs, progress: Progress, done: Progress, stop: StopRequ
     log.warning(f"{stop.reason} at iteration {done.iteration} of {inputs.settings.batch.train_iters}, {where}")
 
 
-def _hooks(inputs: Inputs, resolved: str) -> list[Hook]:
+def _hooks(inputs: Inputs, resolved: str, resumed: bool) -> list[Hook]:
     """Return the hooks of the run (progress, metrics, loggers) on the reporting rank, the only one that has the loss; else []."""
-    return list(_make_hooks(inputs, resolved)) if inputs.layout.is_reporter else []
+    return list(_make_hooks(inputs, resolved, resumed)) if inputs.layout.is_reporter else []
 
 
-def _make_hooks(inputs: Inputs, resolved: str) -> Iterator[Hook]:
+def _make_hooks(inputs: Inputs, resolved: str, resumed: bool) -> Iterator[Hook]:
     settings, folder = inputs.settings, inputs.folder
     logging = settings.logging
     yield Guarded("the progress on the screen", lambda: make_console(settings.batch.train_iters, logging.log_interval))
@@ -339,11 +344,11 @@ def _make_hooks(inputs: Inputs, resolved: str) -> Iterator[Hook]:
                 file.write(resolved)
 
         yield Guarded(str(folder / METRICS), lambda: MetricsFile(folder))
-        if logging.sample_prompts:
+        if logging.sample_prompts or logging.sample_chats:
             yield Guarded(str(folder / SAMPLES), lambda: SamplesFile(folder))
         attempt(str(folder / SETTINGS), write_settings)
     if board := logging.tensorboard_dir:
         yield Aside(f"TensorBoard in {board}", lambda: TensorBoard(board))
     if logging.wandb_logger:
         values = {k: v for section in settings.sections for k, v in vars(section).items()}
-        yield Aside("wandb", lambda: WeightsAndBiases(logging, folder, values))
+        yield Aside("wandb", lambda: WeightsAndBiases(logging, folder, values, resumed))

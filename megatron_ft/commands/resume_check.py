@@ -158,7 +158,7 @@ def _finetune(
         optimizer=replace(s.optimizer, lr_decay_iters=s.optimizer.lr_decay_iters or max(s.batch.train_iters, end)),
         logging=replace(
             s.logging, run_dir=None, tensorboard_dir=None, wandb_logger=False, report=False, eval_interval=None,
-            log_interval=10**9,
+            log_interval=10**9, sample_prompts=None, sample_interval=None, sample_chats=0,
         ),
         parallel=replace(s.parallel, **(layout or {})),
         launching=Launching(),

@@ -283,9 +283,9 @@ def classic_saves_know_no_context_parallel(checkpointing: Checkpointing, paralle
 
 
 def samples_have_prompts(logging: Logging, parallel: Parallelism) -> None:
-    if logging.sample_interval is not None and not logging.sample_prompts:
+    if logging.sample_interval is not None and not logging.sample_prompts and not logging.sample_chats:
         raise ConfigError(
-            f"--sample_interval {logging.sample_interval} has no effect without --sample_prompts: give a file of prompts"
+            f"--sample_interval {logging.sample_interval} has no effect: --sample_chats is 0 and there are no --sample_prompts"
         )
     if logging.sample_prompts and parallel.context_parallel_size > 1:
         raise ConfigError(
@@ -335,7 +335,7 @@ def check_settings(settings: TrainingSettings, world_size: int) -> None:
     one_length(batch)
     positive(data, "seq_length")
     positive(s.logging, "log_interval", "eval_interval", "sample_interval", "sample_max_new_tokens")
-    not_negative(s.logging, "eval_iters")
+    not_negative(s.logging, "eval_iters", "sample_chats")
     positive(checkpointing, "save_interval", "keep_last", "save_retain_interval")
     positive(optimizer, "lr_decay_iters", "lr_wsd_decay_iters")
     positive(numerics, "recompute_num_layers", "loss_scale_window", "hysteresis", "check_replicas_every")

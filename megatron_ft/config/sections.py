@@ -304,10 +304,14 @@ class Logging:
     sample_prompts: str | None = None
     """file of prompts that the model answers before the first step, while it is trained and at the end, one JSON object per line:
     {"prompt": text} or {"messages": [...]}, with an "answer" to compare with where there is one; answers are greedy"""
+    sample_chats: int = 4
+    """without --sample_prompts: number of chats of the validation data (else of the training data) whose last question the model answers
+    before the first step and after the last; answers are greedy and at most as long as those of the data; 0: none"""
     sample_interval: int | None = None
-    """with --sample_prompts: number of steps between these answers; default: that of --eval_interval"""
+    """number of steps between answers to --sample_prompts or --sample_chats; default: for --sample_prompts that of --eval_interval, for
+    chats of the data only before the first step and after the last"""
     sample_max_new_tokens: int = 64
-    """with --sample_prompts: largest number of tokens per answer; each token costs a forward pass of the model"""
+    """largest number of tokens per answer to --sample_prompts or --sample_chats; each costs a forward pass of the model"""
     run_dir: str | None = None
     """folder for metrics.jsonl, training.yaml and report.html; default: the --save folder"""
     report: bool = True
@@ -329,6 +333,10 @@ class Logging:
     """user or team of the Weights & Biases project; default: your own"""
     wandb_id: str | None = None
     """id of the run in Weights & Biases, which is continued if it exists; default: a new one"""
+
+    def is_watched(self, checkpointing: Checkpointing) -> bool:
+        """Return whether a report, TensorBoard or Weights & Biases shows more than the lines on the screen."""
+        return bool(self.run_dir or checkpointing.save or self.tensorboard_dir or self.wandb_logger)
 
 
 @dataclass

@@ -150,7 +150,7 @@ def checkpointing(real: Checkpointing, load: Path, save: Path) -> Checkpointing:
 def logging(real: Logging, folder: Path) -> Logging:
     return replace(
         real, log_interval=1, eval_interval=SAVE_AT if real.eval_interval else None, eval_iters=1, report=False,
-        sample_prompts=None, sample_interval=None,
+        sample_prompts=None, sample_interval=None, sample_chats=0,
         run_dir=str(folder / "run") if real.run_dir else None,
         tensorboard_dir=str(folder / "tensorboard") if real.tensorboard_dir else None,
     )  # fmt: skip

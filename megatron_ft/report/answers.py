@@ -13,8 +13,8 @@ from megatron_ft.report.page import Html, badge, table
 
 SAMPLES = "samples.jsonl"
 NOTE = (
-    "Greedy answers to the prompts of --sample_prompts before training, during it and at the last step. Those that differ from their "
-    "reference at the end come first."
+    "Greedy answers before training, during it and at the last step: to the prompts of --sample_prompts, else to some chats of the "
+    "validation or training data. Where answers are compared with a reference, those that differ from it at the end come first."
 )
 _SHOWN = 100  # prompts
 

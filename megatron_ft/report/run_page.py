@@ -316,7 +316,7 @@ def _files(folder: Path) -> Iterator[str]:
     about = {
         REPORT: "this page",
         "metrics.jsonl": "the numbers of every step",
-        SAMPLES: "the answers to --sample_prompts at every step where it was asked",
+        SAMPLES: "answers of the model before, during and after training",
         "run.json": "layout, data and versions of each start",
         "training.yaml": "all settings, for --config",
         "finetune.log": "the log of all processes, warnings of libraries included",

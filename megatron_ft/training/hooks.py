@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ft.training.samples import Sample, line
+from megatron_ft.training.samples import SAMPLES, Sample, line
 
 METRICS = "metrics.jsonl"
-SAMPLES = "samples.jsonl"
 
 
 class Hook:

@@ -179,6 +179,6 @@ def _evaluate(run: Run, valid_set: ChatDataset, progress: Progress) -> None:
 
 def _sample(run: Run, sampler: Sampler, progress: Progress) -> None:
     run.stepper.settle()  # else ranks with fewer prompts would not take part in gathering the weights
-    samples = sampler()
-    for hook in run.hooks:
-        hook.on_samples(progress.iteration, samples)
+    if samples := sampler():
+        for hook in run.hooks:
+            hook.on_samples(progress.iteration, samples)

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_ft.config.sections import Logging
 from megatron_ft.errors import ConfigError
 from megatron_ft.training.hooks import Hook, numbers
-from megatron_ft.training.samples import COLUMNS, Sample
+from megatron_ft.training.samples import COLUMNS, Sample, earlier
 
 
 class WeightsAndBiases(Hook):
@@ -23,7 +23,7 @@ class WeightsAndBiases(Hook):
     hangs, the program can still end.
     """
 
-    def __init__(self, logging: Logging, folder: Path | None, settings: dict[str, Any]):
+    def __init__(self, logging: Logging, folder: Path | None, settings: dict[str, Any], resumed: bool = False):
         with _nothing_at_exit("wandb"):
             try:
                 import wandb
@@ -41,8 +41,8 @@ class WeightsAndBiases(Hook):
                     f"--wandb_logger: {error} (or set WANDB_API_KEY; WANDB_MODE=offline logs to this machine alone)"
                 ) from error
         self.table: Callable[..., Any] = wandb.Table
-        self.rows: list[list[Any]] = []
-        """Of all samples so far: wandb shows the last table of a run."""
+        self.rows: list[list[Any]] = [[at, *one.cells()] for at, one in earlier(folder if resumed else None)]
+        """Of all samples so far, also of earlier starts: wandb shows the last table of a run."""
         self.teardown: Callable[[], None] = wandb.teardown
 
     def on_step(self, iteration: int, metrics: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Answers while training: those of transformers, in every layout, and a run that is the same to the bit with and without them."""
+"""Answers to prompts while training: those of transformers, in every layout, and a run that is the same to the bit without them."""
 
 import html
 import json
@@ -135,9 +135,10 @@ def test_what_cannot_be_answered_is_refused(one_rank, place, tmp_path):
         r"prompt 2: has \d+ tokens; a row of this run has room for 1 to 63",
         said(f'{{"prompt": "a"}}\n{{"prompt": "{"a plum " * 40}"}}\n'),
     )
-    assert "--sample_interval 3 has no effect without --sample_prompts" in said(
-        "", sample_prompts=None, sample_interval=3
+    assert "--sample_interval 3 has no effect: --sample_chats is 0" in said(
+        "", sample_prompts=None, sample_interval=3, sample_chats=0
     )
+    assert "--sample_chats -1" in said('{"prompt": "a"}\n', sample_chats=-1)
     assert "--sample_max_new_tokens 0: must be at least 1" in said('{"prompt": "a"}\n', sample_max_new_tokens=0)
     assert not (tmp_path / "run").exists()
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_ft.errors import DataError
 from megatron_ft.report.answers import answers, read_answers
 from megatron_ft.training.hooks import SamplesFile
-from megatron_ft.training.samples import COLUMNS, Sample, summary
+from megatron_ft.training.samples import COLUMNS, Sample, earlier, summary
 from megatron_ft.training.wandb_hook import WeightsAndBiases
 from tests.demo.test_report import Balanced
 
@@ -64,6 +64,21 @@ def test_the_table_for_wandb_grows():
     columns, rows = logged[1][1]
     assert columns == ["iteration", *COLUMNS] and len(rows) == 6
     assert rows[2] == [0, "user: plum?", "none", "blue", False] and rows[5] == [5, "user: plum?", "blue", "blue", True]
+
+
+def test_a_resumed_run_keeps_the_first_answers(tmp_path):
+    """wandb's table begins with the rows of earlier starts."""
+    SamplesFile(tmp_path).on_samples(0, samples("none"))
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write("{damaged\n")
+    assert [(at, one.cells()) for at, one in earlier(tmp_path)] == [(0, one.cells()) for one in samples("none")]
+    assert list(earlier(tmp_path / "none")) == list(earlier(None)) == []
+
+
+def test_answers_of_chats_are_not_judged():
+    one = Sample(asked("fig?"), "a red one", "red", judged=False)
+    assert one.right is None and one.entry() == {"messages": asked("fig?"), "answer": "a red one", "reference": "red"}
+    assert summary([one]) == "1 prompt"
 
 
 def test_the_line_on_the_screen():

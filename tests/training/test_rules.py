@@ -52,7 +52,7 @@ BROKEN = {
     "milestones_have_a_use": "--save {save} --save_retain_interval 5",
     "classic_saves_know_no_context_parallel": "--save {save} --ckpt_format torch --context_parallel_size 2 --no_packing",
     "overlaps_have_a_subject": "--overlap_param_gather",
-    "samples_have_prompts": "--sample_interval 5",
+    "samples_have_prompts": "--sample_interval 5 --sample_chats 0",
     "teacher_has_a_use": "--kd_temperature 2",
     "find_teacher": "--teacher {experts}",
     "refuse_experts": "--load {experts}",
