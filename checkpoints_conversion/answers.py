@@ -20,6 +20,7 @@ from megatron_ft.checkpoints.folder import check_quantised
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.architecture import check_layout
 from megatron_ft.models.hf_source import HfSource
+from megatron_ft.wording import counted, size
 
 _RANKS_PER_CORE = 16  # limit; forward passes of short prompts take turns, hardly slower than in one process
 _PROCESS = 250 * 10**6  # bytes that a forked rank needs besides its weights
@@ -101,14 +102,14 @@ def layout_problem(processes: int, parameters: int) -> str | None:
     free = available_memory()
     if free < 4 * parameters + _PROCESS:
         raise CheckpointError(
-            f"{4 * parameters / 1e9:.1f} GB of weights in fp32 do not fit into {free / 1e9:.1f} GB of free memory: "
+            f"{size(4 * parameters)} of weights in fp32 do not fit into {size(free)} of free memory: "
             "compare only the weights with --no_logits, or use a machine with more memory"
         )
     cores = os.cpu_count() or 1
     if processes > _RANKS_PER_CORE * cores:
-        return f"{processes} processes are too many for {cores} cores"
+        return f"{counted(processes, 'process')} are too many for {cores} cores"
     if free < 4 * parameters + processes * _PROCESS:
-        return f"{processes} processes do not fit into {free / 1e9:.1f} GB of free memory"
+        return f"{counted(processes, 'process')} do not fit into {size(free)} of free memory"
     return None
 
 

@@ -19,6 +19,7 @@ from megatron_ft.checkpoints.folder import CheckpointConfig, rank_file
 from megatron_ft.errors import CheckpointError
 from megatron_ft.models.torch_file import TensorRef, TorchFile
 from megatron_ft.models.weights import Placed, Rule, pad_rows, placed_rules
+from megatron_ft.wording import counted
 
 VERSION = 3.0
 
@@ -115,7 +116,7 @@ def _check(path: Path, model: dict[str, Any], placed: Sequence[Placed], config: 
     wanted = {one.local_key: one for one in placed}
     if missing := sorted(set(wanted) - found):
         raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors, first {missing[0]}: config.json has another layout"
+            f"{path} lacks {counted(len(missing), 'tensor')}, first {missing[0]}: config.json has another layout"
         )
     family = config.architecture.family
     if left_over := sorted(found - set(wanted)):

@@ -8,6 +8,7 @@ from checkpoints_conversion.options import QuantisedExport
 from megatron_ft.data.shards import open_shards
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.wording import counted
 
 _HELD_OUT = 4
 """One row in so many is held out."""
@@ -29,7 +30,8 @@ def rows_of(options: QuantisedExport, arch: Architecture) -> tuple[np.ndarray, n
     found = sum(map(len, parts))
     if found < 2 * length:
         raise ConfigError(
-            f"--calibration {prefix} has {found} tokens, fewer than two rows of {length}: give more text, or a smaller --calibration_length"
+            f"--calibration {prefix} has {counted(found, 'token')}, fewer than two rows of {length}: give more text, or a smaller "
+            f"--calibration_length"
         )
     ids = np.concatenate(parts)[: min(wanted, found // length) * length]
     if ids.max() >= arch.vocab_size:

@@ -21,6 +21,7 @@ from megatron_ft.files import read_json
 from megatron_ft.models.activation_swap import entry_of, swap_of
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.dtypes import HF_NAMES
+from megatron_ft.wording import counted
 
 MODEL_CARD = "README.md"
 """It has no digest, because owners of the model may edit it."""
@@ -175,7 +176,7 @@ def _data(folder: Path) -> str:
 
 def _shards(entry: dict[str, Any]) -> str:
     sources = f" from {', '.join(entry['sources'])}" if entry["sources"] else ""
-    return f"{entry['name']}{sources}: {entry['samples']} samples, {entry['tokens']} tokens, `{entry['digest']}`"
+    return f"{entry['name']}{sources}: {counted(entry['samples'], 'sample')}, {counted(entry['tokens'], 'token')}, `{entry['digest']}`"
 
 
 def _parity(folder: Path) -> str:
@@ -186,6 +187,6 @@ def _parity(folder: Path) -> str:
     if not logits:
         return f"{same}; logits not compared"
     return (
-        f"{same}; logits of {logits['prompts']} prompts, up to {max(logits['tokens'])} tokens, "
+        f"{same}; logits of {logits['prompts']} prompts, up to {counted(max(logits['tokens']), 'token')}, "
         f"differ by at most {logits['largest_difference']:.1e} in fp32"
     )

@@ -23,6 +23,7 @@ from megatron_ft.models.dtypes import HF_NAMES, torch_dtype
 from megatron_ft.models.families import parse_hf_config
 from megatron_ft.models.quantised import Quantization, check_blocks, stored_rules
 from megatron_ft.models.weights import Rule, placed_rules
+from megatron_ft.wording import counted
 
 
 def plan_units(
@@ -77,4 +78,6 @@ def describe(units: Sequence[Unit], root: Path) -> str:
         lines += [f"{path.relative_to(root)}  {size:,} bytes" for path, size in unit.files.items()]
         lines += [f"    {key}  {list(shape)}  {size:,} bytes" for key, shape, size in unit.tensors]
     files, total = sum(len(unit.files) for unit in units), sum(unit.nbytes for unit in units)
-    return "\n".join([*lines, f"{files} files, {total:,} bytes ({total / 1e9:.2f} GB); nothing was written"])
+    return "\n".join(
+        [*lines, f"{counted(files, 'file')}, {counted(total, 'byte')} ({total / 1e9:.2f} GB); nothing was written"]
+    )

@@ -25,6 +25,7 @@ from megatron_ft import files
 from megatron_ft.digests import Entry, digest_files, files_below, write_manifest
 from megatron_ft.errors import CheckpointError, UserError
 from megatron_ft.models.weights import Placed
+from megatron_ft.wording import part_of, size
 
 WORKERS = max(1, min(4, os.cpu_count() or 1))
 _PLAN = ".plan"
@@ -124,7 +125,7 @@ def check_disk(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free: free disk space or choose another disk"
+            f"{folder}: {size(needed)} are needed, {size(free)} are free: free disk space or choose another disk"
         )
 
 
@@ -170,8 +171,7 @@ class Progress:
         """Return "converting 3.2 of 13.5 GB, 0.85 GB/s, 0:12 left"."""
         speed = self.done / max(1e-9, time.monotonic() - self._started)
         left = round((self.total - self.done) / speed) if speed else 0
-        share = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
-        return f"{self.what} {share}, {speed / 1e9:.2f} GB/s, {left // 60}:{left % 60:02d} left "
+        return f"{self.what} {part_of(self.done, self.total)}, {size(speed)}/s, {left // 60}:{left % 60:02d} left "
 
 
 @contextlib.contextmanager

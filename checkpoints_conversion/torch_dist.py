@@ -37,6 +37,7 @@ from megatron_ft.errors import CheckpointError
 from megatron_ft.files import write_json
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.weights import Placed, Rule, placed_rules
+from megatron_ft.wording import counted
 
 MAX_FILE_BYTES = 5 * 10**9
 _ENVELOPE = 1 << 20  # upper bound of the bytes that torch.save adds to a tensor
@@ -150,7 +151,7 @@ class TorchDistSource:
         wanted = {self._prefix + one.dist_key: one for one in placed}
         if missing := sorted(set(wanted) - set(self._tensors)):
             raise CheckpointError(
-                f"{where} lacks {len(missing)} tensors, first {missing[0]}; layers must be stored one by one "
+                f"{where} lacks {counted(len(missing), 'tensor')}, first {missing[0]}; layers must be stored one by one "
                 "(non-homogeneous), not stacked"
             )
         if left_over := sorted(set(self._tensors) - set(wanted)):

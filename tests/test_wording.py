@@ -1,8 +1,23 @@
 """Counts and sizes in words."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
 from megatron_ft.wording import counted, every, human, part_of, size
+
+
+def test_no_message_leaves_the_plural_open():
+    """Not "1 file(s)": counted() knows."""
+    root = Path(__file__).parent.parent
+    for path in [
+        path for folder in ("megatron_ft", "tools", "checkpoints_conversion") for path in (root / folder).rglob("*.py")
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.search(r"[a-z]\((s|es)\)", node.value), (path, node.lineno, node.value)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from megatron_ft.models.architecture import Architecture, check_layout
 from megatron_ft.models.families import family_of
 from megatron_ft.models.hf_files import refuse_gguf
 from megatron_ft.models.quantised import Quantization, check_blocks, stored_rules
+from megatron_ft.wording import counted
 
 if TYPE_CHECKING:
     from megatron_ft.models.pipeline import PipelineSplit
@@ -251,7 +252,7 @@ def describe(folder: Path) -> CheckpointConfig:
     gone = missing_files(folder)
     if gone:
         raise CheckpointError(
-            f"{gone[0]} is missing ({len(gone)} file(s) in all): the checkpoint is incomplete; copy or convert it again"
+            f"{gone[0]} is missing ({counted(len(gone), 'file')} in all): the checkpoint is incomplete; copy or convert it again"
         )
     return config
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ft.commands.in_layout import Asked, GenerationLayout, in_layout
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
+from megatron_ft.wording import counted
 
 if TYPE_CHECKING:
     from megatron_ft.engine.parallel import Layout
@@ -75,7 +76,9 @@ def names_of(options: ComparedModels) -> list[str]:
     """Return a name for each model, all different."""
     names = options.names or [Path(load).resolve().name for load in options.load]
     if len(names) != len(options.load):
-        raise ConfigError(f"--names has {len(names)} names for {len(options.load)} models in --load: give one for each")
+        raise ConfigError(
+            f"--names has {counted(len(names), 'name')} for {counted(len(options.load), 'model')} in --load: give one for each"
+        )
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ConfigError(f"two models have the name {twice[0]}: give different ones with --names")
     return names
@@ -86,6 +89,7 @@ def adapters_of(options: ComparedModels) -> list[str | None]:
     given = options.adapter or ["none"] * len(options.load)
     if len(given) != len(options.load):
         raise ConfigError(
-            f"--adapter has {len(given)} entries for {len(options.load)} models in --load: give one for each, none for a model without"
+            f"--adapter has {counted(len(given), 'entry')} for {counted(len(options.load), 'model')} in --load: give one for each, none "
+            f"for a model without"
         )
     return [None if adapter == "none" else adapter for adapter in given]

@@ -10,6 +10,7 @@ from megatron_ft.checkpoints.folder import CheckpointConfig
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.engine.parallel import Layout
 from megatron_ft.models.pipeline import split_layers
+from megatron_ft.wording import counted, every, size
 
 if TYPE_CHECKING:
     from megatron_ft.checkpoints.training_state import Progress
@@ -54,28 +55,29 @@ def _lines(
     batch, data, save = settings.batch, settings.data, settings.checkpointing.save
     steps = max(0, batch.train_iters - progress.iteration)
     epochs = train_set.epochs_of(batch.train_iters * rows)
-    yield f"would train iterations {progress.iteration + 1} to {batch.train_iters}: {steps} steps"
+    yield f"would train iterations {progress.iteration + 1} to {batch.train_iters}: {counted(steps, 'step')}"
     micro = rows // batch.micro_batch_size // layout.dp_size
     yield (
-        f"{rows} rows x {data.seq_length} = {rows * data.seq_length:,} tokens per step, {micro} microbatches of {batch.micro_batch_size}; "
+        f"{counted(rows, 'row')} x {data.seq_length} = {counted(rows * data.seq_length, 'token')} per step, "
+        f"{counted(micro, 'microbatch')} of {batch.micro_batch_size}; "
         f"{epochs:.2f} epochs of {train_set.num_samples:,} samples"
     )
     if save is None:
         yield "would save nothing: --save is not set"
         return
     interval = settings.checkpointing.save_interval
-    every = f"every {interval} steps and at the end" if interval else "at the end"
-    yield f"would save to {save} {every}, {_checkpoint_gb(layout, settings, described):.1f} GB each"
+    when = f"{every(interval, 'step')} and at the end" if interval else "at the end"
+    yield f"would save to {save} {when}, {size(_checkpoint_bytes(layout, settings, described))} each"
 
 
-def _checkpoint_gb(layout: Layout, settings: TrainingSettings, described: CheckpointConfig) -> float:
+def _checkpoint_bytes(layout: Layout, settings: TrainingSettings, described: CheckpointConfig) -> float:
     from megatron_ft.planner import figures
     from megatron_ft.planner.memory import Job
 
     arch = described.architecture
     if described.adapter is not None:
         count = Lora.from_dict(described.adapter, arch).parameters(arch)
-        return count * (14 if settings.numerics.bf16 or settings.numerics.fp16 else 12) / 1e9
+        return count * (14 if settings.numerics.bf16 or settings.numerics.fp16 else 12)
     small = settings.numerics.bf16 or settings.numerics.fp16
     job = Job(
         split_layers(arch.num_layers, settings.parallel),
@@ -87,4 +89,4 @@ def _checkpoint_gb(layout: Layout, settings: TrainingSettings, described: Checkp
         bf16=small,
         cp=layout.cp_size,
     )
-    return figures.checkpoint(arch, job).bytes / 1e9
+    return figures.checkpoint(arch, job).bytes

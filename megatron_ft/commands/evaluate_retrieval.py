@@ -13,6 +13,7 @@ from megatron_ft.commands.in_layout import LAYOUT_FLAGS, Asked, GenerationLayout
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
+from megatron_ft.wording import counted
 
 if TYPE_CHECKING:
     from megatron_ft.engine.parallel import Layout
@@ -144,7 +145,9 @@ def check(models: RetrievalModels, prompts: RetrievalPrompts) -> None:
     if bool(models.load) == bool(models.results):
         raise ConfigError("give either --load MODEL... or --results FILE...")
     if models.load and models.names and len(models.names) != len(models.load):
-        raise ConfigError(f"--names has {len(models.names)} names for {len(models.load)} models: give one for each")
+        raise ConfigError(
+            f"--names has {counted(len(models.names), 'name')} for {counted(len(models.load), 'model')}: give one for each"
+        )
     if models.adapter and len(models.load) != 1:
         raise ConfigError("--adapter belongs to one model: give one --load, and compare with --results afterwards")
     if repeated := _repeated(models.names or [name for _, name in _named(models)]):

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.errors import ConfigError, UserError
+from megatron_ft.wording import counted
 
 
 @dataclass
@@ -83,7 +84,7 @@ def run(options: Inspect) -> int:
 
         with atomic_file(options.html, "w") as file:
             file.write(inspect_page.page(options.prefix, head, samples, row))
-        print(f"{len(samples)} samples -> {options.html}")
+        print(f"{counted(len(samples), 'sample')} -> {options.html}")
         return 0
     _print(head, samples, row, options.tokens)
     return 0
@@ -114,14 +115,14 @@ def _head(prefix: str, shards: Any) -> list[str]:
         f"{display_name(name)} {100 * n / total:.1f}%" for name, n in counts["tokens_by_role"].items() if n
     )
     lines = [
-        f"{prefix}: {counts['samples']:,} samples, {counts['tokens']:,} tokens ({roles})",
+        f"{prefix}: {counted(counts['samples'], 'sample')}, {counted(counts['tokens'], 'token')} ({roles})",
         f"format {chat.get('name') or ('of the tokenizer' if chat else 'plain text')}, "
         f"end of turn {chat.get('stop_token', '-')}, vocabulary {shards.vocab_size}",
     ]
     if not shards.manifest.files:
         lines[1] = "format, end of turn and vocabulary are not recorded"
     if marked := counts.get("marked_tokens"):
-        lines.append(f"marked for language-modelling loss: {marked:,} tokens")
+        lines.append(f"marked for language-modelling loss: {counted(marked, 'token')}")
     if len(shards.manifest.weights) > 1:
         lines.append(f"weights of messages: {', '.join(f'{weight:g}' for weight in shards.manifest.weights)}")
     return lines
@@ -173,14 +174,14 @@ def _print(head: list[str], samples: list, row: list | None, tokens: bool) -> No
         print("«» = trained on")
     for number, source, sample in samples:
         trained = sum(token.weight > 0 for token in sample)
-        print(f"\nsample {number}, {source}: {len(sample)} tokens, {trained} trained on")
+        print(f"\nsample {number}, {source}: {counted(len(sample), 'token')}, {trained} trained on")
         print(_listed(sample) if tokens else _painted(sample, colour))
     if row is not None:
         print("\na packed row:")
         for sample, start, end, cut in row:
             print(
                 f"  positions {start:6} to {end - 1:6}: sample {sample}"
-                + (f", its last {cut} tokens cut" if cut else "")
+                + (f", its last {counted(cut, 'token')} cut" if cut else "")
             )
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from megatron_ft.data.show import Token
 
 from megatron_ft.data.roles import display_name
+from megatron_ft.wording import counted
 
 STYLE = """body{font:15px/1.6 system-ui,sans-serif;margin:2rem auto;max-width:64rem;padding:0 1rem;color:#222}
 .sample{white-space:pre-wrap;font:14px/1.9 ui-monospace,monospace;border:1px solid #ddd;border-radius:6px;padding:.8rem}
@@ -31,7 +32,9 @@ def page(title: str, head: list[str], samples: list, row: list | None) -> str:
         parts += ["<h2>A packed row</h2>", _row(row)]
     for number, source, tokens in samples:
         trained = sum(token.weight > 0 for token in tokens)
-        parts.append(f"<h2>sample {number}, {escape(source)}: {len(tokens)} tokens, {trained} trained on</h2>")
+        parts.append(
+            f"<h2>sample {number}, {escape(source)}: {counted(len(tokens), 'token')}, {trained} trained on</h2>"
+        )
         parts.append(f'<div class="sample">{"".join(map(_token, tokens))}</div>')
     start = f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>\n"
     return start + "\n".join(parts) + "\n"
@@ -51,11 +54,15 @@ def _part(token: Token) -> str:
     return f" {escape(token.piece or '')}" if token.text == "" else ""
 
 
+def _cut(tokens: int) -> str:
+    return f", last {counted(tokens, 'token')} cut" if tokens else ""
+
+
 def _row(row: list) -> str:
     whole = max(1, row[-1][2])
     spans = "".join(
         f'<span style="width:{100 * (end - start) / whole:.3f}%" title="positions {start} to {end - 1}'
-        f'{f", last {cut} tokens cut" if cut else ""}">{sample}</span>'
+        f'{_cut(cut)}">{sample}</span>'
         for sample, start, end, cut in row
     )
     return f'<div class="row">{spans}</div>'

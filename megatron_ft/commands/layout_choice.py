@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
+from megatron_ft.wording import counted
 
 if TYPE_CHECKING:
     from megatron_ft.checkpoints.folder import CheckpointConfig
@@ -105,10 +106,11 @@ def _check_place(load: str, tensor: int, pipeline: int) -> None:
     gpus = len(device.memories())
     if is_rank() or tensor * pipeline <= (gpus or max(MOST_ON_CPU, os.cpu_count() or 1)):
         return
-    here = f"{gpus} GPU(s)" if gpus else "no GPU"
+    here = counted(gpus, "GPU") if gpus else "no GPU"
     raise ConfigError(
-        f"{load} is in the classic format for TP{tensor} x PP{pipeline}, {tensor * pipeline} processes, and this machine has {here}: start "
-        f"them on several machines (--nproc_per_node, --nnodes), or make a torch_dist checkpoint with megatron-ft reshard"
+        f"{load} is in the classic format for TP{tensor} x PP{pipeline}, {counted(tensor * pipeline, 'process')}, and this "
+        f"machine has {here}: start them on several machines (--nproc_per_node, --nnodes), or make a "
+        f"torch_dist checkpoint with megatron-ft reshard"
     )
 
 
@@ -141,8 +143,8 @@ def _fitting(models: Sequence[Asked], together: bool) -> tuple[int, int]:
     readers = [_reader(one) for one in models]
     if (found := smallest_layout(readers, counts, len(memories), min(memories), together)) is None:
         raise ConfigError(
-            f"{models[0].load}: the model and a batch fit into no layout of {most} GPU(s) with {min(memories) / 1e9:.0f} GB: give --bf16, "
-            f"a smaller --batch_size, shorter texts or more GPUs; or the sizes of a layout, to try it all the same"
+            f"{models[0].load}: the model and a batch fit into no layout of {counted(most, 'GPU')} with {min(memories) / 1e9:.0f} GB: give "
+            f"--bf16, a smaller --batch_size, shorter texts or more GPUs; or the sizes of a layout, to try it all the same"
         )
     return found
 

@@ -16,6 +16,7 @@ from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Batch, Checkpointing, Data, Numerics, Parallelism
 from megatron_ft.config.settings import COMMON, TrainingSettings
 from megatron_ft.errors import UserError
+from megatron_ft.wording import counted, size
 
 if TYPE_CHECKING:
     from megatron_ft.adapters.spec import Lora
@@ -60,7 +61,7 @@ def run(options: Preflight, settings: TrainingSettings) -> int:
             if finding.level == level:
                 print(f"{level + ':':9}{finding.text}")
     counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
-    print(f"{counts['error']} errors, {counts['warning']} warnings; nothing was started")
+    print(f"{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}; nothing was started")
     return 2 if counts["error"] else 0
 
 
@@ -157,7 +158,7 @@ def _of_teacher(teacher: Teacher, settings: TrainingSettings) -> str:
 
     most = max(weights(stage) for stage in range(split.stages))
     precision = ", linears in NF4" if nf4 else ""
-    return f"{arch.family}, layers {split}, {most / 1e9:.2f} GB of weights a process{precision}"
+    return f"{arch.family}, layers {split}, {size(most)} of weights a process{precision}"
 
 
 def adapters(lora: Lora, described: CheckpointConfig, split: PipelineSplit) -> Iterator[Finding]:
@@ -195,16 +196,17 @@ def disk(
     if checkpointing.save is None:
         yield Finding("warning", "--save is not set: the trained weights will not be saved")
         return
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    parameters = size / (4 if described.dtype == "fp32" else 2) if trained is None else trained
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    parameters = stored / (4 if described.dtype == "fp32" else 2) if trained is None else trained
     each = parameters * (14 if numerics.bf16 else 12)
     saves = max(1, -(-batch.train_iters // checkpointing.save_interval)) if checkpointing.save_interval else 1
     place = Path(checkpointing.save).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    count = "" if checkpointing.save_interval and not batch.train_iters else f"{saves} "
-    text = f"{count}checkpoints of about {each / 1e9:.2f} GB, {free / 1e9:.1f} GB free at {place}"
+    unknown = checkpointing.save_interval and not batch.train_iters
+    many = "checkpoints" if unknown else counted(saves, "checkpoint")
+    text = f"{many} of about {size(each)}, {size(free)} free at {place}"
     if each > free:
         yield Finding("error", f"{text}: not one fits; set --save to a folder on another disk")
     elif each * saves > free:
@@ -226,7 +228,7 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
         vocabulary = described.architecture.vocab_size if described is not None else 1 << 31
         if is_plain(prefix):
             plain = PlainShards(prefix, vocabulary)
-            yield Finding("ok", f"{prefix}: {len(plain):,} documents without roles, every token is trained on")
+            yield Finding("ok", f"{prefix}: {counted(len(plain), 'document')} without roles, every token is trained on")
             return
         shards = open_any(prefix, vocabulary, described.tokenizer if described is not None else None)
         if not quick:
@@ -239,7 +241,9 @@ def _shards(prefix: str, data: Data, described: Any, quick: bool) -> Iterator[Fi
     made = "made with the model's tokenizer, vocabulary fits"
     if not isinstance(shards, Shards):
         made = "of another tool, without a manifest: the tokenizer cannot be checked"
-    yield Finding("ok" if isinstance(shards, Shards) else "warning", f"{prefix}: {len(shards):,} samples, {made}")
+    yield Finding(
+        "ok" if isinstance(shards, Shards) else "warning", f"{prefix}: {counted(len(shards), 'sample')}, {made}"
+    )
     if described is not None and described.chat_format and "name" in shards.manifest.chat_format:
         ours = shards.manifest.chat_format["name"]
         if ours != described.chat_format:
@@ -313,7 +317,7 @@ def supervision(prefix: str, shards: Any, data: Data) -> Iterator[Finding]:
     if unlearnt:
         yield Finding(
             "warning",
-            f"{prefix}: in {unlearnt:,} samples the end of an answer has loss weight 0, because of the weight of its message",
+            f"{prefix}: in {counted(unlearnt, 'sample')} the end of an answer has loss weight 0, because of the weight of its message",
         )
     if not silent and not endless and not unlearnt:
         yield Finding(
@@ -337,14 +341,17 @@ def _length(data: Data, batch: Batch, world_size: int, parallel: Parallelism) ->
     rows = sizes.sum() / data.seq_length if data.packing else np.count_nonzero(sizes)
     replicas = max(1, data_parallel_size(parallel, world_size))
     a_step = batch.global_batch_size or batch.micro_batch_size * replicas
+    each = f"about {counted(round(float(rows)), 'row')}"
     if batch.epochs is not None:
         steps = max(1, math.ceil(batch.epochs * float(rows) / a_step))
-        text = f"--epochs {batch.epochs:g} is about {steps:,} steps of {a_step} rows, an epoch about {rows:,.0f} rows"
+        text = (
+            f"--epochs {batch.epochs:g} is about {counted(steps, 'step')} of {counted(a_step, 'row')}, an epoch {each}"
+        )
         level = "warning" if batch.epochs > 20 else "ok"
         yield Finding(level, text + ("; check --epochs" if batch.epochs > 20 else ""))
         return
     epochs = batch.train_iters * a_step / max(1.0, float(rows))
-    text = f"--train_iters {batch.train_iters} x {a_step} rows is {epochs:.2f} epochs of about {rows:,.0f} rows"
+    text = f"--train_iters {batch.train_iters} x {counted(a_step, 'row')} is {epochs:.2f} epochs of {each}"
     yield Finding(
         "warning" if epochs > 20 else "ok",
         text + ("; check --train_iters and --global_batch_size" if epochs > 20 else ""),

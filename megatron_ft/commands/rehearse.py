@@ -28,6 +28,7 @@ from megatron_ft.launch.places import Places, is_rank, places
 from megatron_ft.models.architecture import Architecture, padded_vocab_size
 from megatron_ft.rehearsal import make_up, shrink
 from megatron_ft.rehearsal.meeting import AT_ONCE, BY_HAND, Meeting, shared_place
+from megatron_ft.wording import counted
 
 if TYPE_CHECKING:
     from megatron_ft.training.adapting import Adapting
@@ -53,7 +54,7 @@ def rehearse(settings: TrainingSettings, run: Callable[[TrainingSettings], int])
     prints = os.environ.get("RANK") == "0" if here is None else alone or here.node == 0
     say = print if prints else (lambda *_, **__: None)
     say(
-        f"rehearsal on this machine's CPU, {real} processes in the real run; nothing is written where the real run writes",
+        f"rehearsal on this machine's CPU, {counted(real, 'process')} in the real run; nothing is written where the real run writes",
         flush=True,
     )
 
@@ -254,7 +255,7 @@ class _Findings:
         more = f", {valid.num_samples:,} to validate" if valid else ""
         self._note(
             "--data_path",
-            f"{train.num_samples:,} samples in {len(train.epoch_rows(0)):,} rows{more}; opened, not hashed",
+            f"{counted(train.num_samples, 'sample')} in {counted(len(train.epoch_rows(0)), 'row')}{more}; opened, not hashed",
         )
 
     def _places(self) -> None:
@@ -357,4 +358,4 @@ def _verdict(code: int, processes: int, settings: TrainingSettings, seconds: flo
     if code:
         return f"rehearsal FAILED with exit code {code} after {spent}"
     saved = ", saved and" if settings.checkpointing.save else ","
-    return f"rehearsal passed in {spent}: {processes} processes connected, loaded, trained{saved} ended; all its files are removed"
+    return f"rehearsal passed in {spent}: {counted(processes, 'process')} connected, loaded, trained{saved} ended; its files are removed"

@@ -12,6 +12,7 @@ from megatron_ft.config.checks import positive
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError, DataError, UserError
+from megatron_ft.wording import counted, size
 
 if TYPE_CHECKING:
     from megatron_ft.data.loader import Samples
@@ -115,7 +116,7 @@ def check(options: Score) -> None:
         raise ConfigError("--data_path is needed: prefixes of shards to score")
     if options.output and len(options.output) != len(options.data_path):
         raise ConfigError(
-            f"--output has {len(options.output)} prefix(es) for {len(options.data_path)} --data_path: give one for each"
+            f"--output has {counted(len(options.output), 'prefix')} for {len(options.data_path)} --data_path: give one for each"
         )
     if not 0 < options.kd_temperature < float("inf"):
         raise ConfigError(f"--kd_temperature {options.kd_temperature:g}: must be above 0")
@@ -214,7 +215,7 @@ def _begun(
 def _written(output: str, tokens: int, each: int) -> str:
     from megatron_ft.data.teacher_logits import rows_path
 
-    return f"{rows_path(output)}: {tokens:,} tokens, {each} bytes each, {tokens * each / 1e6:,.1f} MB"
+    return f"{rows_path(output)}: {counted(tokens, 'token')}, {counted(each, 'byte')} each, {size(tokens * each)}"
 
 
 if __name__ == "__main__":

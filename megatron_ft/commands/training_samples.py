@@ -23,6 +23,7 @@ from megatron_ft.generation.prompts import read_references
 from megatron_ft.generation.whole_rows import RowDecoder
 from megatron_ft.training.careful import all_well, careful
 from megatron_ft.training.samples import Sample, Sampler
+from megatron_ft.wording import counted
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def _of_file(asking: Asking) -> _Asked:
     for number, prompt in enumerate(ids, 1):
         if not 0 < len(prompt) < asking.longest:
             raise ConfigError(
-                f"{path}, prompt {number}: has {len(prompt)} tokens; a row of this run has room for 1 to {asking.longest - 1} and an "
-                f"answer: change the prompt, or --seq_length"
+                f"{path}, prompt {number}: has {counted(len(prompt), 'token')}; a row of this run has room for 1 to {asking.longest - 1} "
+                f"and an answer: change the prompt, or --seq_length"
             )
     samples = [Sample(prompt["messages"], "", prompt.get("answer")) for prompt in prompts]
     decoder = asking.decoder(tokenizer, chat)

@@ -13,6 +13,7 @@ from megatron_ft.config.sections import Numerics, Parallelism
 from megatron_ft.device import choose_cpu
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import read_json
+from megatron_ft.wording import counted
 
 if TYPE_CHECKING:
     from megatron_ft.adapters.spec import Lora
@@ -82,7 +83,7 @@ def run(options: Invariance) -> int:
         return run_forked(case.processes, lambda ranks: measure(problem, ranks), case)[0]
 
     print(
-        f"{arch.family}: {arch.num_layers} layers of {arch.hidden_size}, rows of {options.seq_length}; relative differences"
+        f"{arch.family}: {counted(arch.num_layers, 'layer')} of {arch.hidden_size}, rows of {options.seq_length}; relative differences"
     )
     print(f"{'layout':38} {'loss':>10} {'2nd loss':>9} {'norm':>9} {'gradient':>9}  largest in")
     failed = []

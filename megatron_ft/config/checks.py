@@ -21,6 +21,7 @@ from megatron_ft.config.sections import (
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.config.steps import one_length
 from megatron_ft.errors import ConfigError
+from megatron_ft.wording import counted
 
 
 def positive(section: object, *names: str) -> None:
@@ -50,7 +51,7 @@ def world_fits_layout(parallel: Parallelism, world_size: int) -> None:
     if world_size % replica:
         context = f" x context_parallel_size {cp}" if cp > 1 else ""
         raise ConfigError(
-            f"{world_size} process(es) cannot hold tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}{context} = "
+            f"{counted(world_size, 'process')} cannot hold tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}{context} = "
             f"{replica}: start a multiple of {replica}: --nproc_per_node {replica}"
         )
 
@@ -142,7 +143,7 @@ def rows_fit_positions(data: Data, positions: int) -> None:
 def shares_fit(data: Data) -> None:
     if data.data_weights and len(data.data_weights) != len(data.data_path):
         raise ConfigError(
-            f"--data_weights has {len(data.data_weights)} share(s) for {len(data.data_path)} --data_path: give one for each"
+            f"--data_weights has {counted(len(data.data_weights), 'share')} for {len(data.data_path)} --data_path: give one for each"
         )
     if any(share < 0 for share in data.data_weights) or (data.data_weights and not any(data.data_weights)):
         raise ConfigError(f"--data_weights {data.data_weights}: shares must not be negative, and not all 0")

@@ -6,6 +6,7 @@ import math
 
 from megatron_ft.config.sections import Batch, Optimizer
 from megatron_ft.errors import ConfigError
+from megatron_ft.wording import counted
 
 
 def rates_in_order(optimizer: Optimizer) -> None:
@@ -37,7 +38,7 @@ def warmup_fits(optimizer: Optimizer, batch: Batch) -> None:
     decay = optimizer.lr_decay_iters or batch.train_iters
     if decay and optimizer.lr_warmup_iters >= decay:
         raise ConfigError(
-            f"--lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {decay} step(s) of the schedule: "
+            f"--lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {counted(decay, 'step')} of the schedule: "
             f"use at most {decay - 1}, or train for more steps (--train_iters, --epochs)"
         )
 
@@ -56,7 +57,7 @@ def wsd_fits(optimizer: Optimizer, batch: Batch) -> None:
     most = decay - optimizer.lr_warmup_iters
     if decay and steps > most:
         raise ConfigError(
-            f"--lr_wsd_decay_iters {steps}: the schedule has {most} step(s) after the warm-up: "
+            f"--lr_wsd_decay_iters {steps}: the schedule has {counted(most, 'step')} after the warm-up: "
             f"use at most {most}, or train for more steps (--train_iters, --epochs)"
         )
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_ft.data.fingerprint import fingerprint, fingerprint_of_file
 from megatron_ft.errors import DataError
+from megatron_ft.wording import counted
 
 MAGIC = b"MMIDIDX\x00\x00"
 OLD_MAGIC = b"TNTIDX\x00\x00"
@@ -55,7 +56,9 @@ def parse_index(data: bytes, path: Path) -> tuple[np.dtype, np.ndarray]:
     """Return the same from the content of a file."""
     dtype, lengths, starts = _parse(data, path, shortest=1)
     if len(starts) != len(lengths) + 1:
-        raise DataError(f"{path}: {len(lengths)} sequences and {len(starts)} documents do not fit; {REMEDY}")
+        raise DataError(
+            f"{path}: {counted(len(lengths), 'sequence')} and {counted(len(starts), 'document')} do not fit; {REMEDY}"
+        )
     _compare(path, "document", starts, np.arange(len(lengths) + 1))
     return dtype, lengths.copy()  # a view would keep the five times as large file in memory
 
@@ -83,7 +86,9 @@ def _parse(data: bytes, path: Path, shortest: int) -> tuple[np.dtype, np.ndarray
     if version != 1 or code not in DTYPES:
         raise DataError(f"{path}: version {version} and number type {code} are unknown; {REMEDY}")
     if len(data) != HEADER.size + 12 * count + 8 * documents:
-        raise DataError(f"{path}: {len(data)} bytes do not fit {count} sequences and {documents} documents; {REMEDY}")
+        raise DataError(
+            f"{path}: {counted(len(data), 'byte')} do not fit {counted(count, 'sequence')} and {counted(documents, 'document')}; {REMEDY}"
+        )
     dtype = np.dtype(DTYPES[code])
     lengths = np.frombuffer(data, "<i4", count, HEADER.size)
     offsets = np.frombuffer(data, "<i8", count, HEADER.size + 4 * count)
@@ -123,7 +128,7 @@ class Sequences:
         status = os.fstat(self._file.fileno())
         self.bytes, self._written = status.st_size, status.st_mtime_ns
         if self.bytes != expected:
-            raise DataError(f"{self.path}: {self.bytes} bytes, its index says {expected}; {REMEDY}")
+            raise DataError(f"{self.path}: {counted(self.bytes, 'byte')}, its index says {expected}; {REMEDY}")
 
     def __len__(self) -> int:
         return len(self.lengths)

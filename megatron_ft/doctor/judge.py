@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ft.doctor.result import Ended, Found, failed, passed
+from megatron_ft.wording import size
 
 STEPS = 8
 FALLS_TO = 0.5
@@ -174,7 +175,7 @@ def judge_compilations(graphs: Sequence[int]) -> Found:
 def judge_memory(used: float, planned: float, resident: bool) -> Found:
     """Judge memory, in bytes, without context, libraries and reserve. resident: `used` is resident memory on a CPU, in fp32."""
     ratio = used / planned
-    measured = f"{used / 1e9:.2f} GB used, {planned / 1e9:.2f} GB planned: ratio {ratio:.2f}"
+    measured = f"{size(used)} used, {size(planned)} planned: ratio {ratio:.2f}"
     low, high = RATIO
     if not low <= ratio <= high:
         return failed(

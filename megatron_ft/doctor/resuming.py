@@ -9,6 +9,7 @@ from megatron_ft.doctor.judge import FP16_SAVED_AT, FP16_STEPS, judge_fp16
 from megatron_ft.doctor.ranks import run_as_ranks, run_module, several
 from megatron_ft.doctor.result import Found, failed, passed
 from megatron_ft.doctor.stand_ins import finetune, settings
+from megatron_ft.wording import counted
 
 STEPS = 4
 
@@ -29,11 +30,13 @@ def _resume_check(folder: Path, *more: str) -> Found:
     count = several()
     ended = run_as_ranks(words, count, 200, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     if ended.code != 0:
-        return failed(f"{count} processes: {ended.reason}")
+        return failed(f"{counted(count, 'process')}: {ended.reason}")
     tensors = next((line for line in ended.out.splitlines() if line.startswith("tensors of the last checkpoint")), "")
     if "of which 0 differ" not in tensors:
-        return failed(f"{count} processes: the output does not report equal tensors: {ended.reason}")
-    return passed(f"{STEPS} steps = {STEPS // 2}, save, resume, {STEPS // 2}; bit-exact, {count} processes: {tensors}")
+        return failed(f"{counted(count, 'process')}: the output does not report equal tensors: {ended.reason}")
+    return passed(
+        f"{STEPS} steps = {STEPS // 2}, save, resume, {STEPS // 2}; bit-exact, {counted(count, 'process')}: {tensors}"
+    )
 
 
 def fp16(folder: Path) -> Found:

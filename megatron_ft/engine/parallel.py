@@ -19,6 +19,7 @@ from megatron_ft.config import rank_errors
 from megatron_ft.config.sections import Parallelism
 from megatron_ft.engine.start import prepare_engine
 from megatron_ft.errors import ConfigError
+from megatron_ft.wording import counted
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def process_groups(
     if world_size() % replica:
         context = f" x context_parallel_size {sizes.context}" if sizes.context > 1 else ""
         raise ConfigError(
-            f"{world_size()} process(es) were started, but tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}{context} "
+            f"{counted(world_size(), 'process')} started, but tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}{context} "
             f"needs a multiple of {replica}: start them with --nproc_per_node {replica}, or lower the sizes"
         )
     prepare_engine()

@@ -25,6 +25,7 @@ from megatron_ft.errors import ConfigError
 from megatron_ft.generation.batches import batches
 from megatron_ft.generation.sampling import GREEDY, Sampling, choose
 from megatron_ft.generation.throughput import Throughput
+from megatron_ft.wording import counted
 
 
 class Decoder:
@@ -54,7 +55,7 @@ class Decoder:
         for number, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.max_positions:
                 raise ConfigError(
-                    f"prompt {number} has {len(prompt)} tokens; the model accepts 1 to {self.max_positions - 1}: shorten it"
+                    f"prompt {number} has {counted(len(prompt), 'token')}; the model accepts 1 to {self.max_positions - 1}: shorten it"
                 )
         generator = torch.Generator(self.device).manual_seed(seed)
         answers: list[list[int]] = [[] for _ in prompts]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ft.wording import counted
+
 
 @dataclass
 class Throughput:
@@ -29,7 +31,7 @@ class Throughput:
 
     def __str__(self) -> str:
         whole = self.prompt_seconds + self.new_seconds
-        text = f"{self.prompt_tokens:,} tokens of prompts"
+        text = f"{counted(self.prompt_tokens, 'token')} of prompts"
         if self.prompt_seconds:
             text += f" ({self.prompt_tokens / self.prompt_seconds:,.1f} tokens/s)"
         text += f", {self.new_tokens:,} new tokens"

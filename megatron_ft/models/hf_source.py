@@ -28,6 +28,7 @@ from megatron_ft.models.safetensors_file import SafetensorsFile
 from megatron_ft.models.stored_kinds import check_all, check_kinds, refuse_stated, stated
 from megatron_ft.models.torch_file import TorchFile
 from megatron_ft.models.weights import Placed, Rule, placed_rules
+from megatron_ft.wording import counted
 
 _IGNORED = (".rotary_emb.inv_freq", ".rotary.inv_freq")  # a buffer that old exports hold; it follows from the config
 # With _from_model_config, transformers would replace the file's token ids by the config's.
@@ -212,7 +213,7 @@ class HfSource:
                 f"{self.folder} lacks lm_head.weight, and config.json {says} tie_word_embeddings{'' if given is None else ' false'}: "
                 f"if the output layer is the embedding, set it to true; else the file is of a model without an output layer"
             )
-        text = f"{self.folder} lacks {len(missing)} tensors, first {missing[0]}"
+        text = f"{self.folder} lacks {counted(len(missing), 'tensor')}, first {missing[0]}"
         if adapters := sorted(key for key in found if ".lora_" in key):
             return (
                 f"{text}; it holds {adapters[0]}, a LoRA adapter: merge it into the base model first (merge_and_unload)"

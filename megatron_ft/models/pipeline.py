@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 
 from megatron_ft.config.sections import Parallelism
 from megatron_ft.errors import ConfigError
+from megatron_ft.wording import counted
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _per_chunk(num_layers: int, parallel: Parallelism, virtual: int) -> list[int
     if left < middle or (middle <= 0 and left):
         raise ConfigError(
             f"--decoder_first_pipeline_num_layers {first} and --decoder_last_pipeline_num_layers {last} leave {left} of the model's "
-            f"{num_layers} layers to {middle} stage(s) of --pipeline_model_parallel_size {stages}: choose others"
+            f"{num_layers} layers to {counted(middle, 'stage')} of --pipeline_model_parallel_size {stages}: choose others"
         )
     even = left // (middle * virtual) if middle else 0
     counts = [even] * stages
@@ -129,8 +130,8 @@ def _per_chunk(num_layers: int, parallel: Parallelism, virtual: int) -> list[int
             counts[at], uneven = divmod(count, virtual)
             if uneven:
                 raise ConfigError(
-                    f"a stage of {count} layers cannot be cut into {virtual} chunks (--virtual_pipeline_model_parallel_size): "
-                    f"use {count // virtual * virtual or virtual} layers"
+                    f"a stage of {counted(count, 'layer')} cannot be cut into {counted(virtual, 'chunk')} "
+                    f"(--virtual_pipeline_model_parallel_size): use {counted(count // virtual * virtual or virtual, 'layer')}"
                 )
     if sum(counts) * virtual != num_layers:
         cut = f" x {virtual} chunks" if virtual > 1 else ""
@@ -162,11 +163,11 @@ def _written(num_layers: int, parallel: Parallelism) -> PipelineSplit:
         )
     if len(chunks) % stages:
         raise ConfigError(
-            f"{where}: {len(chunks)} chunk(s), not a multiple of --pipeline_model_parallel_size {stages}: add or join some"
+            f"{where}: {counted(len(chunks), 'chunk')}, not a multiple of --pipeline_model_parallel_size {stages}: add or join some"
         )
     counts = [chunk.count("t") for chunk in chunks]
     if sum(counts) != num_layers:
-        raise ConfigError(f"{where}: {sum(counts)} layers, the model has {num_layers}: write that many t")
+        raise ConfigError(f"{where}: {counted(sum(counts), 'layer')}, the model has {num_layers}: write that many t")
     return _from_counts(counts, stages)
 
 

@@ -8,6 +8,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from megatron_ft.planner.known import CPU, Gpu
+from megatron_ft.wording import counted, part_of, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,7 +128,7 @@ def _verdict(plan: dict[str, Any], limit: float) -> str:
     most = max(stage["total"] for stage in plan["stages"])
     what, its = ("process", "it may use") if plan["gpu"]["kind"] == CPU else ("GPU", "has")
     if most <= limit:
-        return f"[green]fits[/]: {most / _GB:.1f} of {limit / _GB:.1f} GB on the fullest {what}"
+        return f"[green]fits[/]: {part_of(most, limit)} on the fullest {what}"
     text = f"[red]does not fit[/]: the fullest {what} needs {most / _GB:.1f} GB and {its} {limit / _GB:.1f} GB"
     if other := plan["fits_with"]:
         text += f"; {other['memory'] / _GB:.1f} GB with {other['flags']}"
@@ -137,10 +138,11 @@ def _verdict(plan: dict[str, Any], limit: float) -> str:
 def _figures(plan: dict[str, Any], gpu: Gpu) -> list[str]:
     by = plan["activations_by_recompute"]
     first = ", ".join(f"{how} {sizes[0] / _GB:.1f}" for how, sizes in by.items())
-    batch = f"{plan['microbatches']} microbatch{'es' * (plan['microbatches'] > 1)} of {plan['micro_batch_size']}"
+    rows, tokens = counted(plan["global_batch_size"], "row"), counted(plan["tokens_per_step"], "token")
+    batch = f"{rows} x {plan['seq_length']} = {tokens} per step, in {counted(plan['microbatches'], 'microbatch')} of "
     return [
         f"recompute    GB of activations on the first stage: {first}",
-        f"batch        {plan['global_batch_size']} rows x {plan['seq_length']} = {plan['tokens_per_step']:,} tokens per step, in {batch}",
+        f"batch        {batch}{plan['micro_batch_size']}",
         *([_bubble(plan)] if plan["layout"]["pp"] > 1 else []),
         *(_time(plan, gpu) if plan["seconds_per_step"] else []),
         *(_base(plan["base"], "adapters" in plan) if plan["base"] else []),
@@ -163,12 +165,12 @@ def _time(plan: dict[str, Any], gpu: Gpu) -> list[str]:
     time = f"step         about {total:.1f} s ({seconds['compute']:.1f} computing at 45% of {gpu.tflops:.0f} TFLOP/s or less, "
     time += f"{seconds['waiting']:.1f} waiting, {seconds['communication']:.1f} communicating), estimated, not measured"
     if plan["train_iters"]:
-        time += f"; {plan['train_iters']:,} steps: {total * plan['train_iters'] / 3600:.0f} h"
+        time += f"; {counted(plan['train_iters'], 'step')}: {total * plan['train_iters'] / 3600:.0f} h"
     return [time]
 
 
 def _base(base: dict[str, int], adapters: bool) -> list[str]:
-    sizes = f"{base['nf4'] / _GB:.1f} GB, with --double_quant {base['nf4_double_quant'] / _GB:.1f} GB"
+    sizes = f"{size(base['nf4'])}, with --double_quant {size(base['nf4_double_quant'])}"
     without = "" if adapters else "; adapters are not counted (--lora_rank)"
     return [f"base         frozen, NF4: 4.5 bits per weight of the linears; on disk {sizes}{without}"]
 
@@ -176,9 +178,9 @@ def _base(base: dict[str, int], adapters: bool) -> list[str]:
 def _saves(plan: dict[str, Any]) -> list[str]:
     saved = plan["checkpoint"]
     return [
-        f"checkpoint   {saved['bytes'] / _GB:,.0f} GB in about {saved['files']} files: weights {saved['weights'] / _GB:,.0f}, "
-        f"optimizer {saved['optimizer'] / _GB:,.0f}",
-        f"host memory  {plan['host_memory_at_a_save'] / _GB:,.1f} GB per node at a save, at most twice as much with --async_save",
+        f"checkpoint   {size(saved['bytes'])} in about {counted(saved['files'], 'file')}: weights {size(saved['weights'])}, "
+        f"optimizer {size(saved['optimizer'])}",
+        f"host memory  {size(plan['host_memory_at_a_save'])} per node at a save, at most twice as much with --async_save",
     ]
 
 
@@ -197,9 +199,9 @@ def _show_proposals(out: Console, plan: dict[str, Any], limit: float) -> None:
 
 
 def _count(plan: dict[str, Any]) -> str:
-    what = "process{} on this machine" if plan["gpu"]["kind"] == CPU else "GPU{}"
-    several = "es" if plan["gpu"]["kind"] == CPU else "s"
-    return f"{plan['gpus']} {what.format(several * (plan['gpus'] > 1))}"
+    if plan["gpu"]["kind"] == CPU:
+        return f"{counted(plan['gpus'], 'process')} on this machine"
+    return counted(plan["gpus"], "GPU")
 
 
 def _proposals(proposals: list[dict[str, Any]], wide: bool) -> Table:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ft.errors import DataError
 from megatron_ft.report.page import Html, badge, table
+from megatron_ft.wording import counted
 
 SAMPLES = "samples.jsonl"
 NOTE = (
@@ -50,7 +51,7 @@ def answers(prompts: Sequence[Answers]) -> Iterator[str]:
     rows = [(_prompt(one), *(_cell(one.get(at)) for at in shown), _reference(one)) for one in order[:_SHOWN]]
     yield table(("prompt", *(f"step {at:,}" for at in shown), "reference"), rows)
     if len(order) > _SHOWN:
-        yield f'<p class="below">and {len(order) - _SHOWN:,} more prompts in {SAMPLES}</p>'
+        yield f'<p class="below">and {counted(len(order) - _SHOWN, "more prompt")} in {SAMPLES}</p>'
     elif len(steps) > len(shown):
         yield f'<p class="below">The answers at all {len(steps)} steps are in {SAMPLES}.</p>'
 

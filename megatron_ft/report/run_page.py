@@ -26,6 +26,7 @@ from megatron_ft.report.curves import Line, bars, picture
 from megatron_ft.report.metrics import Curve, Metrics, read_metrics
 from megatron_ft.report.page import Page, badge, commands, curves, table
 from megatron_ft.report.zeros import ZEROS, by_layer
+from megatron_ft.wording import counted, size
 
 REPORT = "report.html"
 _LAST = 10  # number of last steps that a final value is the mean of
@@ -76,7 +77,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 def _title(folder: Path, metrics: Metrics, now: dict[str, Any]) -> str:
     done = max((at for at, _ in metrics.curve("train/loss")), default=0)
     total = f" of {now['train_iters']:,}" if now else ""
-    return f"{folder.name}: {done:,}{total} steps"
+    return f"{folder.name}: {done:,}{total} {'step' if done == 1 and not total else 'steps'}"
 
 
 def _subtitle(now: dict[str, Any]) -> str:
@@ -84,7 +85,7 @@ def _subtitle(now: dict[str, Any]) -> str:
         return ""
     model = now["model"]
     return (
-        f"{model['family']}, {model['layers']} layers of {model['hidden']}, from {now['from']}; {now['layout']['text']} on "
+        f"{model['family']}, {counted(model['layers'], 'layer')} of {model['hidden']}, from {now['from']}; {now['layout']['text']} on "
         f"{now['device']}; started {now['time'][:16].replace('T', ' ')} UTC"
     )
 
@@ -169,12 +170,12 @@ def _where(metrics: Metrics) -> Iterator[str]:
 def _data(folder: Path, data: dict[str, Any]) -> Iterator[str]:
     packed = "packed, without attention between samples" if data["packed"] else "one per row"
     over = (
-        f"; {data['over_long']:,} samples longer than a row were {data['fate_of_over_long']}"
+        f"; {counted(data['over_long'], 'sample')} longer than a row were {data['fate_of_over_long']}"
         if data["over_long"]
         else ""
     )
     yield (
-        f"<p>{data['samples']:,} samples in {data['rows']:,} rows of {data['seq_length']:,} positions, {packed}: "
+        f"<p>{counted(data['samples'], 'sample')} in {counted(data['rows'], 'row')} of {data['seq_length']:,} positions, {packed}: "
         f"{data['filled']:.1%} of positions contain a token{over}.</p>"
     )
     opened = list(_opened(data["train"]))
@@ -214,7 +215,7 @@ def _sources(opened: list[Any]) -> str:
 def _layout(now: dict[str, Any]) -> Iterator[str]:
     ranks = now["ranks"]
     hosts = len({rank["host"] for rank in ranks})
-    yield f"<p>{escape(now['layout']['text'])}: {len(ranks)} processes on {hosts} machine{'s' if hosts != 1 else ''}.</p>"
+    yield f"<p>{escape(now['layout']['text'])}: {counted(len(ranks), 'process')} on {counted(hosts, 'machine')}.</p>"
     rows = [
         (
             rank["rank"],
@@ -264,7 +265,7 @@ def _time(metrics: Metrics) -> Iterator[str]:
             [(name, value, f"{value:.4g} s") for name, value in phases.items()]
         )
     if memory := metrics.values("train/memory_gb"):
-        yield f'<p class="below">Largest memory use of the reporting process: {max(memory):.2f} GB.</p>'
+        yield f'<p class="below">Largest memory use of the reporting process: {size(max(memory) * 1e9)}.</p>'
     if speed := metrics.values("train/tflops_per_gpu"):
         share = metrics.values("train/mfu")
         yield f'<p class="below">{speed[-1]:.1f} TFLOP/s per GPU{f", {share[-1]:.1%} of its peak" if share else ""}.</p>'
@@ -329,7 +330,7 @@ def _files(folder: Path) -> Iterator[str]:
         rows.append(
             (
                 f"{named}/",
-                f"{len(checkpoints)} checkpoint{'s' if len(checkpoints) > 1 else ''}, each loads into any layout",
+                f"{counted(len(checkpoints), 'checkpoint')}, each loads into any layout",
             )
         )
     yield table(("", ""), rows, ("code", ""))

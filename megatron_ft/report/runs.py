@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_ft.errors import ConfigError, DataError
 from megatron_ft.report.metrics import Curve, Metrics, read_metrics
+from megatron_ft.wording import counted
 
 By = Literal["step", "tokens"]
 LAST = 10  # number of steps whose mean is a run's loss at a place
@@ -59,7 +60,9 @@ class RunCurves:
 def read_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[RunCurves]:
     """Read the runs. names: one for each, default: the folders' names. Raise DataError or ConfigError."""
     if names and len(names) != len(folders):
-        raise ConfigError(f"--names has {len(names)} names for {len(folders)} runs: give one for each")
+        raise ConfigError(
+            f"--names has {counted(len(names), 'name')} for {counted(len(folders), 'run')}: give one for each"
+        )
     chosen = list(names) or _short_names(folders)
     if twice := [name for name in chosen if chosen.count(name) > 1]:
         raise ConfigError(f"two runs have the name {twice[0]}: give each folder once, and different --names")

@@ -16,6 +16,7 @@ from megatron_ft.data.show import Token, tokens
 from megatron_ft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ft.errors import UserError
 from megatron_ft.report.curves import bars
+from megatron_ft.wording import counted
 
 _LONGEST = 1500  # largest number of tokens shown of a sample
 
@@ -73,7 +74,7 @@ def sample(shards: Shards, index: int, tokenizer: Tokenizer | None, weight_by_by
             trained = " on" if run[0].weight > 0 else ""
             parts.append(f'<span class="role {run[0].role}{trained}">{escape(text)}</span>')
     cut = len(shards.role_bytes(index)) - _LONGEST
-    more = f'<br><span class="soft">and {cut:,} more tokens</span>' if cut > 0 else ""
+    more = f'<br><span class="soft">and {counted(cut, "more token")}</span>' if cut > 0 else ""
     return f'<div class="chat">{"<br>".join(parts)}{more}</div>'
 
 

@@ -24,6 +24,7 @@ from megatron_ft.engine.parallel import local_rank
 from megatron_ft.errors import DataError
 from megatron_ft.log import logger
 from megatron_ft.models.architecture import Architecture
+from megatron_ft.wording import counted
 
 log = logger("training")
 
@@ -62,7 +63,7 @@ def scored(
     """Return a teacher's stored log-probabilities of a set's shards. Raise DataError if they are of something else."""
     if len(prefixes) != len(dataset.shards):
         raise DataError(
-            f"--teacher_logits has {len(prefixes)} prefix(es) for {len(dataset.shards)} --data_path: give one for each"
+            f"--teacher_logits has {counted(len(prefixes), 'prefix')} for {len(dataset.shards)} --data_path: give one for each"
         )
     opened = [TeacherLogits(prefix) for prefix in prefixes]
     for one, shard in zip(opened, dataset.shards, strict=True):

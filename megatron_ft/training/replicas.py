@@ -31,7 +31,7 @@ def check_replicas(chunks: list, iteration: int) -> None:
     differs = (found != found.mode(dim=0).values).any(-1)
     odd = [rank for rank, wrong in zip(ranks, differs.any(1).tolist(), strict=True) if wrong]
     odd = ranks if odd and len(ranks) == 2 else odd  # of two replicas it is unknown which one is right
-    words = f"{named[int(differs.any(0).nonzero()[0])][0]} on rank(s) {odd} of {ranks}" if odd else None
+    words = f"{named[int(differs.any(0).nonzero()[0])][0]} on ranks {odd} of {ranks}" if odd else None
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, words)  # every group has its own replicas; all groups stop together
     if where := [found for found in dict.fromkeys(gathered) if found]:

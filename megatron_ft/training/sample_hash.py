@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron_ft.data.loader import ChatDataset
 from megatron_ft.log import logger
+from megatron_ft.wording import counted
 
 log = logger("training")
 
@@ -43,15 +44,17 @@ def check_resumed(saved: str, dataset: ChatDataset, consumed: int) -> str:
     saved: "" in checkpoints of earlier versions, which do not contain it.
     """
     if consumed > MOST_ROWS:
-        log.info(f"{consumed} rows were consumed, too many to verify again: the hash continues from the saved one")
+        log.info(
+            f"{counted(consumed, 'row')} consumed, too many to verify again: the hash continues from the saved one"
+        )
         return saved or beginning(dataset)
     ours = extend(beginning(dataset), dataset, 0, consumed)
     if saved and ours != saved:
         log.warning(
-            f"the {consumed} rows consumed so far are not those that this run's shards and settings give (hash {saved[:8]}, now "
+            f"the rows consumed so far, {consumed:,}, are not those that this run's shards and settings give (hash {saved[:8]}, now "
             f"{ours[:8]}): the data or its settings changed, some samples may come twice or not at all"
         )
         return saved
     if saved:
-        log.info(f"the {consumed} rows consumed so far are this run's own, in the same order (hash {saved[:8]})")
+        log.info(f"the rows consumed so far, {consumed:,}, are this run's own, in the same order (hash {saved[:8]})")
     return ours

@@ -127,7 +127,7 @@ def test_tensor_unexpected_or_missing(place):
     refused(place, "single", "holds model.extra.weight")
     del tensors["model.norm.weight"]
     save_file(tensors, path)
-    refused(place, "single", "lacks 1 tensors, first model.norm.weight")
+    refused(place, "single", "lacks 1 tensor, first model.norm.weight")
 
 
 def test_integers_are_not_weights(place):

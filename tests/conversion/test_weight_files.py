@@ -242,4 +242,4 @@ def test_an_adapter_that_was_not_merged(tmp_path, model):
     tensors["model.layers.0.self_attn.q_proj.base_layer.weight"] = query
     tensors["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 32)
     save_file(tensors, path)
-    refused(tmp_path, "lacks 1 tensors, first .*q_proj.weight; it holds .*lora_A.* merge it")
+    refused(tmp_path, "lacks 1 tensor, first .*q_proj.weight; it holds .*lora_A.* merge it")

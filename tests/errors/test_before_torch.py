@@ -6,6 +6,7 @@ import json
 import pytest
 
 from megatron_ft.digests import write_digests
+from megatron_ft.wording import counted
 from tests.errors.conftest import copy, cut, finetune, write_chats
 
 
@@ -176,7 +177,7 @@ class TestLayout:
     @pytest.mark.parametrize("processes, tp, pp", [(1, 2, 1), (1, 2, 2), (6, 2, 2), (4, 8, 1)])
     def test_number_of_processes(self, refused, shop, processes, tp, pp):
         refused(
-            rf"{processes} process\(es\) cannot hold .*{tp} x .*{pp} = {tp * pp}: start .*: --nproc_per_node {tp * pp}",
+            rf"{counted(processes, 'process')} cannot hold .*{tp} x .*{pp} = {tp * pp}: start .*: --nproc_per_node {tp * pp}",
             *finetune(shop), *layout(tp, pp), env=launched(processes),
         )  # fmt: skip
 

@@ -123,7 +123,7 @@ def test_prompts_longer_than_the_positions(place, one_rank):
     [
         ([], "give either --load MODEL... or --results FILE..."),
         (["--load", "a", "--results", "b/c.json"], "give either"),
-        (["--load", "a", "b", "--names", "c"], "--names has 1 names for 2 models"),
+        (["--load", "a", "b", "--names", "c"], "--names has 1 name for 2 models"),
         (["--load", "x/a", "y/a"], "two models have the name a"),
         (["--load", "a", "b", "--adapter", "c"], "--adapter belongs to one model"),
         (["--load", "a", "--samples", "0"], "--samples must be at least 1"),

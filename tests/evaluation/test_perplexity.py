@@ -212,9 +212,9 @@ def test_every_token_but_the_first_is_scored_once(length):
         ({"lengths": [64, 32]}, "rising order"),
         ({"stride": 16}, "--stride 16 must be at least 1 and below the smallest length, 16"),
         ({"batch_size": 0}, "--batch_size"),
-        ({"names": ["a"], "load": ["x", "y"]}, "--names has 1 names for 2 models"),
+        ({"names": ["a"], "load": ["x", "y"]}, "--names has 1 name for 2 models"),
         ({"load": ["x/a", "y/a"]}, "two models have the name a"),
-        ({"load": ["x", "y"], "adapter": ["z"]}, "--adapter has 1 entries for 2 models"),
+        ({"load": ["x", "y"], "adapter": ["z"]}, "--adapter has 1 entry for 2 models"),
     ],
 )
 def test_refused(options, message):

@@ -61,7 +61,7 @@ def test_the_fewest_gpus_whose_memory_suffices(gpus, models, name, asked, world,
 
 def test_a_model_that_does_not_fit_says_what_helps(gpus, models):
     (said,) = gpus.run(1, chosen, str(models / "llama2-70b"), SMALL, 1)
-    assert "fit into no layout of 1 GPU(s) with 86 GB: give --bf16" in said
+    assert "fit into no layout of 1 GPU with 86 GB: give --bf16" in said
 
 
 def answers(checkpoint: str, output: str) -> tuple[int, int]:

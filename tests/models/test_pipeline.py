@@ -55,14 +55,14 @@ REFUSED = [
     ({"virtual_pipeline_model_parallel_size": 3}, 8, 2, "x 3 chunks does not divide"),
     (
         {"decoder_first_pipeline_num_layers": 3, "decoder_last_pipeline_num_layers": 4}, 8, 2,
-        "leave 1 of the model's 8 layers to 0 stage(s)",
+        "leave 1 of the model's 8 layers to 0 stages",
     ),
     (
         {"decoder_first_pipeline_num_layers": 3, "virtual_pipeline_model_parallel_size": 2}, 8, 2,
         "cannot be cut into 2 chunks",
     ),
     ({"pipeline_model_parallel_layout": "Et*3|t*4L"}, 8, 2, "7 layers, the model has 8"),
-    ({"pipeline_model_parallel_layout": "E|t*8|L"}, 8, 2, "3 chunk(s), not a multiple"),
+    ({"pipeline_model_parallel_layout": "E|t*8|L"}, 8, 2, "3 chunks, not a multiple"),
     ({"pipeline_model_parallel_layout": "t*8|m"}, 8, 2, "write E, then t for every layer, then L"),
 ]  # fmt: skip
 

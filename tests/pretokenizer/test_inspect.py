@@ -87,7 +87,7 @@ def test_a_good_command_line(shards, capsys):
         (("--seq_length", 256), ["--seq_length 256 is beyond the model's 128 positions"]),
         (("--tensor_model_parallel_size", 3, "--world_size", 3), ["does not divide the model's num_attention_heads 4"]),
         (("--pipeline_model_parallel_size", 3, "--world_size", 3), ["does not divide the model's num_layers 4"]),
-        (("--tensor_model_parallel_size", 2), ["1 process(es) cannot hold tensor_model_parallel_size 2"]),
+        (("--tensor_model_parallel_size", 2), ["1 process cannot hold tensor_model_parallel_size 2"]),
         (("--seq_length", 4), ["lose all tokens that are trained on", "increase --seq_length", "are cut"]),
         (("--load", "nothing"), ["(--load)"]),
         (("--data_path", "nothing"), ["(--data_path)"]),

@@ -82,7 +82,7 @@ def test_names(folders, tmp_path):
     [
         ([], "two or more folders"),
         (["{tmp}/empty"], "no metrics.jsonl with training losses"),
-        (["{tmp}/short", "--names", "A"], "1 names for 2 runs"),
+        (["{tmp}/short", "--names", "A"], "1 name for 2 runs"),
         (["{tmp}/short", "--names", "A", "A"], "two runs have the name A"),
         (["{tmp}/short", "--smoothing", "0"], "at least 1"),
         (["{tmp}/none", "--by", "tokens"], "no train/tokens"),

@@ -12,6 +12,7 @@ from megatron_ft.errors import ConfigError
 from megatron_ft.models.pipeline import split_beside, split_layers
 from megatron_ft.models.quantised import Quantization
 from megatron_ft.training.teacher import same_rows, same_vocabulary
+from megatron_ft.wording import size as in_words
 from tests.training.test_datasets import write
 from tests.training.test_rules import ARCH
 
@@ -67,5 +68,5 @@ def test_preflight_says_what_the_teacher_takes(nf4, tmp_path, capsys):
     linears = 8 * (4 * 4096**2 + 3 * 4096 * 11264) / 2
     others = 2 * (256 / 2) * 4096 + 17 * 4096  # 100 tokens are padded to 256 for two processes
     size = linears * (4.5 / 8 if nf4 else 4) + others * 4
-    assert line.startswith("ok:") and f"layers 1-8, {size / 1e9:.2f} GB of weights a process" in line
+    assert line.startswith("ok:") and f"layers 1-8, {in_words(size)} of weights a process" in line
     assert line.endswith(", linears in NF4") == nf4

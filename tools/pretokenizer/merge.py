@@ -20,6 +20,7 @@ from megatron_ft.data.shards import Shards, ShardWriter, open_shards
 from megatron_ft.data.verify import verify_shards
 from megatron_ft.errors import ConfigError, DataError, UserError
 from megatron_ft.log import logger
+from megatron_ft.wording import counted
 from tools.pretokenizer.duplicates import first_of_each
 from tools.pretokenizer.finished import ENDING as SETTINGS_ENDING
 
@@ -86,7 +87,9 @@ def run(options: Merge) -> int:
                 _copy(writer, part, start, end, keep)
         files.write_json(_settings_file(options), settings)  # before the manifest, which marks the shards as finished
     counts = writer.manifest.counts
-    print(f"{len(parts)} shards, {counts['samples']:,} samples, {counts['tokens']:,} tokens -> {options.output}")
+    print(
+        f"{counted(len(parts), 'shard')}, {counted(counts['samples'], 'sample')}, {counted(counts['tokens'], 'token')} -> {options.output}"
+    )
     if options.without or options.duplicates != "keep":
         print("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
     return 0

@@ -11,6 +11,7 @@ from megatron_ft.data.roles import ASSISTANT, ROLE_BITS, all_weights, are_spoken
 from megatron_ft.data.shards import Shards, open_shards
 from megatron_ft.data.tokenizer import Tokenizer
 from megatron_ft.log import logger
+from megatron_ft.wording import counted
 from tools.pretokenizer.sources import Source
 from tools.pretokenizer.stats import total
 from tools.pretokenizer.unread import line
@@ -33,14 +34,14 @@ def show_result(prefix: Path, split: str, written: Written | None, sources: list
     skipped = all_datasets.skipped.total()
     share = f"{trained:.0f}% trained on, {skipped:,} skipped"
     print(
-        f"{split + ':':6} {counts['samples']:,} chats, {counts['tokens']:,} tokens, {share}"
+        f"{split + ':':6} {counted(counts['samples'], 'chat')}, {counted(counts['tokens'], 'token')}, {share}"
         f" -> {prefix}-{{text,role}}.{{bin,idx}}"
     )
     if marked := counts.get("marked_tokens", 0):
-        print(f"       marked for language-modelling loss: {marked:,} tokens")
+        print(f"       marked for language-modelling loss: {counted(marked, 'token')}")
     for portion in written.mix:
         share = f"{portion.realised:.1%} of the mix, {portion.requested:.1%} requested"
-        print(f"       {portion.name}: {share}, {portion.epochs:.2f} epochs, {len(portion.picks):,} samples")
+        print(f"       {portion.name}: {share}, {portion.epochs:.2f} epochs, {counted(len(portion.picks), 'sample')}")
     for reason, count in sorted(all_datasets.skipped.items()):
         print(f"       skipped: {reason}: {count:,}")
     if all_datasets.untrained:
@@ -76,4 +77,4 @@ def show_sample(prefix: Path, tokenizer: Tokenizer) -> None:
         words = " ".join(tokenizer.decode(ids[start:end], skip_special=True).split())
         shown = words if len(words) <= SHOWN else words[:SHOWN] + " ..."
         print(f"  «{shown}»" if trained[role_bytes[start]] else f"  {shown}")
-    print("  «» = trained on" + (f", {len(starts) - TURNS} more turns" if len(starts) > TURNS else ""))
+    print("  «» = trained on" + (f", {counted(len(starts) - TURNS, 'more turn')}" if len(starts) > TURNS else ""))

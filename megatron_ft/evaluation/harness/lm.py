@@ -27,6 +27,7 @@ from megatron_ft.evaluation.scoring import Scorer
 from megatron_ft.generation.loading import ChatModel
 from megatron_ft.generation.stop_strings import StopStrings
 from megatron_ft.models.rope import LENGTH_METHODS, method_of
+from megatron_ft.wording import counted
 
 
 class RanksLM(TemplateLM):
@@ -66,7 +67,7 @@ class RanksLM(TemplateLM):
         for _, context, continuation in requests:
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise DataError(
-                    f"an answer of a task has {len(continuation)} tokens after {len(context)} of context; the model scores 1 to "
+                    f"an answer of a task has {counted(len(continuation), 'token')} after {len(context)} of context; the model scores 1 to "
                     f"{self.max_length} after at least one: change the task, or --max_length"
                 )
         return self._shared(requests, self._scored)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_ft.errors import ConfigError
+from megatron_ft.wording import counted
 
 BITS = {"transformers": (32, 16, 8, 4), "engine": (32, 16, 4)}
 """Backend -> the precisions that it can load."""
@@ -148,6 +149,7 @@ def check_lengths(prompts: list[list[int]], max_new_tokens: int, positions: int)
             raise ConfigError(f"prompt {number} has no tokens: write some text")
         if len(ids) + max_new_tokens > positions:
             raise ConfigError(
-                f"prompt {number} has {len(ids)} tokens, with --max_new_tokens {max_new_tokens} more than the model's {positions} "
+                f"prompt {number} has {counted(len(ids), 'token')}, with --max_new_tokens {max_new_tokens} more than the model's "
+                f"{positions} "
                 f"positions: shorten it, or lower --max_new_tokens"
             )

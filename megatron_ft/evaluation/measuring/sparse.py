@@ -19,6 +19,7 @@ from megatron_ft.generation.throughput import Throughput
 from megatron_ft.sparse.mlp import Mode
 from megatron_ft.sparse.model import SparseModel
 from megatron_ft.sparse.rows import Precision, empty, read_speed
+from megatron_ft.wording import counted as in_words
 
 READ = 1 << 26
 """Numbers that are read to measure memory, 256 MiB: more than the caches of most machines."""
@@ -145,5 +146,5 @@ def table(result: Mapping[str, Any]) -> str:
         )
     read = result["read_bytes_per_second"] / 1e9
     same = "the same answers as" if result["exact_is_dense"] else "OTHER ANSWERS than"
-    lines.append(f"memory: {read:.1f} GB/s read with {result['threads']} thread(s); exact gave {same} dense")
+    lines.append(f"memory: {read:.1f} GB/s read with {in_words(result['threads'], 'thread')}; exact gave {same} dense")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_ft.errors import ConfigError, DataError, kind_of
 from megatron_ft.evaluation.retrieval.tasks import Documents, KeyValues, Lines, Topics
 from megatron_ft.files import read_json
+from megatron_ft.wording import counted
 
 SETTINGS = ("seed", "samples", "lengths", "depths", "key_digits", "max_new_tokens", "system", "topics", "documents")
 """What results must have in common, named as the flags are. topics, documents: digests of the files, None without one."""
@@ -26,7 +27,9 @@ def joined(files: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
         _check_alike(path, result, files[0], results[0])
     models = [model for result in results for model in result["models"]]
     if names and len(names) != len(models):
-        raise ConfigError(f"--names has {len(names)} names for {len(models)} models in --results: give one for each")
+        raise ConfigError(
+            f"--names has {counted(len(names), 'name')} for {counted(len(models), 'model')} in --results: give one for each"
+        )
     renamed = [{**model, "name": name} for model, name in zip(models, names, strict=True)] if names else models
     return {**results[0], "models": renamed}
 

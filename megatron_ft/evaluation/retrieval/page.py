@@ -13,6 +13,7 @@ from megatron_ft.report.by_length import by_length as chart
 from megatron_ft.report.curves import bars
 from megatron_ft.report.heat_map import heat_map
 from megatron_ft.report.page import Page, table
+from megatron_ft.wording import counted
 
 Model = Mapping[str, Any]
 ACROSS, DOWN, UP = "length (tokens)", "depth of the answer (%)", "right answers (%)"
@@ -46,7 +47,8 @@ _DEPTH = "Right answers in percent, by the length of prompt and answer and by wh
 
 def _subtitle(result: Mapping[str, Any]) -> str:
     return (
-        f"{result['samples']} prompts for each task, length and depth; seed {result['seed']}; answers of up to {result['max_new_tokens']} "
+        f"{counted(result['samples'], 'prompt')} for each task, length and depth; seed {result['seed']}; answers of up to "
+        f"{result['max_new_tokens']} "
         "tokens, greedy"
     )
 
