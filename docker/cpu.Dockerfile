@@ -1,8 +1,8 @@
 # megatron_ft on CPU processes: to try it, and to run the tests. From the repository's root:
 #   docker build -f docker/cpu.Dockerfile -t megatron_ft:cpu .
 #   docker run --rm -it megatron_ft:cpu megatron-ft demo
-# pip's default torch for Linux is the CUDA build of several GB. A smaller image: --build-arg PIP_EXTRA_INDEX_URL=, with the index of
-# CPU builds that pytorch.org gives.
+# pip's default torch for Linux is the CUDA build of several GB. A smaller image:
+#   --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 FROM python:3.11-slim-bookworm
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends git make procps \

@@ -17,6 +17,22 @@ FOREIGN = {"coming_from.md"}  # its left columns hold other tools' flags
 CALL = re.compile(r"^(?:.*\s)?(?:megatron-ft|-m megatron_ft)\s+([a-z][\w-]*)(\s.*)?$")
 
 
+OTHERS = (
+    "benchmarks/",
+    "srun ",
+    "sbatch ",
+    "scancel ",
+    "scontrol ",
+    "pip ",
+    "python3 ",
+    "docker ",
+    "apptainer ",
+    "vllm ",
+    "python -m sglang",
+)
+"""Programs whose flags are their own."""
+
+
 def command_lines(text: str) -> list[tuple[str, str]]:
     """(command, the rest of its line) of every line of a code block that starts one of our commands."""
     blocks = re.findall(r"^```(?:bash|sh|)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -65,8 +81,7 @@ def test_flags_in_running_text_exist():
     for page in PAGES:
         if page.suffix == ".md" and page.name not in FOREIGN:
             spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text(encoding="utf-8"))
-            others = ("benchmarks/", "srun ", "sbatch ", "scancel ", "scontrol ")  # whose flags are their own
-            ours = [span for span in spans if not span.startswith(others)]
+            ours = [span for span in spans if not span.startswith(OTHERS)]
             flags = {flag for span in ours for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
             wrong += [
                 f"{page.name}: {flag}" for flag in flags if f"--{flag[2:].replace('-', '_')}" not in known | theirs
