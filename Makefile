@@ -9,9 +9,10 @@ STAMP := .venv/.installed
 ENGINE := 0.19.2
 ENGINE_BIN := .venv-engine/bin
 ENGINE_STAMP := .venv-engine/.installed
+DOCS_BIN := .venv-docs/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-engine test-slurm coverage rehearse lint docs clean
+.PHONY: help venv demo test test-all test-engine test-slurm coverage rehearse lint docs docs-site clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -77,6 +78,13 @@ docs: $(STAMP)  ## docs/flags.md, from the commands themselves; docs/works_with.
 	$(BIN)/megatron-ft flags > docs/flags.tmp && mv docs/flags.tmp docs/flags.md
 	$(BIN)/python -m tests.docs.works_with
 
-clean:  ## remove .venv, .venv-engine and what builds and tests leave; runs/ stays
-	rm -rf .venv .venv-engine build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+# An environment of its own: nothing else needs mkdocs.
+docs-site:  ## all pages as a web site, in build/site
+	@test -x $(DOCS_BIN)/pip || $(PYTHON) -m venv .venv-docs
+	$(DOCS_BIN)/pip install --quiet --disable-pip-version-check mkdocs-material -c tools/docs_site/constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict
+	@echo "to read it: $(DOCS_BIN)/python -m http.server --directory build/site"
+
+clean:  ## remove the environments and what builds and tests leave; runs/ stays
+	rm -rf .venv .venv-engine .venv-docs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
