@@ -18,18 +18,9 @@ CALL = re.compile(r"^(?:.*\s)?(?:megatron-ft|-m megatron_ft)\s+([a-z][\w-]*)(\s.
 
 
 OTHERS = (
-    "benchmarks/",
-    "srun ",
-    "sbatch ",
-    "scancel ",
-    "scontrol ",
-    "pip ",
-    "python3 ",
-    "docker ",
-    "apptainer ",
-    "vllm ",
-    "python -m sglang",
-)
+    "benchmarks/", "srun ", "sbatch ", "scancel ", "scontrol ", "pip ", "python3 ", "docker ", "apptainer ", "vllm ",
+    "python -m sglang", "text-generation-launcher ", "llama-server ",
+)  # fmt: skip
 """Programs whose flags are their own."""
 
 
