@@ -23,7 +23,10 @@ def in_menu(entry) -> list[str]:
 
 
 def test_the_menu_names_every_page_once():
-    assert sorted(in_menu(CONFIG["nav"])) == sorted(map(hooks.site_path, PAGES))
+    menu, pages = in_menu(CONFIG["nav"]), [hooks.site_path(path) for path in PAGES]
+    assert not set(pages) - set(menu), f"add a line to nav in mkdocs.yml for {sorted(set(pages) - set(menu))}"
+    assert not set(menu) - set(pages), f"no such page: {sorted(set(menu) - set(pages))}"
+    assert len(menu) == len(set(menu))
 
 
 def test_a_place_is_that_of_one_file():
