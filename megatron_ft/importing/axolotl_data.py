@@ -136,7 +136,8 @@ def _of_type(job: Job, key: str, entry: dict[str, Any], dataset: Dataset) -> dic
 
 
 def _of_fields(entry: dict[str, Any]) -> dict[str, str]:
-    mappings = entry.get("message_property_mappings") or {}
+    mappings = entry.get("message_property_mappings")
+    mappings = mappings if isinstance(mappings, dict) else {}
     found = {
         "messages": entry.get("field_messages"),
         "role": mappings.get("role") or entry.get("message_field_role"),
@@ -183,6 +184,8 @@ def pretraining(job: Job, key: str, value: Any) -> None:
     """Take texts, which are trained on as a whole."""
     for entry in value if isinstance(value, list) else [value]:
         given = entry if isinstance(entry, dict) else {"path": entry}
+        if not given.get("path"):
+            continue
         dataset = Dataset(str(given["path"]), is_local(str(given["path"])))
         dataset.pretokenize["keys"] = [f"text={given.get('text_column') or 'text'}"]
         job.datasets.append(dataset)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_ft.errors import UserError
+from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import read_json
 from megatron_ft.importing.job import Job, flag_text, is_off, number, truth, whole
 from megatron_ft.importing.tables import OFF, Handler
@@ -227,7 +227,9 @@ def size(flag: str) -> Handler:
     """Return what takes a whole number as a flag."""
 
     def take(job: Job, key: str, value: Any) -> None:
-        job.set(key, value, flag, whole(key, value))
+        if (found := whole(key, value)) < 1:
+            raise ConfigError(f"{key}: {found} must be at least 1")
+        job.set(key, value, flag, found)
 
     return take
 
@@ -249,7 +251,7 @@ def of_adapters(flag: str, kind: type = float) -> Handler:
 
     def take(job: Job, key: str, value: Any) -> None:
         if job.adapters:
-            job.set(key, value, flag, kind(number(key, value)))
+            job.set(key, value, flag, whole(key, value) if kind is int else number(key, value))
         else:
             job.ignore(key, value, WITHOUT_ADAPTERS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,8 +111,10 @@ def number(key: str, value: Any) -> float:
     try:
         if isinstance(value, bool):
             raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
+        if not math.isfinite(found := float(value)):
+            raise ValueError
+        return found
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{key}: {plain(value)!r} is not a number") from None
 
 

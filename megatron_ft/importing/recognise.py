@@ -84,7 +84,7 @@ def _of_script(source: Source) -> Job:
         raise ConfigError(_nothing(source, script))
     call, kind = found[0]
     job = _of_call(source, call, kind)
-    job.gpus, job.nodes = job.gpus or gpus_of(call), nodes_of(call)
+    job.gpus, job.nodes = job.gpus or gpus_of(call) or None, nodes_of(call) or 1
     _add_notes(job, script, call)
     for other, _ in found[1:]:
         job.before.append(
@@ -192,7 +192,7 @@ def gpus_of(call: Called) -> int | None:
     for flag in ("nproc_per_node", "nproc-per-node", "num_processes", "num-processes", "num_gpus"):
         if (text := _value(call.words, flag)) and text.isdigit():
             count = int(text)
-            return count // nodes_of(call) if "processes" in flag else count
+            return count // (nodes_of(call) or 1) if "processes" in flag else count
     if (text := call.environment.get("NPROC_PER_NODE")) and text.isdigit():
         return int(text)
     for name, text in call.environment.items():

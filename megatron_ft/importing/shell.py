@@ -36,6 +36,8 @@ _QUIET = (
     "pushd",
     "popd",
 )
+_LONGEST = 1_000_000
+"""Characters of a variable."""
 _MOST = 10_000
 """Statements that are followed: a loop without an end stops here."""
 
@@ -209,6 +211,10 @@ class Script:
             self.variables.values[name] = [*before, found]
         else:
             self.variables.values[name] = (before if isinstance(before, str) and more else "") + found
+        if sum(map(len, self.variables.values[name])) > _LONGEST:
+            raise ConfigError(
+                f"{self.path}, line {line}: {name} grows beyond {_LONGEST:,} characters; is it a loop without an end?"
+            )
 
     def _call(self, words: list[str], line: int, environment: dict[str, str]) -> bool | None:
         """Follow a builtin or a function, or remember a command."""
@@ -259,11 +265,7 @@ class Script:
             self.run(parse(read_text(place), str(place)))
             self._depth, self._here = self._depth - 1, outside
             return True
-        found = (
-            next(iter(sorted(Path(self.path).parent.glob(f"**/{Path(name).name}"))), None) if unknowns(name) else None
-        )
-        hint = f"; name its variables with --set, or run the import where it is (such as {found})" if found else ""
-        self.notes.append(f"line {line}: another file is read here, and what it sets is not known{hint}")
+        self.notes.append(f"line {line}: another file is read here that is not here; name its variables with --set")
         self.variables.open = True
         return None
 

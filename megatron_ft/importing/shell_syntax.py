@@ -216,8 +216,10 @@ class Parser:
         return [one.text for one in self.tokens[self.at : self.at + len(texts)]] == list(texts)
 
     def function(self) -> Node:
-        line, name = self.tokens[self.at].line, self.tokens[self.at + 1].text
-        self.at += 2
+        line = self.tokens[self.at].line
+        self.at += 1
+        name = self.present(line).text
+        self.at += 1
         if self.follows("(", ")"):
             self.at += 2
         return self.body_of(name, line)
@@ -230,11 +232,9 @@ class Parser:
         token = self.tokens[self.at]
         self.at += 1
         words = []
-        while self.tokens[self.at].text != "))":
-            words.append(self.tokens[self.at].text)
+        while (text := self.present(token.line).text) != "))":
+            words.append(text)
             self.at += 1
-            if self.at >= len(self.tokens):
-                self.fail(token)
         self.at += 1
         return Node("simple", token.line, ["((", " ".join(words)])
 

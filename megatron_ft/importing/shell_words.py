@@ -202,7 +202,7 @@ def _with_default(name: str, found: str | list[str] | None, sign: str, text: str
 
 def _cut(name: str, found: str | list[str] | None, rest: str, variables: Variables) -> str:
     """Return `${X#pattern}`, `${X%pattern}`, `${X/old/new}` and `${X,,}`."""
-    if not isinstance(found, str) or unknowns(found):
+    if not isinstance(found, str) or unknowns(found) or len(found) > 5000:
         return unknown(name)
     sign = re.match(r"##?|%%?|//?|,,|\^\^", rest)
     if not sign:
@@ -232,7 +232,8 @@ def arithmetic(text: str, variables: Variables) -> int | None:
     if unknowns(plain) or len(plain) > 1000:
         return None
     try:
-        return _number(ast.parse(plain.strip() or "0", mode="eval").body, variables)
+        found = _number(ast.parse(plain.strip() or "0", mode="eval").body, variables)
+        return found if abs(found) < 1 << 63 else None
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, KeyError):
         return None
 

@@ -78,7 +78,7 @@ def test_a_file_that_is_sourced(tmp_path):
     assert followed('source "$(dirname "$0")/common.sh"; run $TP', path=str(main)).calls[0].words == ["run", "4"]
     script = followed("source away.sh\nrun ${TP:-1}", path=str(main))
     assert unknowns(script.calls[0].words[1]) == ["TP"] and script.notes[0].startswith(
-        "line 1: another file is read here"
+        "line 1: another file is read here that is not here"
     )
 
 
@@ -88,6 +88,7 @@ def test_a_file_that_is_sourced(tmp_path):
         ("if true; then run", "line 1: "),
         ("run\nfi )", "x.sh, line 2: ) is not understood here"),
         ("while true; do run; done", "a loop here has no end that can be known"),
+        ("A=x\nwhile true; do A=$A$A; done", "x.sh, line 2: A grows beyond 1,000,000 characters"),
         ("case x in", "has no end; is the script complete?"),
     ],
 )
