@@ -43,7 +43,8 @@ def assistant_only(job: Job, key: str, value: Any) -> None:
         return
     job.before.append(
         f"{job.prefix}{key} is off: TRL then trains on every token of chats (`messages`), here only on the assistant's; for TRL's loss add "
-        "--scalar_loss_mask 1. Records of prompt and completion have the same loss in both"
+        "--scalar_loss_mask 1. Records of prompt and completion are trained on by their completion in both; as plain texts they get a chat "
+        "format here"
     )
 
 
