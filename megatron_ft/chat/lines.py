@@ -90,6 +90,7 @@ def _set_up(history: Path | None, completed: Sequence[str]) -> Callable[[], None
     readline.set_completer_delims("")
     readline.set_completer(lambda text, n: next(iter([w for w in completed if text and w.startswith(text)][n:]), None))
     readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message
     if history is None or not _make_private(history):
         return lambda: None
     with contextlib.suppress(OSError):

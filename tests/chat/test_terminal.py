@@ -206,6 +206,14 @@ def test_the_history_is_private_and_comes_back(tmp_path):
     again.leave()
 
 
+def test_what_is_pasted_is_one_message(tmp_path):
+    terminal = Terminal(HOME=str(tmp_path), TERM="xterm")
+    terminal.wait("> ")
+    terminal.type("\x1b[200~/one\ntwo\x1b[201~\n")  # bracketed paste
+    terminal.wait("/ONE TWO")
+    assert terminal.leave() == 0
+
+
 @pytest.mark.parametrize("home", ["/proc/nowhere", "/dev/null"])
 def test_a_place_where_nothing_can_be_kept(home):
     terminal = Terminal(HOME=home)
