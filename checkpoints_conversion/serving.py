@@ -71,6 +71,22 @@ class Serving:
 
 def serving(folder: Path, place: str) -> Serving:
     """Return how to serve the export in `folder`. place: its folder in the commands. Raise CheckpointError for what is no export."""
+    try:
+        return _of_folder(folder, place)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # files of others may hold anything
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{folder}: its config.json or adapter_config.json makes no sense ({why}); restore it"
+        ) from error
+
+
+def _of_folder(folder: Path, place: str) -> Serving:
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs:
         return _gguf(ggufs[0], place)
@@ -148,7 +164,8 @@ def _model(config: dict[str, Any], size: int, place: str) -> Serving:
 def _only_transformers(config: dict[str, Any], method: str) -> str | None:
     """Return why only transformers computes this model, or None."""
     family = str(config["model_type"])
-    native, activation = _ACTIVATIONS.get(family), config.get("hidden_act", config.get("activation", "gelu"))
+    native = _ACTIVATIONS.get(family)
+    activation = config.get("hidden_act", config.get("activation", native))
     if native is None:
         return f"models of type {family} are not among those that were looked up"
     if activation != native:

@@ -1,6 +1,7 @@
 """Conversations: taking back, saving as the pretokenizer reads it, and what a model does not read of a long one."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -41,7 +42,9 @@ def test_two_models_have_answers_of_their_own():
 def test_the_pretokenizer_recognises_a_saved_chat(tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text(talked("é\n\u2028", system="s").saved(["m"]), encoding="utf-8")
-    assert recognise(path).name == "messages"
+    reader, chat = recognise(path), talked("é\n\u2028", system="s")
+    (read,) = reader.convert(json.loads(path.read_text(encoding="utf-8")), "line 1", reader.options(), Counter())
+    assert [dict(message) for message in read] == chat.messages(0)
 
 
 def test_the_beginning_of_a_long_conversation_is_left_out():

@@ -159,6 +159,25 @@ def test_adapters_that_have_to_be_merged(made, more, words):
     assert not found.ways and words in found.text() and "merge-adapter" in found.text()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama"}, {**LLAMA, "num_attention_heads": 0}, {**LLAMA, "hidden_size": "x"},
+        {**LLAMA, "rope_scaling": [1]}, {**LLAMA, "num_key_value_heads": [1]}, {**LLAMA, "quantization_config": "gptq"},
+        {**LLAMA, "quantization_config": {"quant_method": "gptq", "group_size": 0}}, {**FALCON, "ffn_hidden_size": [], "hidden_size": None},
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_sense_is_one_line(made, config):
+    with pytest.raises(UserError, match="makes no sense"):
+        made(config)
+
+
+@pytest.mark.parametrize("config", [[], {"r": "x"}, {"r": None, "base_model_name_or_path": "a/b"}])
+def test_an_adapter_s_config_that_makes_no_sense_is_one_line(made, config):
+    with pytest.raises(UserError, match="makes no sense"):
+        made(adapter_config__json=config)
+
+
 def test_the_command_prints_what_the_card_says(tmp_path, made, capsys):
     commands = [way.command for way in made(LLAMA, name=str(tmp_path / "export")).ways]
     assert run_script(COMMAND, run, [str(tmp_path / "export") + "/"]) == 0
