@@ -129,7 +129,7 @@ def _gradient(
 ) -> None:
     softmax = shifted_by(rows, peak, valid).exp_().div_(total[:, None])
     mine = (targets >= 0) & (targets < rows.shape[1])
-    softmax.scatter_add_(1, targets.where(mine, 0)[:, None], -mine[:, None].float())
+    softmax.scatter_add_(1, targets.where(mine, 0)[:, None], -mine[:, None].to(softmax.dtype))
     out.copy_(softmax.mul_(factor[:, None]))
 
 

@@ -148,7 +148,7 @@ def _gradient(
     target.subtract(part, difference, theirs, others, z_q, rank, mix)
     softmax = shifted.exp_().div_(z_1[:, None])
     mine = (targets >= 0) & (targets < rows.shape[1])
-    softmax.scatter_add_(1, targets.where(mine, 0)[:, None], -mine[:, None].float())
+    softmax.scatter_add_(1, targets.where(mine, 0)[:, None], -mine[:, None].to(softmax.dtype))
     return softmax.mul_(mix.ce_weight).add_(difference, alpha=mix.kd_weight * mix.temperature)
 
 
