@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_ft.config.schedule import rates_in_order, warmup_fits, weight_decay_rises, wsd_fits
+from megatron_ft.config.schedule import rates_in_order, warmup_fits, warmup_given_once, weight_decay_rises, wsd_fits
 from megatron_ft.config.sections import (
     Batch,
     Checkpointing,
@@ -357,6 +357,7 @@ def check_settings(settings: TrainingSettings, world_size: int) -> None:
     role_weights(data)
     variable_rows_fit(data, parallel)
     rates_in_order(optimizer)
+    warmup_given_once(optimizer)
     warmup_fits(optimizer, batch)
     wsd_fits(optimizer, batch)
     weight_decay_rises(optimizer)

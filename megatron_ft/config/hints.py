@@ -18,7 +18,7 @@ HUGGING_FACE = {
     "num_train_epochs": ("epochs", ""),
     "num_epochs": ("epochs", ""),
     "warmup_steps": ("lr_warmup_iters", ""),
-    "warmup_ratio": ("lr_warmup_iters", "a number of iterations"),
+    "warmup_ratio": ("lr_warmup_fraction", ""),
     "lr_scheduler_type": ("lr_decay_style", ""),
     "model_name_or_path": ("load", "a checkpoint made by megatron-ft hf-to-megatron"),
     "resume_from_checkpoint": ("load", ""),

@@ -42,7 +42,6 @@ COMPUTED = {
     "lr_decay_samples=": "`--lr_decay_iters`: samples / `--global_batch_size`",
     "lr_warmup_samples=": "`--lr_warmup_iters`: samples / `--global_batch_size`",
     "lr_wsd_decay_samples=": "`--lr_wsd_decay_iters`: samples / `--global_batch_size`",
-    "lr_warmup_fraction=": "`--lr_warmup_iters`: this share of `--lr_decay_iters`, else of `--train_iters`",
     "load_iters=": "`--load` with the folder of this iteration",
     "ckpt_step=": "`--load` with the folder of this iteration",
     "rotary_seq_len_interpolation_factor=": "`--rope_scaling_type linear --rope_scaling_factor`",

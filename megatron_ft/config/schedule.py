@@ -33,6 +33,19 @@ def doubtful_rate(optimizer: Optimizer) -> str | None:
     return f"--lr {optimizer.lr:g} {what} with AdamW; usual are 1e-6 to 1e-4, with --lora_rank to 1e-3: check --lr"
 
 
+def warmup_given_once(optimizer: Optimizer) -> None:
+    """Check the share of the steps that are the warm-up."""
+    share = optimizer.lr_warmup_fraction
+    if share is None:
+        return
+    if not 0 <= share < 1:
+        raise ConfigError(f"--lr_warmup_fraction {share:g}: must be at least 0 and less than 1")
+    if optimizer.lr_warmup_iters:
+        raise ConfigError(
+            f"--lr_warmup_fraction {share:g} and --lr_warmup_iters {optimizer.lr_warmup_iters} both give the warm-up: keep one"
+        )
+
+
 def warmup_fits(optimizer: Optimizer, batch: Batch) -> None:
     """Check the warm-up. With --epochs the steps are known only once the data is read; training/length.py then checks it."""
     decay = optimizer.lr_decay_iters or batch.train_iters

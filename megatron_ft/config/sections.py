@@ -131,6 +131,8 @@ class Optimizer:
     """with --lr_decay_style WSD: number of steps of its decay, the last of lr_decay_iters"""
     lr_warmup_iters: int = 0
     """number of steps in which the learning rate rises linearly from lr_warmup_init to lr"""
+    lr_warmup_fraction: float | None = None
+    """in place of lr_warmup_iters: share of the steps of the schedule (lr_decay_iters, else all of the run)"""
     lr_warmup_init: float = 0.0
     """learning rate from which the warm-up rises"""
     lr_decay_iters: int | None = None

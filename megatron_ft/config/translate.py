@@ -98,20 +98,6 @@ def _iterations(ours: str) -> Callable[[str, Given, dict[str, Any]], dict[str, A
     return compute
 
 
-def _warmup_fraction(name: str, flag: Given, values: dict[str, Any]) -> dict[str, Any]:
-    share = _number(float, flag)
-    if not 0 <= share <= 1:
-        raise ConfigError(f"{flag.where} {share:g}: must be from 0 to 1")
-    steps = values["lr_decay_iters"] or values.get("train_iters")
-    if not steps and values.get("epochs"):
-        raise ConfigError(
-            f"{flag.where} {share:g} is a share of steps, which --epochs gives only once the data is read: give --lr_warmup_iters"
-        )
-    if not steps:
-        raise ConfigError(f"{flag.where} {share:g} needs --train_iters, of which it is a share: add it")
-    return {"lr_warmup_iters": round(share * steps)}
-
-
 def _pretrained(name: str, flag: Given, values: dict[str, Any]) -> dict[str, Any]:
     own = values.get("load")
     if own and (Path(own) / _TRACKER).is_file():
@@ -189,7 +175,6 @@ _COMPUTED: dict[str, Callable[[str, Given, dict[str, Any]], dict[str, Any]]] = {
     "lr_decay_samples": _iterations("lr_decay_iters"),
     "lr_warmup_samples": _iterations("lr_warmup_iters"),
     "lr_wsd_decay_samples": _iterations("lr_wsd_decay_iters"),
-    "lr_warmup_fraction": _warmup_fraction,
     "pretrained_checkpoint": _pretrained,
     "load_iters": _iteration,
     "ckpt_step": _iteration,

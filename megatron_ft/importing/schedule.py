@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_ft.importing.job import Job, flag_text, number, whole, written
+from megatron_ft.importing.job import Job, number, whole, written
 from megatron_ft.importing.tables import OFF, Handler
 
 STEPS_LATER = "megatron-ft preflight prints the number of steps once the chats are tokenized"
@@ -30,7 +30,7 @@ def warmup(job: Job, key: str, value: Any) -> None:
         job.ignore(key, value, OFF)
         return
     job.warmup = share
-    job.take(key, value, "--lr_warmup_iters")
+    job.take(key, value, "--lr_warmup_iters" if share >= 1 else "--lr_warmup_fraction")
 
 
 def scheduler(job: Job, key: str, value: Any) -> None:
@@ -124,9 +124,7 @@ def reports(job: Job) -> None:
     elif job.warmup and job.steps:
         job.finetune["lr_warmup_iters"] = -int(-job.warmup * job.steps // 1)
     elif job.warmup:
-        job.before.append(
-            f"the warm-up is {job.warmup:g} of all steps: {STEPS_LATER}; then add {flag_text('lr_warmup_iters', 'STEPS')}"
-        )
+        job.finetune["lr_warmup_fraction"] = job.warmup
 
 
 def per_epoch(flag: str) -> Handler:

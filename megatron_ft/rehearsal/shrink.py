@@ -97,7 +97,8 @@ def batch(real: Batch, parallel: Parallelism, dp: int) -> Batch:
 def optimizer(real: Optimizer) -> Optimizer:
     """Return a schedule that fits into few steps, with a warm-up and a WSD decay of one step where there are any."""
     last = None if real.lr_wsd_decay_iters is None else 1
-    return replace(real, lr_warmup_iters=min(1, real.lr_warmup_iters), lr_decay_iters=None, lr_wsd_decay_iters=last)
+    first = min(1, real.lr_warmup_iters) if real.lr_warmup_fraction is None else int(real.lr_warmup_fraction > 0)
+    return replace(real, lr_warmup_iters=first, lr_warmup_fraction=None, lr_decay_iters=None, lr_wsd_decay_iters=last)
 
 
 def numerics(real: Numerics) -> Numerics:

@@ -1,4 +1,4 @@
-"""The length of a run: --epochs as a number of steps, once the rows of the data are known."""
+"""The length of a run and of its warm-up as numbers of steps, once the rows of the data are known."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ def rows_per_step(settings: TrainingSettings, world_size: int) -> int:
 
 
 def with_steps(settings: TrainingSettings, train_set: ChatDataset, world_size: int) -> TrainingSettings:
-    """Return the settings with --epochs as --train_iters, which a checkpoint records. Raise ConfigError if they are too few.
+    """Return the settings with --epochs and --lr_warmup_fraction as steps, which a checkpoint records. Raise ConfigError for too few.
 
     The same data, rows and batch give the same number, so a resumed run has that of its first start.
     """
-    epochs = settings.batch.epochs
-    if epochs is None:
-        return settings
-    steps = max(1, -(-train_set.rows_of(epochs) // rows_per_step(settings, world_size)))
-    batch = dataclasses.replace(settings.batch, train_iters=steps, epochs=None)
-    warmup_fits(settings.optimizer, batch)
-    wsd_fits(settings.optimizer, batch)
-    return dataclasses.replace(settings, batch=batch)
+    batch, optimizer = settings.batch, settings.optimizer
+    if batch.epochs is not None:
+        steps = max(1, -(-train_set.rows_of(batch.epochs) // rows_per_step(settings, world_size)))
+        batch = dataclasses.replace(batch, train_iters=steps, epochs=None)
+    if (share := optimizer.lr_warmup_fraction) is not None:
+        first = round(share * (optimizer.lr_decay_iters or batch.train_iters))
+        optimizer = dataclasses.replace(optimizer, lr_warmup_iters=first, lr_warmup_fraction=None)
+    warmup_fits(optimizer, batch)
+    wsd_fits(optimizer, batch)
+    return dataclasses.replace(settings, batch=batch, optimizer=optimizer)

@@ -117,10 +117,7 @@ TRANSLATED = [
     ("--recompute-activations", "--recompute_granularity selective"),
     ("--rotary-seq-len-interpolation-factor 2", "--rope_scaling_type linear --rope_scaling_factor 2"),
     ("--train_samples 1009", "--train_iters 100"),
-    ("--lr_warmup_fraction 0.29", "--lr_warmup_iters 29"),
-    ("--lr_warmup_fraction 0.1 --lr_decay_iters 50", "--lr_decay_iters 50 --lr_warmup_iters 5"),
     ("--lr_warmup_samples 30 --lr_decay_samples 800", "--lr_decay_iters 80 --lr_warmup_iters 3"),
-    ("--lr_warmup_fraction 0.1 --lr_decay_samples 800", "--lr_decay_iters 80 --lr_warmup_iters 8"),
     ("--no-load-optim --no-load-rng", ""),
     ("--num-virtual-stages-per-pipeline-rank 2", "--virtual_pipeline_model_parallel_size 2"),
     ("--window-size (128,0)", "--window_size=(128,0)"),
@@ -136,9 +133,9 @@ TRANSLATED = [
 
 def test_what_they_became_is_in_one_line(caplog):
     settings(
-        *"--lr_warmup_fraction 0.1 --train_samples 1000 --no_load_rng --data_type instruction --variable_seq_lengths".split()
+        *"--lr_warmup_samples 100 --train_samples 1000 --no_load_rng --data_type instruction --variable_seq_lengths".split()
     )
-    line = "taken from --train_samples, --lr_warmup_fraction: --train_iters 100, --lr_warmup_iters 10, --no_packing"
+    line = "taken from --train_samples, --lr_warmup_samples: --train_iters 100, --lr_warmup_iters 10, --no_packing"
     assert caplog.messages == [line]
 
 
@@ -151,8 +148,7 @@ def test_what_flags_mean(theirs, ours):
     ("words", "message"),
     [
         ("--train_samples 1000", "--train_samples means --train_iters 100, and --train_iters 7 is given too: keep one"),
-        ("--lr_warmup_fraction 2", "--lr_warmup_fraction 2: must be from 0 to 1"),
-        ("--lr_warmup_fraction much", "--lr_warmup_fraction: 'much' is not a number"),
+        ("--lr_decay_samples much", "--lr_decay_samples: 'much' is not a whole number"),
         ("--lr_decay_samples 9", "--lr_decay_samples 9 is less than one step of --global_batch_size 10"),
         ("--lr_decay_samples 9 --global_batch_size null", "--lr_decay_samples 9 needs --global_batch_size"),
         ("--no_load_optim --no_finetune", "--no_load_optim without --finetune: a resumed run loads everything; add --finetune"),
@@ -194,13 +190,13 @@ def test_in_a_file_they_mean_the_same_and_flags_win(file, caplog):
     )
     path = file(text)
     ours = settings(
-        *"--data_path a b --data_weights 0.3 0.7 --glu_activation swiglu --num_attention_heads_kv 4 --lr_warmup_iters 10".split()
+        *"--data_path a b --data_weights 0.3 0.7 --glu_activation swiglu --num_attention_heads_kv 4 --lr_warmup_fraction 0.1".split()
     )
     assert settings("--config", path, needed=[]) == ours
     assert "--num_workers" in caplog.text and "--no_save_optim" not in caplog.text
     assert settings("--config", path, "--train_iters", 50, needed=[]).batch.train_iters == 50
     fewer = settings("--config", path, "--train_samples", 500, needed=[])
-    assert (fewer.batch.train_iters, fewer.optimizer.lr_warmup_iters) == (50, 5)
+    assert (fewer.batch.train_iters, fewer.optimizer.lr_warmup_fraction) == (50, 0.1)
     assert (
         settings("--config", file(text + "train_iters: 3\n"), "--train_samples", 500, needed=[]).batch.train_iters == 50
     )
@@ -230,7 +226,7 @@ def test_command_lines_of_megatron_llms_finetune_script(mode, words, tmp_path):
     got = settings(*argv, needed=[])
     check_settings(got, got.launching.nproc_per_node * got.launching.nnodes)
     steps = 500 if "--iters 500" in mode else 1000
-    assert (got.batch.train_iters, got.optimizer.lr_warmup_iters) == (steps, steps // 10)
+    assert (got.batch.train_iters, got.optimizer.lr_warmup_fraction) == (steps, 0.1)
     assert got.data.packing is ("--instruct" not in mode) and got.model.model_name == mode.split()[0]
     assert got.model.rotary_base == (1e6 if mode.startswith("codellama") else None)
     assert got.model.parallel_attn is mode.startswith("falcon")
@@ -238,5 +234,5 @@ def test_command_lines_of_megatron_llms_finetune_script(mode, words, tmp_path):
 
 def test_a_run_without_its_settings_asks_for_the_number_of_steps():
     _, words = next(line for line in LINES if "--checkpoint /data/a" in line[0])
-    with pytest.raises(ConfigError, match=r"--lr_warmup_fraction 0\.1 needs --train_iters"):
+    with pytest.raises(ConfigError, match=r"--train_iters"):
         settings(*shlex.split(words), needed=[])

@@ -38,7 +38,7 @@ def test_a_script_with_arrays(imported):
     found = imported(SCRIPT, name="run.sh")
     settings = found["settings"]
     assert found["tool"] == "Megatron" and (settings.launching.nproc_per_node, settings.launching.nnodes) == (4, 2)
-    assert (settings.batch.train_iters, settings.optimizer.lr_warmup_iters) == (100, 10)
+    assert (settings.batch.train_iters, settings.optimizer.lr_warmup_fraction) == (100, 0.1)
     assert settings.data.data_path == ["a", "b"] and settings.data.data_weights == [0.3, 0.7]
     assert settings.parallel.tensor_model_parallel_size == 2 and settings.checkpointing.finetune
     assert settings.model.num_attention_heads_kv == 8 and settings.model.glu_activation == "swiglu"

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_ft.commands import finetune
 from megatron_ft.config.cli import parse
+from megatron_ft.config.schedule import warmup_given_once
 from megatron_ft.config.sections import Batch, Data, Optimizer
 from megatron_ft.config.settings import TrainingSettings
 from megatron_ft.data.loader import ChatDataset
@@ -80,6 +81,25 @@ def test_a_warm_up_beyond_the_steps_is_refused(tmp_path):
     assert length.with_steps(settings(3, 4, lr_warmup_iters=9), data, 1).batch.train_iters == 10
 
 
+@pytest.mark.parametrize(
+    "optimizer, first",
+    [({}, 1), ({"lr_decay_iters": 50}, 5), ({"lr_warmup_fraction": 0.26}, 3), ({"lr_warmup_fraction": 0.0}, 0)],
+)  # fmt: skip
+def test_a_share_of_the_steps_is_the_warm_up(tmp_path, optimizer, first):
+    given = settings(3, 4, **{"lr_warmup_fraction": 0.1} | optimizer)
+    made = length.with_steps(given, dataset(tmp_path, packing=False), 1)
+    assert (made.batch.train_iters, made.optimizer.lr_warmup_iters, made.optimizer.lr_warmup_fraction) == (
+        10,
+        first,
+        None,
+    )
+
+
+def test_the_warm_up_is_given_once():
+    with pytest.raises(ConfigError, match=r"--lr_warmup_fraction 0\.1 and --lr_warmup_iters 3 both give"):
+        warmup_given_once(Optimizer(lr_warmup_fraction=0.1, lr_warmup_iters=3))
+
+
 NEEDED = ["--load", "x", "--data_path", "y"]
 
 
@@ -95,8 +115,3 @@ def test_the_command_line_wins_over_a_file(tmp_path):
     file.write_text("epochs: 2\n")
     assert read("--config", str(file), "--train_iters", "7") == Batch(train_iters=7)
     assert read("--config", str(file)) == Batch(epochs=2)
-
-
-def test_a_share_of_unknown_steps_is_refused():
-    with pytest.raises(ConfigError, match=r"--lr_warmup_fraction 0.1 .*--epochs .*give --lr_warmup_iters"):
-        read("--epochs", "2", "--lr_warmup_fraction", "0.1")

@@ -42,6 +42,7 @@ BROKEN = {
     "role_weights": "--role_loss_weights user:1",
     "variable_rows_fit": "--variable_seq_lengths",
     "rates_in_order": "--lr 0",
+    "warmup_given_once": "--lr_warmup_fraction 1.5",
     "warmup_fits": "--lr_warmup_iters 10",
     "wsd_fits": "--lr_decay_style WSD --lr_wsd_decay_iters 11",
     "weight_decay_rises": "--weight_decay_incr_style linear --start_weight_decay 0.1",
