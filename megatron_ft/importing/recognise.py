@@ -12,6 +12,7 @@ from megatron_ft.errors import ConfigError
 from megatron_ft.files import read_text
 from megatron_ft.importing import axolotl, llama_factory, megatron, trl
 from megatron_ft.importing.job import Job
+from megatron_ft.importing.launchers import launched
 from megatron_ft.importing.shell import Called, Script
 from megatron_ft.importing.shell_words import shown, unknown, unknowns
 
@@ -84,7 +85,7 @@ def _of_script(source: Source) -> Job:
         raise ConfigError(_nothing(source, script))
     call, kind = found[0]
     job = _of_call(source, call, kind)
-    job.gpus, job.nodes = job.gpus or gpus_of(call) or None, nodes_of(call) or 1
+    launched(job, call, Path(source.path).parent)
     _add_notes(job, script, call)
     for other, _ in found[1:]:
         job.before.append(
@@ -185,33 +186,3 @@ def arguments(words: list[str]) -> tuple[dict[str, Any], list[str]]:
             held = values[name]
             values[name] = [*(held if isinstance(held, list) else [held]), yaml_value(shown(word))]
     return values, before
-
-
-def gpus_of(call: Called) -> int | None:
-    """Return the number of processes per machine that a launcher starts; None: it does not say."""
-    for flag in ("nproc_per_node", "nproc-per-node", "num_processes", "num-processes", "num_gpus"):
-        if (text := _value(call.words, flag)) and text.isdigit():
-            count = int(text)
-            return count // (nodes_of(call) or 1) if "processes" in flag else count
-    if (text := call.environment.get("NPROC_PER_NODE")) and text.isdigit():
-        return int(text)
-    for name, text in call.environment.items():
-        if name.endswith("_VISIBLE_DEVICES") and text and not unknowns(text):
-            return len(text.split(","))
-    return None
-
-
-def nodes_of(call: Called) -> int:
-    for flag in ("nnodes", "num_machines", "num_nodes"):
-        if (text := _value(call.words, flag)) and text.isdigit():
-            return int(text)
-    return 1
-
-
-def _value(words: list[str], flag: str) -> str | None:
-    for n, word in enumerate(words):
-        if word == f"--{flag}" and n + 1 < len(words):
-            return words[n + 1]
-        if word.startswith(f"--{flag}="):
-            return word.partition("=")[2]
-    return None

@@ -60,7 +60,7 @@ def tokens(text: str) -> list[Token]:
             if redirect[2] in ("<<", "<<-"):
                 here.append(text[start:place].strip("'\"\\"))
         elif text.startswith("((", place):
-            end = _closing(text, place + 1, ")")  # behind both
+            end = closing_of(text, place + 1, ")")  # behind both
             found += [Token("((", line, True), Token(text[place + 2 : end - 2], line), Token("))", line, True)]
             line, place = line + text.count("\n", place, end), end
         elif operator := _OPERATOR.match(text, place):
@@ -69,8 +69,8 @@ def tokens(text: str) -> list[Token]:
             if operator[0] == "\n":
                 line += 1
                 for mark in here:
-                    closing = re.compile(rf"^\s*{re.escape(mark)}\s*$", re.MULTILINE).search(text, place)
-                    stop = closing.end() if closing else len(text)
+                    end_of_text = re.compile(rf"^\s*{re.escape(mark)}\s*$", re.MULTILINE).search(text, place)
+                    stop = end_of_text.end() if end_of_text else len(text)
                     line, place = line + text.count("\n", place, stop), stop
                 here = []
         else:
@@ -99,49 +99,49 @@ def _skip_blanks(text: str, place: int) -> int:
 def _end_of_word(text: str, place: int) -> int:
     """Return the end of the word that begins here: quotes, `$( )`, `${ }` and `name=( )` belong to it."""
     if array := _ARRAY.match(text, place):
-        return _closing(text, array.end(), ")")
+        return closing_of(text, array.end(), ")")
     start = place
     while place < len(text):
         char = text[place]
         if char in " \t\n;|&()" and not (char == "(" and place > start and text[place - 1] in "@?*+!"):
             return place
         if char == "(":  # @(one|other)
-            place = _closing(text, place + 1, ")")
+            place = closing_of(text, place + 1, ")")
             continue
-        place = _after(text, place)
+        place = after(text, place)
     return len(text)
 
 
-def _after(text: str, place: int) -> int:
+def after(text: str, place: int) -> int:
     """Return the place after one character of a word, or after the quotes or the expansion that begin there."""
     if text[place] == "\\":
         return place + 2
     if text[place] == "'":
         return _to(text, "'", place + 1) + 1
     if text[place] == '"':
-        return _closing(text, place + 1, '"')
+        return closing_of(text, place + 1, '"')
     if text[place] == "`":
         return _to(text, "`", place + 1) + 1
     if text.startswith("$((", place):
-        return _closing(text, place + 2, ")")
+        return closing_of(text, place + 2, ")")
     if text.startswith(("$(", "<(", ">("), place):
-        return _closing(text, place + 2, ")")
+        return closing_of(text, place + 2, ")")
     if text.startswith("${", place):
-        return _closing(text, place + 2, "}")
+        return closing_of(text, place + 2, "}")
     return place + 1
 
 
-def _closing(text: str, place: int, mark: str) -> int:
+def closing_of(text: str, place: int, mark: str) -> int:
     """Return the place after the closing mark of what began before `place`."""
     while place < len(text) and text[place] != mark:
         if mark == ")" and text[place] == "#" and text[place - 1] in " \t\n":
             place = _to(text, "\n", place)
         elif mark == ")" and text[place] == "(":
-            place = _closing(text, place + 1, ")")
+            place = closing_of(text, place + 1, ")")
         elif mark == '"' and text[place] == "'":
             place += 1
         else:
-            place = _after(text, place)
+            place = after(text, place)
     return min(place + 1, len(text))
 
 

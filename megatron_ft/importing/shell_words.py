@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from megatron_ft.importing.shell_syntax import after, closing_of
+
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARK = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 _NAME = re.compile(r"[A-Za-z_]\w*|\d|[@*#?$!-]")
@@ -93,32 +95,30 @@ def value(word: str, variables: Variables) -> str:
 
 def _pieces(word: str, variables: Variables, inside: bool = False) -> Iterator[tuple[str, bool]]:
     """Yield (text, quoted). inside: between double quotes."""
-    from megatron_ft.importing.shell_syntax import _after, _closing
-
     place = 0
     while place < len(word):
         char = word[place]
         if char == "\\":
-            after = word[place + 1 : place + 2]
-            yield ("" if after == "\n" else after if not inside or after in '$`"\\' else char + after), True
+            escaped = word[place + 1 : place + 2]
+            yield ("" if escaped == "\n" else escaped if not inside or escaped in '$`"\\' else char + escaped), True
             place += 2
         elif char == "'" and not inside:
-            end = _after(word, place)
+            end = after(word, place)
             yield word[place + 1 : end - 1], True
             place = end
         elif char == '"' and not inside:
-            end = _closing(word, place + 1, '"')
+            end = closing_of(word, place + 1, '"')
             inner = list(_pieces(word[place + 1 : end - 1], variables, True))
             if inner != [(_BREAK, True)]:  # "${EMPTY[@]}" is no word at all
                 yield "", True
                 yield from ((text, quoted) for text, quoted in inner if text != _BREAK)
             place = end
         elif char == "`" or word.startswith(("$(", "<(", ">("), place):
-            end = _after(word, place)
+            end = after(word, place)
             yield _substituted(word[place:end], variables), inside
             place = end
         elif word.startswith("${", place):
-            end = _after(word, place)
+            end = after(word, place)
             yield _braced(word[place + 2 : end - 1], variables, inside), inside
             place = end
         elif char == "$" and (name := _NAME.match(word, place + 1)):

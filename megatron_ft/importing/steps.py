@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ft.config.checks import check_settings
 from megatron_ft.config.cli import parse
 from megatron_ft.errors import ConfigError
-from megatron_ft.importing.job import Dataset, Job, flag_text, slug, written
+from megatron_ft.importing.job import Dataset, Job, flag_text, is_local, slug, written
 from megatron_ft.importing.megatron import COMMAND
 from megatron_ft.importing.schedule import reports
 
@@ -34,10 +34,10 @@ def commands(job: Job, gpus: int | None) -> list[str]:
     _batch(job)
     _new_tokens(job)
     _validation(job)
-    model = _folder(job.model or "MODEL", "models", local=bool(job.model) and not _on_hub(job.model))
+    model = _folder(job.model or "MODEL", "models", local=bool(job.model) and is_local(job.model))
     base = f"checkpoints/{slug(job.model or 'MODEL')}"
     lines = []
-    if job.model and _on_hub(job.model):
+    if job.model and not is_local(job.model):
         lines.append(shlex.join(["hf", "download", job.model, "--local-dir", model]))
     for one in job.datasets:
         if not one.local:
@@ -136,12 +136,6 @@ def _line(command: str, settings: dict[str, Any]) -> str:
         else:
             words += [f"--{name}", *(written(one) for one in (value if isinstance(value, list) else [value]))]
     return shlex.join(words)
-
-
-def _on_hub(name: str) -> bool:
-    from megatron_ft.importing.job import is_local
-
-    return not is_local(name)
 
 
 def _folder(name: str, parent: str, local: bool) -> str:

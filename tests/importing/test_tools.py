@@ -190,6 +190,31 @@ BASE = (
 )
 
 
+ACCELERATE = [
+    ("zero3.yaml", "", "--tensor_model_parallel_size 4", None),
+    ("zero2.yaml", "", "--use_distributed_optimizer", None),
+    ("x.yaml", "distributed_type: FSDP\nnum_processes: 4\n", "--tensor_model_parallel_size 4", 4),
+    (
+        "x.yaml",
+        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 1}\nnum_processes: 2\n",
+        "--use_distributed_optimizer",
+        2,
+    ),
+    ("x.yaml", "distributed_type: MULTI_GPU\nnum_processes: 4\n", "--nproc_per_node 4", 4),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "flags", "gpus"), ACCELERATE)
+def test_the_file_of_accelerate(imported, tmp_path, name, text, flags, gpus):
+    if text:
+        (tmp_path / name).write_text(text)
+    line = f"accelerate launch --config_file {name} sft.py --model_name_or_path m --dataset_name a.jsonl --max_steps 9 --output_dir o\n"
+    found = imported(line, *([] if gpus else ["--gpus", 4]), name="run.sh")
+    printed = next(one for one in found["commands"] if one.startswith("megatron-ft finetune"))
+    assert flags in printed and f"--nproc_per_node {gpus or 4}" in printed
+    assert ("--use_distributed_optimizer" in printed) is ("MULTI" not in text)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
