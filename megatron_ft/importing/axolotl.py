@@ -292,14 +292,13 @@ def job_of(values: dict[str, Any], prefix: str) -> Job:
     steps = whole("max_steps", values.get("max_steps") or 0)
     if steps > 0:
         del missing["num_epochs"]
-        values = {key: value for key, value in values.items() if key != "num_epochs"}
     if values.get("fp16") or values.get("float16") or values.get("bfloat16"):
         del missing["bf16"]
     if values.get("warmup_steps") is None and values.get("warmup_ratio") is None:
         missing |= {"warmup_steps": min(int(WARMUP * steps), 100)} if steps > 0 else {"warmup_ratio": WARMUP}
     absent = {key: value for key, value in missing.items() if values.get(key) is None}
     given = {key: value for key, value in values.items() if key not in absent}
-    job = Job("axolotl", prefix, defaults=frozenset(absent))
+    job = Job("axolotl", prefix, defaults=frozenset(absent), steps=steps if steps > 0 else None)
     read(job, {**absent, **given}, TABLES)
     job.finetune.pop("all_linear", None)
     job.pretokenize.setdefault("chat_format", "tokenizer")

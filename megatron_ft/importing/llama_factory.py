@@ -268,15 +268,15 @@ def job_of(values: dict[str, Any], prefix: str) -> Job:
     if values.get("finetuning_type", "lora") == "lora":
         rank = whole("lora_rank", values.get("lora_rank") or 8)
         missing |= {"lora_rank": rank, "lora_alpha": rank * 2, "lora_target": "all"}
-    if whole("max_steps", values.get("max_steps") or 0) > 0:
+    steps = whole("max_steps", values.get("max_steps") or 0)
+    if steps > 0:
         del missing["num_train_epochs"]
-        values = {key: value for key, value in values.items() if key != "num_train_epochs"}
     if values.get("dataset"):
         missing["dataset_dir"] = "data"
     if values.get("lora_alpha") is None:
         values = {key: value for key, value in values.items() if key != "lora_alpha"}
     absent = {key: value for key, value in missing.items() if key not in values}
-    job = Job("LLaMA-Factory", prefix, defaults=frozenset(absent))
+    job = Job("LLaMA-Factory", prefix, defaults=frozenset(absent), steps=steps if steps > 0 else None)
     read(job, {**absent, **values}, TABLES)
     if not values.get("template"):
         job.pretokenize["chat_format"] = "tokenizer"

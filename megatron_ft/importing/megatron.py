@@ -9,7 +9,7 @@ from typing import Any
 from megatron_ft.config import translate
 from megatron_ft.config.command import Command
 from megatron_ft.config.expected import Model
-from megatron_ft.config.fields import MISSING, Option, default_of, options_of
+from megatron_ft.config.fields import Option, default_of, options_of
 from megatron_ft.config.flags import read_flags
 from megatron_ft.config.hints import suggestion
 from megatron_ft.config.megatron_flags import MEANS, SAME, Given, accepted, find, foreign, refusal
@@ -120,24 +120,14 @@ def _stray(name: str, values: list[str], options: dict[str, Option]) -> list[str
 def _take(job: Job, values: dict[str, Any], options: dict[str, Option]) -> None:
     """Take the flags that mean the same here."""
     for name, value in values.items():
-        if (
-            not (isinstance(value, bool) and name.startswith("no_"))
-            and value == _default(options[name])
-            and name in ("log_interval",)
-        ):
-            continue
         job.finetune[name] = value
         compared = options[name].section is Model
         ours = f"compared with the checkpoint: {flag_text(name, value)}" if compared else flag_text(name, value)
-        job.take(name, value if not isinstance(value, bool) else [], ours)
+        job.take(f"no_{name}" if value is False else name, value if not isinstance(value, bool) else [], ours)
     for name, text in DEFAULTS.items():
         if name not in values:
             job.defaults |= {name}
             job.set(name, text, name, from_text(options[name], text, f"--{name}"))
-
-
-def _default(option: Option) -> Any:
-    return None if option.default is MISSING else default_of(option)
 
 
 def _translate(job: Job, values: dict[str, Any], given: dict[str, Given], options: dict[str, Option]) -> None:

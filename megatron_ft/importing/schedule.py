@@ -12,6 +12,9 @@ STEPS_LATER = "megatron-ft preflight prints the number of steps once the chats a
 
 
 def epochs(job: Job, key: str, value: Any) -> None:
+    if job.steps:
+        job.ignore(key, value, "max_steps gives the length of the run")
+        return
     job.epochs = number(key, value)
     job.take(key, value, f"--epochs {written(job.epochs)}")
 

@@ -157,13 +157,13 @@ def job_of(values: dict[str, Any], prefix: str) -> Job:
         missing |= LORA_DEFAULTS
     if values.get("fp16"):
         del missing["bf16"]
-    if whole("max_steps", values.get("max_steps") or 0) > 0:
+    steps = whole("max_steps", values.get("max_steps") or 0)
+    if steps > 0:
         missing.pop("num_train_epochs")
-        values = {key: value for key, value in values.items() if key != "num_train_epochs"}
     if "dtype" not in values and "max_seq_length" in values:
         missing.pop("max_length")
     absent = {key: value for key, value in missing.items() if key not in values}
-    job = Job("TRL", prefix, defaults=frozenset(absent))
+    job = Job("TRL", prefix, defaults=frozenset(absent), steps=steps if steps > 0 else None)
     read(job, {**absent, **values}, TABLES)
     if job.adapters and "lora_target_modules" not in values:
         job.before.append(

@@ -245,6 +245,7 @@ def test_what_is_impossible_is_said(imported, change, why):
         ("pad_to_sequence_len: true", "--no_packing"),
         ("cosine_min_lr_ratio: 0.1\nlearning_rate: 1e-4", "--min_lr 1e-05"),
         ("warmup_steps: 5", "--lr_warmup_iters 5"),
+        ("warmup_steps: 5\nwarmup_ratio: 0.5\nnum_epochs: 3", "--lr_warmup_iters 5"),
         ("lr_scheduler: constant\nwarmup_steps: 5", "--lr_decay_style constant"),
         ("fp16: true", "--fp16"),
         ("wandb_project: p", "--wandb_logger --wandb_project p"),
