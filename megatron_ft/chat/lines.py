@@ -30,7 +30,7 @@ def messages(read: Callable[[str], str | None]) -> Iterator[str]:
         if text is None:
             return
         if text.strip():
-            yield text.strip()
+            yield _readable(text.strip())
 
 
 def _message(read: Callable[[str], str | None]) -> str | None:
@@ -61,8 +61,13 @@ def is_terminal() -> bool:
 
 def from_pipe(_: str) -> str | None:
     """Return the next line of standard input, without a prompt."""
-    line = sys.stdin.readline()
-    return line.rstrip("\r\n") if line else None
+    line = sys.stdin.buffer.readline()
+    return line.decode("utf-8", "replace").rstrip("\r\n") if line else None
+
+
+def _readable(text: str) -> str:
+    """Return a text with the sign for unknown characters in place of bytes that are none: terminals send whatever is typed."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def in_terminal(history: Path | None, completed: Sequence[str]) -> Callable[[str], str | None]:

@@ -51,7 +51,12 @@ def _messages(found: Any) -> list[Message]:
         raise DataError(f'messages must be a list of {{"role": one of {", ".join(ROLES)}, "content": text}}')
     if not found or found[-1]["role"] != "user":
         raise DataError("the last message must be the user's")
-    return [{"role": one["role"], "content": one["content"]} for one in found]
+    return [{"role": one["role"], "content": _characters(one["content"])} for one in found]
+
+
+def _characters(text: str) -> str:
+    """Return a text without halves of characters, which JSON can hold and no tokenizer reads."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _is_message(one: Any) -> bool:

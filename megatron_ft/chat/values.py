@@ -40,8 +40,8 @@ def _number(name: str, value: Any) -> Any:
         number = kind(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if isinstance(value, bool) or not least <= number <= most:
-        raise ConfigError(f"{name} {value}: give {words}")
+    if isinstance(value, bool) or (isinstance(value, float) and number != value) or not least <= number <= most:
+        raise ConfigError(f"{name} {str(value)[:40]}: give {words}")
     return number
 
 

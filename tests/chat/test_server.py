@@ -127,12 +127,21 @@ def test_this_machine_by_any_of_its_names_also_through_a_tunnel(page, host):
         ('{"values": {"top_p": 0}, "messages": [{"role": "user", "content": "a"}]}', 400, "top_p 0: give a number above 0"),
         ('{"values": {"load": 1}, "messages": [{"role": "user", "content": "a"}]}', 400, "give one of temperature"),
         ('{"values": {"seed": true}, "messages": [{"role": "user", "content": "a"}]}', 400, "seed True"),
+        ('{"values": {"top_k": 1.5}, "messages": [{"role": "user", "content": "a"}]}', 400, "top_k 1.5: give a whole number"),
+        ('{"values": {"temperature": Infinity}, "messages": [{"role": "user", "content": "a"}]}', 400, "temperature inf"),
+        ('{"values": {"seed": 1e400}, "messages": [{"role": "user", "content": "a"}]}', 400, "seed inf"),
+        ('{"values": {"seed": [1]}, "messages": [{"role": "user", "content": "a"}]}', 400, "seed [1]"),
         ('{"values": 1, "messages": [{"role": "user", "content": "a"}]}', 400, "values must be an object"),
     ],
 )  # fmt: skip
 def test_questions_that_make_no_sense(page, body, status, said):
     found = request(page, "POST", "/answer", body)
     assert found[0] == status and said in json.loads(found[2])["error"]
+
+
+def test_halves_of_characters(page):
+    ask(page, messages=[{"role": "user", "content": "a \ud83d b \ud83d\ude00"}])
+    assert page.models.asked[-1][1][-1]["content"] == "a ? b 😀"
 
 
 def test_requests_that_make_no_sense(page):

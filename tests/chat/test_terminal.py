@@ -206,6 +206,16 @@ def test_the_history_is_private_and_comes_back(tmp_path):
     again.leave()
 
 
+def test_bytes_that_are_no_characters():
+    program = PROGRAM.replace("lines.in_terminal(lines.history_file(), list(COMMANDS))", "lines.from_pipe")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, input=b"pl\xffum \xc3\xa9\r\n", capture_output=True
+    )
+    assert done.stdout.decode().splitlines() == ["ready", "PL\ufffdUM É", "left"] and not done.stderr
+    typed = iter(["pl\udcffum"])  # as readline gives such a byte
+    assert list(lines.messages(lambda _: next(typed, None))) == ["pl\ufffdum"]
+
+
 def test_what_is_pasted_is_one_message(tmp_path):
     terminal = Terminal(HOME=str(tmp_path), TERM="xterm")
     terminal.wait("> ")
