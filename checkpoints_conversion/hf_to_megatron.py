@@ -179,6 +179,13 @@ def _quantization(options: HfToMegatron, source: HfSource | None) -> Quantizatio
     return Quantization(options.double_quant or bool(stored and stored.double_quant))
 
 
+def _format_name(given: str | None) -> str | None:
+    """Return the whole name of a chat format."""
+    from megatron_ft.data.chat_format import get_format
+
+    return get_format(given).name if given else None
+
+
 def _tokens(options: HfToMegatron) -> tuple[str, ...]:
     """Return every requested token once, in the order of ids."""
     from checkpoints_conversion.vocabulary import parse_token_list, union
@@ -230,7 +237,7 @@ def _checkpoint_config(
         iteration="release",
         dtype=options.params_dtype or source.dtype,
         tokenizer=tokenizer.info() if tokenizer is not None else {},
-        chat_format=options.chat_format,
+        chat_format=_format_name(options.chat_format),
         versions={name: version(name) for name in ("megatron_ft", "torch", "safetensors")},
         card=carried_entries(Path(options.input_dir)),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ft.commands.in_layout import LAYOUT_FLAGS, Asked, GenerationLayout, in_layout
 from megatron_ft.config.cli import Command, run_script
+from megatron_ft.config.hints import alternatives, meant
 from megatron_ft.config.sections import Processes
 from megatron_ft.errors import ConfigError
 from megatron_ft.wording import counted
@@ -156,7 +157,8 @@ def check(models: RetrievalModels, prompts: RetrievalPrompts) -> None:
         if getattr(prompts, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
     if unknown := [name for name in tasks_of(prompts) if name not in TASKS]:
-        raise ConfigError(f"--tasks {unknown[0]}: is no task; choose from {', '.join(TASKS)}")
+        hint = alternatives(unknown[0], TASKS)
+        raise ConfigError(f"--tasks {unknown[0]}: is no task; choose from {', '.join(TASKS)}{hint}")
     _check_lengths(prompts)
     check_writable("--output", models.output)
     refuse_existing(models.output)
@@ -171,7 +173,7 @@ def _check_lengths(prompts: RetrievalPrompts) -> None:
 
 def tasks_of(prompts: RetrievalPrompts) -> list[str]:
     """Return the names of the tasks, each once."""
-    return list(dict.fromkeys(_separate(prompts.tasks) or TASKS))
+    return list(dict.fromkeys(meant(name, TASKS) or name for name in _separate(prompts.tasks) or TASKS))
 
 
 def lengths_of(prompts: RetrievalPrompts) -> list[int]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from megatron_ft.commands.table import COMMANDS, find, load, starting_with
+from megatron_ft.commands.table import ALIASES, COMMANDS, ENTRIES, find, load, starting_with
 from megatron_ft.config.cli import Command, run_script
 from megatron_ft.config.fields import MISSING, Option, default_of, options_of, section_name, section_title
+from megatron_ft.config.hints import alternatives
 from megatron_ft.errors import ConfigError
 
 
@@ -43,7 +44,8 @@ def named(words: list[str]) -> list[str]:
         name, rest = find(words)
         found = [name] if name else list(starting_with(words[0]))
         if not found:
-            raise ConfigError(f"there is no command {words[0]}; megatron-ft --help lists all commands")
+            hint = alternatives(words[0], [*ENTRIES, *ALIASES])
+            raise ConfigError(f"there is no command {words[0]}{hint or '; megatron-ft --help lists all commands'}")
         names += found
         words = rest if name else words[1:]
     return names

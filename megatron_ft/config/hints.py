@@ -1,6 +1,7 @@
 """Suggestions for unknown settings: the most similar known name, or our name for a flag of another tool."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -41,6 +42,31 @@ HUGGING_FACE = {
     "adapter_name_or_path": ("adapter", ""),
     "report_to": ("wandb_logger", "or --tensorboard_dir FOLDER"),
 }
+
+
+def meant(name: str, known: Iterable[str], beginnings: bool = True) -> str | None:
+    """Return the known name that is meant: the same letters and digits, in any case, else the only one that begins so. None: none is.
+
+    beginnings: whether at least three letters of a name stand for it.
+    """
+    by_letters = {_letters(one): one for one in known}
+    if (letters := _letters(name)) in by_letters:
+        return by_letters[letters]
+    found = [one for key, one in by_letters.items() if key.startswith(letters)]
+    return found[0] if beginnings and len(letters) >= 3 and len(found) == 1 else None
+
+
+def alternatives(name: str, known: Iterable[str]) -> str:
+    """Return "; which of X, Y?" for the known names that contain these letters, else as nearest()."""
+    known, letters = list(known), _letters(name)
+    found = [one for one in known if letters in _letters(one)] if len(letters) >= 2 else []
+    if len(found) == 1:
+        return f"; did you mean {found[0]}?"
+    return f"; which of {', '.join(found)}?" if 1 < len(found) < len(known) else nearest(name.lower(), known)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "", similarity: float = 0.6) -> str:

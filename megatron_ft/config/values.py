@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ft.config.fields import Option
-from megatron_ft.config.hints import nearest
+from megatron_ft.config.hints import alternatives, meant
 from megatron_ft.errors import ConfigError
 
 _WHOLE, _DECIMAL = re.compile(r"[-+]?[0-9]{1,18}"), re.compile(r"[-+]?[0-9]+\.[0-9]*")
@@ -43,8 +43,10 @@ def checked(option: Option, value: Any, where: str) -> Any:
         return None
     choices = typing.get_args(option.bare_type) if typing.get_origin(option.bare_type) is typing.Literal else ()
     if choices and value not in choices:
-        names = [str(choice) for choice in choices]
-        raise ConfigError(f"{where}: {value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
+        names = {str(choice): choice for choice in choices}
+        if (known := meant(str(value), names)) is None:
+            raise ConfigError(f"{where}: {value!r} is none of {', '.join(names)}{alternatives(str(value), names)}")
+        value = names[known]
     if isinstance(value, bool) and option.bare_type in (int, float):  # pydantic would convert true to 1
         raise ConfigError(f"{where}: {value!r} is not {_WORDS[option.bare_type]}")
     if choices:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ft.config.hints import alternatives, meant
 from megatron_ft.data.chat_encoding import CONTROL, FIXED, Encoded, Part, encode_parts, join, split
 from megatron_ft.data.chat_jinja import MARKS, template
 from megatron_ft.data.roles import ASSISTANT, CONTEXT, PROMPTER, ROLE_BITS, ROLES, SYSTEM
@@ -375,9 +376,10 @@ def get_format(name: str, tokenizer: Tokenizer | None = None, options: Any = Non
         raise ConfigError(
             f"chat format '{name}': the tokenizer's own template is used here where none is named; leave it out"
         )
-    if name not in FORMATS:
-        raise ConfigError(f"unknown chat format '{name}': choose one of {', '.join((*FORMATS, OWN_TEMPLATE))}")
-    return FORMATS[name]
+    if (known := meant(name, FORMATS)) is None:
+        names = (*FORMATS, OWN_TEMPLATE)
+        raise ConfigError(f"unknown chat format '{name}': choose one of {', '.join(names)}{alternatives(name, names)}")
+    return FORMATS[known]
 
 
 def describe(chat_format: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_ft.config.hints import alternatives
 from megatron_ft.data import tokenizer_files
 from megatron_ft.errors import TokenizerError
 
@@ -172,7 +173,10 @@ def extra_tokens(tokenizer_type: str | None, names: str | Sequence[str] | None, 
     a type that is not in TOKENIZER_TYPES.
     """
     if tokenizer_type is not None and tokenizer_type not in TOKENIZER_TYPES:
-        raise TokenizerError(f"unknown tokenizer_type {tokenizer_type}: choose one of {', '.join(TOKENIZER_TYPES)}")
+        raise TokenizerError(
+            f"unknown tokenizer_type {tokenizer_type}: choose one of "
+            f"{', '.join(TOKENIZER_TYPES)}{alternatives(tokenizer_type, TOKENIZER_TYPES)}"
+        )
     listed = names.strip("\"'").split(",") if isinstance(names, str) else names or []
     first = MEGATRON_TOKENS if tokenizer_type == "SentencePieceTokenizer" and new_tokens else ()
     return list(dict.fromkeys([*first, *(name.strip() for name in listed if name.strip())]))

@@ -17,6 +17,7 @@ from typing import Any, get_args
 import torch
 
 from megatron_ft.config.expected import RopeScaling
+from megatron_ft.config.hints import alternatives
 from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 
@@ -97,7 +98,10 @@ def extend(arch: Architecture, method: str, factor: float) -> Architecture:
     Raise ConfigError for a model that is already scaled, a method that needs more than a factor, or a factor below 1.
     """
     if method not in EXTENDING:
-        raise ConfigError(f"rope scaling {method!r} cannot be chosen by a factor; choose one of {', '.join(EXTENDING)}")
+        raise ConfigError(
+            f"rope scaling {method!r} cannot be chosen by a factor; choose one of "
+            f"{', '.join(EXTENDING)}{alternatives(method, EXTENDING)}"
+        )
     if factor < 1:
         raise ConfigError(f"rope scaling factor {factor}: must be at least 1 (1: unscaled)")
     if factor == 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ft.config.hints import alternatives
 from megatron_ft.errors import ConfigError, DataError
 
 UNITS = ("samples", "tokens", "assistant_tokens")
@@ -29,7 +30,7 @@ class Portion:
 def check(mix_by: str | None, total: int | None, max_epochs: float) -> None:
     """Raise ConfigError for invalid settings of a mix."""
     if mix_by is not None and mix_by not in UNITS:
-        raise ConfigError(f"mix_by is {mix_by}; choose one of {', '.join(UNITS)}")
+        raise ConfigError(f"mix_by is {mix_by}; choose one of {', '.join(UNITS)}{alternatives(mix_by, UNITS)}")
     if total is not None and (mix_by is None or total < 1):
         raise ConfigError(f"mix_total is {total}: give a number above 0, and mix_by: {', '.join(UNITS)}")
     if max_epochs <= 0:

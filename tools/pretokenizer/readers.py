@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ft.config.hints import alternatives, meant
 from megatron_ft.errors import ConfigError, DataError
 from tools.pretokenizer import custom, messages, named, pairs
 from tools.pretokenizer.dolphin_mix import MixOptions
@@ -115,9 +116,9 @@ def _nearest(record: dict[str, Any]) -> list[Reader]:
 
 def get_reader(name: str) -> Reader:
     """Return a reader by its name in configurations. Raise ConfigError for an unknown name."""
-    if name not in READERS:
-        raise ConfigError(f"unknown dataset '{name}': choose one of {', '.join(READERS)}")
-    return READERS[name]
+    if (known := meant(name, READERS, beginnings=False)) is None:
+        raise ConfigError(f"unknown dataset '{name}': choose one of {', '.join(READERS)}{alternatives(name, READERS)}")
+    return READERS[known]
 
 
 def _chat(key: str) -> pairs.Convert:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_ft.config.hints import suggestion
+from megatron_ft.config.hints import alternatives, meant, suggestion
 from megatron_ft.config.values import UNKNOWN, plain
 from megatron_ft.config.yaml_file import read_settings
 from megatron_ft.data.template_options import TemplateOptions, parse_arguments
@@ -126,10 +126,9 @@ def _from_sections(flags: Pretokenize) -> dict[str, Any]:
     sections = read_sections(folder)
     keys = dict(sections.get("defaults", {}))
     for name in (part.strip() for names in flags.configs for part in names.split(",") if part.strip()):
-        name = name if name in sections else name.replace("-", "_")
-        if name not in sections:
-            raise ConfigError(f"{folder}: no section {name}{suggestion(name, sections)}")
-        keys |= sections[name]
+        if (known := meant(name, sections, beginnings=False)) is None:
+            raise ConfigError(f"{folder}: no section {name}{alternatives(name, sections)}")
+        keys |= sections[known]
     return keys
 
 
