@@ -124,8 +124,8 @@ def _about(
     return {
         "base model": base or "not recorded",
         "iteration": str(config.iteration),
-        "architecture": f"{arch.family}, {arch.num_layers} layers, hidden size {arch.hidden_size}, {arch.num_attention_heads} heads, "
-        f"{arch.num_query_groups} key-value groups",
+        "architecture": f"{arch.family}, {counted(arch.num_layers, 'layer')}, hidden size {arch.hidden_size}, "
+        f"{counted(arch.num_attention_heads, 'head')}, {counted(arch.num_query_groups, 'key-value group')}",
         **_activation(arch),
         "vocabulary": f"{arch.vocab_size} tokens",
         "positions": str(arch.max_position_embeddings),

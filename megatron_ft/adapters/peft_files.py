@@ -19,6 +19,7 @@ from megatron_ft.files import read_json, write_json
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.models.hf_source import PickledFile
 from megatron_ft.models.safetensors_file import SafetensorsFile
+from megatron_ft.wording import counted
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "adapter_base.json"
@@ -144,7 +145,7 @@ def _targets(path: Path, found: set[str], arch: Architecture) -> tuple[str, ...]
     if strange := sorted(found - known.keys()):
         raise CheckpointError(
             f"{path} has {strange[0]} ({len(strange)} such), which belongs to no linear of this {arch.family} model with "
-            f"{arch.num_layers} layers: the adapter is of another model, or trains more than linears"
+            f"{counted(arch.num_layers, 'layer')}: the adapter is of another model, or trains more than linears"
         )
     here = {known[name] for name in found}
     return tuple(one.name for one in projections(arch) if one.name in here)

@@ -207,7 +207,7 @@ def _compared(root: Path, check: ResumeCheck, settings: TrainingSettings) -> str
         f"tensors of the last checkpoint, optimizer and random states included: {len(one)}, of which {len(wrong)} differ"
     )
     if wrong or largest:
-        return f"not bit-identical: losses differ by up to {largest:.1e}, {len(wrong)} tensors differ, first {wrong[:1]}; report it"
+        return f"not bit-identical: losses differ by up to {largest:.1e}, tensors that differ: {len(wrong)}, first {wrong[:1]}; report it"
     say("the resumed run and the uninterrupted run are bit-identical")
     return ""
 

@@ -231,7 +231,7 @@ def recompute_groups_fit(numerics: Numerics, layers_of_chunks: list[int]) -> Non
         for layers in layers_of_chunks:
             if layers % each:
                 raise ConfigError(
-                    f"--recompute_num_layers {each} does not divide the {layers} layers of a stage: use one that does, or "
+                    f"--recompute_num_layers {each} does not divide the {counted(layers, 'layer')} of a stage: use one that does, or "
                     f"--recompute_method block"
                 )
 

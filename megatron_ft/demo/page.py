@@ -101,7 +101,7 @@ def _data(folder: Path, facts: int) -> list[str]:
     return [
         f"<p>{counts['samples']:,} chats about {facts} facts, {counts['tokens']:,} tokens.</p>",
         f'<div class="grid2"><div><h3>tokens by role</h3>{samples.by_role([shards], [weights])}</div>',
-        f"<div><h3>length of a chat</h3>{samples.by_length([shards], 'chats')}</div></div>",
+        f"<div><h3>length of a chat</h3>{samples.by_length([shards], 'chat')}</div></div>",
         f'<h3>three chats, decoded from the shards: {samples.legend([shards])} <span class="on">trained on</span></h3>',
         *(samples.sample(shards, index, tokenizer, weights) for index in samples.select(shards, _SAMPLES)),
     ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ft.doctor.result import Ended, Found, failed, passed
-from megatron_ft.wording import size
+from megatron_ft.wording import counted, size
 
 STEPS = 8
 FALLS_TO = 0.5
@@ -50,7 +50,7 @@ class Course:
 def judge_steps(used: Course, plain: Course | None) -> Found:
     """Judge the losses of compiled kernels. plain: those of --no_fused_kernels; None if nothing is compiled."""
     first, last = used.losses[0], used.losses[-1]
-    fell = f"loss {first:.3f} -> {last:.3f} in {len(used.losses)} steps"
+    fell = f"loss {first:.3f} -> {last:.3f} in {counted(len(used.losses), 'step')}"
     if not all(map(math.isfinite, (*used.losses, *used.norms))):
         return failed(f"a loss or gradient norm is not finite: {used.losses}, {used.norms}")
     if last > FALLS_TO * first:

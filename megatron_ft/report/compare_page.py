@@ -9,6 +9,7 @@ from megatron_ft.report.curves import short
 from megatron_ft.report.page import Page, table
 from megatron_ft.report.runs import By, RunCurves, common_end, differing_settings, same_samples
 from megatron_ft.report.several import legend, overlay
+from megatron_ft.wording import counted
 
 NORMS = ("run", "step 1", "largest", "mean", "last")
 
@@ -21,7 +22,7 @@ def write_comparison(runs: Sequence[RunCurves], target: Path, by: By, first_step
     page.section("Loss", legend(names), _losses(runs, by, across, smoothing), note=_about(by, smoothing))
     page.section("Result", table(head(runs, by), result_rows(runs, by), ["", *["num"] * 7]), note=_place(runs))
     page.section(
-        f"Gradient norm of the first {first_steps:,} steps",
+        f"Gradient norm of the first {counted(first_steps, 'step')}",
         legend(names),
         _norms(runs, first_steps),
         note="Before clipping. A method that changes the model's positions too far begins with large gradients.",

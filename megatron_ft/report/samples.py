@@ -40,14 +40,14 @@ def _training(weight: float) -> str:
     return "not trained on" if weight == 0 else "trained on" if weight == 1 else f"trained on, weight {weight:g}"
 
 
-def by_length(shards: Sequence[Any], unit: str = "samples") -> str:
+def by_length(shards: Sequence[Any], unit: str = "sample") -> str:
     """Return bars of the samples' lengths in tokens."""
     lengths = np.concatenate([np.asarray(shard.lengths) for shard in shards])
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, 7).astype(int))
     counts, _ = np.histogram(lengths, bins=edges)
     return bars(
         [
-            (f"{low:,} to {high - 1:,} tokens" if high - 1 > low else f"{low:,} tokens", float(n), f"{n:,} {unit}")
+            (f"{low:,} to {high - 1:,} tokens" if high - 1 > low else counted(low, "token"), float(n), counted(n, unit))
             for (low, high), n in zip(pairwise(edges), counts.tolist(), strict=True)
         ]
     )

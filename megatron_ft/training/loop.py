@@ -20,6 +20,7 @@ from megatron_ft.training.samples import Sampler
 from megatron_ft.training.step import Stepper, StepResult
 from megatron_ft.training.stopping import BrokenGradients, Skipped, StopRequest
 from megatron_ft.training.throughput import peak_tflops, step_flops
+from megatron_ft.wording import counted
 
 
 @dataclass
@@ -72,7 +73,7 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             skipped = skipped + 1 if run.skipped.count(metrics) else 0
             if skipped >= run.max_skipped:
                 raise BrokenGradients(
-                    f"{skipped} steps in a row had gradients that are not finite, up to iteration {progress.iteration}: "
+                    f"{counted(skipped, 'step')} in a row had gradients that are not finite, up to iteration {progress.iteration}: "
                     f"resume from an earlier checkpoint with a lower --lr or --clip_grad"
                 )
             stopping = stop.agreed(progress.iteration)

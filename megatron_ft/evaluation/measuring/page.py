@@ -17,6 +17,7 @@ from megatron_ft.evaluation.measuring.verdict import HEAD, rows, verdict_of_four
 from megatron_ft.files import atomic_file, write_json
 from megatron_ft.report.page import Page, commands, table
 from megatron_ft.report.two_axes import Axis, chart, figure, standalone
+from megatron_ft.wording import counted
 
 _MEMORY, _SECONDS = "peak memory, GB", "seconds"
 
@@ -89,8 +90,11 @@ def _charts(setting: Setting, results: Sequence[Measured]) -> list[_Chart]:
 def _page(setting: Setting, results: Sequence[Measured]) -> Page:
     versions = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
     page = Page(f"Memory and time of {Path(setting.model).name}", f"{setting.device}; {versions}")
+    count = len(results[0].runs)
+    prompts = counted(count, "prompt") if count else "Several prompts"
     note = (
-        f"{len(results[0].runs) or 'Several'} prompts, {setting.max_new_tokens} new tokens each, one after another, after a short warm-up. "
+        f"{prompts}, {counted(setting.max_new_tokens, 'new token')} each, one after another, after a short "
+        f"warm-up. "
         f"Each configuration in a process of its own. Memory: {setting.memory}."
     )
     page.section("Configurations", table(HEAD, _cells(results), ("num", "", *["num"] * 6)), _below(results), note=note)
