@@ -24,6 +24,7 @@ from megatron_ft.models.families import parse_hf_config
 from megatron_ft.models.quantised import Quantization, check_blocks, stored_rules
 from megatron_ft.models.weights import Rule, placed_rules
 from megatron_ft.wording import counted
+from megatron_ft.wording import size as in_units
 
 
 def plan_units(
@@ -79,5 +80,5 @@ def describe(units: Sequence[Unit], root: Path) -> str:
         lines += [f"    {key}  {list(shape)}  {size:,} bytes" for key, shape, size in unit.tensors]
     files, total = sum(len(unit.files) for unit in units), sum(unit.nbytes for unit in units)
     return "\n".join(
-        [*lines, f"{counted(files, 'file')}, {counted(total, 'byte')} ({total / 1e9:.2f} GB); nothing was written"]
+        [*lines, f"{counted(files, 'file')}, {counted(total, 'byte')} ({in_units(total)}); nothing was written"]
     )
