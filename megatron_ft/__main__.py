@@ -57,9 +57,9 @@ def overview() -> str:
     width = max(map(len, ENTRIES)) + 2
     lines = ["usage: megatron-ft COMMAND [--flag value ...]", ""]
     for group, entries in COMMANDS.items():
-        lines += [group, *(f"  {name:{width}}{entry.summary}" for name, entry in entries.items()), ""]
+        lines += [group, *(f"  {name:{width}}{entry.summary}" for name, entry in entries.items())]
     aliases = ", ".join(f"{alias} is {name}" for alias, name in ALIASES.items())
-    return "\n".join([*lines, f"{aliases}.", "Flags and examples of a command: megatron-ft COMMAND --help"])
+    return "\n".join([*lines, "", f"{aliases}.", "Flags and examples of a command: megatron-ft COMMAND --help"])
 
 
 if __name__ == "__main__":
