@@ -75,8 +75,8 @@ CONTAINS = {"SP": "TP", "VPP": "PP", "uneven stages": "PP", "NF4 base": "LoRA", 
 
 INTRODUCTION = """# Does A work with B?
 
-Made from the tests by `make docs`; do not edit. *yes*: a test runs both together and compares the result with one process, with
-transformers, or with a run that was never stopped. *no*: refused with one line. Empty: no test combines the two. Nothing forbids that, but
+Made from the tests by `make docs`; do not edit. *yes*: a test runs both together and checks the result, mostly against one process,
+transformers, or a run that was never stopped. *no*: refused with one line. Empty: no test combines the two. Nothing forbids that, but
 nobody has tried it either; try it small first (`--rehearse`, `megatron-ft verify-invariance`). Each answer leads to its test below.
 
 All of this ran on CPU processes. What ran on GPUs is in [README](../README.md#supported-features).
