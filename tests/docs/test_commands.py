@@ -18,8 +18,7 @@ CALL = re.compile(r"^(?:.*\s)?(?:megatron-ft|-m megatron_ft)\s+([a-z][\w-]*)(\s.
 
 
 OTHERS = (
-    "benchmarks/", "srun ", "sbatch ", "scancel ", "scontrol ", "pip ", "python3 ", "docker ", "apptainer ", "vllm ",
-    "python -m sglang", "text-generation-launcher ", "llama-server ",
+    "benchmarks/", "srun ", "sbatch ", "scancel ", "scontrol ", "pip ", "python3 ", "docker ", "apptainer ",
 )  # fmt: skip
 """Programs whose flags are their own."""
 
