@@ -45,10 +45,12 @@ LAYERS = {
     "megatron_ft.evaluation": 6,
     "megatron_ft.chat": 6,
     "megatron_ft.doctor": 6,  # starts commands as processes too
-    "megatron_ft.demo": 6,  # starts the commands as processes, so it stands below them
     "megatron_ft.importing": 6,
-    "megatron_ft.commands": 7,
-    "megatron_ft.__main__": 8,
+    "megatron_ft.steps": 6,  # starts the commands as processes, so it stands below them
+    "megatron_ft.demo": 7,
+    "megatron_ft.tune": 7,
+    "megatron_ft.commands": 8,
+    "megatron_ft.__main__": 9,
     # Beside megatron_ft: they use checkpoints, models and data, and no package of it imports them.
     "checkpoints_conversion": 5,
     "tools.pretokenizer": 5,

@@ -36,7 +36,7 @@ def run(options: Demo, **sizes: Any) -> int:
     """
     from megatron_ft.demo.folder import fresh_run_folder
     from megatron_ft.demo.recipe import Plan, run_demo
-    from megatron_ft.demo.shell import CommandFailed
+    from megatron_ft.steps.shell import CommandFailed
 
     # Exit as for Ctrl-C, so that the started processes are stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

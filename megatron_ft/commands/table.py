@@ -21,6 +21,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, dict[str, Entry]] = {
     "Try it": {
         "demo": Entry("megatron_ft.commands.demo", "run every step with a tiny model, in minutes"),
+        "tune": Entry("megatron_ft.commands.tune", "tune a model on your chats, in one command"),
         "doctor": Entry("megatron_ft.commands.doctor", "list what is installed and used; --check runs small tests"),
     },
     "Prepare": {

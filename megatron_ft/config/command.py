@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -21,6 +22,7 @@ class Command:
     megatron_flags: take the flags of Megatron's training commands too (megatron_flags.py).
     common: the flags that --help shows where all do not fit on one screen (help.py): a name, or "name: text" with a shorter text
         than the flag's own; (): all.
+    short: a letter -> the flag that it stands for, as -o for --output_dir.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Command:
     open_flags: bool = False
     megatron_flags: bool = False
     common: tuple[str, ...] = ()
+    short: Mapping[str, str] = field(default_factory=dict)
 
 
 def command_line() -> str:

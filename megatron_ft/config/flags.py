@@ -38,9 +38,10 @@ def read_flags(command: Command, options: dict[str, Option], argv: list[str]) ->
     """
     parser = _parser(command, options)
     given = Given({})
-    cleaned = ready(
-        argv, options, given.others if command.open_flags else None, given.megatron if command.megatron_flags else None
-    )
+    short = {f"-{letter}": f"--{name}" for letter, name in command.short.items()}
+    others = given.others if command.open_flags else None
+    megatron = given.megatron if command.megatron_flags else None
+    cleaned = ready([short.get(word, word) for word in argv], options, others, megatron)
     parse = parser.parse_intermixed_args if command.positional else parser.parse_args
     values = vars(parse(cleaned))
     for name in command.positional:

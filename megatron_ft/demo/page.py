@@ -11,11 +11,11 @@ from megatron_ft.data.roles import loss_weights
 from megatron_ft.data.shards import open_shards
 from megatron_ft.data.tokenizer import load_tokenizer
 from megatron_ft.demo.answers import Answer
-from megatron_ft.demo.screen import shortened, wrapped
-from megatron_ft.demo.verdict import Row, clock
+from megatron_ft.demo.verdict import Row
 from megatron_ft.report import Page, read_metrics, samples
 from megatron_ft.report.curves import bars
 from megatron_ft.report.page import Html, badge, commands, curves, table
+from megatron_ft.steps.screen import clock, shortened, wrapped
 
 _SAMPLES = 3
 _CONVERSATIONS = 12  # shown at first; the others can be unfolded

@@ -20,12 +20,13 @@ from megatron_ft.demo.facts import TOPICS, Topic
 from megatron_ft.demo.folder import SUMMARY
 from megatron_ft.demo.page import write_report
 from megatron_ft.demo.parity import RESULT
-from megatron_ft.demo.screen import Screen, active_hint, sparkline
-from megatron_ft.demo.shell import Shell
+from megatron_ft.demo.screen import DemoScreen
 from megatron_ft.demo.verdict import Row, judge
 from megatron_ft.demo.weights import compare_models
 from megatron_ft.files import atomic_file, read_json, write_json
 from megatron_ft.report import read_metrics
+from megatron_ft.steps.screen import active_hint, sparkline
+from megatron_ft.steps.shell import ON_CPU, Shell
 
 TP, PP = 2, 2
 _LAYOUT = ("--tensor_model_parallel_size", str(TP), "--pipeline_model_parallel_size", str(PP))
@@ -54,7 +55,7 @@ def run_demo(plan: Plan) -> list[Row]:
 class _Demo:
     def __init__(self, plan: Plan):
         self.plan, self.folder = plan, plan.folder
-        self.screen, self.shell = Screen(steps=6), Shell(plan.folder / "demo.log")
+        self.screen, self.shell = DemoScreen(steps=6), Shell(plan.folder / "demo.log", ON_CPU)
         self.summary: dict[str, Any] = {}
         self.commands: list[list[str]] = []
         self.seconds: dict[str, float] = {}
@@ -207,7 +208,7 @@ class _Demo:
         self.screen.line(f"  report     {self.path('report.html')}")
         self.screen.line(f"  numbers    {self.path(SUMMARY)}, metrics.jsonl    log  demo.log")
         self.screen.line(f"  chat       $ megatron-ft chat {self.path('hf')}")
-        self.screen.line("  your data  $ less examples/my_chats/README.md   (the same commands, your JSONL)")
+        self.screen.line("  your data  $ megatron-ft tune MODEL CHATS.jsonl   (the same commands, chosen for you)")
         return rows
 
     def step(self, title: str, words: list[str], result: Callable[[str], str]) -> str:

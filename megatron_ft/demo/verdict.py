@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ft.steps.screen import clock
+
 HELD_OUT_NEEDED = 0.90
 HELD_OUT_BEFORE = 0.05  # a higher share before training means that the questions can be answered without it
 LOGITS_TOLERANCE = 1e-4
@@ -27,11 +29,6 @@ class Row:
 def judge(summary: dict[str, Any]) -> list[Row]:
     """Return all rows. summary: the content of summary.json."""
     return [rule(summary) for rule in _RULES]
-
-
-def clock(seconds: float) -> str:
-    """Return the time as m:ss."""
-    return f"{int(seconds + 0.5) // 60}:{int(seconds + 0.5) % 60:02d}"
 
 
 def _held_out(s: dict[str, Any]) -> Row:

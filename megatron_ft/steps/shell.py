@@ -6,31 +6,38 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_ft.device import CPU
+from megatron_ft.errors import UserError
 
 _AS_TYPED = {
     "megatron-ft": ("-m", "megatron_ft"),
     "python": (),
 }
-# Threads do not speed up tiny matrices, and the threads of four processes would compete for few cores. The demo is the same on
-# every machine, so it does not use a GPU.
-ENVIRONMENT = {**CPU, "TOKENIZERS_PARALLELISM": "false"}
+ON_CPU = {**CPU, "TOKENIZERS_PARALLELISM": "false"}
+"""Threads do not speed up tiny matrices, and the threads of four processes would compete for few cores."""
 _POLL = 0.2  # seconds
 _SHOWN = 12  # last lines of a failed command's output
 
 
 class CommandFailed(Exception):
-    """A command ended with an error. The text: the command, the reason, its last lines of output."""
+    """A command ended with an error. The text: the command, the reason, its last lines of output.
+
+    code: its exit code. mistake: what it says is the user's mistake, in one line; None: it says nothing of the kind.
+    """
+
+    def __init__(self, text: str, code: int, mistake: str | None):
+        super().__init__(text)
+        self.code, self.mistake = code, mistake
 
 
 class Shell:
-    """Runs commands. log: file that all output is appended to. All processes end with their run()."""
+    """Runs commands. log: file that all output is appended to. environment: more variables. All processes end with their run()."""
 
-    def __init__(self, log: Path):
-        self.log = log
+    def __init__(self, log: Path, environment: Mapping[str, str]):
+        self.log, self.environment = log, environment
 
     def run(self, words: Sequence[str], watch: Callable[[], None] | None = None) -> str:
         """Run a command (its first word is megatron-ft or python) and return its output.
@@ -44,7 +51,7 @@ class Shell:
             process = subprocess.Popen(
                 [sys.executable, *_AS_TYPED[words[0]], *words[1:]],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**os.environ, **ENVIRONMENT}, start_new_session=True,
+                env={**os.environ, **self.environment}, start_new_session=True,
             )  # fmt: skip
             try:
                 while process.poll() is None:
@@ -55,7 +62,11 @@ class Shell:
                 _end(process)
         output = self._output(start)
         if process.returncode:
-            raise CommandFailed(_explain(words, process.returncode, output, self.log))
+            raise CommandFailed(
+                _explain(words, process.returncode, output, self.log),
+                process.returncode,
+                _mistake(process.returncode, output),
+            )
         return output
 
     def _output(self, start: int) -> str:
@@ -77,6 +88,12 @@ def _end(process: subprocess.Popen) -> None:
             return
         except subprocess.TimeoutExpired:
             continue
+
+
+def _mistake(code: int, output: str) -> str | None:
+    """Return the line in which a command with exit code 2 says what is wrong, without its own name."""
+    found = [line.partition(": error: ")[2] for line in output.splitlines() if ": error: " in line]
+    return found[-1] if code == UserError.exit_code and found else None
 
 
 def _explain(words: Sequence[str], code: int, output: str, log: Path) -> str:

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from megatron_ft.demo.screen import shortened, sparkline, wrapped
-from megatron_ft.demo.shell import CommandFailed, Shell
+from megatron_ft.steps.screen import shortened, sparkline, wrapped
+from megatron_ft.steps.shell import ON_CPU, CommandFailed, Shell
 
 
 def test_output_goes_to_the_log_and_back(tmp_path):
-    shell = Shell(tmp_path / "log")
+    shell = Shell(tmp_path / "log", ON_CPU)
     seen = []
     first = shell.run(["python", "-c", "print('one')"], watch=lambda: seen.append(1))
     second = shell.run(["python", "-c", "import os; print('threads', os.environ['OMP_NUM_THREADS'])"])
@@ -22,7 +22,7 @@ def test_output_goes_to_the_log_and_back(tmp_path):
 def test_a_failure_shows_the_reason_and_not_what_others_said(tmp_path):
     script = "print('noise'); print('megatron-ft x: error: the reason'); print('noise'); raise SystemExit(3)"
     with pytest.raises(CommandFailed, match=r"exit code 3") as caught:
-        Shell(tmp_path / "log").run(["python", "-c", script])
+        Shell(tmp_path / "log", ON_CPU).run(["python", "-c", script])
     assert "error: the reason" in str(caught.value) and "| noise" not in str(caught.value)
 
 
@@ -36,7 +36,7 @@ def test_an_interrupt_stops_the_command(tmp_path):
     script = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        Shell(tmp_path / "log").run(["python", "-c", script], watch=interrupt)
+        Shell(tmp_path / "log", ON_CPU).run(["python", "-c", script], watch=interrupt)
     assert time.monotonic() - started < 30
     with pytest.raises(ProcessLookupError):
         os.kill(int(child.read_text()), 0)
