@@ -75,7 +75,8 @@ def _train(screen: Screen, shell: Shell, step: Step, places: Places, choice: Cho
     metrics = read_metrics(file)
     losses, held_out = metrics.values("train/loss"), metrics.values("eval/loss")
     curve = sparkline([math.log(loss) for loss in losses if loss > 0])
-    validation = f"   held-out chats {held_out[0]:.3f} to {held_out[-1]:.3f}" if held_out else ""
+    ends = dict.fromkeys(f"{loss:.3f}" for loss in (held_out[:1] + held_out[-1:]))
+    validation = f"   held-out chats {' to '.join(ends)}" if ends else ""
     screen.done(f"loss {losses[0]:.2f} {curve} {losses[-1]:.4f}{validation}" if losses else "no step was left to do")
 
 
