@@ -1,4 +1,4 @@
-"""The answers of a model before, while and after it is trained, from samples.jsonl: what is still wrong comes first."""
+"""The answers of a model before, while and after it is trained, from samples.jsonl: what still differs comes first."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ def read_answers(path: Path) -> list[Answers]:
 
 
 def answers(prompts: Sequence[Answers]) -> Iterator[str]:
-    """Yield the section: how many were right at each iteration, and a table of prompts by iterations."""
+    """Yield the section: how many were their references at each iteration, and a table of prompts by iterations."""
     steps = sorted({at for one in prompts for at in one})
     if counts := list(_counts(prompts, steps)):
-        yield table(("", *(f"step {at:,}" for at, _ in counts)), [("right", *(text for _, text in counts))])
+        yield table(
+            ("", *(f"step {at:,}" for at, _ in counts)), [("same as the reference", *(text for _, text in counts))]
+        )
     shown = _spread(steps)
     order = sorted(prompts, key=_is_right)
     rows = [(_prompt(one), *(_cell(one.get(at)) for at in shown), _reference(one)) for one in order[:_SHOWN]]
@@ -73,7 +75,7 @@ def _last(one: Answers) -> dict[str, Any]:
 
 
 def _is_right(one: Answers) -> int:
-    """Return the order of prompts: 0 wrong at the end, 1 without a reference, 2 right."""
+    """Return the order of prompts: 0 differs at the end, 1 without a reference, 2 the same."""
     right = _last(one).get("right")
     return 1 if right is None else 2 if right else 0
 
@@ -86,8 +88,14 @@ def _prompt(one: Answers) -> Html:
 def _cell(entry: dict[str, Any] | None) -> Html:
     if entry is None:
         return Html("")
-    judged = f"{badge(entry['right'], 'right', 'wrong')} " if "right" in entry else ""
-    return Html(f"{judged}{escape(entry['answer'])}")
+    return Html(f"{_compared(entry)}{escape(entry['answer'])}")
+
+
+def _compared(entry: dict[str, Any]) -> str:
+    """Return whether the answer is word for word the reference: another one is not wrong for that."""
+    if "right" not in entry:
+        return ""
+    return f"{badge(True, 'same')} " if entry["right"] else '<span class="soft">differs</span> '
 
 
 def _reference(one: Answers) -> str:

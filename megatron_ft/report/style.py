@@ -32,6 +32,7 @@ pre { background: var(--bg); border: 1px solid var(--line); border-radius: 8px; 
   overflow-x: auto; margin: 8px 0; line-height: 1.55; }
 .good { color: var(--good); }
 .bad { color: var(--bad); }
+.soft { color: var(--soft); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 18px 26px; }
 figure { margin: 0; }
 figcaption { font-size: 13.5px; display: flex; gap: 4px 16px; flex-wrap: wrap; }

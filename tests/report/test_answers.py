@@ -35,10 +35,10 @@ def test_failures_come_first_and_the_later_answer_counts(tmp_path):
     Balanced().feed(page)
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
     rows = [[html.unescape(re.sub(r"<[^>]+>", "", cell)).strip() for cell in row] for row in rows if row]
-    assert rows[0] == ["right", "1 of 2", "2 of 2", "1 of 2", "1 of 2", "1 of 2"]
-    assert rows[1] == ["plum?", "wrong none", "wrong green", "wrong <pink>", "blue"]
+    assert rows[0] == ["same as the reference", "1 of 2", "2 of 2", "1 of 2", "1 of 2", "1 of 2"]
+    assert rows[1] == ["plum?", "differs none", "differs green", "differs <pink>", "blue"]
     assert rows[2] == ["<free>", "anything", "anything", "anything", ""]
-    assert rows[3][0] == "fig?" and rows[3][1] == "right red"
+    assert rows[3][0] == "fig?" and rows[3][1] == "same red"
 
 
 def test_damaged_files(tmp_path):
