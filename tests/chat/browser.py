@@ -69,7 +69,8 @@ class Browser:
             if entry.get("id") == self._count:
                 assert "error" not in entry, entry
                 return entry["result"]
-            if entry.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            said = entry.get("params", {}).get("entry", {}).get("level")
+            if entry.get("method") == "Runtime.exceptionThrown" or said in ("warning", "error"):
                 self.console.append(json.dumps(entry["params"]))
 
     def _next(self) -> dict:
@@ -91,7 +92,8 @@ class Browser:
         return found["result"].get("value")
 
     def until(self, expression: str):
-        """Wait until an expression is true. Return its value."""
+        """Wait until an expression is true; one that fails is not, as before the page's script has run. Return its value."""
+        expression = f"(() => {{ try {{ return {expression} }} catch {{ return false }} }})()"
         deadline = time.monotonic() + PATIENCE
         while not (value := self.js(expression)):
             assert time.monotonic() < deadline, f"{expression}; {self.js('document.body.innerText')}; {self.console}"
