@@ -95,6 +95,12 @@ def _of_script(source: Source) -> Job:
 
 
 def _nothing(source: Source, script: Script) -> str:
+    for call in script.calls:
+        for word in map(shown, call.words):
+            if Path(word).name.removesuffix(".py") in _NOT_SFT:
+                return (
+                    f"{source.path}, line {call.line}: {word} is no supervised training, which is all that is done here"
+                )
     if script.ended is not None and not source.arguments:
         return (
             f"{script.ended}: the script ends here without arguments: give them with --args, as in --args 'llama2 --size 7', or the "

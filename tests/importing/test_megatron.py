@@ -98,6 +98,8 @@ def test_command_lines_of_megatron_llms_finetune_script(imported, mode, words):
         ("echo hello\n", "no training command found"),
         ('if [ -z "$1" ]; then exit 1; fi\ntorchrun pretrain_gpt.py --num-layers 2 --lr 1\n', "run.sh, line 1: the script ends here"),
         ("torchrun pretrain_gpt.py --num-layers 2 stray --lr 1\n", "nothing takes: stray"),
+        ("accelerate launch examples/scripts/dpo.py --model_name_or_path x\n", "dpo.py is no supervised training"),
+        ("trl grpo --model_name_or_path x\n", "run.sh, line 1: grpo is no supervised training"),
     ],
 )  # fmt: skip
 def test_files_without_a_training_command(imported, text, message):
