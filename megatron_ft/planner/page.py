@@ -60,7 +60,8 @@ def _head(plan: dict[str, Any], limit: float) -> list[str]:
         lines.append(f"teacher {theirs['model']}: {theirs['parameters']:,} parameters, frozen, beside the model")
     if plan["chosen"]:
         why = "the fastest that is estimated to fit" if plan["proposals"] else "which needs least memory"
-        again = "" if plan["recompute"] == "none" else f", recomputing {plan['recompute']}"
+        parts = "all layers" if plan["recompute"] == "full" else plan["recompute"]
+        again = "" if parts == "none" else f", recomputing {parts}"
         lines.append(f"No layout was given: this is the one, {why}{again}")
     return lines
 
