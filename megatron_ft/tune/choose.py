@@ -18,6 +18,7 @@ from megatron_ft.tune.choice import Choice
 from megatron_ft.tune.layout import layout
 from megatron_ft.tune.look import Chats, Machine, Model
 from megatron_ft.tune.rates import rate
+from megatron_ft.wording import counted
 
 UNIT = 64
 """Rows are multiples of it, which every tensor parallel size divides."""
@@ -61,7 +62,7 @@ def choose(
         choice.take(given, "train_iters", choice.steps, "")
     else:
         choice.steps = max(1, -(-total // batch))
-        why = f"{choice.steps:,} steps of {batch} row(s); an epoch has about {rows.rows_of(1):,} rows"
+        why = f"{counted(choice.steps, 'step')} of {counted(batch, 'row')}; an epoch has about {counted(rows.rows_of(1), 'row')}"
         choice.take({}, "epochs", f"{epochs:g}", why)
     _schedule(choice, model, given, epochs, lora)
     return choice
@@ -80,7 +81,7 @@ def row_length(lengths: np.ndarray, positions: int) -> tuple[int, str]:
         needed = limit // UNIT * UNIT or limit
         why = "the model's positions" if limit == positions else "longer rows need much memory"
     cut = int((lengths > needed + 1).sum())
-    return needed, why + (f"; {cut:,} longer chat(s) are cut" if cut else "")
+    return needed, why + (f"; cut: {counted(cut, 'longer chat')}" if cut else "")
 
 
 def _rows(chats: Chats, settings: TrainingSettings, length: int) -> ChatDataset:
@@ -97,7 +98,7 @@ def batch_size(rows: int, gpus: int) -> tuple[int, str]:
     whole = -(-size // unit) * unit
     why = f"at least {STEPS} steps" if rows >= STEPS else "few chats, so small steps and many of them"
     why = "large enough for steady gradients" if size == MOST_ROWS else why
-    return whole, why if whole == size else f"one row for each of {gpus} GPU(s)"
+    return whole, why if whole == size else f"one row for each of {counted(gpus, 'GPU')}"
 
 
 def _adapters(choice: Choice, model: Model, given: Mapping[str, Any], name: str) -> None:

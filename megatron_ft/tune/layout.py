@@ -17,6 +17,7 @@ from megatron_ft.planner.memory import Job
 from megatron_ft.planner.search import Proposal, flags, proposals
 from megatron_ft.tune.choice import Choice
 from megatron_ft.tune.look import Machine, Model
+from megatron_ft.wording import counted
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 TOKENS_ON_CPU = 4096
@@ -98,7 +99,7 @@ def _too_large(model: Model, job: Job, machine: Machine, given: Mapping[str, Any
     enough = next((n for n in counts if _best(model, _larger(job, n), replace(machine, gpus=n), given)), None)
     lora = "" if job.lora else "--lora, or "
     more = f"more GPUs: --gpus {enough} are enough" if enough else "more or larger GPUs"
-    return f"{model.folder} fits into no layout of {machine.gpus} GPU(s) of {machine.memory / 1e9:.0f} GB: use {lora}{more}"
+    return f"{model.folder} fits into no layout of {counted(machine.gpus, 'GPU')} of {machine.memory / 1e9:.0f} GB: use {lora}{more}"
 
 
 def _larger(job: Job, gpus: int) -> Job:

@@ -17,6 +17,7 @@ from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.planner import known
 from megatron_ft.planner.figures import whole_model
+from megatron_ft.wording import counted
 
 GPUS_PER_NODE = 8
 USUAL_GPU = "a100-80gb"
@@ -36,7 +37,7 @@ class Model:
     def __str__(self) -> str:
         size = f"{self.parameters / 1e9:.1f} B" if self.parameters >= 1e9 else f"{self.parameters / 1e6:.1f} M"
         arch = self.arch
-        return f"{arch.family}, {size} parameters, {arch.num_layers} layers, {arch.max_position_embeddings:,} positions"
+        return f"{arch.family}, {size} parameters, {counted(arch.num_layers, 'layer')}, {arch.max_position_embeddings:,} positions"
 
 
 def look_at_model(folder: str) -> Model:
@@ -71,9 +72,9 @@ class Machine:
 
     def __str__(self) -> str:
         if not self.gpus:
-            return f"no GPU, {self.cores} CPU core(s)"
+            return f"no GPU, {counted(self.cores, 'CPU core')}"
         where = "" if self.is_here else ", not this machine"
-        return f"{self.gpus} GPU(s) of {self.memory / 1e9:.0f} GB, planned as {self.kind}{where}"
+        return f"{counted(self.gpus, 'GPU')} of {self.memory / 1e9:.0f} GB, planned as {self.kind}{where}"
 
     @property
     def per_node(self) -> int:

@@ -30,9 +30,9 @@ from tests.tune.models import llama, qwen, write_chats
     [
         ([40, 60, 134], 512, 192, "holds the longest chat"),
         ([40, 60, 65], 512, 64, "holds the longest chat"),
-        ([10] * 999 + [5000], 8192, 64, "holds 99% of the chats; 1 longer chat(s) are cut"),
-        ([40, 3000], 512, 512, "the model's positions; 1 longer chat(s) are cut"),
-        ([40, 30000], 32768, 4096, "longer rows need much memory; 1 longer chat(s) are cut"),
+        ([10] * 999 + [5000], 8192, 64, "holds 99% of the chats; cut: 1 longer chat"),
+        ([40, 3000], 512, 512, "the model's positions; cut: 1 longer chat"),
+        ([40, 30000], 32768, 4096, "longer rows need much memory; cut: 1 longer chat"),
         ([100] * 50_000, 4096, 2048, "several chats in a row"),
         ([20, 30], 48, 48, "the model's positions"),
     ],
@@ -105,7 +105,7 @@ def test_a_layout_of_gpus_fits():
 
 def test_what_does_not_fit_says_what_would():
     with pytest.raises(
-        Exception, match=r"fits into no layout of 1 GPU\(s\) of 86 GB: use --lora, or more GPUs: --gpus 2 are enough"
+        Exception, match=r"fits into no layout of 1 GPU of 86 GB: use --lora, or more GPUs: --gpus 2 are enough"
     ):
         laid_out("llama2-7b", 1, "h100-80gb")
     assert laid_out("llama2-7b", 2, "h100-80gb")

@@ -63,7 +63,7 @@ def check(said: str, out: Path, chats: int) -> None:
     report = (out / "report.html").read_text()
     assert prompts[0]["messages"][-1]["content"].split()[0] in report and prompts[0]["answer"].split()[0] in report
     steps = trained_steps(out)
-    assert steps == list(range(1, len(steps) + 1)) and f"{len(steps)} steps of 1 row(s)" in said
+    assert steps == list(range(1, len(steps) + 1)) and f"{len(steps)} steps of 1 row;" in said
 
 
 @pytest.mark.slow
