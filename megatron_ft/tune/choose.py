@@ -29,6 +29,8 @@ STEPS = 100
 """Optimizer steps that a run should have at least, where the data has as many rows."""
 MOST_ROWS = 64
 """Rows of a step at most."""
+OTHER_WARMUPS = {"lr_warmup_fraction", "lr_warmup_samples"}
+"""Flags that give the warm-up in another unit."""
 
 
 def chat_format(model: Model, given: str | None) -> tuple[str, str]:
@@ -121,8 +123,9 @@ def added_tokens(model: Model, name: str) -> list[str]:
 def _schedule(choice: Choice, model: Model, given: Mapping[str, Any], epochs: float, lora: bool) -> None:
     published = rate(model.parameters, lora)
     choice.take(given, "lr", f"{published.lr:g}", published.source)
-    warmup = min(math.ceil(0.03 * choice.steps), choice.steps - 1)
-    choice.take(given, "lr_warmup_iters", warmup, "3% of the steps, as Alpaca")
+    if not given.keys() & OTHER_WARMUPS:
+        warmup = min(math.ceil(0.03 * choice.steps), choice.steps - 1)
+        choice.take(given, "lr_warmup_iters", warmup, "3% of the steps, as Alpaca")
     an_epoch = max(1, math.ceil(choice.steps / max(1.0, epochs)))
     choice.take(given, "eval_interval", an_epoch, "once an epoch")
     choice.take(given, "save_interval", an_epoch, "once an epoch, to go on from there")

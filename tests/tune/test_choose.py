@@ -194,6 +194,11 @@ def test_flags_of_the_user_come_first(place, capsys):
     assert settings.checkpointing.save == "there/tuned"
 
 
+def test_a_warm_up_as_a_share_is_the_users(place, capsys):
+    settings = parse(finetune.COMMAND, dry(place, capsys, "llama", "--lr_warmup_fraction", "0.1")[3][2:])[0]
+    assert (settings.optimizer.lr_warmup_fraction, settings.optimizer.lr_warmup_iters) == (0.1, 0)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
