@@ -131,7 +131,7 @@ def step_time(arch: Architecture, job: Job, gpu: Gpu, gpus_per_node: int) -> Tim
     speed = gpu.tflops * 1e12 * EFFICIENCY * _shape_efficiency(arch, job)
     compute = tokens * sum(each) / (job.gpus * speed)
     slowest = compute * _busiest(arch, job) * job.pp / sum(each)
-    return Time(compute, slowest / (1 - bubble(job)) - compute, _communication(arch, job, gpu, gpus_per_node))
+    return Time(compute, max(0.0, slowest / (1 - bubble(job)) - compute), _communication(arch, job, gpu, gpus_per_node))
 
 
 def _shape_efficiency(arch: Architecture, job: Job) -> float:

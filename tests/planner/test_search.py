@@ -224,6 +224,7 @@ SCREENS = {
     "405B on 8": "llama3-405b --gpus 8",
     "70B on 8": "llama3-70b --gpus 8 --gpu h100",
     "70B on 64": "llama3-70b --gpus 64 --gpu h100",
+    "7B on 8, without a wait": "qwen2.5-7b --gpus 8 --gpu h100",
     "8B": "llama3-8b",
     "8B on a small GPU": "llama3-8b --gpu rtx4090 --gpus 1",
     "8B with adapters": "llama3-8b --gpu rtx4090 --lora_rank 16 --base_precision nf4",
@@ -240,7 +241,7 @@ def test_a_screen_of_80_columns_says_one_thing(name, capsys, monkeypatch):
     text = screen(capsys, *SCREENS[name].split())
     lines = [line.rstrip() for line in text.splitlines()]
     assert all(len(line) <= 80 for line in lines if not line.startswith("flags of")), text
-    assert "…" not in text
+    assert "…" not in text and "-0.0" not in text
     fits, none = any(line.startswith("fits: ") for line in lines), "No layout of" in text
     assert not (fits and none) and fits + any(line.startswith("does not fit: ") for line in lines) == 1
     assert none == ("The smallest change that" in " ".join(lines))
