@@ -107,7 +107,7 @@ class TestFlags:
             (["--per_device_train_batch_size", 3], "here it is --micro_batch_size"),
             (["--num_train_epochs", 3], "here it is --epochs"),
             (["--lr", "fast"], "--lr.*fast.*number"),
-            (["--lr_decay_style", "cosin"], "--lr_decay_style.*cosin.*cosine"),
+            (["--lr_decay_style", "cosnie"], "--lr_decay_style.*cosnie.*cosine"),
             (["--bf16", "yes"], "yes"),
             (["--seq_length"], "--seq_length"),
         ],
