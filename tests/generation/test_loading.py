@@ -240,7 +240,7 @@ def test_a_layout_is_chosen_by_the_folder(folders, tmp_path):
 def test_a_classic_checkpoint_of_more_processes_than_a_machine_is_refused(folders, monkeypatch):
     monkeypatch.setattr("megatron_ft.device.memories", lambda: [80 * 10**9] * 2)
     with pytest.raises(
-        ConfigError, match=r"TP2 x PP2, 4 processes, and this machine has 2 GPU\(s\): start them on several"
+        ConfigError, match=r"TP2 x PP2, 4 processes, and this machine has 2 GPUs: start them on several"
     ):
         sizes([folders / "torch"])
 
