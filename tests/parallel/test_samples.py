@@ -108,7 +108,7 @@ def test_answers_reach_report_and_tensorboard(one_rank, place, tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     Balanced().feed(page)
     text = html.unescape(re.sub(r"<[^>]+>", " ", page))
-    assert re.search(r"right\s+0 of 2\s+0 of 2\s+0 of 2", text) and "no such answer" in text
+    assert re.search(r"same as the reference\s+0 of 2\s+0 of 2\s+0 of 2", text) and "no such answer" in text
     assert set(one_rank.run(texts_of_board, tmp_path / "board")[0]) == {f"samples/{n}" for n in range(1, 6)}
 
 
