@@ -49,7 +49,8 @@ def test_rows_are_found():
     assert len(ROWS) >= 18 and any("--lora_rank 64 --recompute_granularity full" in words for words, _, _ in ROWS)
 
 
-def test_the_screen_in_the_readme(capsys):
+def test_the_screen_in_the_readme(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     block = re.search(
         r"^    \$ megatron-ft plan (.*)\n((?:    .*\n)+)",
         (ROOT / "README.md").read_text(encoding="utf-8"),

@@ -70,7 +70,7 @@ def check(said: str, out: Path, chats: int) -> None:
 def test_a_llama_interrupted_in_training(tmp_path):
     """Ctrl-C while it trains: the same command goes on from there; other settings are refused; a third start has nothing to do."""
     chats = models.write_chats(tmp_path / "chats.jsonl", 20)
-    words = (models.llama(tmp_path / "llama"), chats, "-o", tmp_path / "out", "--epochs", 12)
+    words = (models.llama(tmp_path / "llama"), chats, "-o", tmp_path / "out", "--epochs", 25, "--global_batch_size", 1)
     process = start(*words)
     deadline = time.monotonic() + 300
     metrics = tmp_path / "out/metrics.jsonl"
