@@ -4,12 +4,12 @@ Only a folder that a demo has made (it contains MARKER) is moved or deleted.
 """
 
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ft.errors import ConfigError
+from megatron_ft.steps.lock import held
 
 MARKER = ".megatron_ft_demo"
 SUMMARY = "summary.json"  # written last: a folder that contains it is a finished demo
@@ -46,18 +46,10 @@ def _refuse_strange(folder: Path) -> None:
         raise ConfigError(f"--run_dir: {folder} contains files that are not a demo's; choose another folder")
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    with open(folder / MARKER, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"--run_dir: another demo is running in {folder}; wait until it ends, or choose another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+def _lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return held(
+        folder / MARKER, f"--run_dir: another demo is running in {folder}; wait until it ends, or choose another folder"
+    )
 
 
 def _remove(folder: Path) -> None:

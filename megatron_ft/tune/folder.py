@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ft.errors import ConfigError, UserError
 from megatron_ft.files import read_json, write_json
+from megatron_ft.steps.lock import held
 
 RECORD, LOG = "tune.json", "tune.log"
 _FORMAT = 1
@@ -54,16 +53,8 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the folder. Raise ConfigError while another tune uses it."""
-    with open(folder / LOG, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"-o {folder}: another tune is running in it; wait until it ends, or choose another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+    return held(
+        folder / LOG, f"-o {folder}: another tune is running in it; wait until it ends, or choose another folder"
+    )
