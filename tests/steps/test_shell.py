@@ -13,10 +13,10 @@ from megatron_ft.steps.shell import ON_CPU, CommandFailed, Shell
 def test_output_goes_to_the_log_and_back(tmp_path):
     shell = Shell(tmp_path / "log", ON_CPU)
     seen = []
-    first = shell.run(["python", "-c", "print('one')"], watch=lambda: seen.append(1))
+    first = shell.run(["python", "-c", "import time; time.sleep(1); print('one')"], watch=lambda: seen.append(1))
     second = shell.run(["python", "-c", "import os; print('threads', os.environ['OMP_NUM_THREADS'])"])
     assert (first, second) == ("one\n", "threads 1\n") and seen
-    assert "$ python -c 'print('" in (tmp_path / "log").read_text().replace('"', "")
+    assert "$ python -c 'import time" in (tmp_path / "log").read_text().replace('"', "")
 
 
 def test_a_failure_shows_the_reason_and_not_what_others_said(tmp_path):
