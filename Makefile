@@ -35,7 +35,7 @@ demo: $(STAMP)  ## a tiny model learns to answer, split as on a cluster; minutes
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/pytest $(WORKERS)
 
-test: $(STAMP)  ## the tests, about 17 minutes on 2 cores
+test: $(STAMP)  ## the tests, about 21 minutes on 2 cores
 	$(PYTEST) -m "not thorough and not slurm"
 
 test-all: $(STAMP)  ## those too that show again, at more length, what others show
