@@ -17,7 +17,7 @@ from megatron_ft.errors import ConfigError
 from megatron_ft.models.architecture import Architecture
 from megatron_ft.planner import known
 from megatron_ft.planner.figures import whole_model
-from megatron_ft.wording import counted
+from megatron_ft.wording import counted, human
 
 GPUS_PER_NODE = 8
 USUAL_GPU = "a100-80gb"
@@ -35,7 +35,7 @@ class Model:
     identity: str
 
     def __str__(self) -> str:
-        size = f"{self.parameters / 1e9:.1f} B" if self.parameters >= 1e9 else f"{self.parameters / 1e6:.1f} M"
+        size = human(self.parameters)
         arch = self.arch
         return f"{arch.family}, {size} parameters, {counted(arch.num_layers, 'layer')}, {arch.max_position_embeddings:,} positions"
 
