@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ft.importing import axolotl_data, handlers, schedule, trainer
-from megatron_ft.importing.job import Job, is_off, number, truth, whole
+from megatron_ft.importing.job import Job, is_off, number, truth
 from megatron_ft.importing.tables import OFF, Table, read
 
 DEFAULTS = {
@@ -289,16 +289,15 @@ TABLES = (OWN, trainer.TABLE)
 def job_of(values: dict[str, Any], prefix: str) -> Job:
     """Return the job of an axolotl YAML."""
     missing = dict(DEFAULTS)
-    steps = whole("max_steps", values.get("max_steps") or 0)
-    if steps > 0:
+    if steps := schedule.given_steps(values):
         del missing["num_epochs"]
     if values.get("fp16") or values.get("float16") or values.get("bfloat16"):
         del missing["bf16"]
     if values.get("warmup_steps") is None and values.get("warmup_ratio") is None:
-        missing |= {"warmup_steps": min(int(WARMUP * steps), 100)} if steps > 0 else {"warmup_ratio": WARMUP}
+        missing |= {"warmup_steps": min(int(WARMUP * steps), 100)} if steps else {"warmup_ratio": WARMUP}
     absent = {key: value for key, value in missing.items() if values.get(key) is None}
     given = {key: value for key, value in values.items() if key not in absent}
-    job = Job("axolotl", prefix, defaults=frozenset(absent), steps=steps if steps > 0 else None)
+    job = Job("axolotl", prefix, defaults=frozenset(absent), steps=steps)
     read(job, {**absent, **given}, TABLES)
     job.finetune.pop("all_linear", None)
     job.pretokenize.setdefault("chat_format", "tokenizer")

@@ -9,6 +9,7 @@ from megatron_ft.errors import UserError
 from megatron_ft.files import read_json
 from megatron_ft.importing import handlers, trainer
 from megatron_ft.importing.job import Dataset, Job, is_local, truth, whole
+from megatron_ft.importing.schedule import given_steps
 from megatron_ft.importing.tables import Table, read
 
 DEFAULTS = {
@@ -268,15 +269,14 @@ def job_of(values: dict[str, Any], prefix: str) -> Job:
     if values.get("finetuning_type", "lora") == "lora":
         rank = whole("lora_rank", values.get("lora_rank") or 8)
         missing |= {"lora_rank": rank, "lora_alpha": rank * 2, "lora_target": "all"}
-    steps = whole("max_steps", values.get("max_steps") or 0)
-    if steps > 0:
+    if steps := given_steps(values):
         del missing["num_train_epochs"]
     if values.get("dataset"):
         missing["dataset_dir"] = "data"
     if values.get("lora_alpha") is None:
         values = {key: value for key, value in values.items() if key != "lora_alpha"}
     absent = {key: value for key, value in missing.items() if key not in values}
-    job = Job("LLaMA-Factory", prefix, defaults=frozenset(absent), steps=steps if steps > 0 else None)
+    job = Job("LLaMA-Factory", prefix, defaults=frozenset(absent), steps=steps)
     read(job, {**absent, **values}, TABLES)
     if not values.get("template"):
         job.pretokenize["chat_format"] = "tokenizer"

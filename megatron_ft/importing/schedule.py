@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ft.importing.job import Job, number, whole, written
@@ -17,6 +18,12 @@ def epochs(job: Job, key: str, value: Any) -> None:
         return
     job.epochs = number(key, value)
     job.take(key, value, f"--epochs {written(job.epochs)}")
+
+
+def given_steps(values: Mapping[str, Any]) -> int | None:
+    """Return the number of steps that a file gives; None where it gives epochs (max_steps is absent, 0 or below)."""
+    steps = whole("max_steps", values.get("max_steps") or 0)
+    return steps if steps > 0 else None
 
 
 def max_steps(job: Job, key: str, value: Any) -> None:

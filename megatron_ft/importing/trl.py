@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ft.importing import handlers, trainer
-from megatron_ft.importing.job import Dataset, Job, is_local, truth, whole
+from megatron_ft.importing.job import Dataset, Job, is_local, truth
+from megatron_ft.importing.schedule import given_steps
 from megatron_ft.importing.tables import OFF, Table, read
 
 DEFAULTS = {
@@ -157,13 +158,12 @@ def job_of(values: dict[str, Any], prefix: str) -> Job:
         missing |= LORA_DEFAULTS
     if values.get("fp16"):
         del missing["bf16"]
-    steps = whole("max_steps", values.get("max_steps") or 0)
-    if steps > 0:
+    if steps := given_steps(values):
         missing.pop("num_train_epochs")
     if "dtype" not in values and "max_seq_length" in values:
         missing.pop("max_length")
     absent = {key: value for key, value in missing.items() if key not in values}
-    job = Job("TRL", prefix, defaults=frozenset(absent), steps=steps if steps > 0 else None)
+    job = Job("TRL", prefix, defaults=frozenset(absent), steps=steps)
     read(job, {**absent, **values}, TABLES)
     if job.adapters and "lora_target_modules" not in values:
         job.before.append(
